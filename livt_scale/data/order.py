@@ -4,13 +4,14 @@ Promises: it knows seed, epoch, samples a shard and global batch size; never ran
 most once an epoch; the N mod B that are left over are drawn anew each epoch, all equally likely. Any step costs
 the same, the first as the millionth.
 
-    shards (here 5, of 4 samples)       A  B  C  D  E
-    shuffled for the epoch              D  A  E  B  C            by random 64-bit keys: the bit stream of Philox is
-    20 samples in a row, less 20 mod 6  d d d d a a . a e e e . b b b b c c c c     fixed for good, numpy's shuffles are not
-    dealt to 2 lane groups              [d d d d a a a e e] [e b b b b c c c c]     each reads shards of its own, but for borders
-    shuffled inside windows of a group  [a d e d a d e d a] [c b c e b c b c b]
-    step s takes 3 of each group        step 0: a d e c b c   step 1: d a d e b c   …   slots 0-2, then 3-5
+    shards (here 5, of 4 samples)        A B C D E
+    shuffled for the epoch               D A E B C
+    20 samples in a row, less 20 mod 6   d d d d a a . a e e e . b b b b c c c c
+    dealt to 2 lane groups               [d d d d a a a e e] [e b b b b c c c c]   shards of their own, but for borders
+    shuffled inside a group's windows    [a d e d a d e d a] [c b c e b c b c b]
+    a step takes 3 of each group         step 0: a d e c b c   step 1: d a d e b c   …   in slots 0-2 and 3-5
 
+Shuffles are by random 64-bit keys from Philox, whose bit stream is fixed for good; numpy's own shuffles are not.
 A rank takes a contiguous run of slots, so a node reads its groups' shards alone. Why not webdataset's or torch's own
 shuffling: their order depends on the number of ranks and workers, and cannot be entered in the middle.
 """
