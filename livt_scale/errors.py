@@ -10,6 +10,7 @@
     │   └── SampleError       one image cannot be read: shard, offset and key
     ├── RunError              while a run is opened or trained
     │   ├── RunBusyError      another process works in this run directory
+    │   ├── Preempted         not a failure: a signal came, the run is saved (exit code 85)
     │   └── NonFiniteError    loss or gradient is NaN or infinite: the sample keys of the batch
     ├── CheckpointError       while a checkpoint is written or read
     │   ├── CheckpointDamaged a file is missing, changed or cut: which one
@@ -75,6 +76,10 @@ class RunError(LivtError):
 
 class RunBusyError(RunError):
     pass
+
+
+class Preempted(RunError):
+    exit_code = EXIT_PREEMPTED
 
 
 class NonFiniteError(RunError):
