@@ -1,0 +1,147 @@
+"""Stage 2's network: timm's VisionTransformer with mean pooling, as LiVT fine-tunes it, and how it takes MAE's weights.
+
+The state dict is timm's, so an export is plain timm. Two things differ from timm's own: the initialisation (MAE's; a
+head of almost zero, so that training starts from equal odds), and stochastic depth, whose coin is thrown by the
+caller: `drop` holds one uniform number for each image and residual branch, so that a run's coins belong to its samples
+and not to a rank. `drop[b, 2k]` decides the attention of block k for image b, `drop[b, 2k + 1]` its MLP.
+
+Source: LiVT, arXiv 2212.02015, section 4; MAE, arXiv 2111.06377, A.2; stochastic depth, arXiv 1603.09382.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from livt_scale.errors import CheckpointMismatch
+from livt_scale.models.mae import reset_encoder
+from livt_scale.models.sizes import LAYER_NORM, vit_args
+from livt_scale.recipe import Model
+
+# What may be left over in a pretrained state, and what fine-tuning makes anew. Everything else must match.
+LEFT = re.compile(r"decoder_.*|mask_token|norm\.(weight|bias)")
+MADE = re.compile(r"(fc_norm|head)\.(weight|bias)")
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Names of the tensors: taken from the pretrained state, left there, made anew, resized to another grid."""
+
+    used: tuple[str, ...]
+    left: tuple[str, ...]
+    made: tuple[str, ...]
+    resized: tuple[str, ...] = ()
+
+
+def build_classifier(model: Model, *, num_classes: int, drop_path: float) -> Classifier:
+    """The classifier of a recipe's `model`, freshly initialised from torch's global generator."""
+    return Classifier(model, num_classes=num_classes, drop_path=drop_path)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of one residual branch: a sample's branch is 0, or scaled by 1 / keep. Identity in evaluation.
+
+    `uniforms` `[B]` is set before each forward pass and stays until the next, for activation checkpointing runs the
+    branch a second time during the backward pass.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.uniforms: Tensor | None = None
+
+    def forward(self, branch: Tensor) -> Tensor:  # [B, tokens, D]
+        if not self.training or self.rate == 0:
+            return branch
+        keep = 1 - self.rate
+        assert self.uniforms is not None, "stochastic depth in training needs `drop`"
+        assert len(self.uniforms) == len(branch), (self.uniforms.shape, branch.shape)
+        scale = (self.uniforms < keep).to(branch.dtype) / keep
+        return branch * scale.view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class Classifier(VisionTransformer):
+    """Logits of images. In training with a drop path above 0, `forward` needs `drop`."""
+
+    def __init__(self, model: Model, *, num_classes: int, drop_path: float) -> None:
+        super().__init__(
+            **vit_args(model), num_classes=num_classes, global_pool="avg", norm_layer=LAYER_NORM, weight_init="skip"
+        )
+        depth = len(self.blocks)
+        for k, block in enumerate(self.blocks):
+            rate = drop_path * k / max(depth - 1, 1)  # linear over depth, as timm: none in the first block
+            block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+        self.drop_path = drop_path
+        reset_encoder(self)
+        trunc_normal_(self.head.weight, std=2e-5)
+
+    def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Images float `[B, C, H, W]` to logits `[B, num_classes]`.
+
+        `drop`: uniform numbers in [0, 1) `[B, 2·depth]`, of use in training alone.
+        """
+        if self.training and self.drop_path > 0:
+            assert drop is not None, "a classifier with drop path needs `drop` in training, or eval()"
+            assert drop.shape == (len(images), 2 * len(self.blocks)), (tuple(drop.shape), len(self.blocks))
+            for k, block in enumerate(self.blocks):
+                block.drop_path1.uniforms, block.drop_path2.uniforms = drop[:, 2 * k], drop[:, 2 * k + 1]
+        return self.forward_head(self.forward_features(images))
+
+
+@torch.no_grad()
+def load_encoder(classifier: Classifier, mae_state: Mapping[str, Tensor]) -> LoadReport:
+    """Copy the encoder of a masked autoencoder into `classifier`, in place, and say what went where.
+
+    Strict: only the decoder, the mask token and the encoder's last norm may be left over, only the pooled norm and the
+    head may be missing (they keep their values). Positions of another grid are resampled (bicubic, as LiVT for 384 px).
+    Raises CheckpointMismatch with every name that does not fit, and where not one tensor matched.
+    """
+    own = classifier.state_dict()
+    used = [name for name in own if name in mae_state and not MADE.fullmatch(name)]
+    made = [name for name in own if MADE.fullmatch(name)]
+    left = [name for name in mae_state if name not in used]
+    if not used:
+        raise CheckpointMismatch(
+            f"no tensor of the pretrained weights ({len(left)} names) belongs to this classifier",
+            remedy=f"they should be named like {next(iter(own))!r}; found for example {next(iter(left), 'nothing')!r}",
+        )
+    source = {name: mae_state[name] for name in used}
+    resized = _resize_positions(source, classifier)
+    wrong = [f"{name} is missing" for name in own if name not in mae_state and name not in made]
+    wrong += [f"{name} has no place" for name in left if not LEFT.fullmatch(name)]
+    wrong += [
+        f"{name} is {list(source[name].shape)}, the model's {list(own[name].shape)}"
+        for name in used
+        if source[name].shape != own[name].shape
+    ]
+    if wrong:
+        raise CheckpointMismatch(
+            f"the pretrained encoder does not fit: {'; '.join(wrong[:8])}{' …' if len(wrong) > 8 else ''}",
+            remedy="use the same model (size, patch, channels) in both stages",
+        )
+    for name in used:
+        own[name].copy_(source[name])
+    return LoadReport(tuple(used), tuple(left), tuple(made), resized)
+
+
+def _resize_positions(source: dict[str, Tensor], classifier: Classifier) -> tuple[str, ...]:
+    """Resample `pos_embed` in `source` where only its grid differs; the names that were."""
+    given, own = source.get("pos_embed"), classifier.pos_embed
+    if given is None or given.ndim != 3 or given.shape[1] == own.shape[1] or given.shape[2] != own.shape[2]:
+        return ()
+    grid = round((given.shape[1] - 1) ** 0.5)
+    if grid**2 != given.shape[1] - 1:
+        return ()  # no square: the comparison of shapes will name it
+    source["pos_embed"] = resample_abs_pos_embed(
+        given, list(classifier.patch_embed.grid_size), [grid, grid], num_prefix_tokens=1, antialias=False
+    )
+    return ("pos_embed",)
