@@ -1,0 +1,49 @@
+"""One random generator for each sample and purpose, and nothing random besides.
+
+A crop, a mask or a mixup ratio is a function of (run seed, epoch, sample key, purpose). It does not know the rank,
+the worker, the place in the batch or what was drawn before it, so a run that is resumed, or continued on another
+number of GPUs, draws the same numbers, and no two epochs, samples or purposes share theirs:
+
+    sample_rng(7, 3, "img-12", "crop").random()    # the same float everywhere, always
+
+Philox (Salmon et al. 2011) is counter-based: any key gives a good stream at once, without a warm-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+
+def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:
+    """The generator for one `purpose` ("crop", "noise", "mix" …) of the sample `key` in `epoch`."""
+    return np.random.Generator(np.random.Philox(key=_digest(seed, epoch, key, purpose)))
+
+
+def _digest(seed: int, epoch: int, key: str, purpose: str) -> int:
+    """128 bits of BLAKE2b; lengths go first, so that ("ab", "c") and ("a", "bc") differ."""
+    name, use = key.encode("utf-8", "surrogateescape"), purpose.encode()
+    head = struct.pack("<QQII", seed & 0xFFFFFFFFFFFFFFFF, epoch, len(name), len(use))
+    return int.from_bytes(hashlib.blake2b(head + name + use, digest_size=16).digest(), "little")
+
+
+@contextlib.contextmanager
+def global_rngs_from(rng: np.random.Generator) -> Iterator[None]:
+    """Seed Python's and NumPy's global generators from `rng` inside the block; put them back after it.
+
+    For libraries that draw from the globals (timm's RandAugment), so that they too depend on the sample alone.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    python_seed, numpy_seed = rng.integers(0, 2**32, size=2).tolist()
+    try:
+        random.seed(python_seed)
+        np.random.seed(numpy_seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
