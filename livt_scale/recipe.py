@@ -38,8 +38,8 @@ class RecipePart(BaseModel):
 class Data(RecipePart):
     """Which shards, and how they are read."""
 
-    train: str = Field(description="folder of the training shards (the one with manifest.json)")
-    val: str | None = Field(None, description="folder of the evaluation shards; None: no evaluation")
+    train: str = Field(min_length=1, description="folder of the training shards (the one with manifest.json)")
+    val: str | None = Field(None, min_length=1, description="folder of the evaluation shards; None: no evaluation")
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="of the pixels in [0, 1], one a channel")
     std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
     many_over: PositiveInt = Field(100, description="many-shot: classes with more training images than this")

@@ -1,36 +1,34 @@
 """Recipes on disk: YAML, `extends:`, `--set a.b=c`, and errors that name file, line and nearest valid name.
 
-    extends: ../base/vit.yaml       # or a list; what stands here wins, part by part; `null` takes a part away
+    extends: ../base/livt.yaml      # or a list; what stands here wins, part by part; `null` takes a stage away
     data: {train: shards/x/train}   # a relative path is looked for here, then beside and above the recipe file
 
-Every value remembers where it was written (`Origin`), so that a mistake in a base recipe is reported there.
+Every value remembers where it was written (`Tree.origins`), so that a mistake in a base recipe is reported there.
+Reading the YAML itself, plain values alone and nothing ever executed, is `livt_scale.recipe_yaml`'s.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import os
+import types
+import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from livt_scale.errors import RecipeError, UsageError, nearest
 from livt_scale.recipe import STAGES, Recipe
-
-Where = tuple[str | int, ...]  # a path into the tree: ("stages", "pretrain", "epochs")
-
-
-@dataclass
-class Tree:
-    """Plain values, and for each path the place where it was written ("file.yaml, line 3" or "--set a.b")."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    origins: dict[Where, str] = field(default_factory=dict)
+from livt_scale.recipe_yaml import Tree, Where, dump, parse, parse_value
 
 
-def load_recipe(path: str | Path, *, sets: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """The recipe in `path` with `sets` ("a.b=c") laid over it, checked. Raises RecipeError."""
+def load_recipe(path: str | Path, *, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path` with `sets` ("a.b=c") laid over it, checked.
+
+    Raises RecipeError; UsageError for one of the `sets` that cannot be laid.
+    """
     path = Path(path)
     tree = _read(path, seen=())
     for text in sets:
@@ -41,137 +39,251 @@ def load_recipe(path: str | Path, *, sets: list[str] | tuple[str, ...] = ()) -> 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the resolved recipe as YAML. The caller sees to the temporary name."""
-    path.write_text(to_yaml(recipe))
+    path.write_text(to_yaml(recipe), encoding="utf-8")
 
 
 def to_yaml(recipe: Recipe) -> str:
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The whole recipe, defaults and all; `load_recipe` reads it back to the same values."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+# --- files and `extends` ---
 
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
+    """The tree of `path` laid over the trees that it extends; `seen`: the files on the way here."""
     real = path.resolve()
     if real in seen:
-        raise RecipeError(f"{path}: `extends` goes round in a circle: {' -> '.join(p.name for p in (*seen, real))}")
-    try:
-        text = path.read_text()
-    except FileNotFoundError:
-        options = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-        hint = nearest(str(path), options) if options else "give the path of a YAML file, as recipes/…/….yaml"
-        raise RecipeError(f"there is no recipe {path}", remedy=hint) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"the recipe {path} cannot be read: {error}") from error
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}{line}: not YAML: {getattr(error, 'problem', error)}") from error
-    if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path}: a recipe is a mapping of names to values")
-    own = Tree()
-    own.values = _walk(node, (), path, own.origins)
-    bases = own.values.pop("extends", [])
+        chain = " -> ".join(p.name for p in (*seen[seen.index(real) :], real))
+        raise RecipeError(f"{path}: `extends` goes round in a circle: {chain}", remedy="take one of them out")
+    own = parse(_text(path), path)
+    where = own.origins.get(("extends",), str(path))
     tree = Tree()
-    for base in [bases] if isinstance(bases, str) else bases:
-        _merge(tree, _read(path.parent / base, seen=(*seen, real)))
-    _merge(tree, own)
+    for base in _bases(own.values.pop("extends", []), where):
+        file = _beside(path, base)
+        if not file.is_file():
+            raise RecipeError(f"{where}: extends {base}, but there is no such file", remedy=_near(file))
+        _lay_over(tree, _read(file, seen=(*seen, real)))
+    _lay_over(tree, own)
     return tree
 
 
-def _walk(node: yaml.Node, where: Where, path: Path, origins: dict[Where, str]) -> Any:
-    origins[where] = f"{path}, line {node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            line = f"{path}, line {key_node.start_mark.line + 1}"
-            if key in values:
-                raise RecipeError(f"{line}: {'.'.join(map(str, (*where, key)))} is given twice", remedy="keep one")
-            values[key] = _walk(value_node, (*where, key), path, origins)
-            origins[(*where, key)] = line
-        return values
-    if isinstance(node, yaml.SequenceNode):
-        return [_walk(child, (*where, k), path, origins) for k, child in enumerate(node.value)]
+def _bases(extends: Any, where: str) -> list[str]:
+    bases = [extends] if isinstance(extends, str) else extends
+    if not isinstance(bases, list) or not all(isinstance(b, str) and b for b in bases):
+        raise RecipeError(
+            f"{where}: extends is {extends!r}", remedy="give the path of a recipe file, or a list of them"
+        )
+    return bases
+
+
+def _beside(path: Path, base: str) -> Path:
+    """`base` as seen from `path`, without `..` on the way where that is the same file (a link may lead elsewhere)."""
+    direct = path.parent / base
+    short = Path(os.path.normpath(direct))
+    return short if short.resolve() == direct.resolve() else direct
+
+
+def _text(path: Path) -> str:
     try:
-        return yaml.safe_load(yaml.serialize(node, Dumper=yaml.SafeDumper))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{origins[where]}: a value that is not plain YAML: {node.tag}") from error
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {path}", remedy=_near(path)) from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path} is not a recipe: not a text file in UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        said = getattr(error, "strerror", None) or error
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {said}") from error
 
 
-def _merge(base: Tree, over: Tree) -> None:
-    def laid(under: Any, top: Any) -> Any:
+def _near(path: Path) -> str:
+    options = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    return nearest(str(path), options) if options else "give the path of a YAML file, such as recipes/SET/SIZE.yaml"
+
+
+def _lay_over(base: Tree, over: Tree) -> None:
+    """Put `over` on `base` in place: parts are joined name by name, anything else is replaced."""
+
+    def laid(under: Any, top: Any, where: Where) -> Any:
         if isinstance(under, dict) and isinstance(top, dict):
-            return {**under, **{k: laid(under.get(k), v) for k, v in top.items()}}
+            return {**under, **{key: laid(under.get(key), value, (*where, key)) for key, value in top.items()}}
+        _forget_below(base, where)
         return top
 
-    base.values = laid(base.values, over.values)
+    base.values = laid(base.values, over.values, ())
     base.origins.update(over.origins)
+
+
+def _forget_below(tree: Tree, where: Where) -> None:
+    """A value is replaced: what stood in it is written nowhere any more."""
+    depth = len(where)
+    for path in [p for p in tree.origins if len(p) > depth and p[:depth] == where]:
+        del tree.origins[path]
+
+
+# --- `--set` ---
 
 
 def _apply_set(tree: Tree, text: str) -> None:
     name, equals, raw = text.partition("=")
-    if not equals or not name:
-        raise UsageError(f"--set {text}: not of the form a.b=value")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise UsageError(
+            f"--set {text!r} is not of the form a.b=value", remedy="for example --set stages.finetune.epochs=30"
+        )
+    if not raw.strip():
+        raise UsageError(f"--set {name}= has no value", remedy="give one, or null for none")
+    if keys == ["extends"]:
+        raise UsageError("--set extends=…: only a file can extend another", remedy="write a recipe that extends both")
+    for where in _expand(keys, tree):
+        _put(tree, where, _set_value(where, raw, text), origin=f"--set {name}")
+
+
+def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
+    """`stages.*.epochs` stands for every stage that the recipe runs; anything else for itself."""
+    if keys[:2] != ["stages", "*"]:
+        return [keys]
+    stages = tree.values.get("stages")
+    present = [s for s in STAGES if isinstance(stages, dict) and stages.get(s) is not None]
+    if not present:
+        raise UsageError(f"--set {'.'.join(keys)}: the recipe has no stage", remedy="name one: stages.pretrain.…")
+    return [["stages", stage, *keys[2:]] for stage in present]
+
+
+def _set_value(where: list[str], raw: str, text: str) -> Any:
+    """`raw` as YAML; but as it stands where the recipe wants text: a path may hold `: `, `#` or look like a number."""
+    if str in _types_at(where) and raw not in ("null", "~"):
+        return raw
     try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {text}: the value is not YAML") from error
-    keys = name.split(".")
-    if len(keys) > 1 and keys[0] == "stages" and keys[1] == "*":
-        for stage in STAGES:
-            if tree.values.get("stages", {}).get(stage) is not None:
-                _put(tree, ["stages", stage, *keys[2:]], value, origin=f"--set {name}")
-    else:
-        _put(tree, keys, value, origin=f"--set {name}")
+        return parse_value(raw)
+    except RecipeError as error:
+        remedy = error.remedy or "give the value as YAML would have it"
+        raise UsageError(f"--set {text}: {error.message}", remedy=remedy) from error
 
 
 def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
     node = tree.values
-    for depth, key in enumerate(keys[:-1]):
-        child = node.setdefault(key, {})
-        if child is None:  # `finetune: null`, and now a part of it is wanted
+    for depth, key in enumerate(keys[:-1], start=1):
+        child = node.get(key)
+        if child is None:  # not there, or taken away by `null`; and now a part of it is wanted
             child = node[key] = {}
+            tree.origins[tuple(keys[:depth])] = origin
         if not isinstance(child, dict):
-            raise RecipeError(f"{origin}: {'.'.join(keys[: depth + 1])} is a value, it has no parts")
+            raise UsageError(f"{origin}: {'.'.join(keys[:depth])} is {child!r}, a value: it has no parts")
         node = child
     node[keys[-1]] = value
+    _forget_below(tree, tuple(keys))
     tree.origins[tuple(keys)] = origin
+
+
+# --- checking, and telling what is wrong ---
+
+_PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "a valid string": "text"}
 
 
 def _validate(tree: Tree, path: Path) -> Recipe:
     try:
-        return Recipe.model_validate(tree.values)
+        # by way of JSON: strict (no "12" or true for 12), yet a list is a tuple
+        return Recipe.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         lines = [_explain(e, tree, path) for e in error.errors(include_url=False)]
         raise RecipeError("\n".join(dict.fromkeys(lines))) from None
 
 
 def _explain(error: Any, tree: Tree, path: Path) -> str:
+    """One line of one mistake: where it was written, the field, what is wrong, what would be right."""
     where: Where = tuple(error["loc"])
-    name = ".".join(map(str, where)) or "recipe"
-    origin = next((tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins), str(path))
+    name, given = _dotted(where), _shown(error["input"])
+    if error["type"] == "value_error":  # a rule over a whole part: its message starts with the field
+        said = str(error["ctx"]["error"])
+        field = (*where, *said.split(" ", 1)[0].split("."))
+        prefix = f"{name}." if where else ""
+        return f"{_origin(field if field in tree.origins else where, tree, path)}: {prefix}{said}"
+    origin = _origin(where, tree, path)
     if error["type"] == "extra_forbidden":
-        return f"{origin}: there is no field {name}: {nearest(str(where[-1]), _fields_at(where[:-1]))}"
+        return f"{origin}: there is no field {name}: {_hint(where)}"
     if error["type"] == "missing":
         return f"{origin}: {name} is missing and has no default"
-    if error["type"] == "value_error":
-        said = str(error["ctx"]["error"])
-        return f"{origin}: {name}: {said}"
     if error["type"] == "literal_error":
         names = [n.strip().strip("'") for n in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        return f"{origin}: {name} is {error['input']!r}: {nearest(str(error['input']), names)}"
-    said = error["msg"][0].lower() + error["msg"][1:]
-    return f"{origin}: {name} is {error['input']!r}: {said}"
+        return f"{origin}: {name} is {given}: {nearest(str(error['input']), names)}"
+    if error["type"] == "json_invalid":  # the one text that YAML or a shell can hold and JSON cannot
+        raise UsageError(f"{path}: a value or a name is not UTF-8 text")
+    if error["type"] in ("model_type", "model_attributes_type"):
+        if not where:
+            return f"{origin}: a recipe is a mapping of names to values, not {given}"
+        fields = ", ".join(_fields_at(where))
+        return f"{origin}: {name} is {given}, but it is a part with fields of its own: {fields}"
+    said = error["msg"].removeprefix("Input ")
+    for theirs, ours in (
+        ("a valid boolean", "true or false"),
+        ("a valid array", "a list"),
+        ("a valid tuple", "a list"),
+    ):
+        said = said.replace(theirs, ours)
+    return f"{origin}: {name} is {given}: {said[0].lower()}{said[1:]}"
+
+
+def _origin(where: Where, tree: Tree, path: Path) -> str:
+    known = (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins)
+    return next(known, str(path))
+
+
+def _dotted(where: Where) -> str:
+    return ".".join(map(str, where)) or "recipe"
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _hint(where: Where) -> str:
+    """The nearest field of the same part; else the places where a field of this very name stands; else all fields."""
+    name, fields = str(where[-1]), _fields_at(where[:-1])
+    said = nearest(name, fields)
+    elsewhere = [_dotted(path) for path in _all_fields() if path[-1] == name]
+    if not said.startswith("did you mean") and elsewhere:
+        return f"did you mean {' or '.join(repr(e) for e in elsewhere)}?"
+    return said
 
 
 def _fields_at(where: Where) -> list[str]:
-    """The fields that a part of the recipe has: `stages.pretrain` -> epochs, global_batch, …"""
-    part: type[BaseModel] = Recipe
+    """The fields that a part of the recipe has: `stages.pretrain` -> epochs, …; none for a plain value."""
+    part = _part_at(where)
+    return list(part.model_fields) if part else []
+
+
+def _part_at(where: Sequence[str | int]) -> type[BaseModel] | None:
+    part: type[BaseModel] | None = Recipe
     for key in where:
-        annotation = part.model_fields[str(key)].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        part = next(o for o in options if isinstance(o, type) and issubclass(o, BaseModel))
-    return list(part.model_fields)
+        if part is None or key not in part.model_fields:
+            return None
+        options = _options(part.model_fields[str(key)].annotation)
+        part = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return part
+
+
+def _types_at(where: Sequence[str]) -> tuple[Any, ...]:
+    """What a field may be, as Python types: (str, NoneType) for `data.val`; nothing for a field that is not there."""
+    part = _part_at(where[:-1])
+    return _options(part.model_fields[where[-1]].annotation) if part and where[-1] in part.model_fields else ()
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(o for a in typing.get_args(annotation) for o in _options(a))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _options(typing.get_args(annotation)[0])
+    return (annotation,)
+
+
+def _all_fields(where: Where = ()) -> list[Where]:
+    here = [(*where, name) for name in _fields_at(where)]
+    return [path for field in here for path in (field, *_all_fields(field))]
+
+
+# --- the data's folders ---
 
 
 def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
