@@ -50,7 +50,7 @@ def param_groups(
 
 
 def layer_of(name: str, *, depth: int) -> int:
-    """The layer, 0 to depth + 1, of a ViT's parameter: patches, tokens and positions 0, block k k + 1, the rest last."""
+    """Layer of a ViT's parameter: patches, tokens, positions 0; block k has k + 1; the rest, depth + 1."""
     if name in TOKENS_AND_POSITIONS or name.startswith("patch_embed."):
         return 0
     if block := BLOCK.match(name):

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from livt_scale.errors import UsageError
@@ -180,7 +180,7 @@ class MaskedAutoencoder(nn.Module):
         return batch, patches // self.grid, patches % self.grid
 
 
-def reset_encoder(model: nn.Module) -> None:
+def reset_encoder(model: MaskedAutoencoder | VisionTransformer) -> None:
     """Initialise a ViT in place as the MAE code does: linear layers, norms, patch embedding, class token, positions.
 
     Xavier uniform for linear layers and for the patch embedding as one flat linear layer; biases 0, but the patch
