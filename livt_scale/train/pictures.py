@@ -65,8 +65,11 @@ def reconstructions(
 def confusion(report: dict[str, Any], class_names: Sequence[str], path: Path) -> None:
     """Draw `report["confusion"]` ([C, C] counts, row: true class, column: predicted) as shares of each row.
 
-    Up to 20 classes are named and numbered; above, a cell is a few pixels; above 1000, an average of cells.
+    Up to 20 classes are named and numbered; above, a cell is a few pixels; above 1000, an average of cells. Draws
+    nothing where the report has no matrix (it has none above `metrics.MAX_CONFUSION_CLASSES`).
     """
+    if report["confusion"] is None:
+        return
     counts = np.asarray(report["confusion"], dtype=np.float64)
     assert counts.shape == (len(class_names), len(class_names)), counts.shape
     # a class without samples has an empty row

@@ -1,0 +1,163 @@
+"""Evaluation: accuracy by group, per class, calibration and confusion, each sample counted exactly once.
+
+    rank 0 of 2   samples 0 2 4 6 8        counts ─┐
+    rank 1 of 2   samples 1 3 5 7          counts ─┴─ sum ─► top1 = right / 9
+
+Ranks may hold different numbers of batches: nothing is padded, and no rank waits for another inside the loop; the
+counts are summed once at the end. So the score does not depend on the world size (as with a padding sampler, or with
+means of batch means, it would). The sum must give the set's number of samples, or it is an error.
+
+Groups come from the counts of the *training* set; the classes of both sets must be the same, in the same order. The
+report says which data and which weights it is about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from livt_scale.data.loader import eval_batches, normalise
+from livt_scale.data.manifest import ShardSet
+from livt_scale.durable import write_whole
+from livt_scale.errors import DataError, RunError
+from livt_scale.metrics import Tally
+from livt_scale.parallel.topology import World, all_or_none
+from livt_scale.recipe import Recipe
+
+FORMAT = "livt-eval"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class TrainingClasses:
+    """What the model was trained to tell apart, and from how many images of each."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]  # usable images; the groups and the loss prior come from them
+    where: str  # for messages: the folder, or the export that says so
+
+    @classmethod
+    def of(cls, shards: ShardSet) -> TrainingClasses:
+        counts = tuple(int(n) for n in shards.class_counts)
+        return cls(tuple(shards.manifest.class_names), counts, str(shards.folder))
+
+
+def evaluate(
+    model: nn.Module,
+    shards: ShardSet,
+    recipe: Recipe,
+    *,
+    world: World,
+    classes: TrainingClasses | None = None,
+    batch: int | None = None,
+) -> dict[str, Any]:
+    """The report of `model` (a Classifier on `world.device`, not wrapped) on `shards`; the same on every rank.
+
+    classes: None: those of the recipe's training set. batch: images a forward pass; None: the micro-batch of
+    fine-tuning. `model` is left in the mode it was in. Raises DataError where the classes differ, and on every rank
+    what goes wrong on one.
+    """
+    classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train))
+    check_same_classes(shards, classes)
+    tally = Tally(shards.num_classes, device=world.device)
+    error: Exception | None = None
+    was_training = model.training
+    model.eval()
+    try:
+        _count(model, shards, recipe, world=world, tally=tally, batch=batch or _micro_batch(recipe))
+    except Exception as raised:
+        error = raised
+    finally:
+        model.train(was_training)
+    all_or_none(world, error)
+    if world.world_size > 1:
+        for sums in tally.tensors():
+            dist.all_reduce(sums)
+    report = tally.report(classes.counts, many_over=recipe.data.many_over, few_under=recipe.data.few_under)
+    if report["num_samples"] != shards.num_samples:
+        raise RunError(f"{shards.folder}: {report['num_samples']} samples counted of {shards.num_samples}")
+    return {**report, "precision": recipe.parallel.precision, "data": data_lineage(shards)}
+
+
+def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
+    """Raise DataError where nothing can be evaluated, or unless the classes of `shards` are `classes`, in that order: a label is a row of the head."""
+    names = tuple(shards.manifest.class_names)
+    if not shards.num_samples:
+        raise DataError(f"{shards.folder} holds no usable sample to evaluate on", remedy="give another set")
+    if names == classes.names:
+        return
+    if sorted(names) == sorted(classes.names):
+        first = next(k for k, pair in enumerate(zip(names, classes.names, strict=True)) if pair[0] != pair[1])
+        what = f"the same names in another order: class {first} is {names[first]!r} against {classes.names[first]!r}"
+    else:
+        extra, lacking = _some(set(names) - set(classes.names)), _some(set(classes.names) - set(names))
+        what = f"{len(names)} against {len(classes.names)}; only in the first: {extra}; only in the second: {lacking}"
+    raise DataError(
+        f"{shards.folder} and {classes.where} do not have the same classes: {what}",
+        remedy="build the evaluation set from the same list of classes as the training set",
+    )
+
+
+def data_lineage(shards: ShardSet) -> dict[str, Any]:
+    """Which data: name, folder, and the digest of its manifest (and quarantine), which changes with any of them."""
+    return {
+        "name": shards.manifest.name,
+        "folder": str(shards.folder),
+        "manifest_digest": shards.digest,
+        "num_samples": shards.num_samples,
+    }
+
+
+def weights_lineage(facts: dict[str, Any], *, step: int, epoch: int, checkpoint: str) -> dict[str, Any]:
+    """Which weights: the checkpoint's name, its position, the digest of what it learnt from, and how it began.
+
+    `facts` are those of the checkpoint (`train.state.run_facts`).
+    """
+    return {
+        "stage": facts["stage"],
+        "checkpoint": checkpoint,
+        "position": {"epoch": epoch, "step": step},
+        "recipe_digest": facts["recipe_digest"],
+        "trained_on": facts["learnt_from"].get("data.manifest"),
+        "init": facts.get("init"),
+    }
+
+
+def write_eval(report: dict[str, Any], path: Path, *, weights: dict[str, Any]) -> None:
+    """Write `report` of `evaluate` as eval.json, whole or not at all; `weights`: what was evaluated, and its origin."""
+    write_whole(path, eval_json(report, weights=weights))
+
+
+def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
+    """The contents of eval.json: one spelling, no NaN, a long list on one line."""
+    body = {"format": FORMAT, "version": VERSION, **report, "weights": weights}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in body.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _count(model: nn.Module, shards: ShardSet, recipe: Recipe, *, world: World, tally: Tally, batch: int) -> None:
+    mean, std = recipe.data.mean, recipe.data.std
+    half = recipe.parallel.precision == "bf16"
+    for own in eval_batches(shards, recipe, rank=world.rank, world_size=world.world_size, batch=batch):
+        on_device = own.to(world.device)
+        images = normalise(on_device.images, mean, std, torch.float32)
+        with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=half):
+            logits = model(images)
+        tally.update(logits, on_device.labels)
+
+
+def _micro_batch(recipe: Recipe) -> int:
+    part = recipe.stages.finetune
+    return part.micro_batch if part else 64
+
+
+def _some(names: Sequence[str] | set[str]) -> str:
+    shown = ", ".join(repr(n) for n in sorted(names)[:5])
+    return f"{shown}{', …' if len(names) > 5 else ''}" or "none"
