@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 
 from livt_scale.errors import RecipeError, UsageError, nearest
 from livt_scale.recipe import STAGES, Recipe
-from livt_scale.recipe_yaml import Tree, Where, dump, parse, parse_value
+from livt_scale.recipe_yaml import Tree, Where, dump, parse, parse_value, shown
 
 
 def load_recipe(path: str | Path, *, sets: Sequence[str] = ()) -> Recipe:
@@ -52,12 +52,12 @@ def to_yaml(recipe: Recipe) -> str:
 
 def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
     """The tree of `path` laid over the trees that it extends; `seen`: the files on the way here."""
-    real = path.resolve()
+    text, real = _text(path), path.resolve()
     if real in seen:
         chain = " -> ".join(p.name for p in (*seen[seen.index(real) :], real))
-        raise RecipeError(f"{path}: `extends` goes round in a circle: {chain}", remedy="take one of them out")
-    own = parse(_text(path), path)
-    where = own.origins.get(("extends",), str(path))
+        raise RecipeError(f"{shown(path)}: `extends` goes round in a circle: {chain}", remedy="take one of them out")
+    own = parse(text, path)
+    where = own.origins.get(("extends",), shown(path))
     tree = Tree()
     for base in _bases(own.values.pop("extends", []), where):
         file = _beside(path, base)
@@ -70,7 +70,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
 
 def _bases(extends: Any, where: str) -> list[str]:
     bases = [extends] if isinstance(extends, str) else extends
-    if not isinstance(bases, list) or not all(isinstance(b, str) and b for b in bases):
+    if not isinstance(bases, list) or not all(isinstance(b, str) and b and "\0" not in b for b in bases):
         raise RecipeError(
             f"{where}: extends is {extends!r}", remedy="give the path of a recipe file, or a list of them"
         )
@@ -88,12 +88,12 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {path}", remedy=_near(path)) from None
+        raise RecipeError(f"there is no recipe {shown(path)}", remedy=_near(path)) from None
     except UnicodeDecodeError:
-        raise RecipeError(f"{path} is not a recipe: not a text file in UTF-8") from None
+        raise RecipeError(f"{shown(path)} is not a recipe: not a text file in UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         said = getattr(error, "strerror", None) or error
-        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {said}") from error
+        raise RecipeError(f"the recipe {shown(path)} cannot be read: {said}") from error
 
 
 def _near(path: Path) -> str:
@@ -208,7 +208,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
         names = [n.strip().strip("'") for n in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{origin}: {name} is {given}: {nearest(str(error['input']), names)}"
     if error["type"] == "json_invalid":  # the one text that YAML or a shell can hold and JSON cannot
-        raise UsageError(f"{path}: a value or a name is not UTF-8 text")
+        raise UsageError(f"{shown(path)}: a value or a name is not UTF-8 text")
     if error["type"] in ("model_type", "model_attributes_type"):
         if not where:
             return f"{origin}: a recipe is a mapping of names to values, not {given}"
@@ -226,7 +226,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
 
 def _origin(where: Where, tree: Tree, path: Path) -> str:
     known = (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins)
-    return next(known, str(path))
+    return next(known, shown(path))
 
 
 def _dotted(where: Where) -> str:

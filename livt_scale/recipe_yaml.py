@@ -62,13 +62,19 @@ def dump(values: dict[str, Any]) -> str:
 
 def parse(text: str, path: Path) -> Tree:
     """The mapping in `text`, the content of the file `path`, with the line of each value. Raises RecipeError."""
-    node = _compose(text, str(path))
+    file = shown(path)
+    node = _compose(text, file)
     if node is None:
-        raise RecipeError(f"{path} is empty", remedy="a recipe has at least name, data and stages")
+        raise RecipeError(f"{file} is empty", remedy="a recipe has at least name, data and stages")
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{path}, line {node.start_mark.line + 1}: a recipe is a mapping of names to values")
-    reader = _Reader(str(path))
+        raise RecipeError(f"{file}, line {node.start_mark.line + 1}: a recipe is a mapping of names to values")
+    reader = _Reader(file)
     return Tree(reader.read(node, ()), reader.origins)
+
+
+def shown(path: Path) -> str:
+    """The path as a message shows it: on one line, whatever is in its name."""
+    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def parse_value(text: str) -> Any:

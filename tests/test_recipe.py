@@ -1,0 +1,95 @@
+"""What a recipe's values may be, and which of them a continued run must not change."""
+
+import pytest
+from pydantic import ValidationError
+
+from livt_scale.recipe import MODEL_SIZES, Finetune, Loss, Model, Recipe, digest, learnt_from
+
+
+def recipe(**parts):
+    return Recipe.model_validate(
+        {"name": "r", "data": {"train": "t"}, "stages": {"pretrain": {}, "finetune": {}}} | parts
+    )
+
+
+def test_defaults_are_the_papers_table():
+    pretrain, finetune = recipe().stages.pretrain, recipe().stages.finetune
+    assert (pretrain.epochs, pretrain.global_batch, pretrain.warmup_epochs) == (800, 4096, 40)
+    assert pretrain.peak_lr == pytest.approx(1.5e-4 * 4096 / 256)
+    assert (finetune.epochs, finetune.global_batch, finetune.layer_decay) == (100, 1024, 0.75)
+    assert finetune.loss == Loss(name="bal_bce", tau=None)
+
+
+@pytest.mark.parametrize("size", MODEL_SIZES)
+def test_every_size_is_a_possible_model(size):
+    width, depth, heads, patch_px = MODEL_SIZES[size]
+    model = Model(size=size, image_px=patch_px * 14)
+    assert model.dims == (width, depth, heads, patch_px)
+    assert model.num_patches == 14 * 14
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"image_px": 225}, "the nearest are 224 and 240"),
+        ({"image_px": 3}, "the nearest are 16 and 32"),
+        ({"heads": 7}, "does not divide the width 768"),
+        ({"width": 90, "heads": 3}, "multiple of 4"),
+        ({"decoder": {"width": 64, "heads": 3}}, "decoder.heads is 3"),
+    ],
+)
+def test_a_model_that_cannot_be_says_what_would_fit(fields, said):
+    with pytest.raises(ValidationError, match=said):
+        Model.model_validate(fields)
+
+
+def test_mixing_pairs_need_an_even_micro_batch_and_no_mixing_does_not():
+    with pytest.raises(ValidationError, match="micro_batch is 7"):
+        Finetune(micro_batch=7)
+    with pytest.raises(ValidationError, match="global_batch is 1023"):
+        Finetune(global_batch=1023)
+    assert Finetune(micro_batch=7, mixup=0, cutmix=0).micro_batch == 7
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ({}, "stages is empty"),
+        ({"finetune": {}}, "there is no stage pretrain"),
+        ({"pretrain": {"epochs": 2}}, "warmup_epochs is 40, more than epochs = 2"),
+        ({"pretrain": {"crop_scale": [0.9, 0.2]}}, "crop_scale"),
+        ({"pretrain": {"global_batch": 32}}, "micro_batch is 64, more than global_batch = 32"),
+        ({"finetune": {"init": "scratch", "loss": {"name": "ce", "tau": 1}}}, "tau has no effect"),
+    ],
+)
+def test_stages_that_cannot_be_are_refused(stages, said):
+    with pytest.raises(ValidationError, match=said):
+        recipe(stages=stages)
+
+
+def test_pixel_statistics_have_one_value_a_channel():
+    with pytest.raises(ValidationError, match=r"data.mean has 3 values for model.channels = 1"):
+        recipe(model={"channels": 1, "image_px": 224})
+
+
+def test_moving_files_and_work_leaves_the_digest_alone():
+    moved = {"name": "other", "run_dir": "/elsewhere", "data": {"train": "/copy/t", "workers": 9}}
+    moved |= {"parallel": {"strategy": "ddp"}, "checkpoint": {"every_steps": 3}, "log": {"every_steps": 1}}
+    moved |= {"stages": {"pretrain": {"micro_batch": 8}, "finetune": {"eval_every_epochs": 1}}}
+    for stage in ("pretrain", "finetune"):
+        assert digest(learnt_from(recipe(**moved), stage)) == digest(learnt_from(recipe(), stage))
+
+
+@pytest.mark.parametrize(
+    ("parts", "stages"),
+    [
+        ({"seed": 1}, {"pretrain", "finetune"}),
+        ({"model": {"size": "vit_s"}}, {"pretrain", "finetune"}),
+        ({"stages": {"pretrain": {"epochs": 801}, "finetune": {}}}, {"pretrain"}),
+        ({"stages": {"pretrain": {}, "finetune": {"loss": {"name": "ce"}}}}, {"finetune"}),
+    ],
+)
+def test_what_is_learnt_from_changes_the_digest_of_its_stage_alone(parts, stages):
+    before, after = recipe(), recipe(**parts)
+    changed = {s for s in ("pretrain", "finetune") if digest(learnt_from(before, s)) != digest(learnt_from(after, s))}
+    assert changed == stages
