@@ -1,0 +1,224 @@
+"""Crop, flip and augment one sample; every number it draws comes from (seed, epoch, key).
+
+    transform = TrainTransform(recipe, "pretrain")
+    transform(jpeg_bytes, slot, epoch=3, key="img-12")     # slot: uint8 [C, T, T], a place in the batch, is filled
+
+Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats, and `F.interpolate` has vector code
+for uint8 in channels-last order that is several times faster than Pillow's (benchmarks/loader.py). The geometry is
+torchvision's RandomResizedCrop, Resize and CenterCrop; the augmentation timm's RandAugment; so recipes from the
+papers mean here what they mean there. Two deviations, both stated at their place: large crops are decoded at half,
+quarter or eighth size, and random erasing draws its noise in the range of a pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from livt_scale.data.images import SHRINKS, BadImage, EncodedImage, Pixels, decode, open_image
+from livt_scale.data.seeds import global_rngs_from, sample_rng
+from livt_scale.errors import UsageError
+from livt_scale.recipe import Finetune, Recipe, Stage
+
+if TYPE_CHECKING:
+    from timm.data.auto_augment import RandAugment
+
+__all__ = ["BadImage", "Box", "EvalTransform", "TrainTransform", "decode", "draw_crop", "make_augment"]
+
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and both papers'
+CROP_TRIES = 10  # torchvision's
+ERASE_AREA = (0.02, 1 / 3)  # share of the image, timm's RandomErasing as MAE's fine-tuning calls it
+ERASE_ASPECT = (0.3, 1 / 0.3)
+EVAL_CROP = 0.875  # share of the resized shorter side that the centre crop takes, up to EVAL_CROP_UP_TO_PX
+EVAL_CROP_UP_TO_PX = 224
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of an image: rows [top, top + height), columns [left, left + width)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class TrainTransform:
+    """What happens to a training image: random resized crop, flip, and in fine-tuning RandAugment and erasing."""
+
+    def __init__(self, recipe: Recipe, stage: Stage) -> None:
+        part = recipe.stage(stage)
+        finetune = part if isinstance(part, Finetune) else None
+        self._seed = recipe.seed
+        self._channels = image_channels(recipe)
+        self._scale = part.crop_scale
+        self._flip = part.flip
+        self._erasing = finetune.random_erasing if finetune else 0.0
+        self._mean = np.array(recipe.data.mean, dtype=np.float32)
+        self._std = np.array(recipe.data.std, dtype=np.float32)
+        self._augment = (
+            make_augment(finetune.rand_augment, image_px=recipe.model.image_px, mean=recipe.data.mean)
+            if finetune and finetune.rand_augment
+            else None
+        )
+
+    def __call__(self, data: bytes, slot: torch.Tensor, *, epoch: int, key: str) -> None:
+        """Fill `slot`, uint8 [C, T, T] in channels-last order. Raises BadImage."""
+        image = open_image(data, channels=self._channels)
+        uniforms = sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist()
+        box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:])
+        resize(*cut(image, box, target_px=slot.shape[-1]), slot)
+        if self._flip and uniforms[0] < 0.5:
+            slot.copy_(slot[None].flip(-1)[0])
+        if self._augment is not None:
+            augment(slot, self._augment, sample_rng(self._seed, epoch, key, "augment"))
+        if self._erasing:
+            rng = sample_rng(self._seed, epoch, key, "erase")
+            erase(slot, rng, share=self._erasing, mean=self._mean, std=self._std)
+
+
+class EvalTransform:
+    """What happens to an evaluation image: the shorter side to T / 0.875 (above 224 px: to T), centre crop to T."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._channels = image_channels(recipe)
+        target_px = recipe.model.image_px
+        self._resized_px = int(target_px / EVAL_CROP) if target_px <= EVAL_CROP_UP_TO_PX else target_px
+
+    def __call__(self, data: bytes, slot: torch.Tensor) -> None:
+        """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
+        pixels = decode(data, channels=self._channels)
+        height, width = _shorter_side_to(*pixels.shape[:2], self._resized_px)
+        resized = _channels_last(height, width, self._channels)
+        resize(pixels, Box(0, 0, *pixels.shape[:2]), resized)
+        target_px = slot.shape[-1]  # torchvision's CenterCrop rounds half to even, so do we
+        top, left = round((height - target_px) / 2), round((width - target_px) / 2)
+        slot.copy_(resized[:, top : top + target_px, left : left + target_px])
+
+
+def image_channels(recipe: Recipe) -> int:
+    """1 (grey) or 3 (colour). Raises UsageError for a model of other channels: images have no others."""
+    if recipe.model.channels not in (1, 3):
+        raise UsageError(
+            f"model.channels is {recipe.model.channels}: images are read as grey (1) or colour (3)",
+            remedy="take 1 or 3",
+        )
+    return recipe.model.channels
+
+
+def draw_crop(height: int, width: int, *, scale: tuple[float, float], uniforms: list[float]) -> Box:
+    """torchvision's RandomResizedCrop.get_params from 22 uniforms: (area, aspect) for ten tries, then top and left.
+
+    An area from U(scale) and an aspect from exp(U(log 3/4, log 4/3)), until the box fits; after ten tries the
+    largest centre crop whose aspect lies in that range.
+    """
+    log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
+    for k in range(CROP_TRIES):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[2 * k])
+        aspect = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * uniforms[2 * k + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(u * n) for u, n in zip(uniforms[-2:], (height - h + 1, width - w + 1), strict=True))
+            return Box(top, left, h, w)
+    w, h = width, height
+    if width / height < ASPECT[0]:
+        h = round(width / ASPECT[0])
+    elif width / height > ASPECT[1]:
+        w = round(height * ASPECT[1])
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def cut(image: EncodedImage, box: Box, *, target_px: int) -> tuple[Pixels, Box]:
+    """Decode what `box` needs: (pixels, the box in them).
+
+    Where both sides of the box are at least 2, 4 or 8 times the target, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size, which libjpeg-turbo does in a fraction of the time. The box is then rounded to pixels of that size, so an
+    edge moves by at most half of one: a quarter of a percent of the crop at 224 px.
+    """
+    shrink = next((s for s in SHRINKS if image.shrinks and min(box.height, box.width) >= s * target_px), 1)
+    pixels = image.pixels(shrink=shrink)
+    if shrink == 1:
+        return pixels, box
+    top, left = round(box.top / shrink), round(box.left / shrink)
+    bottom, right = round((box.top + box.height) / shrink), round((box.left + box.width) / shrink)
+    return pixels, Box(top, left, bottom - top, right - left)
+
+
+def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
+    """Fill `slot` [C, h, w] with `box` of `pixels` [H, W, C], bicubic with antialias: Pillow's `resize` to within 1.
+
+    The operator that F.interpolate calls, with `out=`: written into a slot of the batch in channels-last order it
+    takes 128 µs for 320 x 330 -> 224 (one core), F.interpolate and a copy 179 µs.
+    """
+    crop = torch.from_numpy(pixels[box.top : box.top + box.height, box.left : box.left + box.width])
+    source = crop.permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w], a view
+    if source.shape[2:] == slot.shape[1:]:
+        slot.copy_(source[0])
+        return
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, slot.shape[1:], False, None, None, out=slot[None])
+
+
+def make_augment(notation: str, *, image_px: int, mean: tuple[float, ...]) -> RandAugment:
+    """timm's RandAugment, as `timm.data.create_transform` sets it up for MAE's fine-tuning. Raises UsageError."""
+    from timm.data.auto_augment import rand_augment_transform  # slow to import, and pretraining needs none
+
+    fill = tuple(min(255, round(255 * m)) for m in mean)  # for what turns or shears into the picture from outside
+    settings = {
+        "translate_const": int(image_px * 0.45),
+        "img_mean": fill if len(fill) > 1 else fill[0],
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        return rand_augment_transform(notation, settings)
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UsageError(
+            f"stages.finetune.rand_augment is {notation!r}, not timm's notation ({error or type(error).__name__})",
+            remedy="the papers take rand-m9-mstd0.5-inc1",
+        ) from error
+
+
+def augment(slot: torch.Tensor, operations: RandAugment, rng: np.random.Generator) -> None:
+    """Apply `operations` to `slot` [C, T, T] in place. timm draws from global generators: seeded and put back."""
+    pixels = slot.permute(1, 2, 0).numpy()  # a view
+    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+    with global_rngs_from(rng):
+        image = operations(image)
+    pixels[:] = np.asarray(image).reshape(pixels.shape)
+
+
+def erase(slot: torch.Tensor, rng: np.random.Generator, *, share: float, mean: np.ndarray, std: np.ndarray) -> None:
+    """Random erasing (Zhong et al. 2017), in a `share` of images a rectangle becomes noise; in place.
+
+    timm's rule and ranges. timm adds N(0, 1) to normalised floats; here the same noise is put back into pixels, that
+    is multiplied by `std`, added to `mean` and cut off at 0 and 255 (about 1.7 deviations on ImageNet-LT).
+    """
+    if rng.random() >= share:
+        return
+    channels, height, width = slot.shape
+    for _ in range(CROP_TRIES):
+        area = height * width * rng.uniform(*ERASE_AREA)
+        aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            noise = rng.standard_normal((h, w, channels), dtype=np.float32) * std + mean
+            pixels = np.rint(255 * noise).clip(0, 255).astype(np.uint8)
+            slot[:, top : top + h, left : left + w] = torch.from_numpy(pixels).permute(2, 0, 1)
+            return
+
+
+def _shorter_side_to(height: int, width: int, target_px: int) -> tuple[int, int]:
+    """torchvision's Resize(int): the longer side is cut to an integer."""
+    if height <= width:
+        return target_px, int(target_px * width / height)
+    return int(target_px * height / width), target_px
+
+
+def _channels_last(height: int, width: int, channels: int) -> torch.Tensor:
+    """An empty uint8 [C, H, W] whose memory is [H, W, C]."""
+    return torch.empty((height, width, channels), dtype=torch.uint8).permute(2, 0, 1)
