@@ -1,0 +1,274 @@
+"""The checkpoint store: save whole or not at all, keep what the rule says, load strictly. All ranks call alike.
+
+    saver = Saver(run / "checkpoints", mode="async", retention=Retention(keep_last=2), rank=0, world_size=1)
+    saver.save(collect(model, optimizer), position=Position(epoch=3, step=1234), facts={"stage": "pretrain"})
+    …                                 # training goes on; what is saved are the values at the call
+    saver.close()                     # waits; a save that failed says so here, or at the next save
+    path = newest_whole(run / "checkpoints")
+    manifest = load(path, into=collect(model, optimizer))
+
+The order on disk: every rank's file synced, `.metadata` synced, `manifest.json` synced, the temporary folder synced,
+the rename, the parent synced. A kill between any two leaves either no new checkpoint or a whole one.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fnmatch
+import json
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from livt_scale.checkpoint.folder import (
+    CheckpointInfo,
+    agreed_damages,
+    clean_leftovers,
+    list_checkpoints,
+    newest_whole,
+    verify,
+)
+from livt_scale.checkpoint.manifest import (
+    MANIFEST,
+    Manifest,
+    Position,
+    differences,
+    plain_score,
+    read_manifest,
+)
+from livt_scale.checkpoint.peers import Peers
+from livt_scale.checkpoint.publish import Job, publish
+from livt_scale.checkpoint.retention import Retention
+from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from livt_scale.checkpoint.metadata import SavedTensor
+
+__all__ = [
+    "CheckpointInfo",
+    "Manifest",
+    "Peers",
+    "Position",
+    "Retention",
+    "Saver",
+    "clean_leftovers",
+    "differences",
+    "list_checkpoints",
+    "load",
+    "newest_whole",
+    "read_manifest",
+    "read_tensors",
+    "verify",
+]
+MOST_NAMES = 8  # listed in one error
+
+
+class Saver:
+    """Writes checkpoints into `folder`. Built on all ranks (a collective call), by the holder of the run's lock.
+
+    `async`: `save` copies the tensors and returns; a thread writes them, one save at a time, and speaks with the other
+    ranks over a process group of its own. `sync`: `save` returns when the checkpoint is published. A save that fails
+    raises CheckpointError (async: from the next `save` or `wait`) and leaves the earlier checkpoints as they were.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mode: Literal["sync", "async"] = "async",
+        retention: Retention | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        timeout_s: float = 1800,
+    ) -> None:
+        from livt_scale.checkpoint.tensors import Staging, WritePlan
+
+        self.folder = Path(folder)
+        self.mode = mode
+        self.retention = retention or Retention()
+        self.peers = Peers.of_world(rank, world_size, timeout_s=timeout_s)
+        self.known_whole: dict[Path, object] = {}
+        self._staging = Staging()
+        self._plan: WritePlan | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
+        self._in_flight: Future[None] | None = None
+        self.peers.lead_does(self._prepare_folder)
+
+    def save(
+        self,
+        state: dict[str, Tensor],
+        *,
+        position: Position,
+        facts: dict[str, Any],
+        score: float | None = None,
+        final: bool = False,
+    ) -> None:
+        """Save `state` as the checkpoint of `position.step`; one that is there already is replaced.
+
+        state: tensors by name, plain (the same on every rank) or DTensor; the same names on every rank.
+        facts: plain JSON values; `score`: higher is better (for keep_best); `final`: never pruned.
+        """
+        from livt_scale.checkpoint.tensors import Pieces, plan_write, signature_of
+
+        assert state, "nothing to save"
+        self.wait()
+        frozen_facts = json.loads(json.dumps(facts, allow_nan=False))
+        if self._plan is None or self._plan.signature != signature_of(state):
+            self._plan = plan_write(state, self.peers)
+        stage = self._staging.copy if self._thread else Pieces.live
+        job = Job(
+            folder=self.folder,
+            plan=self._plan,
+            pieces=stage(state, self._plan, self.peers),
+            manifest={
+                "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "position": {"epoch": position.epoch, "step": position.step},
+                "world_size": self.peers.world_size,
+                "score": plain_score(score),
+                "final": final,
+                "num_tensors": len(state),
+                "facts": frozen_facts,
+            },
+            retention=self.retention,
+            known_whole=self.known_whole,
+        )
+        if self._thread is None:
+            publish(job, self.peers)
+        else:
+            self._in_flight = self._thread.submit(publish, job, self.peers)
+
+    def wait(self) -> None:
+        """Return when nothing is being written; CheckpointError if the save in flight failed."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            in_flight.result()
+
+    def close(self) -> None:
+        """Wait, then give thread and process group back. The Saver cannot be used again."""
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+            self.peers.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if error is None:
+                raise
+            error.add_note(f"Besides, the last checkpoint was not saved: {failed}")
+
+    def _prepare_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            clean_leftovers(self.folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write checkpoints in {self.folder}: {error.strerror}") from error
+
+
+def load(
+    path: Path,
+    into: dict[str, Tensor],
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    check: bool = True,
+    peers: Peers | None = None,
+) -> dict[str, Any]:
+    """Fill the tensors of `into` from the checkpoint `path` and return its manifest.
+
+    Strict: names, shapes and dtypes must be the checkpoint's (CheckpointMismatch lists what differs), except names that
+    match a pattern (`fnmatch`) of `allow_missing` (absent in the checkpoint, left as they are) or of
+    `allow_unexpected` (absent in `into`). Nothing loaded is an error too. Any world size; DTensors fill their own part.
+    `check` reads and hashes every byte first (CheckpointDamaged names the file), the ranks of `peers` sharing the work:
+    leave it out right after `newest_whole`. With `peers` a collective call: the ranks must agree on the manifest first.
+    """
+    peers = peers or Peers()
+    path = Path(path)
+    manifest = peers.all_do(lambda: read_manifest(path))
+    _agree(manifest, peers)
+    if check and (wrong := agreed_damages(path, peers)):
+        raise CheckpointDamaged(
+            f"{path}: {'; '.join(wrong)}", remedy="Remove this checkpoint to continue from the one before it"
+        )
+    peers.all_do(lambda: _load(path, manifest, into, tuple(allow_missing), tuple(allow_unexpected)))
+    return manifest.as_dict()
+
+
+def read_tensors(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of `path` whose names start with `prefix`, named without it: whole, on the CPU, every byte checked.
+
+    `read_tensors(path, prefix="model.")` is a state dict of the bare model.
+    """
+    import torch
+
+    from livt_scale.checkpoint.metadata import read_index
+    from livt_scale.checkpoint.tensors import read_into
+
+    path = Path(path)
+    if wrong := verify(path):
+        raise CheckpointDamaged(f"{path}: {'; '.join(wrong)}")
+    index = read_index(path, read_manifest(path))
+    into = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in index.tensors.items() if name.startswith(prefix)}
+    if into:
+        read_into(path, into, index)
+    return {name.removeprefix(prefix): tensor for name, tensor in into.items()}
+
+
+def _agree(manifest: Manifest, peers: Peers) -> None:
+    seen = peers.gather((manifest.position.step, manifest.to_bytes()[:80]))
+    for rank, theirs in enumerate(seen):
+        if theirs != seen[0]:
+            raise CheckpointError(
+                f"rank {rank} would load step {theirs[0]} and rank 0 step {seen[0][0]}, or another {MANIFEST} of it",
+                remedy="The run directory must be one shared folder, seen alike by all nodes",
+            )
+
+
+def _load(
+    path: Path, manifest: Manifest, into: dict[str, Tensor], may_miss: tuple[str, ...], may_exceed: tuple[str, ...]
+) -> None:
+    from livt_scale.checkpoint.metadata import read_index
+    from livt_scale.checkpoint.tensors import read_into
+
+    index = read_index(path, manifest)
+    missing = [name for name in into if name not in index.tensors]
+    unexpected = [name for name in index.tensors if name not in into]
+    wrong = _list("missing in the checkpoint", [n for n in missing if not _matches(n, may_miss)])
+    wrong += _list("in the checkpoint alone", [n for n in unexpected if not _matches(n, may_exceed)])
+    wrong += _list("of another form", [_form(n, into[n], index.tensors[n]) for n in into if n in index.tensors])
+    wanted = {name: tensor for name, tensor in into.items() if name in index.tensors}
+    if wrong or not wanted:
+        what = "; ".join(wrong) or "none of the wanted tensors is in it"
+        raise CheckpointMismatch(f"{path} is not a checkpoint of this model: {what}")
+    try:
+        read_into(path, wanted, index)
+    except OSError as error:
+        raise CheckpointDamaged(f"{path}: {error}") from error
+
+
+def _form(name: str, here: Tensor, saved: SavedTensor) -> str:
+    if tuple(here.shape) == saved.shape and here.dtype == saved.dtype:
+        return ""
+    return f"{name} ({list(saved.shape)} {saved.dtype} in the checkpoint, {list(here.shape)} {here.dtype} here)"
+
+
+def _list(what: str, names: list[str]) -> list[str]:
+    names = [name for name in names if name]
+    if not names:
+        return []
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return [f"{what}: {', '.join(names[:MOST_NAMES])}{more}"]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
