@@ -1,8 +1,8 @@
 """How a global batch is cut: slots of a rank, micro-batches of a step. The recipe's batch holds at any world size.
 
-    global batch 1024 on 16 ranks, micro_batch 64  ->  64 slots a rank, 1 micro-batch
-    global batch 1024 on  4 ranks, micro_batch 64  -> 256 slots a rank, 4 micro-batches, gradients added up
-    global batch 1024 on 32 ranks, micro_batch 64  ->  32 slots a rank, 1 micro-batch of 32
+global batch 1024 on 16 ranks, micro_batch 64  ->  64 slots a rank, 1 micro-batch
+global batch 1024 on  4 ranks, micro_batch 64  -> 256 slots a rank, 4 micro-batches, gradients added up
+global batch 1024 on 32 ranks, micro_batch 64  ->  32 slots a rank, 1 micro-batch of 32
 """
 
 from __future__ import annotations

@@ -1,0 +1,34 @@
+"""What a rank would see, step by step, without reading an image: the loader's own order, keys from the index."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.stream import RankOrder, stage_order
+from livt_scale.errors import UsageError
+from livt_scale.recipe import Recipe, Stage
+
+
+def trace(
+    recipe: Recipe, stage: Stage, *, rank: int, world_size: int, epoch: int, step: int | None = None
+) -> dict[str, Any]:
+    """{"steps": [{"step": s, "keys": [...]}, …]}: the rank's keys in slot order, for one epoch or one step of it."""
+    shards = ShardSet.open(recipe.data.train)
+    order = stage_order(shards, recipe, stage)
+    if epoch < 0 or not (step is None or 0 <= step < order.steps_per_epoch):
+        raise UsageError(f"there is no step {step} of epoch {epoch}: an epoch has {order.steps_per_epoch} steps")
+    ranks = RankOrder(shards, order, epochs=epoch + 1, rank=rank, world_size=world_size)  # all slots of a step at once
+    batches = ranks.micro_batches(epoch=epoch, step=step or 0)
+    if step is not None:
+        batches = itertools.islice(batches, 1)
+    steps = [{"step": batch.step, "keys": shards.keys(batch.samples)} for batch in batches]
+    return {
+        "stage": stage,
+        "epoch": epoch,
+        "rank": rank,
+        "world_size": world_size,
+        "steps_per_epoch": order.steps_per_epoch,
+        "steps": steps,
+    }

@@ -1,0 +1,209 @@
+"""The one loop, for both stages and every strategy. A stage comes as a `Task`, its features at named points.
+
+A step: take the rank's micro-batches, add up gradients, agree (mean loss, is somebody asked to stop, is it finite),
+update. The learning rate, the samples, their augmentation and masks are functions of the step: nothing drifts when
+a run is continued.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from livt_scale import optim
+from livt_scale.checkpoint.store import Position, Retention, Saver
+from livt_scale.data.loader import Batch
+from livt_scale.errors import NonFiniteError, Preempted
+from livt_scale.parallel.ddp import Ddp
+from livt_scale.parallel.topology import World
+from livt_scale.recipe import Checkpoint, StagePart
+from livt_scale.train.batches import BatchPlan
+from livt_scale.train.preempt import Preemption
+from livt_scale.train.rundir import Status
+from livt_scale.train.state import TrainState
+from livt_scale.train.telemetry import Telemetry
+
+
+@dataclass
+class Task:
+    """What a stage is to the loop.
+
+    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate`
+    gives values to note and the score by which the best checkpoint is known; it is called on all ranks.
+    """
+
+    part: StagePart
+    model: nn.Module
+    groups: list[dict[str, Any]]
+    objective: Callable[[Callable[..., Any], Batch], Tensor]
+    evaluate: Callable[[], tuple[dict[str, float], float]] | None = None
+    evaluate_every_epochs: int | None = None
+    draw: Callable[[Path, str], None] | None = None  # a picture beside each checkpoint, on the main rank
+
+
+@dataclass
+class Schedule:
+    """Steps of a stage, and after which of them something is due."""
+
+    epochs: int
+    steps_per_epoch: int
+    saving: Checkpoint
+    evaluate_every_epochs: int | None = None
+    total: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.total = self.epochs * self.steps_per_epoch
+
+    def position(self, done: int) -> Position:
+        return Position(epoch=done // self.steps_per_epoch, step=done)
+
+    def evaluates(self, done: int) -> bool:
+        every = self.evaluate_every_epochs
+        return done == self.total or (every is not None and done % (every * self.steps_per_epoch) == 0)
+
+    def saves(self, done: int) -> bool:
+        due = done % (self.saving.every_steps or self.steps_per_epoch) == 0
+        kept = self.saving.keep_every_epochs
+        return done == self.total or due or (kept is not None and done % (kept * self.steps_per_epoch) == 0)
+
+
+def fit(
+    task: Task,
+    batches: Iterator[Batch],
+    *,
+    state: TrainState,
+    strategy: Ddp,
+    schedule: Schedule,
+    plan: BatchPlan,
+    saver: Saver,
+    telemetry: Telemetry,
+    status: Status,
+    world: World,
+    folder: Path,
+) -> None:
+    """Train from `state.step` to the end of the stage, saving on the way. Raises Preempted, NonFiniteError, …"""
+    with Preemption() as preemption:
+        while state.step < schedule.total:
+            started = time.perf_counter()
+            lr = _learning_rate(task.part, schedule, state.step)
+            loss, keys, data_wait_s = _accumulate(task, batches, strategy=strategy, count=plan.accumulation)
+            grad_norm = strategy.clip(task.part.clip_grad)
+            agreed = _agree(loss, grad_norm, preemption.requested is not None, world=world)
+            if not agreed.finite:
+                _stop_on_non_finite(loss, agreed, keys, state.step, world=world)
+            optim.set_lr(state.optimizer, lr)
+            state.optimizer.step()
+            state.optimizer.zero_grad()
+            state.step += 1
+            telemetry.step(
+                state.step,
+                loss=agreed.loss,
+                grad_norm=agreed.grad_norm,
+                lr=lr,
+                step_s=time.perf_counter() - started,
+                data_wait_s=data_wait_s,
+            )
+            _after_step(task, state, schedule, saver, telemetry, status, folder, world, stop=agreed.stop)
+            if agreed.stop and state.step < schedule.total:
+                saver.wait()
+                why = preemption.requested or "a signal on another rank"
+                raise Preempted(f"stopped by {why} after step {state.step} of {schedule.total}; all of it is saved")
+    saver.wait()
+
+
+def retention(saving: Checkpoint) -> Retention:
+    return Retention(keep_last=saving.keep_last, keep_every_epochs=saving.keep_every_epochs, keep_best=saving.keep_best)
+
+
+def _learning_rate(part: StagePart, schedule: Schedule, step: int) -> float:
+    return optim.lr_at(
+        step,
+        steps_per_epoch=schedule.steps_per_epoch,
+        epochs=part.epochs,
+        warmup_epochs=part.warmup_epochs,
+        peak_lr=part.peak_lr,
+        min_lr=part.min_lr,
+    )
+
+
+def _accumulate(task: Task, batches: Iterator[Batch], *, strategy: Ddp, count: int) -> tuple[Tensor, list[str], float]:
+    """Forward and backward of a rank's micro-batches: their mean loss, their keys, the seconds without data."""
+    total = torch.zeros((), device=next(task.model.parameters()).device)
+    keys: list[str] = []
+    data_wait_s = 0.0
+    for index in range(count):
+        last = index == count - 1
+        asked = time.perf_counter()
+        batch = next(batches)
+        data_wait_s += time.perf_counter() - asked
+        batch = batch.to(total.device)
+        loss = task.objective(lambda *inputs, last=last: strategy.call(*inputs, last=last), batch) / count
+        strategy.backward(loss, last=last)
+        total += loss.detach()
+        keys += batch.keys
+    return total, keys, data_wait_s
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    loss: float
+    grad_norm: float
+    stop: bool
+    finite: bool
+
+
+def _agree(loss: Tensor, grad_norm: Tensor, stop: bool, *, world: World) -> _Agreed:
+    """The same word on every rank, by one small all-reduce a step: mean loss, and whether anybody must stop."""
+    values = torch.stack([loss.double(), grad_norm.double(), loss.new_tensor(float(stop), dtype=torch.double)])
+    if world.world_size > 1:
+        dist.all_reduce(values)
+    sum_loss, sum_norm, stops = values.tolist()
+    finite = bool(torch.isfinite(values).all())
+    return _Agreed(sum_loss / world.world_size, sum_norm / world.world_size, stops > 0, finite)
+
+
+def _stop_on_non_finite(loss: Tensor, agreed: _Agreed, keys: list[str], step: int, *, world: World) -> None:
+    """Every rank raises the same error; the weights are those before this step, the checkpoints untouched."""
+    mine = (not bool(torch.isfinite(loss)), keys)
+    ranks: list[Any] = [mine]
+    if world.world_size > 1:
+        ranks = [None] * world.world_size
+        dist.all_gather_object(ranks, mine)
+    guilty = [k for bad, rank_keys in ranks for k in rank_keys if bad]
+    what = f"the loss is {agreed.loss}" if guilty else f"the gradient norm is {agreed.grad_norm} (the loss is finite)"
+    named = guilty or [k for _, rank_keys in ranks for k in rank_keys]
+    raise NonFiniteError(
+        f"step {step + 1}: {what}. Samples of the batch: {', '.join(named)}",
+        remedy="the checkpoints before it are kept; look at these images, lower base_lr, or set clip_grad",
+    )
+
+
+def _after_step(
+    task: Task,
+    state: TrainState,
+    schedule: Schedule,
+    saver: Saver,
+    telemetry: Telemetry,
+    status: Status,
+    folder: Path,
+    world: World,
+    *,
+    stop: bool,
+) -> None:
+    """What is due after a step: evaluation, checkpoint and picture, the word on how the run stands."""
+    done, score = state.step, None
+    if task.evaluate is not None and schedule.evaluates(done):
+        values, score = task.evaluate()
+        telemetry.note(done, **values)
+    if schedule.saves(done) or stop or score is not None:
+        state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=telemetry.sums)
+        status.write("running", step=done, total_steps=schedule.total)
+        if task.draw is not None and world.is_main:
+            task.draw(folder / "samples", f"step-{done:08d}")

@@ -1,0 +1,70 @@
+"""Stage 1 as a task of the loop: masked generative pretraining. Labels are never looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from livt_scale import optim
+from livt_scale.data.loader import Batch, eval_batches, normalise
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.seeds import sample_rng
+from livt_scale.models.mae import MaskedAutoencoder, build_mae
+from livt_scale.parallel.topology import World
+from livt_scale.recipe import Recipe
+from livt_scale.train import pictures
+from livt_scale.train.loop import Task
+
+
+def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
+    """The masked autoencoder of `recipe`, initialised from its seed, and how it is trained."""
+    part = recipe.stages.pretrain
+    assert part is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
+
+    def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
+        images = normalise(batch.images, recipe.data.mean, recipe.data.std, torch.float32)
+        loss: Tensor = call(images, batch.noise)
+        return loss
+
+    groups = optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=None, depth=recipe.model.dims[1])
+    return Task(part, model, groups, objective, draw=_painter(model, recipe, train, world))
+
+
+def _painter(model: MaskedAutoencoder, recipe: Recipe, train: ShardSet, world: World) -> Any:
+    """Draws reconstructions of the same few images each time: evaluation images, else training images."""
+    count = recipe.log.num_reconstructions
+    if not count or not world.is_main:
+        return None
+    shown: list[tuple[Tensor, Tensor]] = []
+
+    def draw(folder: Path, name: str) -> None:
+        if not shown:
+            shown.append(_fixed_images(recipe, train, count))
+        images, noise = shown[0]
+        path = folder / f"{name}.png"
+        pictures.reconstructions(model, images, noise=noise, mean=recipe.data.mean, std=recipe.data.std, path=path)
+
+    return draw
+
+
+def _fixed_images(recipe: Recipe, train: ShardSet, count: int) -> tuple[Tensor, Tensor]:
+    """uint8 [count, C, H, W] and float32 noise [count, num_patches], spread over the set, the same at every call."""
+    shards = ShardSet.open(recipe.data.val) if recipe.data.val else train
+    plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 0})})
+    stride = max(shards.num_samples // count, 1)
+    images, keys = [], []
+    for rank in range(0, min(count, shards.num_samples)):  # the first image of every count-th part of the set
+        world_size = max(shards.num_samples // stride, 1)
+        batch = next(iter(eval_batches(shards, plain, rank=rank, world_size=world_size, batch=1)))
+        images.append(batch.images)
+        keys += batch.keys
+    num_patches = recipe.model.num_patches
+    noise = [torch.from_numpy(sample_rng(0, 0, key, "picture").random(num_patches, dtype="float32")) for key in keys]
+    return torch.cat(images), torch.stack(noise)

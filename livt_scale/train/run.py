@@ -1,0 +1,198 @@
+"""A run from its recipe to its results: stage after stage, each taken up where it stopped, none done twice."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from livt_scale import optim
+from livt_scale.checkpoint.store import Saver
+from livt_scale.data.loader import Batch, train_batches
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.stream import stage_order
+from livt_scale.errors import UsageError
+from livt_scale.parallel.ddp import Ddp
+from livt_scale.parallel.topology import World, agree, all_or_none, detect, process_group
+from livt_scale.recipe import Recipe, Stage
+from livt_scale.train import evaluate as evaluation
+from livt_scale.train import pictures, rundir
+from livt_scale.train.batches import BatchPlan, plan_batches
+from livt_scale.train.finetune import finetune_task
+from livt_scale.train.loop import Schedule, Task, fit, retention
+from livt_scale.train.pretrain import pretrain_task
+from livt_scale.train.state import TrainState, run_facts
+from livt_scale.train.telemetry import Telemetry
+
+
+def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
+    """Run `recipe`, or one of its stages, to the end: under nothing, torchrun or srun alike.
+
+    Continues by itself from what the run directory holds. Raises LivtError: Preempted where a signal stopped it.
+    """
+    run_dir = run_dir_of(recipe)
+    if stage is not None and stage not in recipe.stage_names:
+        raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
+    world = detect()
+    plans = {name: _plan(recipe, name, world) for name in recipe.stage_names}  # before anything is allocated
+    with process_group(world, timeout_s=recipe.parallel.timeout_s), _alone(run_dir, world):
+        agree(world, lambda: rundir.save_resolved(recipe, run_dir))
+        for name in (stage,) if stage else recipe.stage_names:
+            if agree(world, lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
+                _say(world, f"{name} is done already in {run_dir}")
+            else:
+                _train_stage(recipe, name, run_dir=run_dir, world=world, plan=plans[name])
+
+
+def run_dir_of(recipe: Recipe) -> Path:
+    return Path(recipe.run_dir or Path("runs") / recipe.name)
+
+
+def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, plan: BatchPlan) -> None:
+    folder = run_dir / stage
+    status = rundir.Status(folder, stage=stage, writes=world.is_main)
+    with status.told():
+        train_set = ShardSet.open(recipe.data.train)
+        order = stage_order(train_set, recipe, stage)
+        task = _make_task(recipe, stage, train_set, run_dir=run_dir, world=world)
+        schedule = Schedule(
+            task.part.epochs, order.steps_per_epoch, recipe.checkpoint, evaluate_every_epochs=task.evaluate_every_epochs
+        )
+        strategy = Ddp(task.model, world=world, precision=recipe.parallel.precision)
+        optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
+        facts = run_facts(recipe, stage, train_set, strategy=strategy.name)
+        state = TrainState(task.model, optimizer, facts)
+        with Saver(
+            folder / "checkpoints",
+            mode=recipe.checkpoint.mode,
+            retention=retention(recipe.checkpoint),
+            rank=world.rank,
+            world_size=world.world_size,
+        ) as saver:
+            resumed = state.resume(saver)
+            status.write("running", step=state.step, total_steps=schedule.total)
+            _announce(stage, task, plan, world, resumed)
+            with _telemetry(recipe, stage, folder, schedule, state, world) as telemetry:
+                batches = _batches(recipe, stage, train_set, plan, schedule, state, world)
+                fit(
+                    task, batches, state=state, strategy=strategy, schedule=schedule, plan=plan, saver=saver,
+                    telemetry=telemetry, status=status, world=world, folder=folder,
+                )  # fmt: skip
+        if stage == "finetune" and recipe.data.val:
+            _write_evaluation(task, recipe, train_set, folder, facts, schedule, world)
+        status.write("done", step=state.step, total_steps=schedule.total)
+
+
+def _make_task(recipe: Recipe, stage: Stage, train_set: ShardSet, *, run_dir: Path, world: World) -> Task:
+    task: Task | None = None
+    error: Exception | None = None
+    try:
+        if stage == "pretrain":
+            task = pretrain_task(recipe, train_set, world=world)
+        else:
+            task = finetune_task(recipe, train_set, run_dir=run_dir, world=world)
+    except Exception as caught:
+        error = caught
+    all_or_none(world, error)
+    assert task is not None
+    return task
+
+
+def _batches(
+    recipe: Recipe,
+    stage: Stage,
+    train_set: ShardSet,
+    plan: BatchPlan,
+    schedule: Schedule,
+    state: TrainState,
+    world: World,
+) -> Iterator[Batch]:
+    epoch, step = divmod(state.step, schedule.steps_per_epoch)
+    return iter(
+        train_batches(
+            train_set,
+            recipe,
+            stage=stage,
+            rank=world.rank,
+            world_size=world.world_size,
+            micro_batch=plan.micro_batch,
+            epoch=epoch,
+            step=step,
+        )
+    )
+
+
+def _write_evaluation(
+    task: Task,
+    recipe: Recipe,
+    train_set: ShardSet,
+    folder: Path,
+    facts: dict[str, Any],
+    schedule: Schedule,
+    world: World,
+) -> None:
+    assert recipe.data.val is not None
+    classes = evaluation.TrainingClasses.of(train_set)
+    report = evaluation.evaluate(
+        task.model,
+        ShardSet.open(recipe.data.val),
+        recipe,
+        world=world,
+        classes=classes,  # type: ignore[arg-type]
+    )
+    if world.is_main:
+        weights = {"stage": "finetune", "step": schedule.total, "recipe_digest": facts["recipe_digest"]}
+        evaluation.write_eval(report, folder / "eval.json", weights=weights)
+        pictures.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
+
+
+def _telemetry(
+    recipe: Recipe, stage: Stage, folder: Path, schedule: Schedule, state: TrainState, world: World
+) -> Telemetry:
+    return Telemetry(
+        folder,
+        label=stage,
+        every_steps=recipe.log.every_steps,
+        total_steps=schedule.total,
+        steps_per_epoch=schedule.steps_per_epoch,
+        global_batch=recipe.stage(stage).global_batch,
+        start_step=state.step,
+        sums=state.sums,
+        tensorboard=recipe.log.tensorboard,
+        writes=world.is_main,
+    )
+
+
+def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
+    part = recipe.stage(stage)
+    pairs = stage == "finetune" and recipe.stages.finetune is not None and recipe.stages.finetune.mixes
+    return plan_batches(part.global_batch, part.micro_batch, world_size=world.world_size, pairs=pairs)
+
+
+def _announce(stage: Stage, task: Task, plan: BatchPlan, world: World, resumed: str | None) -> None:
+    part = task.part
+    weights = sum(p.numel() for p in task.model.parameters())
+    _say(world, f"{stage}: {weights / 1e6:.1f} M weights, {plan}")
+    _say(world, f"{stage}: peak lr {part.peak_lr:.3g} = {part.base_lr:.3g} · {part.global_batch} / 256")
+    if resumed:
+        _say(world, f"{stage}: goes on from {resumed}")
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, file=sys.stderr, flush=True)
+
+
+class _alone:
+    """The run's lock, taken by rank 0 for all; where it is refused, every rank raises the same error."""
+
+    def __init__(self, run_dir: Path, world: World) -> None:
+        self._lock, self._world = rundir.hold(run_dir), world
+
+    def __enter__(self) -> None:
+        agree(self._world, self._lock.__enter__)
+
+    def __exit__(self, *error: Any) -> None:
+        if self._world.is_main:
+            self._lock.__exit__(*error)

@@ -1,0 +1,91 @@
+"""What a stage's checkpoint holds, and how a run is taken up from the newest whole one.
+
+Tensors: the model's parameters and AdamW's moments, by plain name. Facts, as JSON: the stage, the recipe, the fields
+that decide what is learnt, the classes, the sums of the unfinished log interval. Random state: none. All that is random
+is a function of (seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from livt_scale.checkpoint import store
+from livt_scale.checkpoint.state import collect, restore
+from livt_scale.checkpoint.store import Position, Saver
+from livt_scale.data.manifest import ShardSet
+from livt_scale.errors import CheckpointMismatch
+from livt_scale.recipe import Recipe, Stage, digest, learnt_from
+
+
+@dataclass
+class TrainState:
+    """Model, optimizer, and how many steps of the stage they have behind them."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    facts: dict[str, Any]
+    step: int = 0
+    sums: dict[str, float] | None = None
+
+    def save(
+        self, saver: Saver, position: Position, *, score: float | None, final: bool, sums: dict[str, float]
+    ) -> None:
+        saver.save(
+            collect(self.model, self.optimizer),
+            position=position,
+            facts={**self.facts, "sums": sums},
+            score=score,
+            final=final,
+        )
+
+    def resume(self, saver: Saver) -> str | None:
+        """Go on from the newest whole checkpoint of `saver`'s folder: its name, or None where there is none.
+
+        A collective call. A damaged one is named on stderr, and the one before it taken. Raises CheckpointMismatch
+        where the recipe learns something else than the checkpoint's did.
+        """
+        path = store.newest_whole(saver.folder, on_damage=_warn, peers=saver.peers)
+        if path is None:
+            return None
+        saver.peers.all_do(lambda: _check_same(self.facts, store.read_manifest(path).facts, path))
+        live = collect(self.model, self.optimizer)
+        manifest = store.load(path, live, check=False, peers=saver.peers)  # newest_whole has read every byte
+        restore(self.model, self.optimizer, live)
+        self.step = int(manifest["position"]["step"])
+        self.sums = manifest["facts"]["sums"]
+        return path.name
+
+
+def run_facts(recipe: Recipe, stage: Stage, train: ShardSet, *, strategy: str) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it."""
+    learnt = {**learnt_from(recipe, stage), "data.manifest": train.digest}
+    return {
+        "stage": stage,
+        "strategy": strategy,
+        "recipe": recipe.model_dump(mode="json"),
+        "learnt_from": learnt,
+        "recipe_digest": digest(learnt),
+        "class_names": list(train.manifest.class_names),
+        "class_counts": train.class_counts.tolist(),
+    }
+
+
+def _check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
+    if ours["stage"] != theirs["stage"]:
+        raise CheckpointMismatch(f"{path} is of stage {theirs['stage']}, not {ours['stage']}")
+    changed = store.differences(theirs["learnt_from"], ours["learnt_from"])
+    if changed:
+        raise CheckpointMismatch(
+            f"{path} was trained by another recipe: {'; '.join(changed)}",
+            remedy="set these fields back, or give the changed run a run_dir of its own",
+        )
+
+
+def _warn(path: Path, wrong: list[str]) -> None:
+    print(f"livt: warning: {path} is damaged and not used: {'; '.join(wrong)}", file=sys.stderr, flush=True)
