@@ -1,0 +1,69 @@
+"""One process a run directory; how a run stands is told however it ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from livt_scale.errors import Preempted, RunBusyError, RunError
+from livt_scale.train import rundir
+
+HOLD = "import sys, pathlib; from livt_scale.train import rundir\n"
+HOLD += "with rundir.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+
+
+def test_a_second_process_is_refused_and_told_who_is_there(tmp_path):
+    run_dir = tmp_path / 'a run\'s "dir"\nwith lines'
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with first:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(RunBusyError, match=f"process {first.pid} on "), rundir.hold(run_dir):
+            pass
+        first.kill()  # it cleans nothing up
+    with rundir.hold(run_dir):
+        pass
+
+
+def test_a_run_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot be written"), rundir.hold(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "why"),
+    [
+        (Preempted("stopped by SIGTERM"), "preempted", "stopped by SIGTERM"),
+        (RunError("it broke", remedy="mend it"), "failed", "it broke. mend it"),
+        (ZeroDivisionError("x"), "failed", "ZeroDivisionError: x"),
+        (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
+    ],
+)
+def test_status_tells_how_the_stage_ended(tmp_path, error, state, why):
+    status = rundir.Status(tmp_path / "pretrain", stage="pretrain", writes=True)
+    with pytest.raises(type(error)), status.told():
+        status.write("running", step=3, total_steps=9)
+        raise error
+    written = rundir.read_status(tmp_path, "pretrain")
+    assert (written["state"], written["why"], written["step"]) == (state, why, 3)
+    assert not rundir.is_done(tmp_path, "pretrain")
+
+
+def test_since_is_when_the_state_changed(tmp_path, monkeypatch):
+    status = rundir.Status(tmp_path / "finetune", stage="finetune", writes=True)
+    for moment, state in (("1", "running"), ("2", "running"), ("3", "done")):
+        monkeypatch.setattr(rundir, "_now", lambda moment=moment: moment)
+        status.write(state)
+    written = json.loads((tmp_path / "finetune" / "status.json").read_text())
+    assert (written["since"], written["at"]) == ("3", "3")
+    assert rundir.is_done(tmp_path, "finetune")
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    rundir.Status(tmp_path / "pretrain", stage="pretrain", writes=False).write("running")
+    assert list(tmp_path.iterdir()) == []
