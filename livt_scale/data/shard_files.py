@@ -1,0 +1,159 @@
+"""One shard: write it from a source, or read through one that is there; both give the same rows of the index.
+
+A shard appears under its name only when it is whole and on the disk. Its bytes follow from its samples alone, so it
+does not matter which process writes it, or how often; and a finished one is recognised by what it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from livt_scale.data.manifest import (
+    INDEX,
+    INDEX_DTYPE,
+    KEYS,
+    MANIFEST,
+    FileInfo,
+    Manifest,
+    ShardInfo,
+    plain_disk_errors,
+    sync_folder,
+    write_whole,
+)
+from livt_scale.data.sources import Source
+from livt_scale.data.tar import END_OF_TAR, IMAGE_TYPES, read_tar, sample_bytes
+from livt_scale.errors import DataError, ShardError
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What the manifest and the index say about one shard. In `rows`, key_end counts from this shard's first key."""
+
+    info: ShardInfo
+    rows: np.ndarray  # [samples] of INDEX_DTYPE; image_type: which of tar.IMAGE_TYPES
+    keys: bytes
+    was_there: bool
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """Write the images of `source`, in their order, to `path`."""
+
+    path: Path
+    source: Source
+    sha256: str | None  # of the shard, where a manifest knows it already
+
+
+def make_shard(job: ShardJob) -> Shard:
+    """Write a shard, or keep it if it is there: same keys and labels, and the bytes that the manifest knows."""
+    if job.path.exists():
+        try:
+            found = scan_shard(job.path)
+        except DataError:
+            found = None  # cut or changed since: it is written again
+        if found and _is_it(found, job):
+            return found
+    return _write(job)
+
+
+def scan_shard(path: Path) -> Shard:
+    """Read through a whole shard. Raises ShardError and SampleError."""
+    samples = list(read_tar(path))
+    rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
+    digest = hashlib.sha256()
+    key_end = position = 0
+    try:
+        with path.open("rb") as file:
+            for k, s in enumerate(samples):
+                digest.update(file.read(s.start - position))
+                data = file.read(s.nbytes)
+                digest.update(data)
+                position = s.start + s.nbytes
+                key_end += len(s.key.encode())
+                image_type = IMAGE_TYPES.index(s.image_type)
+                data_offset = s.data_start - s.start
+                rows[k] = (s.start, s.nbytes, data_offset, s.data_size, s.label, zlib.crc32(data), image_type, key_end)
+            while rest := file.read(1 << 20):
+                digest.update(rest)
+            num_bytes = file.tell()
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read: {error.strerror}") from error
+    info = ShardInfo(name=path.name, bytes=num_bytes, sha256=digest.hexdigest(), samples=len(samples))
+    return Shard(info, rows, "".join(s.key for s in samples).encode(), was_there=True)
+
+
+def publish(folder: Path, shards: Sequence[Shard], **facts: Any) -> Manifest:
+    """Write index, keys and, last, the manifest. `facts`: its name, seed, class_names, class_counts and source."""
+    rows = np.concatenate([s.rows for s in shards]) if shards else np.zeros(0, dtype=INDEX_DTYPE)
+    lengths = [len(s.keys) for s in shards]
+    before = np.concatenate([[0], np.cumsum(lengths)[:-1]]) if shards else np.zeros(0)
+    rows["key_end"] += np.repeat(before, [len(s.rows) for s in shards]).astype(np.uint64)
+    used = np.unique(rows["image_type"])
+    rows["image_type"] = np.searchsorted(used, rows["image_type"])
+    files = {INDEX: _npy(rows), KEYS: b"".join(s.keys for s in shards)}
+    infos = {n: FileInfo(name=n, bytes=len(b), sha256=hashlib.sha256(b).hexdigest()) for n, b in files.items()}
+    manifest = Manifest(
+        num_samples=len(rows),
+        image_types=[IMAGE_TYPES[t] for t in used],
+        shards=[s.info for s in shards],
+        index=infos[INDEX],
+        keys=infos[KEYS],
+        **facts,
+    )
+    for name, contents in files.items():
+        write_whole(folder / name, contents)
+    write_whole(folder / MANIFEST, manifest.to_bytes())
+    return manifest
+
+
+def _is_it(found: Shard, job: ShardJob) -> bool:
+    source = job.source
+    keys = "".join(source.key(i) for i in range(len(source))).encode()
+    known = job.sha256 in (None, found.info.sha256)
+    return known and keys == found.keys and np.array_equal(found.rows["label"], source.labels)
+
+
+def _write(job: ShardJob) -> Shard:
+    source, path = job.source, job.path
+    rows = np.zeros(len(source), dtype=INDEX_DTYPE)
+    keys: list[bytes] = []
+    digest = hashlib.sha256()
+    offset = key_end = 0
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with plain_disk_errors(path):
+        try:
+            with partial.open("wb") as file:
+                for k in range(len(source)):
+                    image_type, image = source.image(k)
+                    data, data_offset = sample_bytes(source.key(k), source.label(k), (image_type, image))
+                    keys.append(source.key(k).encode())
+                    key_end += len(keys[-1])
+                    kind, crc = IMAGE_TYPES.index(image_type), zlib.crc32(data)
+                    rows[k] = (offset, len(data), data_offset, len(image), source.label(k), crc, kind, key_end)
+                    digest.update(data)
+                    offset += file.write(data)
+                digest.update(END_OF_TAR)
+                offset += file.write(END_OF_TAR)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    info = ShardInfo(name=path.name, bytes=offset, sha256=digest.hexdigest(), samples=len(rows))
+    return Shard(info, rows, b"".join(keys), was_there=False)
+
+
+def _npy(rows: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, rows, version=(1, 0), allow_pickle=False)
+    return file.getvalue()

@@ -1,0 +1,317 @@
+"""How a data set becomes shards, as one YAML file says it: sources, and sets made of them.
+
+    name: fashion-mnist-lt
+    sources:
+      train: {idx: {root: /usr/share/datasets/fashion-mnist, images: train-images-idx3-ubyte.gz, labels: …}}
+    sets:
+      train-lt: {source: train, exponential: {n0: 1000, imbalance: 100}}
+      train-balanced: {source: train, balanced: {like: train-lt}}       # as many images, the classes alike
+
+A set without exponential, counts or balanced takes every image. Relative paths are looked for below `root`, and a
+relative `root` or counts file beside the spec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from livt_scale.data import sources
+from livt_scale.errors import SourceError, UsageError, nearest
+from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
+from livt_scale.recipe_yaml import Tree, parse
+
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Folder(_Part):
+    """root/CLASS/**/image."""
+
+    root: str
+
+
+class ListFile(_Part):
+    """Lines `path label`, the paths below root."""
+
+    root: str
+    list: str
+
+
+class Idx(_Part):
+    """Grey images and labels in the IDX format, .gz or not."""
+
+    root: str
+    images: str
+    labels: str
+
+
+class Tars(_Part):
+    """Every *.tar in root: WebDataset's key.jpg|jpeg|png + key.cls."""
+
+    root: str
+
+
+class SourceSpec(_Part):
+    """Where labelled images come from: one of the formats."""
+
+    folder: Folder | None = None
+    list: ListFile | None = None
+    idx: Idx | None = None
+    tars: Tars | None = None
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        _exactly_one(self, tuple(type(self).model_fields), at_least=1)
+        return self
+
+    @property
+    def format(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class Exponential(_Part):
+    """n_c = int(n0 · imbalance^(−c / (C − 1)))."""
+
+    n0: PositiveInt | None = Field(None, description="images of the first class; None: all that the source has of it")
+    imbalance: Annotated[float, Field(ge=1)]
+
+
+class CountsProfile(_Part):
+    """Images of each class, written here or in a JSON file that holds a list."""
+
+    values: list[NonNegativeInt] | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        _exactly_one(self, ("values", "file"), at_least=1)
+        return self
+
+
+class Balanced(_Part):
+    """The same number of images of each class."""
+
+    like: PlainName | None = Field(None, description="as many images in all as this set has")
+    per_class: PositiveInt | None = None
+    total: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        _exactly_one(self, ("like", "per_class", "total"), at_least=1)
+        return self
+
+
+class SetSpec(_Part):
+    """One set: a folder of shards."""
+
+    source: PlainName
+    exponential: Exponential | None = None
+    counts: CountsProfile | None = None
+    balanced: Balanced | None = None
+    shard_samples: PositiveInt = Field(1024, description="samples a shard, at most; shards of a set are of one size")
+
+    @model_validator(mode="after")
+    def _at_most_one_profile(self) -> Self:
+        _exactly_one(self, ("exponential", "counts", "balanced"), at_least=0)
+        return self
+
+
+class BuildSpec(_Part):
+    """The whole file."""
+
+    name: PlainName
+    seed: NonNegativeInt = Field(0, description="of the choice of images and of their order")
+    class_names: list[str] | None = Field(None, description="None: the folders' names, or the labels' numbers")
+    sources: dict[PlainName, SourceSpec]
+    sets: dict[PlainName, SetSpec]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if not self.sets:
+            raise ValueError("sets is empty: name a set to build")
+        for name, part in self.sets.items():
+            if part.source not in self.sources:
+                raise ValueError(
+                    f"sets.{name}.source is {part.source!r}, which is none of the sources: "
+                    + nearest(part.source, self.sources)
+                )
+            like = part.balanced and part.balanced.like
+            if like and (like not in self.sets or like == name):
+                others = [other for other in self.sets if other != name]
+                raise ValueError(f"sets.{name}.balanced.like is {like!r}, no other set: {nearest(like, others)}")
+            if like and self.sets[like].balanced:
+                raise ValueError(
+                    f"sets.{name}.balanced.like is {like!r}, itself balanced: give the set that it is like"
+                )
+        return self
+
+
+class Spec(_Part):
+    """A spec and the folder that its relative paths start from."""
+
+    build: BuildSpec
+    folder: Path
+
+    def open_source(self, name: str) -> sources.Source:
+        """The source `name`, its files looked at and its labels read. Raises SourceError."""
+        spec = self.build.sources[name]
+        part: Any = getattr(spec, spec.format)
+        root = self.folder / Path(part.root).expanduser()
+        classes = tuple(self.build.class_names) if self.build.class_names is not None else None
+        if spec.folder:
+            return sources.open_folder(name, root, class_names=classes)
+        if spec.list:
+            return sources.open_list(name, root, list_file=root / spec.list.list, class_names=classes)
+        if spec.idx:
+            labels = root / spec.idx.labels
+            return sources.open_idx(name, root / spec.idx.images, labels=labels, class_names=classes)
+        return sources.open_tars(name, root, class_names=classes)
+
+    def class_counts(self, name: str, source: sources.Source) -> Counts:
+        """[C] Images of each class in the set `name`, drawn from `source`."""
+        part, num_classes = self.build.sets[name], len(source.class_names)
+        available = np.bincount(source.labels, minlength=num_classes).astype(np.int64)
+        if part.exponential:
+            return class_counts_exponential(
+                part.exponential.n0 or int(available[0]), num_classes, part.exponential.imbalance
+            )
+        if part.counts:
+            return self._listed_counts(name, part.counts, num_classes)
+        if part.balanced and part.balanced.per_class:
+            return np.full(num_classes, part.balanced.per_class, dtype=np.int64)
+        if part.balanced and part.balanced.like:
+            twin = self.build.sets[part.balanced.like]
+            other = source if twin.source == part.source else self.open_source(twin.source)
+            return balanced_counts(int(self.class_counts(part.balanced.like, other).sum()), num_classes)
+        if part.balanced:
+            return balanced_counts(part.balanced.total or 0, num_classes)
+        return available
+
+    def _listed_counts(self, name: str, part: CountsProfile, num_classes: int) -> Counts:
+        values: Any = part.values
+        where = f"sets.{name}.counts"
+        if part.file:
+            where = str(self.folder / part.file)
+            try:
+                values = json.loads((self.folder / part.file).read_bytes())
+            except (OSError, ValueError, RecursionError) as error:
+                raise SourceError(f"{where}: the counts cannot be read: {error}") from error
+        whole = isinstance(values, list) and all(type(v) is int and 0 <= v < 2**31 for v in values)
+        if not whole or len(values) != num_classes:
+            raise SourceError(
+                f"{where}: not a list of {num_classes} whole numbers", remedy="give one count for each class, in order"
+            )
+        if 0 in values:
+            raise SourceError(f"{where}: class {values.index(0)} has no image", remedy="give it one, or leave it out")
+        return np.array(values, dtype=np.int64)
+
+    def neutral(self, name: str) -> dict[str, Any]:
+        """What of the spec decides what the set `name` holds: no folders, so that it can be built elsewhere."""
+        part = self.build.sets[name]
+        source = self.build.sources[part.source].model_dump(exclude_none=True)
+        for fields in source.values():
+            fields.pop("root")
+        told: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True)}
+        if part.balanced and part.balanced.like:
+            told["like"] = self.neutral(part.balanced.like)
+        if part.counts and part.counts.file:
+            told["counts_sha256"] = hashlib.sha256(_bytes(self.folder / part.counts.file)).hexdigest()
+        return told
+
+
+def load_spec(path: str | Path, *, overrides: Sequence[str] = ()) -> Spec:
+    """The spec in `path`, with `overrides`: "source=FOLDER" for its root, "source.field=PATH" for one of its files.
+
+    Raises UsageError: field, file and line, and the nearest valid name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), near) if near else "give the path of a YAML file, as shards/fashion-mnist-lt.yaml"
+        raise UsageError(f"the spec {path} cannot be read: {said}", remedy=hint) from error
+    tree = parse(text, path)
+    for override in overrides:
+        _override(tree, override)
+    try:
+        build = BuildSpec.model_validate_json(json.dumps(tree.values), strict=True)
+    except ValidationError as error:
+        lines = [_explain(e, tree, path) for e in error.errors(include_url=False)]
+        raise UsageError("\n".join(dict.fromkeys(lines))) from None
+    return Spec(build=build, folder=path.resolve().parent)
+
+
+def _override(tree: Tree, text: str) -> None:
+    name, equals, value = text.partition("=")
+    source, _, field = name.partition(".")
+    known = tree.values.get("sources")
+    known = known if isinstance(known, dict) else {}
+    if not equals or not value:
+        raise UsageError(f"--source {text!r} is not of the form NAME=FOLDER or NAME.FIELD=PATH")
+    if source not in known:
+        raise UsageError(f"--source {text}: there is no source {source!r}: {nearest(source, known)}")
+    field = field or "root"
+    parts = known[source] if isinstance(known[source], dict) else {}
+    for kind, fields in parts.items():
+        if isinstance(fields, dict):
+            # a path on the command line is relative to where the command is given, not to the spec
+            fields[field] = str(Path(value).resolve()) if field == "root" or "/" in value else value
+            tree.origins[("sources", source, kind, field)] = f"--source {name}"
+
+
+def _explain(error: Any, tree: Tree, path: Path) -> str:
+    where = tuple(k for k in error["loc"] if k != "[key]")
+    named = ".".join(map(str, where)) or "the spec"
+    known = (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins)
+    origin = next(known, str(path))
+    if error["type"] == "extra_forbidden":
+        return f"{origin}: there is no field {named}: {nearest(str(where[-1]), _fields_at(where[:-1]))}"
+    if error["type"] == "missing":
+        return f"{origin}: {named} is missing and has no default"
+    if error["type"] == "value_error":
+        return f"{origin}: {named + ': ' if where else ''}{error['ctx']['error']}"
+    if error["type"] == "string_pattern_mismatch":
+        return f"{origin}: {named}: a name is made of letters, digits, _ and -, at most 64"
+    if error["type"] == "model_type":
+        return f"{origin}: {named} is {error['input']!r}, but it has fields: {', '.join(_fields_at(where))}"
+    return f"{origin}: {named} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _fields_at(where: tuple[Any, ...]) -> list[str]:
+    """The fields of the part at `where`: ("sets", "train-lt", "balanced") -> like, per_class, total."""
+    part: Any = BuildSpec
+    keys = list(where)
+    while keys and part:
+        name = keys.pop(0)
+        annotation = part.model_fields[name].annotation
+        options = getattr(annotation, "__args__", (annotation,))
+        part = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if keys and name in ("sources", "sets"):
+            keys.pop(0)  # a name that the spec gives
+    return list(part.model_fields) if part else []
+
+
+def _exactly_one(part: BaseModel, names: tuple[str, ...], *, at_least: int) -> None:
+    given = [name for name in names if getattr(part, name) is not None]
+    if not at_least <= len(given) <= 1:
+        said = " and ".join(given) if given else "none"
+        raise ValueError(f"give {'one' if at_least else 'at most one'} of {', '.join(names)}: there is {said}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
