@@ -1,7 +1,7 @@
-"""Files that are on disk when we say so: written and hashed in one pass, synced, folders synced too.
+"""Files written, synced and hashed in one pass, and what a full disk did to them.
 
-`os.fsync` on a file does not store its name: the folder that holds it needs one as well. A rename is durable only once
-the parent folder is synced (the order that ext4, XFS and Lustre ask for; see man 2 fsync).
+Hashing what we write, rather than what we read back, costs no second pass, and finds what the way to the disk changed.
+Why not `livt_scale.durable`: there one process fills the temporary folder, here all ranks do.
 """
 
 from __future__ import annotations
@@ -75,14 +75,6 @@ def write_synced(path: Path, data: bytes) -> tuple[int, str]:
     return file.bytes, file.sha256
 
 
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def remove_folder(folder: Path) -> None:
     """Remove a folder if it is there."""
     if folder.is_symlink():
@@ -117,5 +109,8 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def in_mib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:,.2f} GiB"
+def readable(num_bytes: int) -> str:
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if num_bytes >= unit:
+            return f"{num_bytes / unit:,.1f} {name}"
+    return f"{num_bytes / 2**10:,.1f} KiB"

@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from livt_scale.checkpoint.files import remove_folder, sha256_of_all, sync_folder
+from livt_scale.checkpoint.files import remove_folder, sha256_of_all
 from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, read_manifest, step_name, step_of
 from livt_scale.checkpoint.peers import Peers
+from livt_scale.durable import sync_folder
 from livt_scale.errors import CheckpointDamaged, CheckpointError
 
 LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|pruned)")

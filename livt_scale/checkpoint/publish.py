@@ -18,6 +18,7 @@ from livt_scale.checkpoint.folder import damages, list_checkpoints, temporary
 from livt_scale.checkpoint.manifest import MANIFEST, FileEntry, Manifest, step_name
 from livt_scale.checkpoint.peers import Peers
 from livt_scale.checkpoint.retention import Retention
+from livt_scale.durable import sync_folder
 from livt_scale.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _start(job: Job) -> None:
         files.remove_folder(job.partial)
         free, needed = files.free_bytes(job.folder), job.plan.needed_bytes
         if free < needed:
-            raise _full(job, f"it needs {files.in_mib(needed)}, {files.in_mib(free)} are free")
+            raise _full(job, f"it needs {files.readable(needed)}, {files.readable(free)} are free")
         job.partial.mkdir()
     except OSError as error:
         raise _failed(job, error) from error
@@ -101,14 +102,14 @@ def _commit(job: Job, entries: list[FileEntry]) -> None:
     entries = sorted(entries, key=lambda entry: (entry.rank, entry.name))
     manifest = Manifest.model_validate({**job.manifest, "torch": torch.__version__, "files": entries})
     files.write_synced(job.partial / MANIFEST, manifest.to_bytes())
-    files.sync_folder(job.partial)
+    sync_folder(job.partial)
     target = job.folder / step_name(job.step)
     aside = temporary(job.folder, job.step, "replaced")
     if target.exists():
         files.remove_folder(aside)
         target.rename(aside)
     job.partial.rename(target)
-    files.sync_folder(job.folder)
+    sync_folder(job.folder)
     files.remove_folder(aside)
     job.known_whole[target] = _looks(target)
 
@@ -152,7 +153,7 @@ def _looks(path: Path) -> object:
 def _failed(job: Job, error: Exception) -> CheckpointError:
     if isinstance(error, OSError) and error.errno in files.FULL:
         try:
-            free = f"{files.in_mib(files.free_bytes(job.folder))} are free"
+            free = f"{files.readable(files.free_bytes(job.folder))} are free"
         except OSError:
             free = "how much is free cannot be read"
         reason = {
@@ -160,7 +161,7 @@ def _failed(job: Job, error: Exception) -> CheckpointError:
             errno.EDQUOT: "the quota is used up",
             errno.EFBIG: "a file would be larger than the limit of this process (ulimit -f) or file system",
         }[error.errno]
-        return _full(job, f"{reason}: it needs {files.in_mib(job.plan.needed_bytes)}, {free}")
+        return _full(job, f"{reason}: it needs {files.readable(job.plan.needed_bytes)}, {free}")
     detail = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
     return CheckpointError(f"{job.folder}: {step_name(job.step)} was not saved: {detail}{where}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import datetime
 import fnmatch
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -204,11 +204,8 @@ def load(
     return manifest.as_dict()
 
 
-def read_tensors(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of `path` whose names start with `prefix`, named without it: whole, on the CPU, every byte checked.
-
-    `read_tensors(path, prefix="model.")` is a state dict of the bare model.
-    """
+def read_tensors(path: Path, *, choose: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors of `path` (of them, those whose name `choose` accepts): whole, on the CPU, every byte checked."""
     import torch
 
     from livt_scale.checkpoint.metadata import read_index
@@ -218,10 +215,12 @@ def read_tensors(path: Path, *, prefix: str = "") -> dict[str, Tensor]:
     if wrong := verify(path):
         raise CheckpointDamaged(f"{path}: {'; '.join(wrong)}")
     index = read_index(path, read_manifest(path))
-    into = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in index.tensors.items() if name.startswith(prefix)}
+    into = {
+        name: torch.empty(t.shape, dtype=t.dtype) for name, t in index.tensors.items() if choose is None or choose(name)
+    }
     if into:
         read_into(path, into, index)
-    return {name.removeprefix(prefix): tensor for name, tensor in into.items()}
+    return into
 
 
 def _agree(manifest: Manifest, peers: Peers) -> None:

@@ -1,0 +1,161 @@
+"""`livt ckpt`: which checkpoints a run has, and whether every byte of them is right. Reads only; needs no torch.
+
+livt ckpt ls runs/demo               a line a checkpoint: step, epoch, size, age, whole or damaged and why
+livt ckpt verify runs/demo           exit 1 if any byte of any checkpoint differs, naming the file
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from livt_scale.checkpoint.folder import CheckpointInfo
+
+app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=True)
+STAGE_FOLDERS = ("pretrain", "finetune")
+UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+@app.command("ls")
+def ls(
+    run: Annotated[Path, typer.Argument(help="a run, one of its stages, or a folder of checkpoints")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="compare sizes alone, do not read every byte")] = False,
+) -> None:
+    """List checkpoints, oldest first: step, epoch, size, age, whole or damaged and why, best and final."""
+    from livt_scale.checkpoint.folder import list_checkpoints
+
+    now = datetime.datetime.now(datetime.UTC)
+    rows = [
+        _row(info, folder, now=now)
+        for folder in checkpoint_folders(run)
+        for info in list_checkpoints(folder, quick=quick)
+    ]
+    if as_json:
+        typer.echo(json.dumps({"checkpoints": rows}, indent=1))
+    elif not rows:
+        typer.echo(f"No checkpoints in {run} yet.")
+    else:
+        for line in table(rows):
+            typer.echo(line)
+
+
+@app.command("verify")
+def verify(
+    path: Annotated[Path, typer.Argument(help="one checkpoint, a run, one of its stages, or a folder of checkpoints")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Read every byte and compare it with the manifest. Exit 0: all whole; 1: damage, or nothing there."""
+    from livt_scale.checkpoint import folder as folders
+    from livt_scale.errors import CheckpointError
+
+    if _is_checkpoint(path):
+        found = [path]
+    else:
+        found = [
+            info.path for folder in checkpoint_folders(path) for info in folders.list_checkpoints(folder, quick=True)
+        ]
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {path}")
+    damaged = {str(checkpoint): folders.verify(checkpoint) for checkpoint in found}
+    if as_json:
+        rows = [{"path": name, "whole": not wrong, "why": wrong} for name, wrong in damaged.items()]
+        typer.echo(json.dumps({"checkpoints": rows}, indent=1))
+    else:
+        for name, wrong in damaged.items():
+            typer.echo(f"{name}: {'; '.join(wrong) if wrong else 'whole'}")
+    if any(damaged.values()):
+        raise typer.Exit(1)
+
+
+def checkpoint_folders(path: Path) -> list[Path]:
+    """The folders of checkpoints that `path` (a run, a stage or such a folder) means; UsageError for anything else."""
+    from livt_scale.errors import UsageError
+
+    if not path.is_dir():
+        raise UsageError(f"{path} is not a folder", remedy="Give a run directory, such as runs/NAME")
+    if path.name == "checkpoints" or any(_is_checkpoint(child) for child in path.iterdir()):
+        return [path]
+    places = [path / "checkpoints", *(path / stage / "checkpoints" for stage in STAGE_FOLDERS)]
+    if found := [place for place in places if place.is_dir()]:
+        return found
+    if any((path / name).exists() for name in ("recipe.yaml", "status.json", *STAGE_FOLDERS)):
+        return []  # a run that has saved nothing yet
+    raise UsageError(
+        f"{path} is neither a run nor a stage nor a folder of checkpoints",
+        remedy="Give a run directory (the folder with recipe.yaml), such as runs/NAME",
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as aligned text, a title line first."""
+    from livt_scale.checkpoint.files import readable
+
+    lines = [("stage", "step", "epoch", "size", "age", "state", "marks")]
+    for row in rows:
+        marks = [mark for mark in ("best", "final") if row[mark]]
+        if row["score"] is not None:
+            marks.append(f"score {row['score']:.4f}")
+        lines.append(
+            (
+                row["stage"] or "-",
+                str(row["step"]),
+                "?" if row["epoch"] is None else str(row["epoch"]),
+                readable(row["bytes"]),
+                "?" if row["age_s"] is None else _age(row["age_s"]),
+                "whole" if row["whole"] else f"damaged: {row['why']}",
+                ", ".join(marks),
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    from livt_scale.checkpoint.manifest import MANIFEST, read_manifest, step_of
+    from livt_scale.errors import CheckpointDamaged
+
+    if not path.is_dir():
+        return False
+    if step_of(path.name) is not None:
+        return True
+    if not (path / MANIFEST).is_file():
+        return False
+    try:  # a copy under another name; a set of shards has a manifest.json too
+        read_manifest(path)
+    except CheckpointDamaged:
+        return False
+    return True
+
+
+def _row(info: CheckpointInfo, folder: Path, *, now: datetime.datetime) -> dict[str, Any]:
+    from livt_scale.checkpoint.manifest import step_of
+
+    saved_at = info.manifest.saved_at if info.manifest else None
+    age_s = (now - datetime.datetime.fromisoformat(saved_at)).total_seconds() if saved_at else None
+    return {
+        "path": str(info.path),
+        "stage": folder.parent.name if folder.parent.name in STAGE_FOLDERS else None,
+        "step": step_of(info.path.name),
+        "epoch": info.position.epoch if info.position else None,
+        "bytes": info.bytes,
+        "saved_at": saved_at,
+        "age_s": None if age_s is None else round(age_s, 1),
+        "whole": info.whole,
+        "why": info.why,
+        "best": info.best,
+        "final": info.final,
+        "score": info.score,
+    }
+
+
+def _age(age_s: float) -> str:
+    for unit_s, name in UNITS_S:
+        if age_s >= unit_s:
+            return f"{int(age_s // unit_s)} {name}"
+    return "now"
