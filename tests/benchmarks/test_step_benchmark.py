@@ -1,0 +1,50 @@
+"""The plain re-statement that our step is timed against computes what our step computes."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from livt_scale.recipe import Decoder, Model
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
+SMALL = Model(size="vit_micro", image_px=28, channels=3, decoder=Decoder(width=32, depth=1, heads=2))
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_take_the_same_steps(benchmark):
+    runners = benchmark.contenders(SMALL, device=torch.device("cpu"), precision="fp32")
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(2, 3, 28, 28, generator=generator), torch.rand(2, 49, generator=generator)
+
+    found = benchmark.measure(runners, draw, steps=3)
+    assert found["loss"]["largest_relative_difference"] < 1e-5
+    assert set(found["step_s"]) == {"ours", "reference"}
+    json.dumps(found, allow_nan=False)
+    after = [dict(runner.model.named_parameters()) for runner in runners.values()]
+    start = dict(
+        benchmark.contenders(SMALL, device=torch.device("cpu"), precision="fp32")["ours"].model.named_parameters()
+    )
+    for name, weight in after[0].items():
+        torch.testing.assert_close(weight, after[1][name], rtol=1e-4, atol=2e-6)
+        assert torch.equal(weight, start[name]) != weight.requires_grad, name  # what learns has moved
+
+
+def test_a_different_computation_is_noticed(benchmark):
+    runners = benchmark.contenders(SMALL, device=torch.device("cpu"), precision="fp32")
+    with torch.no_grad():
+        runners["reference"].model.mask_token.add_(1.0)
+    draws = torch.randn(2, 3, 28, 28), torch.rand(2, 49)
+    found = benchmark.measure(runners, lambda: draws, steps=1)
+    assert found["loss"]["largest_relative_difference"] > benchmark.TOLERANCE["fp32"]
