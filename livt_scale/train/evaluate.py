@@ -87,7 +87,7 @@ def evaluate(
 
 
 def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
-    """Raise DataError where nothing can be evaluated, or unless the classes of `shards` are `classes`, in that order: a label is a row of the head."""
+    """Raise DataError where there is nothing to evaluate, or the classes are not `classes`, in that order."""
     names = tuple(shards.manifest.class_names)
     if not shards.num_samples:
         raise DataError(f"{shards.folder} holds no usable sample to evaluate on", remedy="give another set")

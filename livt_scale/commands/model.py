@@ -1,0 +1,90 @@
+"""`livt export` and `livt eval`: what a finished run is good for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+From = Annotated[
+    str | None,
+    typer.Option("--from", metavar="CHECKPOINT", help="best, newest or a step; without it, the final checkpoint."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The run directory.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The folder to write; without it, RUN/export.")] = None,
+    which: From = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's classifier as model.safetensors and config.json, as timm reads them.
+
+    livt export runs/try --out exports/try
+
+    python -c "import timm; timm.create_model('local-dir:exports/try', pretrained=True)"
+    """
+    from livt_scale.export import export_run
+
+    target = out or run / "export"
+    info = export_run(run, target, which=which)
+    if as_json:
+        typer.echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
+        return
+    lineage = info.lineage
+    typer.echo(f"{lineage['checkpoint']} of {run}: {len(info.class_names)} classes, {info.weights.bytes:,} bytes")
+    typer.echo(f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)")
+
+
+def eval_(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory, or an export.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Shards; without it, the run's own data.val.")] = None,
+    which: From = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images a forward pass.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write the report there, as eval.json.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a run or an export: accuracy by group, per class, calibration, confusion.
+
+    livt eval runs/try
+
+    livt eval exports/try --data shards/fashion-mnist-lt/val --json
+    """
+    from livt_scale.export import evaluate_path
+    from livt_scale.train.evaluate import write_eval
+
+    report = evaluate_path(path, data=data, which=which, batch=batch)
+    if out is not None:
+        weights = report["weights"]
+        write_eval({k: v for k, v in report.items() if k != "weights"}, out, weights=weights)
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    from rich.console import Console
+
+    Console().print(accuracy_table(report))
+    weights = report["weights"]
+    typer.echo(f"calibration error {100 * report['calibration']['ece']:.1f} %")
+    typer.echo(f"weights: {weights['checkpoint']} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}")
+    typer.echo(f"data: {report['data']['folder']}, manifest {report['data']['manifest_digest'][:12]}")
+
+
+def accuracy_table(report: dict[str, Any]) -> Table:
+    """Top-1 and top-5, in per cent, of all classes and of each group."""
+    from rich.table import Table
+
+    groups = ("all", "many", "medium", "few")
+    table = Table(title=f"{report['num_samples']} images, accuracy in %")
+    table.add_column("")
+    for group in groups:
+        table.add_column(group, justify="right")
+    for metric, name in (("top1", "top-1"), ("top5", "top-5")):
+        values = [report[metric][group] for group in groups]
+        table.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in values))
+    return table

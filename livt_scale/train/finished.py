@@ -1,0 +1,111 @@
+"""A trained classifier, read back from a run directory: which checkpoint, and what stands in it.
+
+    RUN/finetune/checkpoints/   step-00000040   step-00000080 (best)   step-00000120 (final)
+                                    "40"            "best"          None: the final one; "newest": the last whole one
+
+The final checkpoint is what fine-tuning ended with. One of the middle is taken only when asked for: a run that was
+stopped half-way has weights, but nobody should publish them by mistake. Model, classes and recipe come from the
+checkpoint itself, so that a run directory that was moved or copied, away from its data, is complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from livt_scale.checkpoint import store
+from livt_scale.checkpoint.state import collect
+from livt_scale.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
+from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.recipe import STAGES, Recipe, Stage
+from livt_scale.train.evaluate import TrainingClasses, weights_lineage
+from livt_scale.train.rundir import read_status
+
+NAMED = ("best", "newest")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A classifier on the CPU in evaluation mode, with all that is needed to use it and to say where it comes from."""
+
+    model: Classifier
+    recipe: Recipe
+    classes: TrainingClasses
+    weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
+    learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() or any((path / stage).is_dir() for stage in STAGES)
+
+
+def load_trained(run_dir: Path, *, which: str | None = None) -> Trained:
+    """The classifier of `run_dir`: its final checkpoint, or `which` of "best", "newest" and a step number.
+
+    Every byte is checked first. Raises RunError (fine-tuning has not ended, no such checkpoint: it says what is there),
+    CheckpointDamaged, CheckpointMismatch.
+    """
+    path = pick_checkpoint(run_dir, which=which)
+    manifest = store.read_manifest(path)
+    facts = manifest.facts
+    try:
+        recipe = Recipe.model_validate(facts["recipe"])
+        classes = TrainingClasses(tuple(facts["class_names"]), tuple(facts["class_counts"]), where=str(run_dir))
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointMismatch(
+            f"{path} does not say what was trained: {error!r}", remedy="was it written by another livt_scale?"
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        model = build_classifier(recipe.model, num_classes=len(classes.names), drop_path=0.0).eval()
+    store.load(path, collect(model), allow_unexpected=("optim.*",))
+    position = manifest.position
+    weights = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
+    return Trained(model, recipe, classes, weights, facts["learnt_from"])
+
+
+def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
+    """The fine-tuning checkpoint that `which` means, its sizes checked. Errors as `load_trained`."""
+    if not is_run(run_dir):
+        raise UsageError(f"{run_dir} is not a run directory", remedy="it would hold recipe.yaml and finetune/")
+    if which is not None and which not in NAMED and not which.isdecimal():
+        raise UsageError(f"--from {which}: no checkpoint is called that", remedy="give best, newest or a step number")
+    found = store.list_checkpoints(run_dir / "finetune" / "checkpoints", quick=True)
+    if which == "newest":
+        chosen = [c for c in found if c.whole]
+    elif which == "best":
+        chosen = [c for c in found if c.best]
+    elif which is None:
+        chosen = [c for c in found if c.final]
+    else:
+        chosen = [c for c in found if c.position and c.position.step == int(which)]
+    if not chosen:
+        what = "fine-tuning has not ended" if which is None else f"there is no fine-tuning checkpoint {which!r}"
+        remedy = "finish it with `livt train`" + (", or give --from newest" if any(c.whole for c in found) else "")
+        raise RunError(f"{what} in {run_dir}: {_what_is_there(run_dir)}", remedy=remedy)
+    if not chosen[-1].whole:
+        raise CheckpointDamaged(
+            f"{chosen[-1].path} is damaged: {chosen[-1].why}",
+            remedy="put the file back, give another one with --from, or remove the folder and train on",
+        )
+    return chosen[-1].path
+
+
+def _what_is_there(run_dir: Path) -> str:
+    return "; ".join(f"{stage}: {_stage_state(run_dir, stage)}" for stage in STAGES)
+
+
+def _stage_state(run_dir: Path, stage: Stage) -> str:
+    checkpoints = store.list_checkpoints(run_dir / stage / "checkpoints", quick=True)
+    names = ", ".join(c.path.name + ("" if c.whole else f" (damaged: {c.why})") for c in checkpoints[-3:])
+    status = read_status(run_dir, stage)
+    if status is None and not checkpoints:
+        return "not started"
+    said = status["state"] if status else "no status"
+    if status and "step" in status:
+        said += f" at step {status['step']} of {status.get('total_steps', '?')}"
+    more = f"{len(checkpoints)} checkpoints, the last: {names}" if len(checkpoints) > 3 else f"checkpoints: {names}"
+    return f"{said}, {more if checkpoints else 'no checkpoint'}"

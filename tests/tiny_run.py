@@ -1,0 +1,85 @@
+"""A run directory made by hand: a classifier with random weights, saved as fine-tuning saves it. No training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from livt_scale.checkpoint.state import collect
+from livt_scale.checkpoint.store import Position, Retention, Saver
+from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.optim import make_adamw, param_groups
+from livt_scale.recipe import Recipe, digest, learnt_from
+from livt_scale.recipe_file import save_recipe
+
+CLASS_NAMES = ("T-shirt/top", "two\nlines", 'a "quoted" one', "名前")
+CLASS_COUNTS = (300, 120, 20, 3)
+
+
+def tiny_recipe(*, train: Path | str = "train", val: Path | str | None = None, **model: Any) -> Recipe:
+    """Grey images of 28 px and the smallest transformer, as quick as it gets."""
+    return Recipe.model_validate(
+        {
+            "name": "tiny",
+            "data": {
+                "train": str(train),
+                "val": None if val is None else str(val),
+                "mean": [0.3] * model.get("channels", 1),
+                "std": [0.25] * model.get("channels", 1),
+                "workers": 0,
+            },
+            "model": {"size": "vit_micro", "depth": 2, "image_px": 28, "channels": 1} | model,
+            "stages": {"finetune": {"init": "scratch", "epochs": 20, "global_batch": 8, "micro_batch": 8}},
+        }
+    )
+
+
+def tiny_classifier(recipe: Recipe, *, num_classes: int, seed: int = 0) -> Classifier:
+    """Random weights far from the initial ones: logits that tell images apart, and every tensor of its own."""
+    torch.manual_seed(seed)
+    model = build_classifier(recipe.model, num_classes=num_classes, drop_path=0.1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def tiny_run(
+    run_dir: Path,
+    recipe: Recipe,
+    *,
+    steps: tuple[int, ...] = (40, 80),
+    final: bool = True,
+    scores: dict[int, float] | None = None,
+    class_names: tuple[str, ...] = CLASS_NAMES,
+    class_counts: tuple[int, ...] = CLASS_COUNTS,
+    manifest_digest: str = "0" * 64,
+) -> dict[int, Classifier]:
+    """Write RUN/recipe.yaml and a checkpoint for each of `steps`; the classifiers that were saved, by step."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    save_recipe(recipe, run_dir / "recipe.yaml")
+    learnt = {**learnt_from(recipe, "finetune"), "data.manifest": manifest_digest}
+    facts = {
+        "stage": "finetune",
+        "strategy": "ddp",
+        "recipe": recipe.model_dump(mode="json"),
+        "learnt_from": learnt,
+        "recipe_digest": digest(learnt),
+        "class_names": list(class_names),
+        "class_counts": list(class_counts),
+    }
+    models = {}
+    with Saver(run_dir / "finetune" / "checkpoints", mode="sync", retention=Retention(keep_last=9)) as saver:
+        for step in steps:
+            models[step] = tiny_classifier(recipe, num_classes=len(class_names), seed=step)
+            groups = param_groups(models[step], weight_decay=0.05, layer_decay=0.75, depth=recipe.model.dims[1])
+            saver.save(
+                collect(models[step], make_adamw(groups, betas=(0.9, 0.99))),
+                position=Position(epoch=step // 20, step=step),
+                facts=facts,
+                score=(scores or {}).get(step),
+                final=final and step == steps[-1],
+            )
+    return models
