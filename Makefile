@@ -1,0 +1,64 @@
+# The one door, for people and for CI. `make` alone lists the targets. Needs Python 3.11 and PyPI, nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+A ?= main
+B ?= .
+COMPARE_FLAGS ?=
+TEST_FLAGS ?=
+BENCH_OUT ?= build/bench
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-slow lint format golden compare bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@echo "  Python other than python3.11: make PYTHON=/path/to/python3.11 quickstart"
+
+install: $(READY)  ## create .venv with the tested versions (the other targets do this by themselves)
+
+# Written last: an install that is killed is done again, one that ended is not, until what it depends on changes.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: there is no $(PYTHON): install Python 3.11, or say make PYTHON=…" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+quickstart: $(READY)  ## both stages of LiVT on the real images that ship here, then a table
+	$(BIN)/livt quickstart
+
+test: $(READY)  ## the tests, without the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_FLAGS)
+
+test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
+	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)
+
+lint: $(READY)  ## ruff, mypy and the one-way imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)  ## let ruff put the code in order
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(READY)  ## rewrite the golden files; then read the diff
+	$(BIN)/python -m pytest --rewrite-golden $(TEST_FLAGS)
+	git diff --stat
+
+compare: $(READY)  ## train two revisions, A=main and B=., and compare their losses bit for bit
+	$(BIN)/python scripts/compare.py $(A) $(B) $(COMPARE_FLAGS)
+
+bench: $(READY)  ## run every benchmark; tables here, JSON in build/bench
+	@mkdir -p $(BENCH_OUT)
+	@for script in benchmarks/*.py; do \
+		name=$$(basename $$script .py); \
+		if grep -q '"--json"' $$script; then \
+			$(BIN)/python $$script --json $(BENCH_OUT)/$$name.json $(BENCH_FLAGS) || exit 1; \
+		fi; \
+	done
+
+clean:  ## remove .venv, build and caches; runs stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,59 @@
+"""What all tests share: a clean environment, one thread a process, golden files.
+
+A golden file holds what a function gave when somebody last read it. `make golden` rewrites them; then read the diff.
+
+    def test_the_batch_script(golden):
+        golden("slurm/two_nodes.sbatch", render(…))
+"""
+
+import difflib
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch comes: two test processes share two cores
+
+GOLDEN = Path(__file__).parent / "golden"
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "LIVT_")
+
+hypothesis.settings.register_profile("livt", deadline=None)
+hypothesis.settings.load_profile("livt")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_collection_modifyitems(config, items):
+    """With --rewrite-golden only the tests that have golden files run."""
+    if config.getoption("--rewrite-golden"):
+        others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher_in_the_environment(monkeypatch):
+    """A test that runs inside a Slurm job or under torchrun is not a rank of it."""
+    for name in [n for n in os.environ if n.startswith(LAUNCHER)]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def golden(request):
+    """`golden(name, text)`: the text equals tests/golden/NAME, or that file is rewritten."""
+
+    def check(name: str, text: str) -> None:
+        file = GOLDEN / name
+        if request.config.getoption("--rewrite-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            return
+        assert file.is_file(), f"there is no {file}: make golden writes it"
+        expected = file.read_text(encoding="utf-8").splitlines()
+        diff = "\n".join(difflib.unified_diff(expected, text.splitlines(), "golden", "now", lineterm=""))
+        assert not diff, f"{file} differs; if that is meant, run make golden and read the diff:\n{diff}"
+
+    return check
