@@ -25,7 +25,7 @@ from PIL import ExifTags, Image, ImageOps
 Pixels = NDArray[np.uint8]
 
 MOST_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP")  # of Pillow's many: no interpreter (EPS), no stranger
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -143,7 +143,7 @@ def _jpeg_orientation(data: bytes) -> int:
     if not _has_exif(data):
         return 1
     try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "MPO")) as image:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # damaged EXIF: the pixels stand as they are, as in every viewer
         return 1

@@ -93,9 +93,9 @@ class EvalTransform:
     def __call__(self, data: bytes, slot: torch.Tensor) -> None:
         """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
         pixels = decode(data, channels=self._channels)
-        height, width = _shorter_side_to(*pixels.shape[:2], self._resized_px)
+        height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
         resized = _channels_last(height, width, self._channels)
-        resize(pixels, Box(0, 0, *pixels.shape[:2]), resized)
+        resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
         target_px = slot.shape[-1]  # torchvision's CenterCrop rounds half to even, so do we
         top, left = round((height - target_px) / 2), round((width - target_px) / 2)
         slot.copy_(resized[:, top : top + target_px, left : left + target_px])
@@ -202,7 +202,7 @@ def erase(slot: torch.Tensor, rng: np.random.Generator, *, share: float, mean: n
     channels, height, width = slot.shape
     for _ in range(CROP_TRIES):
         area = height * width * rng.uniform(*ERASE_AREA)
-        aspect = math.exp(rng.uniform(*map(math.log, ERASE_ASPECT)))
+        aspect = math.exp(rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
         h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if h < height and w < width:
             top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))

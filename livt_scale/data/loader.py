@@ -1,0 +1,383 @@
+"""Samples to batches on the device, through loader processes, the same whatever their number.
+
+    batches = train_batches(shards, recipe, stage="pretrain", rank=0, world_size=8, micro_batch=64, epoch=3, step=0)
+    for batch in batches:
+        batch = batch.to(device)
+        images = normalise(batch.images, mean, std, torch.float32)
+
+One iterator serves a whole stage, so the processes live across epochs. A batch is one block of shared memory: images
+are decoded, cropped and written into their places in it once and never copied on the way to the main process; only
+its name and layout go through the pipe. What fails in a loader process reaches the caller as the same LivtError; a
+process that is killed is an error at the next batch, never a hang. None outlives the iterator.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from itertools import islice
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.mixing import Mix, apply_mix, draw_mix
+from livt_scale.data.order import Ints, eval_positions
+from livt_scale.data.seeds import sample_rng
+from livt_scale.data.stream import MicroBatch, RankOrder, SampleReader, stage_order, this_worker
+from livt_scale.data.transforms import BadImage, EvalTransform, TrainTransform
+from livt_scale.errors import DataError, LivtError, UsageError
+from livt_scale.recipe import Finetune, Recipe, Stage
+
+__all__ = ["Batch", "Batches", "Mix", "apply_mix", "eval_batches", "normalise", "train_batches"]
+
+
+@dataclass
+class Batch:
+    """What one rank needs for one forward pass over B images."""
+
+    images: Tensor  # uint8 [B, C, H, W], channels-last in memory
+    labels: Tensor  # int64 [B]
+    keys: list[str]
+    epoch: int
+    step: int  # within the epoch
+    micro: int  # which of the step's micro-batches
+    noise: Tensor | None = None  # float32 [B, num_patches] uniforms, pretraining: the lowest quarter stays
+    drop: Tensor | None = None  # float32 [B, 2 · depth] uniforms, fine-tuning with drop path
+    mix: Mix | None = None  # fine-tuning with mixup or cutmix
+
+    def to(self, device: torch.device | str) -> Batch:
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Any) -> Batch:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+        mix = None if self.mix is None else Mix(change(self.mix.lam), change(self.mix.box))
+        return replace(self, **changed, mix=mix)
+
+
+class Batches:
+    """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped."""
+
+    def __init__(self, dataset: _Dataset, *, workers: int, prefetch: int) -> None:
+        loader = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker if workers else None,
+            generator=torch.Generator(),  # else it would draw from torch's global one
+        )
+        before = set(multiprocessing.active_children())
+        on_child_end = signal.getsignal(signal.SIGCHLD)
+        self._packed: Any = iter(loader)
+        self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        if workers and threading.current_thread() is threading.main_thread():
+            # torch's handler raises in whatever line runs when a worker dies, in the middle of a save too. Without
+            # it the same is noticed where the next batch is asked for: torch looks at its workers every 5 s.
+            signal.signal(signal.SIGCHLD, on_child_end)
+        self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._close.alive:
+            raise StopIteration
+        try:
+            packed = next(self._packed)
+        except StopIteration:
+            self.close()
+            raise
+        except Exception as error:
+            dead = [p for p in self._workers if not p.is_alive()]
+            if not dead:
+                raise
+            _kill(self._packed, self._workers)
+            self.close()
+            raise _death(dead[0]) from error
+        if isinstance(packed, _Failed):
+            self.close()
+            raise packed.error
+        return packed if isinstance(packed, Batch) else packed.unpack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the loader processes and wait until they are gone."""
+        self._close()
+
+
+def train_batches(
+    shards: ShardSet,
+    recipe: Recipe,
+    *,
+    stage: Stage,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    epoch: int,
+    step: int,
+) -> Batches:
+    """The micro-batches of one rank from `step` of `epoch` to the end of the stage. Raises LivtError.
+
+    `step` counts within the epoch, or from the beginning of the stage with `epoch` = 0: both are the same position.
+    """
+    order = stage_order(shards, recipe, stage)
+    part = recipe.stage(stage)
+    rank_order = RankOrder(shards, order, epochs=part.epochs, rank=rank, world_size=world_size, micro_batch=micro_batch)
+    if isinstance(part, Finetune) and part.mixes and micro_batch % 2:
+        raise UsageError(
+            f"micro_batch is {micro_batch}: mixup and cutmix pair neighbours, so it must be even",
+            remedy="change micro_batch or the number of processes",
+        )
+    dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=epoch, step=step)
+    return Batches(dataset, workers=recipe.data.workers, prefetch=recipe.data.prefetch)
+
+
+def eval_batches(shards: ShardSet, recipe: Recipe, *, rank: int, world_size: int, batch: int) -> Batches:
+    """The evaluation images of one rank, `batch` at a time, the last one smaller: over all ranks each exactly once.
+
+    A rank without any (more ranks than samples) gets no batch.
+    """
+    positions = eval_positions(shards.num_samples, rank=rank, world_size=world_size)
+    samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
+    dataset = _EvalDataset(shards, recipe, samples, batch)
+    return Batches(dataset, workers=min(recipe.data.workers, dataset.num_batches), prefetch=recipe.data.prefetch)
+
+
+def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    """uint8 [B, C, H, W] in 0 … 255 to (images / 255 − mean) / std, contiguous, of `dtype`, on the images' device."""
+    scale, shift = _affine(tuple(mean), tuple(std), images.device)
+    floats = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    torch.mul(images, scale, out=floats)  # the cast, the scaling and the way out of channels-last in one pass
+    return floats.add_(shift).to(dtype)
+
+
+@lru_cache(maxsize=16)  # constants on the device: made once, else each batch would wait for a copy
+def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    means, stds = (torch.tensor(v, dtype=torch.float64)[None, :, None, None] for v in (mean, std))
+    return (1 / (255 * stds)).to(device, torch.float32), (-means / stds).to(device, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """Comes through the pipe instead of a batch: torch would wrap the error in a page of traceback."""
+
+    error: LivtError
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A batch as one block of memory; a message of a few hundred bytes between processes.
+
+    Small on purpose: a message below the pipe's atomic 4 KB is never seen in half, even from a process killed while
+    sending, and the pipe never fills up and blocks a process that wants to end.
+    """
+
+    block: Tensor  # uint8 [bytes]
+    layout: tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, offset
+    place: tuple[int, int, int]  # epoch, step, micro
+
+    def unpack(self) -> Batch:
+        """The batch, its tensors views of the block."""
+        values: dict[str, Any] = self.arrays()
+        keys = json.loads(values.pop("keys").tobytes())
+        tensors = {name: torch.from_numpy(array) for name, array in values.items()}
+        images = tensors.pop("images").permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
+        mix = Mix(tensors.pop("lam"), tensors.pop("box")) if "lam" in tensors else None
+        epoch, step, micro = self.place
+        return Batch(images, tensors.pop("labels"), keys, epoch, step, micro, mix=mix, **tensors)
+
+    def pin_memory(self) -> Batch:
+        return self.unpack().pin_memory()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        memory = self.block.numpy()
+        views = {}
+        for name, dtype, shape, offset in self.layout:
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            views[name] = memory[offset : offset + nbytes].view(dtype).reshape(shape)
+        return views
+
+
+def _pack(arrays: dict[str, np.ndarray], *, images: tuple[int, ...], place: tuple[int, int, int]) -> _Packed:
+    """A block with room for `images` [B, H, W, C] and a copy of `arrays`."""
+    offset = -(-int(np.prod(images)) // 64) * 64
+    layout = [("images", "|u1", images, 0)]
+    for name, array in arrays.items():
+        layout.append((name, array.dtype.str, array.shape, offset))
+        offset += -(-array.nbytes // 64) * 64
+    packed = _Packed(_memory(offset), tuple(layout), place)
+    views = packed.arrays()
+    for name, array in arrays.items():
+        views[name][...] = array
+    return packed
+
+
+def _memory(nbytes: int) -> Tensor:
+    """uint8 [nbytes]; in a loader process shared with the main one and without a name, so that nothing is left over."""
+    if torch.utils.data.get_worker_info() is None:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    try:
+        storage = torch.UntypedStorage._new_shared(nbytes)
+    except RuntimeError as error:
+        raise DataError(
+            f"no shared memory for a batch of {nbytes:,} bytes: {error}",
+            remedy="give /dev/shm more room (docker: --shm-size), or lower data.prefetch or data.workers",
+        ) from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+class _Dataset(IterableDataset[Any]):
+    """What runs in a loader process: yields _Packed, and at an error _Failed as the last."""
+
+    def __init__(self, shards: ShardSet, recipe: Recipe) -> None:
+        super().__init__()
+        self.shards = shards
+        self.recipe = recipe
+
+    def __iter__(self) -> Iterator[_Packed | _Failed]:
+        try:
+            with closing(SampleReader(self.shards)) as reader:
+                for batch in self.micro_batches(*this_worker()):
+                    yield self._load(batch, reader)
+        except LivtError as error:
+            yield _Failed(error)
+
+    def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
+        raise NotImplementedError
+
+    def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:
+        """What else the batch holds: random numbers, each from its own sample's seeds."""
+        raise NotImplementedError
+
+    def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:
+        raise NotImplementedError
+
+    def _load(self, batch: MicroBatch, reader: SampleReader) -> _Packed:
+        keys = self.shards.keys(batch.samples)
+        arrays: dict[str, np.ndarray] = {
+            "labels": self.shards.labels(batch.samples),
+            "keys": np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),
+            **self.draw(batch, keys),
+        }
+        px = self.recipe.model.image_px
+        shape = (len(keys), px, px, self.recipe.model.channels)
+        packed = _pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro))
+        slots = torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2)
+        for slot, raw in zip(slots, reader.read(batch.samples, keys), strict=True):
+            try:
+                self.transform(raw.image, slot, epoch=batch.epoch, key=raw.key)
+            except BadImage as error:
+                raise raw.error(str(error)) from error
+        return packed
+
+
+class _TrainDataset(_Dataset):
+    def __init__(
+        self, shards: ShardSet, recipe: Recipe, stage: Stage, rank_order: RankOrder, *, epoch: int, step: int
+    ) -> None:
+        super().__init__(shards, recipe)
+        self._part = recipe.stage(stage)
+        self._rank_order = rank_order
+        self._start = {"epoch": epoch, "step": step}
+        self._transform = TrainTransform(recipe, stage)  # here, not in the workers: each would import timm
+
+    def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
+        return self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers)
+
+    def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:
+        self._transform(data, slot, epoch=epoch, key=key)
+
+    def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:
+        model, part = self.recipe.model, self._part
+        if not isinstance(part, Finetune):
+            return {"noise": self._uniforms(batch.epoch, keys, model.num_patches, "noise")}
+        drawn = {}
+        if part.drop_path:
+            drawn["drop"] = self._uniforms(batch.epoch, keys, 2 * model.dims[1], "drop")
+        if part.mixes:
+            drawn["lam"], drawn["box"] = draw_mix(
+                part, keys[0::2], seed=self.recipe.seed, epoch=batch.epoch, image_px=model.image_px
+            )
+        return drawn
+
+    def _uniforms(self, epoch: int, keys: list[str], count: int, purpose: str) -> np.ndarray:
+        """float32 [B, count] in [0, 1)."""
+        uniforms = np.empty((len(keys), count), dtype=np.float32)
+        for row, key in zip(uniforms, keys, strict=True):
+            sample_rng(self.recipe.seed, epoch, key, purpose).random(out=row, dtype=np.float32)
+        return uniforms
+
+
+class _EvalDataset(_Dataset):
+    def __init__(self, shards: ShardSet, recipe: Recipe, samples: Ints, batch: int) -> None:
+        super().__init__(shards, recipe)
+        self._samples = samples
+        self._batch = batch
+        self._transform = EvalTransform(recipe)
+        self.num_batches = -(-len(samples) // batch)
+
+    def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
+        for number in islice(range(self.num_batches), worker, None, num_workers):
+            first = number * self._batch
+            yield MicroBatch(0, number, 0, self._samples[first : first + self._batch])
+
+    def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:  # noqa: ARG002 - no randomness
+        self._transform(data, slot)
+
+    def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:  # noqa: ARG002
+        return {}
+
+
+def _start_worker(_: int) -> None:
+    """Slurm signals every process of a step. Only the main process decides what a preemption means; when it ends,
+    however it ends, its workers do too (`_stop`; torch's watch on the parent)."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _stop(packed: Any, workers: list[Any]) -> None:
+    if workers:
+        packed._shutdown_workers()  # torch has no public name for it
+    for process in workers:
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def _kill(packed: Any, workers: list[Any]) -> None:
+    """After a death. The dead one may hold a lock for ever, so that torch's orderly way could hang: not taken."""
+    packed._shutdown = True
+    for process in workers:
+        process.kill()
+        process.join()
+
+
+def _death(process: Any) -> DataError:
+    code = process.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    return DataError(
+        f"a loader process (pid {process.pid}) {how}",
+        remedy="SIGKILL: most often the machine ran out of memory; SIGBUS: /dev/shm is full; lower data.workers or "
+        "data.prefetch. The run goes on where it was saved",
+    )
