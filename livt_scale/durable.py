@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PREFIX = ".livt-writing-"  # a leftover of a killed process starts so; nothing ever reads one
 
@@ -23,10 +24,17 @@ PREFIX = ".livt-writing-"  # a leftover of a killed process starts so; nothing e
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` to `path` (its folder is made); what stood there before stays until the new bytes are safe."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file, open for writing, that becomes `path` when the block ends well."""
     temporary = _beside(path)
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

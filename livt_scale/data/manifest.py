@@ -16,7 +16,6 @@ import errno
 import hashlib
 import itertools
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -262,30 +261,6 @@ class ShardSet:
         if not self.manifest.keys.bytes:  # an empty file cannot be mapped
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, dtype=np.uint8, mode="r")
-
-
-def write_whole(path: Path, contents: bytes) -> None:
-    """Write a file so that under its name it is whole or not there. Raises DataError (disk full, folder read-only)."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with plain_disk_errors(path, needed=len(contents)):
-        try:
-            with partial.open("wb") as file:
-                file.write(contents)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

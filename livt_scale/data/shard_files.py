@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +25,10 @@ from livt_scale.data.manifest import (
     Manifest,
     ShardInfo,
     plain_disk_errors,
-    sync_folder,
-    write_whole,
 )
 from livt_scale.data.sources import Source
 from livt_scale.data.tar import END_OF_TAR, IMAGE_TYPES, read_tar, sample_bytes
+from livt_scale.durable import new_file, write_whole
 from livt_scale.errors import DataError, ShardError
 
 
@@ -109,9 +107,9 @@ def publish(folder: Path, shards: Sequence[Shard], **facts: Any) -> Manifest:
         keys=infos[KEYS],
         **facts,
     )
-    for name, contents in files.items():
-        write_whole(folder / name, contents)
-    write_whole(folder / MANIFEST, manifest.to_bytes())
+    for name, contents in [*files.items(), (MANIFEST, manifest.to_bytes())]:
+        with plain_disk_errors(folder / name, needed=len(contents)):
+            write_whole(folder / name, contents)
     return manifest
 
 
@@ -128,27 +126,18 @@ def _write(job: ShardJob) -> Shard:
     keys: list[bytes] = []
     digest = hashlib.sha256()
     offset = key_end = 0
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with plain_disk_errors(path):
-        try:
-            with partial.open("wb") as file:
-                for k in range(len(source)):
-                    image_type, image = source.image(k)
-                    data, data_offset = sample_bytes(source.key(k), source.label(k), (image_type, image))
-                    keys.append(source.key(k).encode())
-                    key_end += len(keys[-1])
-                    kind, crc = IMAGE_TYPES.index(image_type), zlib.crc32(data)
-                    rows[k] = (offset, len(data), data_offset, len(image), source.label(k), crc, kind, key_end)
-                    digest.update(data)
-                    offset += file.write(data)
-                digest.update(END_OF_TAR)
-                offset += file.write(END_OF_TAR)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            sync_folder(path.parent)
-        finally:
-            partial.unlink(missing_ok=True)
+    with plain_disk_errors(path), new_file(path) as file:
+        for k in range(len(source)):
+            image_type, image = source.image(k)
+            data, data_offset = sample_bytes(source.key(k), source.label(k), (image_type, image))
+            keys.append(source.key(k).encode())
+            key_end += len(keys[-1])
+            kind, crc = IMAGE_TYPES.index(image_type), zlib.crc32(data)
+            rows[k] = (offset, len(data), data_offset, len(image), source.label(k), crc, kind, key_end)
+            digest.update(data)
+            offset += file.write(data)
+        digest.update(END_OF_TAR)
+        offset += file.write(END_OF_TAR)
     info = ShardInfo(name=path.name, bytes=offset, sha256=digest.hexdigest(), samples=len(rows))
     return Shard(info, rows, b"".join(keys), was_there=False)
 

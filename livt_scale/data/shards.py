@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, Manifest, ShardSet, plain_disk_errors, write_whole
+from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, Manifest, ShardSet, plain_disk_errors
 from livt_scale.data.processes import in_processes, usable_cores
 from livt_scale.data.shard_files import Shard, ShardJob, make_shard, publish, scan_shard
 from livt_scale.data.shard_spec import Spec
 from livt_scale.data.sources import Source
+from livt_scale.durable import PREFIX, write_whole
 from livt_scale.errors import DataError, ManifestError, SampleError, SourceError
 from livt_scale.longtail import choose, imbalance_factor, shuffled
 
@@ -168,16 +169,17 @@ def _claim(plan: Plan, folder: Path) -> None:
                 f"{folder} is incomplete, and the images now are not those it was built from",
                 remedy="choose another --out, or remove the folder first",
             )
-    elif left := [name for name in there if not name.endswith(".partial")]:
+    elif left := [name for name in there if not name.startswith(PREFIX)]:
         raise DataError(
             f"{folder} holds files that no build put there: {', '.join(left[:3])}",
             remedy="choose another --out, or remove the folder first",
         )
     else:
-        write_whole(folder / BUILD, mark)
+        with plain_disk_errors(folder / BUILD):
+            write_whole(folder / BUILD, mark)
     with plain_disk_errors(folder):
         for name in there:
-            if name.endswith(".partial"):
+            if name.startswith(PREFIX):
                 (folder / name).unlink()
 
 

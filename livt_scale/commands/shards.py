@@ -1,0 +1,215 @@
+"""`livt shards`: raw images to shards, and what is to know about shards.
+
+livt shards build shards/fashion-mnist-lt.yaml --out data/fashion-mnist-lt
+livt shards verify data/fashion-mnist-lt/train-lt --decode
+livt shards index downloads/tars              a manifest for tars that others wrote
+livt shards info data/fashion-mnist-lt/train-lt
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from livt_scale.data.shards import Progress
+    from livt_scale.data.verify import Fault
+
+app = typer.Typer(help="Make, check and look at shards.", no_args_is_help=True)
+MIB = 2**20
+EVERY_S = 10.0  # a plain line of progress, where there is no terminal
+MOST_FAULTS = 20  # shown; --json has all
+MOST_CLASSES = 20  # rows of the histogram
+BAR = 40  # characters of the longest bar
+
+Folder = Annotated[Path, typer.Argument(help="a folder of shards: the one with manifest.json")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")]
+
+
+@app.command("build")
+def build(
+    spec: Annotated[Path, typer.Argument(help="a YAML file: sources, and sets made of them")],
+    out: Annotated[Path | None, typer.Option(help="folder for the sets; default: named as the spec, beside it")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: where the raw files of a source lie; NAME.FIELD=PATH: one of its files"),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Build the shards that SPEC describes. Killed and started again, it goes on where it stopped."""
+    from livt_scale.data.shard_spec import load_spec
+    from livt_scale.data.shards import build as build_shards
+
+    loaded = load_spec(spec, overrides=source or ())
+    out = out or loaded.folder / loaded.build.name
+    with _progress("images") as progress:
+        built = build_shards(loaded, out, workers=workers, progress=progress)
+    for one in built:
+        there = f" ({one.kept} were there)" if one.kept and one.made else ""
+        state = f"{one.made} shards written{there}" if one.made else "finished already, nothing to do"
+        typer.echo(f"{one.folder}: {one.num_samples:,} images, {one.num_bytes / MIB:.1f} MiB: {state}")
+
+
+@app.command("verify")
+def verify(
+    folder: Folder,
+    decode: Annotated[bool, typer.Option("--decode", help="also decode every image")] = False,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="write the bad samples beside the manifest: training leaves them out")
+    ] = False,
+    as_json: Json = False,
+    workers: Workers = None,
+) -> None:
+    """Compare every byte with the manifest. Exit code 1 if anything is wrong (0 if it went into quarantine)."""
+    from livt_scale.data.verify import verify as verify_shards
+
+    with _progress("shards") as progress:
+        faults = verify_shards(folder, decode=decode, quarantine=quarantine, workers=workers, progress=progress)
+    if as_json:
+        rows = [{"shard": f.shard, "key": f.key, "offset": f.offset, "what": f.what} for f in faults]
+        typer.echo(json.dumps({"whole": not faults, "quarantined": quarantine, "faults": rows}, indent=1))
+    else:
+        _tell_faults(folder, faults, quarantine=quarantine)
+    if faults and not quarantine:
+        raise typer.Exit(1)
+
+
+@app.command("index")
+def index(
+    folder: Annotated[Path, typer.Argument(help="a folder of WebDataset tars: key.jpg|jpeg|png + key.cls")],
+    class_names: Annotated[
+        Path | None, typer.Option(help="a text file, one name a line; default: the labels' numbers")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Make a manifest and an index for tars that others wrote. The tars stay as they are."""
+    from livt_scale.data.shards import index_tars
+
+    names = _lines(class_names) if class_names else None
+    with _progress("shards") as progress:
+        shards = index_tars(folder, class_names=names, workers=workers, progress=progress)
+    empty = [n for n, count in zip(shards.manifest.class_names, shards.manifest.class_counts, strict=True) if not count]
+    typer.echo(f"{folder}: {shards.num_samples:,} images of {shards.num_classes} classes: manifest written")
+    if empty:
+        typer.echo(f"note: {len(empty)} classes have no image ({', '.join(empty[:5])}): they cannot be trained on")
+
+
+@app.command("info")
+def info(folder: Folder, as_json: Json = False) -> None:
+    """Counts, bytes, imbalance factor, and a small histogram of the classes."""
+    from livt_scale.data.shards import info as shard_info
+
+    facts = shard_info(folder)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    factor = facts["imbalance_factor"]
+    each = facts["bytes"] / max(facts["samples"] + facts["quarantined"], 1)
+    typer.echo(f"{facts['name']}: {facts['samples']:,} images ({', '.join(facts['image_types'])}) in {folder}")
+    typer.echo(f"shards            {facts['shards']}, {facts['bytes'] / MIB:.1f} MiB, {each:,.0f} bytes an image")
+    typer.echo(
+        f"classes           {facts['classes']}: {facts['largest_class']:,} to {facts['smallest_class']:,} images"
+    )
+    typer.echo(f"imbalance factor  {'no image in a class' if factor is None else f'{factor:g}'}")
+    if facts["quarantined"]:
+        typer.echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
+    for line in histogram(facts["class_names"], facts["class_counts"]):
+        typer.echo(line)
+
+
+def histogram(names: list[str], counts: list[int]) -> list[str]:
+    """Bars for the classes by size, largest first; of many classes, as many of even ranks as fit."""
+    by_size = sorted(range(len(counts)), key=lambda c: -counts[c])
+    shown = by_size
+    if len(by_size) > MOST_CLASSES:
+        shown = [by_size[k * (len(by_size) - 1) // (MOST_CLASSES - 1)] for k in range(MOST_CLASSES)]
+    width = max((min(len(names[c]), 24) for c in shown), default=0)
+    most = max(counts, default=0) or 1
+    rows = []
+    for c in shown:
+        bar = "█" * round(BAR * counts[c] / most) or ("▏" if counts[c] else "")
+        rows.append(f"  {names[c][:24]:<{width}}  {counts[c]:>8,}  {bar}")
+    return rows
+
+
+def _by_class(facts: dict[str, Any]) -> str:
+    lost = zip(facts["class_names"], facts["quarantined_by_class"], strict=True)
+    return ", ".join(f"{name} {count}" for name, count in lost if count)
+
+
+def _tell_faults(folder: Path, faults: list[Fault], *, quarantine: bool) -> None:
+    if not faults:
+        typer.echo(f"{folder}: whole")
+        return
+    for fault in faults[:MOST_FAULTS]:
+        typer.echo(str(fault))
+    if len(faults) > MOST_FAULTS:
+        typer.echo(f"… and {len(faults) - MOST_FAULTS} more (--json lists all)")
+    if quarantine:
+        from livt_scale.data.shards import info as shard_info
+
+        facts = shard_info(folder)
+        typer.echo(f"in quarantine: {facts['quarantined']} samples: {_by_class(facts)}. Training leaves them out")
+
+
+def _lines(path: Path) -> list[str]:
+    from livt_scale.errors import UsageError
+
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise UsageError(f"{path} cannot be read: {said}", remedy="give a file with one class name a line") from error
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Progress]:
+    """A bar on a terminal, else a line every EVERY_S seconds; on stderr, so that --json stays JSON."""
+    if not sys.stderr.isatty():
+        yield _Lines(unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), unit)
+    with Progress(
+        *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        tasks: dict[str, Any] = {}
+        begun = time.monotonic()
+
+        def show(name: str, done: int, total: int, num_bytes: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total, rate="")
+            rate = _rate(done, num_bytes, time.monotonic() - begun, unit)
+            bar.update(tasks[name], completed=done, rate=rate)
+
+        yield show
+
+
+class _Lines:
+    """Progress for a log file."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int, num_bytes: int) -> None:
+        now = time.monotonic()
+        if now - self._said >= EVERY_S or done == total:
+            self._said = now
+            rate = _rate(done, num_bytes, now - self._begun, self._unit)
+            print(f"{name}: {done:,} of {total:,} {self._unit}, {rate}", file=sys.stderr, flush=True)
+
+
+def _rate(done: int, num_bytes: int, seconds: float, unit: str) -> str:
+    seconds = max(seconds, 1e-3)
+    return f"{done / seconds:,.0f} {unit}/s, {num_bytes / MIB / seconds:,.1f} MiB/s"
