@@ -87,7 +87,7 @@ class PlainAutoencoder(nn.Module):
             x = block(x)
         x = self.decoder_embed(self.norm(x))
 
-        missing = self.mask_token.to(x.dtype).expand(batch, num_patches - num_kept, -1)
+        missing = self.mask_token.expand(batch, num_patches - num_kept, -1)
         patches = torch.cat((x[:, 1:], missing), dim=1).gather(1, back[:, :, None].expand(-1, -1, x.shape[2]))
         x = torch.cat((x[:, :1], patches), dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
