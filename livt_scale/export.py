@@ -33,7 +33,7 @@ from livt_scale.models.sizes import vit_args
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
 from livt_scale.recipe_file import load_recipe
-from livt_scale.train.evaluate import TrainingClasses, evaluate
+from livt_scale.train.evaluate import BATCH, TrainingClasses, evaluate
 from livt_scale.train.finished import Trained, is_run, load_trained
 
 WEIGHTS = "model.safetensors"
@@ -223,7 +223,7 @@ def open_trained(path: Path, *, which: str | None = None) -> Trained:
 
 
 def evaluate_path(
-    path: Path, *, data: Path | None = None, which: str | None = None, batch: int | None = None
+    path: Path, *, data: Path | None = None, which: str | None = None, batch: int = BATCH
 ) -> dict[str, Any]:
     """Evaluate a run or an export on the shards in `data` (None: the run's own evaluation set), alone.
 

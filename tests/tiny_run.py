@@ -1,14 +1,19 @@
-"""A run directory made by hand: a classifier with random weights, saved as fine-tuning saves it. No training."""
+"""A tiny set of shards, and a run directory made by hand: random weights, saved as fine-tuning saves them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from livt_scale.checkpoint.state import collect
 from livt_scale.checkpoint.store import Position, Retention, Saver
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_spec import BuildSpec, Spec
+from livt_scale.data.shards import build
 from livt_scale.models.classifier import Classifier, build_classifier
 from livt_scale.optim import make_adamw, param_groups
 from livt_scale.recipe import Recipe, digest, learnt_from
@@ -83,3 +88,21 @@ def tiny_run(
                 final=final and step == steps[-1],
             )
     return models
+
+
+def tiny_shards(folder: Path, per_class: dict[str, int], *, size_px: int = 28) -> ShardSet:
+    """Shards of so many random grey images of each class, three to a shard, in `folder`/set."""
+    rng = np.random.default_rng(len(per_class))
+    for name, count in per_class.items():
+        (folder / "raw" / name).mkdir(parents=True)
+        for k in range(count):
+            pixels = rng.integers(0, 256, (size_px, size_px), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "raw" / name / f"{k}.png")
+    part = {
+        "name": "tiny",
+        "class_names": list(per_class),
+        "sources": {"raw": {"folder": {"root": "raw"}}},
+        "sets": {"set": {"source": "raw", "shard_samples": 3}},
+    }
+    build(Spec(build=BuildSpec.model_validate(part), folder=folder), folder, workers=1)
+    return ShardSet.open(folder / "set")

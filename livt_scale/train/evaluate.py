@@ -33,6 +33,7 @@ from livt_scale.recipe import Recipe
 
 FORMAT = "livt-eval"
 VERSION = 1
+BATCH = 64  # the same everywhere, so that a run, its log and its export agree to the last digit
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,12 @@ def evaluate(
     *,
     world: World,
     classes: TrainingClasses | None = None,
-    batch: int | None = None,
+    batch: int = BATCH,
 ) -> dict[str, Any]:
     """The report of `model` (a Classifier on `world.device`, not wrapped) on `shards`; the same on every rank.
 
-    classes: None: those of the recipe's training set. batch: images a forward pass; None: the micro-batch of
-    fine-tuning. `model` is left in the mode it was in. Raises DataError where the classes differ, and on every rank
-    what goes wrong on one.
+    classes: None: those of the recipe's training set. batch: images a forward pass. `model` is left in the mode it
+    was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
     """
     classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train))
     check_same_classes(shards, classes)
@@ -71,7 +71,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        _count(model, shards, recipe, world=world, tally=tally, batch=batch or _micro_batch(recipe))
+        _count(model, shards, recipe, world=world, tally=tally, batch=batch)
     except Exception as raised:
         error = raised
     finally:
@@ -145,17 +145,13 @@ def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
 def _count(model: nn.Module, shards: ShardSet, recipe: Recipe, *, world: World, tally: Tally, batch: int) -> None:
     mean, std = recipe.data.mean, recipe.data.std
     half = recipe.parallel.precision == "bf16"
-    for own in eval_batches(shards, recipe, rank=world.rank, world_size=world.world_size, batch=batch):
-        on_device = own.to(world.device)
-        images = normalise(on_device.images, mean, std, torch.float32)
-        with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=half):
-            logits = model(images)
-        tally.update(logits, on_device.labels)
-
-
-def _micro_batch(recipe: Recipe) -> int:
-    part = recipe.stages.finetune
-    return part.micro_batch if part else 64
+    with eval_batches(shards, recipe, rank=world.rank, world_size=world.world_size, batch=batch) as batches:
+        for own in batches:
+            on_device = own.to(world.device)
+            images = normalise(on_device.images, mean, std, torch.float32)
+            with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=half):
+                logits = model(images)
+            tally.update(logits, on_device.labels)
 
 
 def _some(names: Sequence[str] | set[str]) -> str:
