@@ -123,6 +123,7 @@ class SampleReader:
     def __init__(self, shards: ShardSet, *, most_open: int = MOST_OPEN_SHARDS) -> None:
         self._shards = shards
         self._most_open = most_open
+        self._paths = [shards.folder / shard.name for shard in shards.manifest.shards]  # once: pathlib is slow
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
     def read(self, samples: Ints, keys: list[str] | None = None) -> Iterator[RawSample]:
@@ -134,13 +135,13 @@ class SampleReader:
             start, nbytes, data_offset, data_size, label, crc32, image_type, _ = row
             block = self._fetch(shard, start, nbytes, key)
             if zlib.crc32(block) != crc32:
-                raise _sample_error(shards.shard_path(shard), start, key, "its bytes are not those that were written")
+                raise _sample_error(self._paths[shard], start, key, "its bytes are not those that were written")
             yield RawSample(
                 key=key,
                 label=label,
                 image_type=shards.manifest.image_types[image_type],
                 image=block[data_offset : data_offset + data_size],
-                shard=shards.shard_path(shard),
+                shard=self._paths[shard],
                 offset=start,
             )
 
@@ -148,8 +149,11 @@ class SampleReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
+    def __del__(self) -> None:  # descriptors are plain numbers: nobody else would close them
+        self.close()
+
     def _fetch(self, shard: int, start: int, nbytes: int, key: str) -> bytes:
-        path = self._shards.shard_path(shard)
+        path = self._paths[shard]
         try:
             block = os.pread(self._file(shard, path), nbytes, start)
         except OSError as error:
