@@ -4,6 +4,7 @@ livt shards build shards/fashion-mnist-lt.yaml --out data/fashion-mnist-lt
 livt shards verify data/fashion-mnist-lt/train-lt --decode
 livt shards index downloads/tars              a manifest for tars that others wrote
 livt shards info data/fashion-mnist-lt/train-lt
+livt shards trace recipes/fashion_mnist_lt/quickstart.yaml --epoch 3 --step 5 --world-size 4 --rank 1
 """
 
 from __future__ import annotations
@@ -123,6 +124,36 @@ def info(folder: Folder, as_json: Json = False) -> None:
         typer.echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
     for line in histogram(facts["class_names"], facts["class_counts"]):
         typer.echo(line)
+
+
+@app.command("trace")
+def trace(
+    recipe: Annotated[Path, typer.Argument(help="a recipe")],
+    world_size: Annotated[int, typer.Option(min=1, help="how many ranks share each global batch")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="whose samples")] = 0,
+    epoch: Annotated[int, typer.Option(min=0, help="which epoch")] = 0,
+    step: Annotated[int | None, typer.Option(min=0, help="one step of the epoch; default: all of them")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; default: the recipe's first stage")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over it")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell which samples a rank sees, step by step, without reading an image: the loader's own order."""
+    from livt_scale.data.trace import trace as trace_rank
+    from livt_scale.errors import UsageError, nearest
+    from livt_scale.recipe import STAGES
+    from livt_scale.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, sets=sets or [])
+    chosen = next((name for name in loaded.stage_names if name == (stage or name)), None)
+    if chosen is None:
+        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
+    seen = trace_rank(loaded, chosen, rank=rank, world_size=world_size, epoch=epoch, step=step)
+    if as_json:
+        typer.echo(json.dumps(seen))
+        return
+    typer.echo(f"{chosen}, epoch {epoch} of {seen['steps_per_epoch']} steps, rank {rank} of {world_size}")
+    for one in seen["steps"]:
+        typer.echo(f"step {one['step']}: {' '.join(one['keys'])}")
 
 
 def histogram(names: list[str], counts: list[int]) -> list[str]:
