@@ -118,10 +118,10 @@ class Manifest(_Part):
             raise _no_manifest(folder, error) from error
         damaged = "build the set again, or copy the file again from where it came"
         try:
-            body = json.loads(raw)
+            body = dict(json.loads(raw))
             body.pop("digest", None)
             found = (body.get("format"), body.get("version"))
-        except (ValueError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ManifestError(f"{path}: not a manifest of shards: {error}", remedy=damaged) from error
         if found != (FORMAT, VERSION):
             raise ManifestError(
@@ -179,7 +179,7 @@ class ShardSet:
         for info in (*manifest.shards, manifest.index, manifest.keys):
             _check_size(folder, info)
         opened = cls(folder, manifest, _map_index(folder, manifest), ())
-        quarantine = _read_quarantine(opened)
+        quarantine = read_quarantine(opened)
         return cls(folder, manifest, opened.index, quarantine)
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mapped array would be pickled as a copy of the whole index
@@ -329,7 +329,8 @@ def _map_index(folder: Path, manifest: Manifest) -> np.ndarray:
     return index
 
 
-def _read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
+def read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
+    """What quarantine.json says, by number; nothing if there is none. Raises ManifestError if it is of other shards."""
     path = shards.folder / QUARANTINE
     remedy = f"write it again with `livt shards verify {shards.folder} --decode --quarantine`"
     try:

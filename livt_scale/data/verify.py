@@ -31,6 +31,7 @@ from livt_scale.data.manifest import (
     Quarantined,
     ShardSet,
     plain_disk_errors,
+    read_quarantine,
 )
 from livt_scale.data.processes import in_processes, usable_cores
 from livt_scale.durable import write_whole
@@ -38,6 +39,7 @@ from livt_scale.errors import DataError, ManifestError
 
 CHUNK = 1 << 20
 CHANGED = "changed since it was written (CRC-32)"
+FILE_CHANGED = "changed since it was written (SHA-256)"
 Progress = Callable[[str, int, int, int], None]  # set, shards done, shards in all, bytes done
 
 
@@ -95,7 +97,7 @@ def verify(
     else:
         faults = _check_shards(folder, manifest, decode=decode, workers=workers or usable_cores(), progress=progress)
     if quarantine:
-        _write_quarantine(folder, faults)
+        _write_quarantine(folder, manifest, faults, decoded=decode)
     return faults
 
 
@@ -112,7 +114,7 @@ def _check_file(path: Path, expected: FileInfo) -> list[Fault]:
     if size != expected.bytes:
         return [Fault(path.name, None, size, f"has {size:,} bytes, the manifest says {expected.bytes:,}")]
     if digest.hexdigest() != expected.sha256:
-        return [Fault(path.name, None, None, "changed since it was written (SHA-256)")]
+        return [Fault(path.name, None, None, FILE_CHANGED)]
     return []
 
 
@@ -147,8 +149,8 @@ def _check_shard(job: _Job) -> list[Fault]:
     if not faults and not job.decode:
         return []
     samples = _check_samples(job)
-    changed = next((f for f in faults if f.offset is None), None)
-    if not changed:  # whole, or of another size
+    changed = next((f for f in faults if f.what == FILE_CHANGED), None)
+    if not changed:  # whole, of another size, or not to be read at all
         return faults + samples
     if any(f.what == CHANGED for f in samples):  # that is where it changed
         return samples
@@ -202,22 +204,27 @@ def _damaged_end(job: _Job) -> int | None:
     return end + len(rest) - len(rest.lstrip(b"\0")) if rest.strip(b"\0") else None
 
 
-def _write_quarantine(folder: Path, faults: Sequence[Fault]) -> None:
-    """quarantine.json of the samples among `faults`, removed if there are none. Raises DataError for other faults."""
+def _write_quarantine(folder: Path, manifest: Manifest, faults: Sequence[Fault], *, decoded: bool) -> None:
+    """quarantine.json of the samples among `faults`, removed if there are none. Raises DataError for other faults.
+
+    Without `decoded`, what was in quarantine before stays there: it may be there for an image that does not decode.
+    """
+    other = next((f for f in faults if f.number is None or f.key is None), None)
+    if other:
+        raise DataError(
+            f"{folder}: {other}: a quarantine leaves out samples, this is more than a sample",
+            remedy="copy the set again, or build it again",
+        )
     index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
-    listed = []
+    listed = {} if decoded else {q.number: q for q in read_quarantine(ShardSet(folder, manifest, index, ()))}
     for fault in faults:
-        if fault.number is None or fault.key is None:
-            raise DataError(
-                f"{folder}: {fault}: a quarantine leaves out samples, this is more than a sample",
-                remedy="copy the set again, or build it again",
-            )
         label = int(index["label"][fault.number])
         told = {"number": fault.number, "key": fault.key, "shard": fault.shard, "class": label, "reason": fault.what}
-        listed.append(Quarantined.model_validate(told))
+        sample = Quarantined.model_validate(told)
+        listed[sample.number] = sample
     path = folder / QUARANTINE
     with plain_disk_errors(path):
         if listed:
-            write_whole(path, Quarantine(samples=listed).to_bytes())
+            write_whole(path, Quarantine(samples=[listed[n] for n in sorted(listed)]).to_bytes())
         else:
             path.unlink(missing_ok=True)

@@ -36,7 +36,9 @@ def special(name: str, kind: bytes, target: str = "/etc/passwd") -> tarfile.TarI
 
 
 # webdataset 1.0.2 leaves the files it reads to the garbage collector
-LEAVES_FILES_OPEN = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+LEAVES_FILES_OPEN = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)
 
 
 @LEAVES_FILES_OPEN
