@@ -150,8 +150,9 @@ def cut(image: EncodedImage, box: Box, *, target_px: int) -> tuple[Pixels, Box]:
 
 
 def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
-    """Fill `slot` [C, h, w] with `box` of `pixels` [H, W, C], bicubic with antialias: Pillow's `resize` to within 1.
+    """Fill `slot` [C, h, w] with `box` of `pixels` [H, W, C], bicubic with antialias.
 
+    On photographs Pillow's `resize` gives the same to within 1 of 255 levels, rarely 2 (both round between two passes).
     The operator that F.interpolate calls, with `out=`: written into a slot of the batch in channels-last order it
     takes 128 µs for 320 x 330 -> 224 (one core), F.interpolate and a copy 179 µs.
     """

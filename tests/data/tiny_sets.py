@@ -30,7 +30,7 @@ def photo(height: int, width: int, *, seed: int = 0) -> np.ndarray:
 
 def encoded(pixels: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, **({"quality": 90} if kind == "JPEG" else {}), **options)
+    Image.fromarray(pixels).save(file, kind, **({"quality": 90} if kind == "JPEG" else {}) | options)
     return file.getvalue()
 
 
