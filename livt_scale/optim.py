@@ -23,18 +23,19 @@ TOKENS_AND_POSITIONS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_emb
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float | None, depth: int
+    model: nn.Module, *, weight_decay: float, layer_decay: float | None, depth: int, tokens_decay: bool = False
 ) -> list[dict[str, Any]]:
     """Groups for AdamW, each with `params`, `weight_decay`, `lr_scale` and `name`, in a fixed order.
 
-    Every trainable parameter is in exactly one. Biases, norms (all of one dim), tokens and positions do not decay.
+    Every trainable parameter is in exactly one. Biases and norms (all of one dim) do not decay; tokens and positions do
+    where `tokens_decay` says so: in the public codes they do in pretraining and do not in fine-tuning.
     `layer_decay` None: one rate for all, as in pretraining; else by `layer_of` over `depth` blocks.
     """
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and name not in TOKENS_AND_POSITIONS
+        decays = parameter.ndim > 1 and (tokens_decay or name not in TOKENS_AND_POSITIONS)
         layer = depth + 1 if layer_decay is None else layer_of(name, depth=depth)
         scale = 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer)
         kind = "decay" if decays else "no_decay"

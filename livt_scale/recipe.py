@@ -118,7 +118,7 @@ class StagePart(RecipePart):
     base_lr: PositiveFloat = Field(description="learning rate for a global batch of 256; scaled linearly")
     min_lr: NonNegativeFloat = Field(description="where the cosine ends")
     warmup_epochs: NonNegativeFloat = Field(description="epochs of linear warm-up")
-    weight_decay: NonNegativeFloat = Field(0.05, description="on matrices; none on biases, norms and tokens")
+    weight_decay: NonNegativeFloat = Field(0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either")
     betas: tuple[Fraction, Fraction]
     clip_grad: PositiveFloat | None = Field(None, description="largest global gradient norm; None: not clipped")
     crop_scale: tuple[Fraction, Fraction] = Field(description="share of the image's area in a random resized crop")

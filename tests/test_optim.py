@@ -158,3 +158,16 @@ def test_the_rate_is_finite_and_between_its_ends(step, steps_per_epoch, epochs, 
     )
     assert math.isfinite(rate)
     assert 0 <= rate <= 1e-3
+
+
+def test_tokens_decay_in_pretraining_as_in_the_public_code_and_not_in_fine_tuning():
+    """Public pretraining: timm's add_weight_decay spares one-dim tensors alone; fine-tuning also cls_token, pos_embed."""
+    model = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
+
+    def decaying(**options: bool) -> set[str]:
+        groups = param_groups(model, weight_decay=0.05, layer_decay=None, depth=MICRO.dims[1], **options)
+        chosen = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+        return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+    assert decaying(tokens_decay=True) == {n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
+    assert decaying(tokens_decay=True) - decaying() == {"cls_token", "mask_token"}

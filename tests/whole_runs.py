@@ -43,7 +43,7 @@ class Livt:
 
     def train_words(self, run_dir: Path, **sets: Any) -> list[str]:
         sets = {**TINY, "run_dir": run_dir, **{name.replace("__", "."): value for name, value in sets.items()}}
-        return ["train", str(self.recipe), *(f"--set={name}={json.dumps(v, default=str)}" for name, v in sets.items())]
+        return ["train", str(self.recipe), *(f"--set={name}={spelt(v)}" for name, v in sets.items())]
 
     def start(self, *words: str, processes: int = 1) -> subprocess.Popen[str]:
         environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -67,6 +67,11 @@ class Livt:
     def train(self, run_dir: Path, *, processes: int = 1, expect: int = 0, **sets: Any) -> str:
         """Train to the end (or to exit code `expect`) and return what was said on stderr."""
         return self.run(*self.train_words(run_dir, **sets), processes=processes, expect=expect).stderr
+
+
+def spelt(value: Any) -> str:
+    """As a user would write it behind --set: text as it is, anything else as YAML (of which JSON is a part)."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 def free_port() -> int:

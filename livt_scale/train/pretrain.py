@@ -33,7 +33,9 @@ def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
         loss: Tensor = call(images, batch.noise)
         return loss
 
-    groups = optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=None, depth=recipe.model.dims[1])
+    groups = optim.param_groups(
+        model, weight_decay=part.weight_decay, layer_decay=None, depth=recipe.model.dims[1], tokens_decay=True
+    )
     return Task(part, model, groups, objective, draw=_painter(model, recipe, train, world))
 
 

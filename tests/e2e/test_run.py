@@ -28,8 +28,8 @@ def test_both_stages_leave_what_the_design_promises(finished):
 
 
 def test_the_loss_of_the_first_steps_is_that_of_knowing_nothing(finished):
-    """MAE predicts near 0 of a target with variance 1; Bal-BCE on zero logits is about C ln 2 with shifted margins."""
-    assert metrics(finished, "pretrain")[0]["loss"] == pytest.approx(1, abs=0.35)
+    """MAE: the variance of a normalised target, 1, and that of the guess on top. Bal-BCE: near C ln 2, less margins."""
+    assert metrics(finished, "pretrain")[0]["loss"] > 1 - 0.05
     assert 0 < metrics(finished, "finetune")[0]["loss"] < 10 * math.log(2) * 2
 
 
