@@ -110,8 +110,11 @@ class Peers:
         for rank, error in enumerate(errors):
             if error is None:
                 continue
+            if self.world_size == 1 and not isinstance(own, OSError):
+                assert own is not None
+                raise own
             kind, message, remedy = error
-            if self.world_size > 1 and len(errors) > 1:
+            if len(errors) > 1:
                 message = f"rank {rank}: {message}"
             raise kind(message, remedy=remedy) from own
 

@@ -46,7 +46,7 @@ from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMism
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from livt_scale.checkpoint.metadata import SavedTensor
+    from livt_scale.checkpoint.metadata import SavedTensor, TensorIndex
 
 __all__ = [
     "CheckpointInfo",
@@ -200,7 +200,9 @@ def load(
         raise CheckpointDamaged(
             f"{path}: {'; '.join(wrong)}", remedy="Remove this checkpoint to continue from the one before it"
         )
-    peers.all_do(lambda: _load(path, manifest, into, tuple(allow_missing), tuple(allow_unexpected)))
+    may_miss, may_exceed = tuple(allow_missing), tuple(allow_unexpected)
+    index = peers.all_do(lambda: _match(path, manifest, into, may_miss, may_exceed))  # on all ranks before any loads
+    peers.all_do(lambda: _read(path, into, index))
     return manifest.as_dict()
 
 
@@ -233,11 +235,10 @@ def _agree(manifest: Manifest, peers: Peers) -> None:
             )
 
 
-def _load(
+def _match(
     path: Path, manifest: Manifest, into: dict[str, Tensor], may_miss: tuple[str, ...], may_exceed: tuple[str, ...]
-) -> None:
+) -> TensorIndex:
     from livt_scale.checkpoint.metadata import read_index
-    from livt_scale.checkpoint.tensors import read_into
 
     index = read_index(path, manifest)
     missing = [name for name in into if name not in index.tensors]
@@ -245,12 +246,17 @@ def _load(
     wrong = _list("missing in the checkpoint", [n for n in missing if not _matches(n, may_miss)])
     wrong += _list("in the checkpoint alone", [n for n in unexpected if not _matches(n, may_exceed)])
     wrong += _list("of another form", [_form(n, into[n], index.tensors[n]) for n in into if n in index.tensors])
-    wanted = {name: tensor for name, tensor in into.items() if name in index.tensors}
-    if wrong or not wanted:
+    if wrong or not index.tensors.keys() & into.keys():
         what = "; ".join(wrong) or "none of the wanted tensors is in it"
         raise CheckpointMismatch(f"{path} is not a checkpoint of this model: {what}")
+    return index
+
+
+def _read(path: Path, into: dict[str, Tensor], index: TensorIndex) -> None:
+    from livt_scale.checkpoint.tensors import read_into
+
     try:
-        read_into(path, wanted, index)
+        read_into(path, {name: tensor for name, tensor in into.items() if name in index.tensors}, index)
     except OSError as error:
         raise CheckpointDamaged(f"{path}: {error}") from error
 

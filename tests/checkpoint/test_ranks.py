@@ -1,0 +1,66 @@
+"""One checkpoint, any world size: saved by one process and loaded by two, sharded or not, and the other way round."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from livt_scale.checkpoint.state import collect, restore
+from livt_scale.checkpoint.store import Position, Saver, list_checkpoints, load, newest_whole
+
+RANKS = Path(__file__).with_name("ranks.py")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    spec = importlib.util.spec_from_file_location("checkpoint_ranks", RANKS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_two_ranks_and_one_read_each_others_checkpoints(tmp_path, ranks):
+    model, optimizer = ranks.build(1)
+    ranks.train(model, optimizer, 5)
+    with Saver(tmp_path / "alone", mode="sync") as saver:
+        saver.save(collect(model, optimizer), position=Position(0, 5), facts={"strategy": "plain"})
+
+    log = (tmp_path / "log").open("w+")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(RANKS), str(tmp_path), str(rank), "2"],
+            stdout=log,
+            stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        output = log.read()
+        log.close()
+    assert codes == [0, 0], output[-6000:]
+
+    path = newest_whole(tmp_path / "sharded")
+    model, optimizer = ranks.build(9)
+    into = collect(model, optimizer)
+    manifest = load(path, into)
+    restore(model, optimizer, into)
+    expected = load_file(tmp_path / "expected.safetensors")
+    assert collect(model, optimizer).keys() == expected.keys()
+    for name, tensor in collect(model, optimizer).items():
+        assert torch.equal(tensor, expected[name]), name
+    assert manifest["world_size"] == 2
+    assert [info.whole for info in list_checkpoints(tmp_path / "sharded")] == [True]
