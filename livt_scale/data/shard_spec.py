@@ -280,8 +280,10 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
         return f"{origin}: there is no field {named}: {nearest(str(where[-1]), _fields_at(where[:-1]))}"
     if error["type"] == "missing":
         return f"{origin}: {named} is missing and has no default"
-    if error["type"] == "value_error":
-        return f"{origin}: {named + ': ' if where else ''}{error['ctx']['error']}"
+    if error["type"] == "value_error":  # one of ours; of the whole spec, it begins with the field
+        said = str(error["ctx"]["error"])
+        origin = tree.origins.get(tuple(said.split(" ")[0].split(".")), origin) if not where else origin
+        return f"{origin}: {named + ': ' if where else ''}{said}"
     if error["type"] == "string_pattern_mismatch":
         return f"{origin}: {named}: a name is made of letters, digits, _ and -, at most 64"
     if error["type"] == "model_type":

@@ -222,8 +222,10 @@ def _alone(folder: Path) -> Iterator[None]:
             current = False
         if not current:
             raise DataError(f"another process builds in {folder}", remedy="wait for it, or choose another --out")
-        yield
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(handle)
 

@@ -116,13 +116,14 @@ class IdxSource(Source):
 
 @dataclass(frozen=True)
 class TarSource(Source):
-    """Images in WebDataset tars; the keys stay as they are."""
+    """Images in WebDataset tars. The keys stay as they are, as far as they fit one tar header."""
 
     tars: tuple[Path, ...]
     samples: tuple[tuple[int, TarSample], ...] = field(repr=False)  # number of the tar, where it lies there
 
     def key(self, i: int) -> str:
-        return shard_key(self.samples[i][1].key)
+        key = self.samples[i][1].key
+        return key if len(key.encode()) <= _MAX_KEY else shard_key(key)
 
     def image(self, i: int) -> tuple[str, bytes]:
         number, sample = self.samples[i]
@@ -307,18 +308,25 @@ def _text(path: Path) -> str:
         raise SourceError(f"{path} cannot be read: {said}", remedy="give a list file of `path label` lines") from error
 
 
-@lru_cache(maxsize=4)
 def _read_idx(path: Path) -> NDArray[np.uint8]:
+    """The array in an IDX file, kept between calls for as long as the file is the same."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise SourceError(
+            f"{path}: {error.strerror}", remedy="install or copy the data set, or give its folder: --source NAME=FOLDER"
+        ) from error
+    return _parse_idx(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4)
+def _parse_idx(path: Path, _mtime_ns: int, _size: int) -> NDArray[np.uint8]:
     """The array in an IDX file: two zero bytes, type 8 (unsigned byte), number of dims, dims as big-endian u4, data."""
     remedy = "get it again from where it came"
     try:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):
             data = gzip.decompress(data)
-    except FileNotFoundError:
-        raise SourceError(
-            f"there is no file {path}", remedy="install or copy the data set, or give its folder: --source NAME=FOLDER"
-        ) from None
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
