@@ -161,7 +161,7 @@ def test_the_rate_is_finite_and_between_its_ends(step, steps_per_epoch, epochs, 
 
 
 def test_tokens_decay_in_pretraining_as_in_the_public_code_and_not_in_fine_tuning():
-    """Public pretraining: timm's add_weight_decay spares one-dim tensors alone; fine-tuning also cls_token, pos_embed."""
+    """Pretraining: timm's add_weight_decay spares one-dim tensors alone; fine-tuning: cls_token and pos_embed too."""
     model = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
 
     def decaying(**options: bool) -> set[str]:

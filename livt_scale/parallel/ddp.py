@@ -45,7 +45,7 @@ class Ddp:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with self._exchange(last=last):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def clip(self, max_norm: float | None) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]

@@ -139,7 +139,7 @@ def _write_evaluation(
         ShardSet.open(recipe.data.val),
         recipe,
         world=world,
-        classes=classes,  # type: ignore[arg-type]
+        classes=classes,
     )
     if world.is_main:
         weights = {"stage": "finetune", "step": schedule.total, "recipe_digest": facts["recipe_digest"]}

@@ -34,8 +34,13 @@ def encoded(pixels: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def tiny_set(folder: Path, *, num_samples: int = 23, per_shard: int = 5, num_classes: int = 3) -> ShardSet:
-    """A set in `folder` (made): JPEGs, every fourth sample a PNG; keys s000, s001 …; label = number mod classes."""
+def tiny_set(
+    folder: Path, *, num_samples: int = 23, per_shard: int = 5, num_classes: int = 3, half: tuple[int, ...] = ()
+) -> ShardSet:
+    """A set in `folder` (made): JPEGs, every fourth sample a PNG; keys s000, s001 …; label = number mod classes.
+
+    The images of the samples in `half` were cut in the middle before they came into their shard.
+    """
     folder.mkdir(parents=True)
     rng = np.random.default_rng(num_samples)
     for first in range(0, num_samples, per_shard):
@@ -43,6 +48,8 @@ def tiny_set(folder: Path, *, num_samples: int = 23, per_shard: int = 5, num_cla
             for i in range(first, min(first + per_shard, num_samples)):
                 pixels = photo(*rng.integers(33, 90, 2).tolist(), seed=i)
                 image = ("png", encoded(pixels, "PNG")) if i % 4 == 3 else ("jpg", encoded(pixels))
+                if i in half:
+                    image = (image[0], image[1][: len(image[1]) // 2])
                 for ending, data in (image, ("cls", str(i % num_classes).encode())):
                     member = tarfile.TarInfo(f"s{i:03d}.{ending}")
                     member.size = len(data)
