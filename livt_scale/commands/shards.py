@@ -173,7 +173,7 @@ def histogram(names: list[str], counts: list[int]) -> list[str]:
 
 def _by_class(facts: dict[str, Any]) -> str:
     lost = zip(facts["class_names"], facts["quarantined_by_class"], strict=True)
-    return ", ".join(f"{name} {count}" for name, count in lost if count)
+    return ", ".join(f"{count} of class {name}" for name, count in lost if count)
 
 
 def _tell_faults(folder: Path, faults: list[Fault], *, quarantine: bool) -> None:
