@@ -215,13 +215,12 @@ def _progress(unit: str) -> Iterator[Progress]:
         *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True)
     ) as bar:
         tasks: dict[str, Any] = {}
-        begun = time.monotonic()
+        rate = _Rate(unit)
 
         def show(name: str, done: int, total: int, num_bytes: int) -> None:
             if name not in tasks:
                 tasks[name] = bar.add_task(name, total=total, rate="")
-            rate = _rate(done, num_bytes, time.monotonic() - begun, unit)
-            bar.update(tasks[name], completed=done, rate=rate)
+            bar.update(tasks[name], completed=done, rate=rate(name, done, num_bytes))
 
         yield show
 
@@ -231,16 +230,26 @@ class _Lines:
 
     def __init__(self, unit: str) -> None:
         self._unit = unit
-        self._begun = self._said = time.monotonic()
+        self._rate = _Rate(unit)
+        self._said = time.monotonic()
 
     def __call__(self, name: str, done: int, total: int, num_bytes: int) -> None:
-        now = time.monotonic()
-        if now - self._said >= EVERY_S or done == total:
-            self._said = now
-            rate = _rate(done, num_bytes, now - self._begun, self._unit)
+        rate = self._rate(name, done, num_bytes)
+        if time.monotonic() - self._said >= EVERY_S or done == total:
+            self._said = time.monotonic()
             print(f"{name}: {done:,} of {total:,} {self._unit}, {rate}", file=sys.stderr, flush=True)
 
 
-def _rate(done: int, num_bytes: int, seconds: float, unit: str) -> str:
-    seconds = max(seconds, 1e-3)
-    return f"{done / seconds:,.0f} {unit}/s, {num_bytes / MIB / seconds:,.1f} MiB/s"
+class _Rate:
+    """Units and MiB a second of the set in work; its clock starts where the set before ended."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._name = unit, ""
+        self._begun = self._last = time.monotonic()
+
+    def __call__(self, name: str, done: int, num_bytes: int) -> str:
+        if name != self._name:
+            self._name, self._begun = name, self._last
+        self._last = time.monotonic()
+        seconds = max(self._last - self._begun, 1e-3)
+        return f"{done / seconds:,.0f} {self._unit}/s, {num_bytes / MIB / seconds:,.1f} MiB/s"
