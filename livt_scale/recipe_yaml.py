@@ -1,4 +1,4 @@
-"""YAML for recipes: plain values with the line of each, and nothing that runs.
+"""YAML for recipes and shard specs: plain values with the line of each, and nothing that runs.
 
 PyYAML's scanner and parser, but our own reading of scalars, after YAML 1.2's core schema: `1e-3` is a number (PyYAML
 says text), `no` and `on` are text (PyYAML says false and true), `010` is ten, `12:30` is text. Only maps, lists,
@@ -65,9 +65,9 @@ def parse(text: str, path: Path) -> Tree:
     file = shown(path)
     node = _compose(text, file)
     if node is None:
-        raise RecipeError(f"{file} is empty", remedy="a recipe has at least name, data and stages")
+        raise RecipeError(f"{file} is empty", remedy="it should be a mapping of names to values")
     if not isinstance(node, yaml.MappingNode):
-        raise RecipeError(f"{file}, line {node.start_mark.line + 1}: a recipe is a mapping of names to values")
+        raise RecipeError(f"{file}, line {node.start_mark.line + 1}: the file is not a mapping of names to values")
     reader = _Reader(file)
     return Tree(reader.read(node, ()), reader.origins)
 
@@ -92,7 +92,7 @@ def _compose(text: str, file: str) -> yaml.Node | None:
         said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
         raise RecipeError(f"{place}: not YAML: {said}" if place else f"not YAML: {said}") from error
     except RecursionError as error:
-        raise RecipeError(f"{file}: not a recipe: lists or parts in each other without end") from error
+        raise RecipeError(f"{file}: lists or parts in each other without end") from error
 
 
 class _Reader:
@@ -108,7 +108,7 @@ class _Reader:
         self.origins.setdefault(where, self._place(node))  # a value in a part has the line of its name already
         self._num_values += 1
         if self._num_values > MAX_VALUES:
-            raise self._error(node, where, f"has more than {MAX_VALUES} values", remedy="this is not a recipe")
+            raise self._error(node, where, f"has more than {MAX_VALUES} values", remedy="no file of ours is so large")
         if any(node is outer for outer in self._open):
             raise self._error(node, where, "holds itself", remedy="write the value out")
         self._open.append(node)
@@ -174,11 +174,11 @@ class _Reader:
 
     def _refused(self, node: yaml.Node, where: Where) -> RecipeError:
         tag = f"!!{node.tag.removeprefix(_TAG)}" if node.tag.startswith(_TAG) else node.tag
-        remedy = "a recipe holds text, numbers, true, false, null, lists and parts"
+        remedy = "only these are read: text, numbers, true, false, null, lists and parts"
         return self._error(node, where, f"is tagged {tag}, which is refused", remedy=remedy)
 
     def _error(self, node: yaml.Node, where: Where, said: str, *, remedy: str = "") -> RecipeError:
-        name = ".".join(map(str, where)) or ("the recipe" if self.file else "the value")
+        name = ".".join(map(str, where)) or ("the file" if self.file else "the value")
         return RecipeError(f"{self._place(node)}: {name} {said}" if self.file else f"{name} {said}", remedy=remedy)
 
     def _place(self, node: yaml.Node) -> str:
@@ -186,7 +186,7 @@ class _Reader:
 
 
 def _number(text: str, kind: str) -> int | float | None:
-    """The number; None if it is not finite, or longer than any number a recipe could mean."""
+    """The number; None if it is not finite, or longer than any number that could be meant."""
     if kind == "int":
         return int(text.replace("_", "")) if len(text) <= 30 else None
     if text.lower().lstrip("+-") in (".inf", ".nan"):

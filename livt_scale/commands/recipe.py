@@ -22,9 +22,11 @@ if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does with
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or describe recipes.")
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="a recipe file, as recipes/SET/SIZE.yaml")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over the recipe's")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON for scripts")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, as recipes/SET/SIZE.yaml.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over the recipe's. Can be given again.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 @app.command()
@@ -41,10 +43,10 @@ def show(recipe: RecipePath, *, sets: Sets = None, as_json: AsJson = False) -> N
 
 @app.command()
 def check(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="recipe files")],
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")],
     *,
     sets: Sets = None,
-    data: Annotated[bool, typer.Option("--data", help="the shards must be here, and open")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Their shards must be here, and open.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Tell for each recipe whether it is a possible run, and what is wrong with it. Exit code 2 if one is not."""
