@@ -23,9 +23,7 @@ if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does with
 app = typer.Typer(no_args_is_help=True, help="Show, check or describe recipes.")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, as recipes/SET/SIZE.yaml.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over the recipe's. Can be given again.")
-]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over the recipe's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -141,6 +139,7 @@ def _print_result(result: dict[str, Any]) -> None:
     if not result["errors"]:
         typer.echo(f"ok       {result['recipe']}: {result['summary']}")
     for line in result["errors"]:
-        typer.echo(f"problem  {result['recipe']}: {line}", err=True)
+        where = "" if line.startswith(result["recipe"]) else f"{result['recipe']}: "  # most name the file themselves
+        typer.echo(f"problem  {where}{line}", err=True)
     for line in result["notes"]:
         typer.echo(f"note     {line}")
