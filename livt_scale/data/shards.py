@@ -245,12 +245,7 @@ def index_tars(
     folder = Path(folder)
     if (folder / MANIFEST).exists() and "spec_sha256" in Manifest.read(folder).source:
         raise DataError(f"{folder} was built from a spec and has its manifest", remedy="there is nothing to do")
-    try:
-        paths = sorted(p for p in folder.iterdir() if p.name.endswith(".tar") and p.is_file())
-    except OSError as error:
-        raise ManifestError(f"{folder}: {error.strerror}", remedy="give the folder that holds the tars") from error
-    if not paths:
-        raise ManifestError(f"{folder} holds no .tar", remedy="give the folder that holds the tars")
+    paths = _tars(folder)
     shards: dict[int, Shard] = {}
     num_bytes = 0
     for number, shard in in_processes(scan_shard, paths, workers=workers or usable_cores(), num_jobs=len(paths)):
@@ -272,6 +267,17 @@ def index_tars(
         source={"indexed": True},
     )
     return ShardSet.open(folder)
+
+
+def _tars(folder: Path) -> list[Path]:
+    remedy = "give the folder that holds the tars"
+    try:
+        paths = sorted(p for p in folder.iterdir() if p.name.endswith(".tar") and p.is_file())
+    except OSError as error:
+        raise ManifestError(f"{folder}: {error.strerror}", remedy=remedy) from error
+    if not paths:
+        raise ManifestError(f"{folder} holds no .tar", remedy=remedy)
+    return paths
 
 
 def _check_indexed(folder: Path, shards: list[Shard], *, num_classes: int) -> None:
