@@ -1,0 +1,232 @@
+"""What the training loop costs beside the steps themselves.
+
+    python benchmarks/overhead.py --json overhead.json   # the quickstart's model and batch: minutes on two cores
+    python benchmarks/overhead.py --checkpoints             # with an asynchronous checkpoint every 50 steps
+    python benchmarks/overhead.py --quick                   # a few steps: does it run?
+
+Ours is `livt_scale.train.loop.fit` with everything on: schedule, gradient norm, agreement on loss and signals,
+metrics.jsonl, TensorBoard, status.json. The bare loop is forward, backward, step, zero_grad on a model of its own with
+the same weights. Both get the same batches of real images, loaded before. Steps are taken in turn, one of the loop, one
+bare, so that a busy machine slows both; times are summed over the 20 steps of a log interval, so that the line written
+once in an interval counts, and the overhead is the median over intervals of loop / bare - 1. With --checkpoints the
+loop also pays for the writing: the bare step waits until a save has ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from livt_scale import optim
+from livt_scale.checkpoint.store import Saver
+from livt_scale.data.loader import Batch, train_batches
+from livt_scale.data.manifest import ShardSet
+from livt_scale.parallel.ddp import Ddp
+from livt_scale.parallel.topology import World
+from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe_file import load_recipe
+from livt_scale.train.batches import plan_batches
+from livt_scale.train.finetune import finetune_task
+from livt_scale.train.loop import Schedule, Task, fit, retention
+from livt_scale.train.pretrain import pretrain_task
+from livt_scale.train.rundir import Status
+from livt_scale.train.state import TrainState, run_facts
+from livt_scale.train.telemetry import Telemetry
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+NUM_BATCHES = 8  # held in memory, used in turn
+NEVER = 10**9
+WARM_UP_INTERVALS = 1  # not counted
+
+
+class TakenInTurn(Iterator[Batch]):
+    """The loop's batches. Between two steps of the loop, on its asking for the next batch, one bare step is taken."""
+
+    def __init__(self, batches: list[Batch], *, bare_step: Callable[[Batch], None], settle: Callable[[], None]) -> None:
+        self._batches, self._bare_step, self._settle = cycle(batches), bare_step, settle
+        self._handed: float | None = None
+        self.loop_s: list[float] = []
+        self.bare_s: list[float] = []
+
+    def __next__(self) -> Batch:
+        self._settle()  # what the loop has begun, it ends on its own time
+        if self._handed is not None:
+            self.loop_s.append(time.perf_counter() - self._handed)
+        batch = next(self._batches)
+        started = time.perf_counter()
+        self._bare_step(batch)
+        _wait_for_gpu()
+        self.bare_s.append(time.perf_counter() - started)
+        self._handed = time.perf_counter()
+        return batch
+
+
+def quickstart(stage: Stage, *, batch: int, log_every: int) -> Recipe:
+    sets = [f"stages.{stage}.global_batch={batch}", f"stages.{stage}.micro_batch={batch}", "data.workers=0"]
+    sets += [f"log.every_steps={log_every}", "log.tensorboard=true", "stages.finetune.init=scratch"]
+    return load_recipe(RECIPE, sets=sets)
+
+
+def make_task(recipe: Recipe, stage: Stage, shards: ShardSet, folder: Path) -> Task:
+    if stage == "pretrain":
+        return pretrain_task(recipe, shards, world=World())
+    return replace(finetune_task(recipe, shards, run_dir=folder, world=World()), evaluate=None)
+
+
+def make_bare_step(task: Task) -> Callable[[Batch], None]:
+    """Forward, backward, step, zero_grad of `task`'s model, and nothing else."""
+    device = World().device
+    model = task.model.to(device)
+    optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
+    optim.set_lr(optimizer, 1e-4)
+
+    def call(*inputs: Any, last: bool = True) -> Any:  # noqa: ARG001 - as the loop's
+        return model(*inputs)
+
+    def step(batch: Batch) -> None:
+        task.objective(call, batch.to(device)).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def measure(recipe: Recipe, stage: Stage, *, intervals: int, save_every: int | None = None) -> dict[str, Any]:
+    """Seconds a step of the loop and of the bare one, and the overhead, over `intervals` log intervals."""
+    shards = ShardSet.open(recipe.data.train)
+    part = recipe.stage(stage)
+    window = recipe.log.every_steps
+    with tempfile.TemporaryDirectory(prefix="livt-overhead-") as name:
+        folder = Path(name)
+        task, twin = (make_task(recipe, stage, shards, folder) for _ in range(2))
+        loader = train_batches(
+            shards, recipe, stage=stage, rank=0, world_size=1, micro_batch=part.micro_batch, epoch=0, step=0
+        )
+        with loader:
+            batches = list(islice(loader, NUM_BATCHES))
+        steps = (WARM_UP_INTERVALS + intervals) * window
+        timed = run_loop(task, recipe, stage, shards, folder, steps=steps, save_every=save_every or NEVER, twin=twin,
+                         batches=batches)  # fmt: skip
+    counted = slice(WARM_UP_INTERVALS * window, steps)
+    loop, bare = (_sums(seconds[counted], window) for seconds in (timed.loop_s, timed.bare_s))
+    ratios = [a / b for a, b in zip(loop, bare, strict=True)]
+    return {
+        "overhead": statistics.median(ratios) - 1,
+        "overhead_middle_half": [q - 1 for q in _middle_half(ratios)],
+        "step_s": {"loop": statistics.median(loop) / window, "bare": statistics.median(bare) / window},
+        "intervals": intervals,
+        "steps_an_interval": window,
+    }
+
+
+def run_loop(
+    task: Task,
+    recipe: Recipe,
+    stage: Stage,
+    shards: ShardSet,
+    folder: Path,
+    *,
+    steps: int,
+    save_every: int,
+    twin: Task,
+    batches: list[Batch],
+) -> TakenInTurn:
+    """`fit` as `livt train` calls it, over `steps` steps and one more that ends the time of the last."""
+    saving = recipe.checkpoint.model_copy(update={"every_steps": save_every, "mode": "async"})
+    schedule = Schedule(1, steps + 1, saving)
+    strategy = Ddp(task.model, world=World(), precision="fp32")
+    optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
+    state = TrainState(task.model, optimizer, run_facts(recipe, stage, shards, strategy=strategy.name))
+    telemetry = Telemetry(
+        folder,
+        label=stage,
+        every_steps=recipe.log.every_steps,
+        total_steps=schedule.total,
+        steps_per_epoch=schedule.steps_per_epoch,
+        global_batch=task.part.global_batch,
+        start_step=0,
+        sums=None,
+        tensorboard=True,
+        writes=True,
+    )
+    plan = plan_batches(task.part.global_batch, task.part.micro_batch, world_size=1, pairs=False)
+    with Saver(folder / "checkpoints", mode="async", retention=retention(saving)) as saver, telemetry:
+
+        def settle() -> None:
+            saver.wait()
+            _wait_for_gpu()
+
+        turns = TakenInTurn(batches, bare_step=make_bare_step(twin), settle=settle)
+        fit(
+            task, turns, state=state, strategy=strategy, schedule=schedule, plan=plan, saver=saver,
+            telemetry=telemetry, status=Status(folder, stage=stage, writes=True), world=World(), folder=folder,
+        )  # fmt: skip
+    return turns
+
+
+def _sums(seconds: list[float], window: int) -> list[float]:
+    return [sum(seconds[k : k + window]) for k in range(0, len(seconds), window)]
+
+
+def _middle_half(values: list[float]) -> list[float]:
+    if len(values) < 2:
+        return values * 2
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return [low, high]
+
+
+def _wait_for_gpu() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The training loop with everything on against bare steps.")
+    parser.add_argument("--quick", action="store_true", help="a few steps: does it run?")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument("--checkpoints", action="store_true", help="save every 50 steps, and count the writing")
+    parser.add_argument("--batch", type=int, help="images a step; default 64, quick 8")
+    parser.add_argument("--intervals", type=int, help="log intervals that are timed; default 20, quick 2")
+    args = parser.parse_args(argv)
+    batch = args.batch or (8 if args.quick else 64)
+    intervals = args.intervals or (2 if args.quick else 20)
+    if batch < 2 or batch % 2 or intervals < 1:
+        parser.error("--batch must be even and at least 2, --intervals at least 1")
+    recipe = quickstart(args.stage, batch=batch, log_every=5 if args.quick else 20)
+    save_every = (5 if args.quick else 50) if args.checkpoints else None
+    found = measure(recipe, args.stage, intervals=intervals, save_every=save_every)
+    found |= {
+        "stage": args.stage,
+        "batch": batch,
+        "model": recipe.model.size,
+        "save_every_steps": save_every,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "quick": args.quick,
+    }
+    low, high = found["overhead_middle_half"]
+    print(f"{args.stage}, {recipe.model.size}, batch {batch}, {found['threads']} threads, torch {torch.__version__}")
+    for name, seconds in found["step_s"].items():
+        print(f"{name:5} {1000 * seconds:8.2f} ms/step")
+    print(f"overhead {found['overhead']:.2%} (middle half {low:.2%} to {high:.2%}) over {intervals} log intervals")
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
