@@ -11,6 +11,7 @@ There is no pointer to the latest: it is found by reading, so nothing can point 
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,14 +97,15 @@ def damages(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1))
     to_hash = []
     for number, entry in enumerate(manifest.files):
         try:
-            size = (path / entry.name).stat().st_size
+            found = (path / entry.name).stat()
         except OSError as error:
-            wrong.append(
-                f"{entry.name} is missing" if isinstance(error, FileNotFoundError) else f"{entry.name}: {error}"
-            )
+            missing = isinstance(error, FileNotFoundError)
+            wrong.append(f"{entry.name} is missing" if missing else f"{entry.name} cannot be read ({error.strerror})")
             continue
-        if size != entry.bytes:
-            wrong.append(f"{entry.name} has {size} bytes, not {entry.bytes}")
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            wrong.append(f"{entry.name} is not a file")
+        elif found.st_size != entry.bytes:
+            wrong.append(f"{entry.name} has {found.st_size} bytes, not {entry.bytes}")
         elif number % share[1] == share[0] and not quick:
             to_hash.append(entry)
     for entry, digest in zip(to_hash, sha256_of_all(path / e.name for e in to_hash), strict=True):

@@ -119,8 +119,11 @@ def step_of(name: str) -> int | None:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest of the checkpoint `path`; CheckpointDamaged names the file and what is wrong with it."""
+    file = path / MANIFEST
     try:
-        manifest = Manifest.from_bytes((path / MANIFEST).read_bytes())
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
+            raise CheckpointDamaged(f"{path}: {MANIFEST} is not a file")
+        manifest = Manifest.from_bytes(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointDamaged(f"{path}: {MANIFEST} is missing, so this is not a whole checkpoint") from None
     except OSError as error:

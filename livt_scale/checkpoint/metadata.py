@@ -90,6 +90,7 @@ def read_index(folder: Path, manifest: Manifest) -> TensorIndex:
     """The tensors in the checkpoint `folder`; CheckpointDamaged where the file is not what our writer writes."""
     path = folder / METADATA
     try:
+        _want(any(entry.name == METADATA for entry in manifest.files), "the manifest does not list it")
         tree = _Restricted(io.BytesIO(path.read_bytes())).load()
         index = TensorIndex(dict(_tensors(tree, manifest)))
     except OSError as error:

@@ -7,6 +7,7 @@ failed save nor a damaged file can cost the last good checkpoint (NVIDIA-NeMo/Me
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from dataclasses import dataclass
@@ -50,10 +51,12 @@ def publish(job: Job, peers: Peers) -> None:
     try:
         peers.lead_does(lambda: _start(job))
         _write(job, peers)
-    except CheckpointError:
-        peers.lead_does(lambda: files.remove_folder(job.partial))
+    except CheckpointError:  # raised by all ranks, so none of them still writes
+        peers.lead_does(lambda: _discard(job))
         raise
-    except Exception as error:  # a peer is gone: nobody is left to agree with
+    except Exception as error:  # a peer is gone, and nobody is left to agree with
+        if peers.leads:
+            _discard(job)
         raise CheckpointError(f"{step_name(job.step)} was not saved: {error}") from error
     peers.lead_does(lambda: _prune(job))
 
@@ -108,10 +111,20 @@ def _commit(job: Job, entries: list[FileEntry]) -> None:
     if target.exists():
         files.remove_folder(aside)
         target.rename(aside)
-    job.partial.rename(target)
+    try:
+        job.partial.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
     sync_folder(job.folder)
     files.remove_folder(aside)
     job.known_whole[target] = _looks(target)
+
+
+def _discard(job: Job) -> None:
+    with contextlib.suppress(OSError):  # what cannot be removed now is at the next start
+        files.remove_folder(job.partial)
 
 
 def _prune(job: Job) -> None:

@@ -41,6 +41,7 @@ from livt_scale.checkpoint.manifest import (
 from livt_scale.checkpoint.peers import Peers
 from livt_scale.checkpoint.publish import Job, publish
 from livt_scale.checkpoint.retention import Retention
+from livt_scale.durable import sync_folder
 from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class Saver:
     def _prepare_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.folder.parent)
             clean_leftovers(self.folder)
         except OSError as error:
             raise CheckpointError(f"cannot write checkpoints in {self.folder}: {error.strerror}") from error

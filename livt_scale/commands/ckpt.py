@@ -96,11 +96,11 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as aligned text, a title line first."""
     from livt_scale.checkpoint.files import readable
 
-    lines = [("stage", "step", "epoch", "size", "age", "state", "marks")]
+    lines = [("stage", "step", "epoch", "size", "age", "state", "notes")]
     for row in rows:
-        marks = [mark for mark in ("best", "final") if row[mark]]
+        notes = [mark for mark in ("best", "final") if row[mark]]
         if row["score"] is not None:
-            marks.append(f"score {row['score']:.4f}")
+            notes.append(f"score {row['score']:.4f}")
         lines.append(
             (
                 row["stage"] or "-",
@@ -108,8 +108,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 "?" if row["epoch"] is None else str(row["epoch"]),
                 readable(row["bytes"]),
                 "?" if row["age_s"] is None else _age(row["age_s"]),
-                "whole" if row["whole"] else f"damaged: {row['why']}",
-                ", ".join(marks),
+                "whole" if row["whole"] else "damaged",
+                ", ".join([*notes, row["why"]] if row["why"] else notes),
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]

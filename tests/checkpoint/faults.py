@@ -128,7 +128,7 @@ def kill_at_random_moments(folder: Path) -> dict:
     with Saver(folder, mode="sync") as saver:
         save(saver, 0, step=0, size=200_000)
     reached = 0.0
-    for seed in range(12):
+    for seed in range(8):
 
         def child(start: float = reached) -> None:
             with Saver(folder, mode="async", retention=Retention(keep_last=2)) as saver:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -54,6 +55,8 @@ def test_a_missing_cut_or_longer_file_is_named(save):
         assert verify(path) == [f"__0_0.distcp has {len(other)} bytes, not {len(raw)}"]
     data.unlink()
     assert verify(path) == ["__0_0.distcp is missing"]
+    os.mkfifo(data)
+    assert verify(path) == ["__0_0.distcp is not a file"]
     (path / "manifest.json").unlink()
     assert "manifest.json is missing" in verify(path)[0]
     assert "is not a folder" in verify(path / "absent")[0]

@@ -75,6 +75,40 @@ def test_a_later_step_cannot_change_what_an_async_save_writes(tmp_path, state, m
         assert torch.equal(tensor, state(1)[name]), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_gpus_tensors_are_copied_before_the_next_step(tmp_path, mode):
+    live = {f"model.{k}": torch.full((2048, 2048), float(k), device="cuda") for k in range(8)}
+    with Saver(tmp_path, mode=mode, retention=Retention(keep_last=9)) as saver:
+        for step in range(3):
+            saver.save(live, position=Position(0, step), facts={})
+            for tensor in live.values():
+                tensor.add_(1)
+    for step in range(3):
+        for k in range(8):
+            into = {f"model.{k}": torch.zeros(2048, 2048, device="cuda")}
+            load(tmp_path / f"step-{step:08d}", into, allow_unexpected=["model.*"])
+            assert (into[f"model.{k}"] == k + step).all()
+
+
+def test_a_failed_rename_brings_the_replaced_one_back(tmp_path, state, monkeypatch):
+    with Saver(tmp_path, mode="sync") as saver:
+        saver.save(state(1), position=ONLY, facts={})
+        real = Path.rename
+
+        def failing(self, target):
+            if self.name.endswith(".partial"):
+                raise OSError(errno.EIO, "Input/output error")
+            return real(self, target)
+
+        monkeypatch.setattr(Path, "rename", failing)
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            saver.save(state(2), position=ONLY, facts={})
+        monkeypatch.undo()
+    assert steps(tmp_path) == [1]
+    assert read_tensors(tmp_path / "step-00000001")["model.count"] == 1
+
+
 def test_one_save_is_in_flight_at_most(tmp_path, state, monkeypatch):
     real = store.publish
     running, most = [], []
