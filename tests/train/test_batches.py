@@ -26,7 +26,7 @@ def test_a_plan_is_exact_or_an_error_that_names_a_number_that_fits(world, slots,
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused_with_the_nearest():
-    with pytest.raises(UsageError, match=r"global batch of 64 does not give 3 ranks .*start 1 or 2 or 4 processes"):
+    with pytest.raises(UsageError, match=r"global batch of 64 does not give 3 ranks .*Start 1 or 2 or 4 processes"):
         plan_batches(64, 8, world_size=3, pairs=False)
 
 
