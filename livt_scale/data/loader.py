@@ -14,13 +14,14 @@ process that is killed is an error at the next batch, never a hang. None outlive
 from __future__ import annotations
 
 import json
-import multiprocessing
+import multiprocessing.connection
 import signal
 import threading
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from typing import Any, Self
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from livt_scale.data.batch import Batch, Packed, pack
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixing import Mix, apply_mix, draw_mix
 from livt_scale.data.order import Ints, eval_positions
@@ -42,49 +44,24 @@ from livt_scale.recipe import Finetune, Recipe, Stage
 __all__ = ["Batch", "Batches", "Mix", "apply_mix", "eval_batches", "normalise", "train_batches"]
 
 
-@dataclass
-class Batch:
-    """What one rank needs for one forward pass over B images."""
-
-    images: Tensor  # uint8 [B, C, H, W], channels-last in memory
-    labels: Tensor  # int64 [B]
-    keys: list[str]
-    epoch: int
-    step: int  # within the epoch
-    micro: int  # which of the step's micro-batches
-    noise: Tensor | None = None  # float32 [B, num_patches] uniforms, pretraining: the lowest quarter stays
-    drop: Tensor | None = None  # float32 [B, 2 · depth] uniforms, fine-tuning with drop path
-    mix: Mix | None = None  # fine-tuning with mixup or cutmix
-
-    def to(self, device: torch.device | str) -> Batch:
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._each(lambda tensor: tensor.pin_memory())
-
-    def _each(self, change: Any) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
-        mix = None if self.mix is None else Mix(change(self.mix.lam), change(self.mix.box))
-        return replace(self, **changed, mix=mix)
-
-
 class Batches:
     """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped."""
 
     def __init__(self, dataset: _Dataset, *, workers: int, prefetch: int) -> None:
-        loader = DataLoader(
-            dataset,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=prefetch if workers else None,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_start_worker if workers else None,
-            generator=torch.Generator(),  # else it would draw from torch's global one
-        )
-        before = set(multiprocessing.active_children())
-        on_child_end = signal.getsignal(signal.SIGCHLD)
-        self._packed: Any = iter(loader)
+        with warnings.catch_warnings():  # more workers than cores is the recipe's wish, and `livt doctor`'s to mention
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_start_worker if workers else None,
+                generator=torch.Generator(),  # else it would draw from torch's global one
+            )
+            before = set(multiprocessing.active_children())
+            on_child_end = signal.getsignal(signal.SIGCHLD)
+            self._packed: Any = iter(loader)
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         if workers and threading.current_thread() is threading.main_thread():
             # torch's handler raises in whatever line runs when a worker dies, in the middle of a save too. Without
@@ -104,12 +81,12 @@ class Batches:
             self.close()
             raise
         except Exception as error:
-            dead = [p for p in self._workers if not p.is_alive()]
-            if not dead:
+            dead = _first_dead(self._workers)
+            if dead is None:
                 raise
             _kill(self._packed, self._workers)
             self.close()
-            raise _death(dead[0]) from error
+            raise _death(dead) from error
         if isinstance(packed, _Failed):
             self.close()
             raise packed.error
@@ -185,77 +162,15 @@ class _Failed:
     error: LivtError
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A batch as one block of memory; a message of a few hundred bytes between processes.
-
-    Small on purpose: a message below the pipe's atomic 4 KB is never seen in half, even from a process killed while
-    sending, and the pipe never fills up and blocks a process that wants to end.
-    """
-
-    block: Tensor  # uint8 [bytes]
-    layout: tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, offset
-    place: tuple[int, int, int]  # epoch, step, micro
-
-    def unpack(self) -> Batch:
-        """The batch, its tensors views of the block."""
-        values: dict[str, Any] = self.arrays()
-        keys = json.loads(values.pop("keys").tobytes())
-        tensors = {name: torch.from_numpy(array) for name, array in values.items()}
-        images = tensors.pop("images").permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
-        mix = Mix(tensors.pop("lam"), tensors.pop("box")) if "lam" in tensors else None
-        epoch, step, micro = self.place
-        return Batch(images, tensors.pop("labels"), keys, epoch, step, micro, mix=mix, **tensors)
-
-    def pin_memory(self) -> Batch:
-        return self.unpack().pin_memory()
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        memory = self.block.numpy()
-        views = {}
-        for name, dtype, shape, offset in self.layout:
-            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            views[name] = memory[offset : offset + nbytes].view(dtype).reshape(shape)
-        return views
-
-
-def _pack(arrays: dict[str, np.ndarray], *, images: tuple[int, ...], place: tuple[int, int, int]) -> _Packed:
-    """A block with room for `images` [B, H, W, C] and a copy of `arrays`."""
-    offset = -(-int(np.prod(images)) // 64) * 64
-    layout = [("images", "|u1", images, 0)]
-    for name, array in arrays.items():
-        layout.append((name, array.dtype.str, array.shape, offset))
-        offset += -(-array.nbytes // 64) * 64
-    packed = _Packed(_memory(offset), tuple(layout), place)
-    views = packed.arrays()
-    for name, array in arrays.items():
-        views[name][...] = array
-    return packed
-
-
-def _memory(nbytes: int) -> Tensor:
-    """uint8 [nbytes]; in a loader process shared with the main one and without a name, so that nothing is left over."""
-    if torch.utils.data.get_worker_info() is None:
-        return torch.empty(nbytes, dtype=torch.uint8)
-    try:
-        storage = torch.UntypedStorage._new_shared(nbytes)
-    except RuntimeError as error:
-        raise DataError(
-            f"no shared memory for a batch of {nbytes:,} bytes: {error}",
-            remedy="give /dev/shm more room (docker: --shm-size), or lower data.prefetch or data.workers",
-        ) from error
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
 class _Dataset(IterableDataset[Any]):
-    """What runs in a loader process: yields _Packed, and at an error _Failed as the last."""
+    """What runs in a loader process: yields Packed, and at an error _Failed as the last."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe) -> None:
         super().__init__()
         self.shards = shards
         self.recipe = recipe
 
-    def __iter__(self) -> Iterator[_Packed | _Failed]:
+    def __iter__(self) -> Iterator[Packed | _Failed]:
         try:
             with closing(SampleReader(self.shards)) as reader:
                 for batch in self.micro_batches(*this_worker()):
@@ -273,7 +188,7 @@ class _Dataset(IterableDataset[Any]):
     def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:
         raise NotImplementedError
 
-    def _load(self, batch: MicroBatch, reader: SampleReader) -> _Packed:
+    def _load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
         keys = self.shards.keys(batch.samples)
         arrays: dict[str, np.ndarray] = {
             "labels": self.shards.labels(batch.samples),
@@ -282,7 +197,7 @@ class _Dataset(IterableDataset[Any]):
         }
         px = self.recipe.model.image_px
         shape = (len(keys), px, px, self.recipe.model.channels)
-        packed = _pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro))
+        packed = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro))
         slots = torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2)
         for slot, raw in zip(slots, reader.read(batch.samples, keys), strict=True):
             try:
@@ -371,6 +286,16 @@ def _kill(packed: Any, workers: list[Any]) -> None:
     for process in workers:
         process.kill()
         process.join()
+
+
+def _first_dead(workers: list[Any]) -> Any | None:
+    """The process that ended, if one did: its connections break a moment before the system calls it ended."""
+    ended = multiprocessing.connection.wait([p.sentinel for p in workers], timeout=1) if workers else []
+    for process in workers:
+        if process.sentinel in ended:
+            process.join()
+            return process
+    return None
 
 
 def _death(process: Any) -> DataError:
