@@ -100,7 +100,7 @@ def test_a_missing_base_is_told_where_it_is_named_with_the_nearest_file():
     write("seed: 1\n", "bases/livt.yaml")
     said = refusal(f"# head\nextends: bases/livd.yaml\n{BASE}")
     assert "a.yaml, line 2" in said
-    assert "did you mean 'bases/livt.yaml'?" in said
+    assert "Did you mean 'bases/livt.yaml'?" in said
 
 
 def test_a_mistake_in_a_base_is_told_at_its_own_line():
@@ -225,7 +225,7 @@ def test_a_file_that_is_no_text_or_not_there_is_told():
     for path, said in [("b.yaml", "not a text file"), ("a.yml", "there is no recipe"), (".", "cannot be read")]:
         with pytest.raises(RecipeError, match=said):
             load_recipe(path)
-    with pytest.raises(RecipeError, match=r"did you mean 'b\.yaml'"):
+    with pytest.raises(RecipeError, match=r"Did you mean 'b\.yaml'"):
         load_recipe("bb.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load_recipe("a\0b.yaml")
