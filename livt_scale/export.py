@@ -223,18 +223,23 @@ def open_trained(path: Path, *, which: str | None = None) -> Trained:
 
 
 def evaluate_path(
-    path: Path, *, data: Path | None = None, which: str | None = None, batch: int = BATCH
+    path: Path,
+    *,
+    data: Path | None = None,
+    which: str | None = None,
+    batch: int = BATCH,
+    world: World = World(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """Evaluate a run or an export on the shards in `data` (None: the run's own evaluation set), alone.
+    """Evaluate a run or an export on the shards in `data` (None: the run's own evaluation set).
 
-    The report of `train.evaluate.evaluate`, with `weights`: what was evaluated, and from where it was read.
+    A collective call of the ranks of `world`. The report of `train.evaluate.evaluate`, with `weights`: what was
+    evaluated, and from where it was read.
     """
     trained = open_trained(path, which=which)
     folder = data or _own_data(path, trained)
     if folder is None:
         why = "an export does not know any" if not is_run(path) else "its recipe has no data.val"
         raise UsageError(f"no evaluation set for {path}: {why}", remedy="give a folder of shards with --data")
-    world = World()
     report = evaluate(
         trained.model.to(world.device),
         ShardSet.open(folder),

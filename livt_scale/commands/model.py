@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 From = Annotated[
     str | None,
     typer.Option("--from", metavar="CHECKPOINT", help="best, newest or a step; without it, the final checkpoint."),
 ]
+TIMEOUT_S = 1800  # ranks wait so long for the slowest
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -52,14 +50,21 @@ def eval_(
 ) -> None:
     """Evaluate a run or an export: accuracy by group, per class, calibration, confusion.
 
+    Under torchrun or srun the ranks share the images; each is counted once.
+
     livt eval runs/try
 
     livt eval exports/try --data shards/fashion-mnist-lt/val --json
     """
     from livt_scale.export import evaluate_path
+    from livt_scale.parallel.topology import detect, process_group
     from livt_scale.train.evaluate import write_eval
 
-    report = evaluate_path(path, data=data, which=which, batch=batch)
+    world = detect()
+    with process_group(world, timeout_s=TIMEOUT_S):
+        report = evaluate_path(path, data=data, which=which, batch=batch, world=world)
+    if not world.is_main:
+        return
     if out is not None:
         weights = report["weights"]
         write_eval({k: v for k, v in report.items() if k != "weights"}, out, weights=weights)
@@ -68,23 +73,10 @@ def eval_(
         return
     from rich.console import Console
 
+    from livt_scale.train.results import accuracy_table
+
     Console().print(accuracy_table(report))
     weights = report["weights"]
     typer.echo(f"calibration error {100 * report['calibration']['ece']:.1f} %")
     typer.echo(f"weights: {weights['checkpoint']} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}")
     typer.echo(f"data: {report['data']['folder']}, manifest {report['data']['manifest_digest'][:12]}")
-
-
-def accuracy_table(report: dict[str, Any]) -> Table:
-    """Top-1 and top-5, in per cent, of all classes and of each group."""
-    from rich.table import Table
-
-    groups = ("all", "many", "medium", "few")
-    table = Table(title=f"{report['num_samples']} images, accuracy in %")
-    table.add_column("")
-    for group in groups:
-        table.add_column(group, justify="right")
-    for metric, name in (("top1", "top-1"), ("top5", "top-5")):
-        values = [report[metric][group] for group in groups]
-        table.add_row(name, *("-" if value is None else f"{100 * value:.1f}" for value in values))
-    return table

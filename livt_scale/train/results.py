@@ -16,18 +16,24 @@ def results_table(run_dir: Path, *, console: Console | None = None) -> None:
     """Print accuracy for all, many, medium and few-shot classes, and where the rest lies."""
     report = read_eval(run_dir)
     console = console or Console()
-    table = Table(title=f"{report['num_samples']} evaluation images, accuracy in %")
-    for name in ("", "all", "many", "medium", "few"):
-        table.add_column(name, justify="left" if not name else "right")
-    for metric in ("top1", "top5"):
-        values = [report[metric][group] for group in ("all", "many", "medium", "few")]
-        table.add_row(metric.replace("top", "top-"), *("-" if v is None else f"{100 * v:.1f}" for v in values))
-    console.print(table)
+    console.print(accuracy_table(report))
     console.print(f"calibration error {100 * report['calibration']['ece']:.1f} %", highlight=False)
     pictures = sorted((run_dir / "pretrain" / "samples").glob("*.png"))[-1:]
     pictures += sorted((run_dir / "finetune" / "samples").glob("*.png"))[-1:]
     for label, path in (("everything", run_dir), *((p.parent.parent.name, p) for p in pictures)):
         console.print(f"{label}: {path}", highlight=False, soft_wrap=True)
+
+
+def accuracy_table(report: dict[str, Any]) -> Table:
+    """Top-1 and top-5 of `report` (as `evaluate` gives it), in per cent, of all classes and of each group."""
+    groups = ("all", "many", "medium", "few")
+    table = Table(title=f"{report['num_samples']} evaluation images, accuracy in %")
+    for name in ("", *groups):
+        table.add_column(name, justify="left" if not name else "right")
+    for metric in ("top1", "top5"):
+        values = [report[metric][group] for group in groups]
+        table.add_row(metric.replace("top", "top-"), *("-" if v is None else f"{100 * v:.1f}" for v in values))
+    return table
 
 
 def read_eval(run_dir: Path) -> dict[str, Any]:
@@ -39,5 +45,7 @@ def read_eval(run_dir: Path) -> dict[str, Any]:
             f"there is no {path}", remedy="fine-tuning has not ended, or the recipe has no data.val"
         ) from None
     except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}", remedy="run `livt eval` to write it again") from error
+        raise RunError(
+            f"{path} is not JSON: {error}", remedy=f"write it again: livt eval {run_dir} --out {path}"
+        ) from error
     return report
