@@ -91,7 +91,7 @@ def test_an_epoch_smaller_than_a_batch_is_an_error_that_names_the_largest_batch(
 
 
 def test_lane_groups_that_do_not_divide_are_refused_with_the_nearest():
-    with pytest.raises(DataError, match=r"lane_groups is 5 .* Take 4"):
+    with pytest.raises(DataError, match=r"lane_groups is 5 .* take 4"):
         Order([100], 16, seed=0, lane_groups=5)
 
 
