@@ -12,8 +12,16 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Stage = Literal["pretrain", "finetune"]
@@ -118,7 +126,9 @@ class StagePart(RecipePart):
     base_lr: PositiveFloat = Field(description="learning rate for a global batch of 256; scaled linearly")
     min_lr: NonNegativeFloat = Field(description="where the cosine ends")
     warmup_epochs: NonNegativeFloat = Field(description="epochs of linear warm-up")
-    weight_decay: NonNegativeFloat = Field(0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either")
+    weight_decay: NonNegativeFloat = Field(
+        0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either"
+    )
     betas: tuple[Fraction, Fraction]
     clip_grad: PositiveFloat | None = Field(None, description="largest global gradient norm; None: not clipped")
     crop_scale: tuple[Fraction, Fraction] = Field(description="share of the image's area in a random resized crop")
@@ -244,7 +254,9 @@ class Log(RecipePart):
 class Recipe(RecipePart):
     """One run: data, model, stages, parallelism, checkpoints."""
 
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = Field(
+        description="letters, digits, dot, dash and underscore: it names a folder"
+    )
     run_dir: str | None = Field(None, description="None: runs/NAME")
     seed: NonNegativeInt = 0
     data: Data
@@ -275,7 +287,17 @@ class Recipe(RecipePart):
 
 
 # What may change between a run's start and its continuation: it moves files and work, not the numbers learnt.
-HARMLESS = ("name", "run_dir", "data.train", "data.val", "data.workers", "data.prefetch", "parallel", "checkpoint", "log")
+HARMLESS = (
+    "name",
+    "run_dir",
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.prefetch",
+    "parallel",
+    "checkpoint",
+    "log",
+)
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs")
 
 

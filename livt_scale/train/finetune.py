@@ -13,12 +13,12 @@ from livt_scale import optim
 from livt_scale.checkpoint import store
 from livt_scale.data.loader import Batch, apply_mix, normalise
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import CheckpointMismatch, RunError
+from livt_scale.errors import RunError
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import Classifier, build_classifier, load_encoder
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Finetune, Loss, Recipe
-from livt_scale.train.evaluate import TrainingClasses, evaluate
+from livt_scale.train.evaluate import TrainingClasses, evaluate, weights_lineage
 from livt_scale.train.loop import Task
 from livt_scale.train.rundir import is_done, read_status
 
@@ -27,7 +27,7 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     """The classifier of `recipe`, its encoder from RUN/pretrain or from the seed, and how it is trained."""
     part = recipe.stages.finetune
     assert part is not None
-    model = initial_classifier(recipe, num_classes=train.num_classes, run_dir=run_dir)
+    model, origin = initial_classifier(recipe, num_classes=train.num_classes, run_dir=run_dir)
     groups = optim.param_groups(
         model, weight_decay=part.weight_decay, layer_decay=part.layer_decay, depth=recipe.model.dims[1]
     )
@@ -38,23 +38,29 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         _objective(recipe, part, train),
         evaluate=_evaluator(model, recipe, train, world) if recipe.data.val else None,
         evaluate_every_epochs=part.eval_every_epochs,
+        origin=origin,
     )
 
 
-def initial_classifier(recipe: Recipe, *, num_classes: int, run_dir: Path) -> Classifier:
-    """The classifier before its first step."""
+def initial_classifier(recipe: Recipe, *, num_classes: int, run_dir: Path) -> tuple[Classifier, dict[str, Any] | None]:
+    """The classifier before its first step, and the lineage of its encoder (None: from the seed)."""
     part = recipe.stages.finetune
     assert part is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_classifier(recipe.model, num_classes=num_classes, drop_path=part.drop_path)
-    if part.init == "pretrain":
-        load_encoder(model, pretrained_state(run_dir))
-    return model
+    if part.init == "scratch":
+        return model, None
+    path = final_pretraining(run_dir)
+    saved = store.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
+    load_encoder(model, {name.removeprefix("model."): tensor for name, tensor in saved.items()})
+    manifest = store.read_manifest(path)
+    position = manifest.position
+    return model, weights_lineage(manifest.facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
 
 
-def pretrained_state(run_dir: Path) -> dict[str, Tensor]:
-    """The weights that pretraining in `run_dir` ended with, by name. Raises RunError where it has not ended."""
+def final_pretraining(run_dir: Path) -> Path:
+    """The checkpoint that pretraining in `run_dir` ended with. RunError: it has not ended, or that one is gone."""
     if not is_done(run_dir, "pretrain"):
         status = read_status(run_dir, "pretrain") or {"state": "not started"}
         at = f" after step {status['step']} of {status['total_steps']}" if "step" in status else ""
@@ -62,16 +68,14 @@ def pretrained_state(run_dir: Path) -> dict[str, Tensor]:
             f"fine-tuning starts from pretraining, which is {status['state']}{at} in {run_dir}",
             remedy="run `livt train` without --stage, or set stages.finetune.init to scratch",
         )
-    final = [c for c in store.list_checkpoints(run_dir / "pretrain" / "checkpoints") if c.final]
+    folder = run_dir / "pretrain" / "checkpoints"
+    final = [c.path for c in store.list_checkpoints(folder, quick=True) if c.final]
     if not final:
         raise RunError(
-            f"pretraining in {run_dir} is done, but its final checkpoint is gone from pretrain/checkpoints",
+            f"pretraining in {run_dir} is done, but its final checkpoint is gone from {folder}",
             remedy="put it back, or remove pretrain/status.json to train again from the newest one left",
         )
-    if not final[-1].whole:
-        raise CheckpointMismatch(f"{final[-1].path}: {final[-1].why}", remedy="put the damaged file back")
-    saved = store.read_tensors(final[-1].path, choose=lambda name: name.startswith("model."))
-    return {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+    return final[-1]
 
 
 def loss_options(loss: Loss) -> dict[str, float]:

@@ -45,6 +45,7 @@ class Task:
     objective: Callable[[Callable[..., Any], Batch], Tensor]
     evaluate: Callable[[], tuple[dict[str, float], float]] | None = None
     evaluate_every_epochs: int | None = None
+    origin: dict[str, Any] | None = None  # lineage of the weights that the stage begins with; None: the seed
     draw: Callable[[Path, str], None] | None = None  # a picture beside each checkpoint, on the main rank
 
 

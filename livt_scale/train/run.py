@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale import optim
+from livt_scale.checkpoint.manifest import step_name
 from livt_scale.checkpoint.store import Saver
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
@@ -61,7 +62,7 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
         )
         strategy = Ddp(task.model, world=world, precision=recipe.parallel.precision)
         optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
-        facts = run_facts(recipe, stage, train_set, strategy=strategy.name)
+        facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
         state = TrainState(task.model, optimizer, facts)
         with Saver(
             folder / "checkpoints",
@@ -142,7 +143,9 @@ def _write_evaluation(
         classes=classes,
     )
     if world.is_main:
-        weights = {"stage": "finetune", "step": schedule.total, "recipe_digest": facts["recipe_digest"]}
+        end = schedule.position(schedule.total)
+        name = step_name(end.step)
+        weights = evaluation.weights_lineage(facts, step=end.step, epoch=end.epoch, checkpoint=name)
         evaluation.write_eval(report, folder / "eval.json", weights=weights)
         pictures.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
 

@@ -62,12 +62,17 @@ class TrainState:
         return path.name
 
 
-def run_facts(recipe: Recipe, stage: Stage, train: ShardSet, *, strategy: str) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it."""
+def run_facts(
+    recipe: Recipe, stage: Stage, train: ShardSet, *, strategy: str, origin: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it; `origin`: the lineage of the weights that it began with."""
     learnt = {**learnt_from(recipe, stage), "data.manifest": train.digest}
+    if origin is not None:
+        learnt["init"] = origin["recipe_digest"]
     return {
         "stage": stage,
         "strategy": strategy,
+        "init": origin,
         "recipe": recipe.model_dump(mode="json"),
         "learnt_from": learnt,
         "recipe_digest": digest(learnt),
