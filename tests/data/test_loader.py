@@ -335,6 +335,9 @@ def test_normalising_is_torchvision_s(height, batch, channels):
     assert ours.is_contiguous()
     torch.testing.assert_close(ours, tv.normalize(images / 255, mean, std))
     assert normalise(images, mean, std, torch.bfloat16).dtype == torch.bfloat16
+    room = torch.full(images.shape, torch.nan)
+    assert torch.equal(normalise(images, mean, std, torch.float32, out=room), ours)
+    assert torch.equal(room, ours)
 
 
 def test_mixing_is_what_the_papers_say():

@@ -1,0 +1,30 @@
+"""The loader's benchmark reads real photographs with both pipelines and writes what scripts rely on."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loader.py"
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    spec = importlib.util.spec_from_file_location("benchmark_loader", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset
+def test_the_benchmark_measures_all_pipelines_and_writes_its_conditions(benchmark, tmp_path, capsys):
+    file = tmp_path / "loader.json"
+    assert benchmark.main(["--quick", "--images", "64", "--workers", "0", "--json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert set(result["images_per_s"]) >= {"ours", "usual", "decode_only"}
+    assert all(rate > 0 for rate in result["images_per_s"].values())
+    assert result["ratio"] == pytest.approx(result["images_per_s"]["ours"] / result["images_per_s"]["usual"], rel=0.01)
+    assert result["conditions"]["workers"] == 0
+    assert 20_000 < result["conditions"]["jpeg_bytes_mean"] < 80_000
+    assert "usual" in capsys.readouterr().out
