@@ -27,6 +27,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixing import draw_mix
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.stream import RankOrder, stage_order
+from livt_scale.data.verify import verify
 from livt_scale.errors import DataError, SampleError, ShardError, UsageError
 from tests.data.tiny_sets import HOSTILE, tiny_recipe, tiny_set
 
@@ -214,6 +215,29 @@ def test_damage_is_the_same_plain_error_in_a_worker_and_without(tmp_path, worker
     with pytest.raises((SampleError, ShardError), match=said[damage]) as caught:
         load(shards, data__workers=workers)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_in_quarantine_is_never_loaded(tmp_path):
+    tiny_set(tmp_path / "set", num_samples=19, half=(4, 9))
+    verify(tmp_path / "set", decode=True, quarantine=True, workers=1)
+    shards = ShardSet.open(tmp_path / "set")
+    good = {f"s{i:03d}" for i in range(19) if i not in (4, 9)}
+    batches = load(shards, stages__pretrain__epochs=20, stages__pretrain__warmup_epochs=0)
+    assert {key for batch in batches for key in batch.keys} == good  # 17 of them, two batches an epoch
+    assert len(batches) == 40
+    evaluated = eval_batches(shards, tiny_recipe(shards.folder), rank=0, world_size=1, batch=5)
+    assert sorted(key for batch in evaluated for key in batch.keys) == sorted(good)
+
+
+def test_pinning_keeps_every_tensor_and_its_order_in_memory(whole, shards, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # what it does, less the GPU
+    order = stage_order(shards, tiny_recipe(shards.folder), "finetune")
+    rank_order = RankOrder(shards, order, epochs=1, rank=0, world_size=1)
+    packed = next(iter(_TrainDataset(shards, tiny_recipe(shards.folder), "finetune", rank_order, epoch=0, step=0)))
+    pinned = packed.pin_memory()
+    assert_same([pinned], whole["finetune"][:1])
+    assert pinned.images.is_contiguous(memory_format=torch.channels_last)
+    assert_same([pinned.to("cpu")], [pinned])
 
 
 def test_a_killed_worker_is_an_error_at_the_next_batches_and_ends_the_others(shards):
