@@ -230,6 +230,9 @@ class Parallel(RecipePart):
 
     strategy: Literal["auto", "ddp"] = Field("auto", description="auto: plain for one process, ddp for more")
     precision: Literal["fp32", "bf16"] = "fp32"
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads that a process computes with; None: torch's choice (OMP_NUM_THREADS)"
+    )
     timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this ends the run")
 
 

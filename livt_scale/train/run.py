@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from livt_scale import optim
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.checkpoint.store import Saver
@@ -37,6 +39,8 @@ def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
     plans = {name: _plan(recipe, name, world) for name in recipe.stage_names}  # before anything is allocated
+    if recipe.parallel.threads is not None:
+        torch.set_num_threads(recipe.parallel.threads)
     with process_group(world, timeout_s=recipe.parallel.timeout_s), _alone(run_dir, world):
         agree(world, lambda: rundir.save_resolved(recipe, run_dir))
         for name in (stage,) if stage else recipe.stage_names:
