@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import multiprocessing.connection
 import signal
-import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data._utils import signal_handling
 
 from livt_scale.data.batch import Batch, Packed, pack
 from livt_scale.data.manifest import ShardSet
@@ -60,13 +60,13 @@ class Batches:
                 generator=torch.Generator(),  # else it would draw from torch's global one
             )
             before = set(multiprocessing.active_children())
-            on_child_end = signal.getsignal(signal.SIGCHLD)
             self._packed: Any = iter(loader)
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
-        if workers and threading.current_thread() is threading.main_thread():
-            # torch's handler raises in whatever line runs when a worker dies, in the middle of a save too. Without
-            # it the same is noticed where the next batch is asked for: torch looks at its workers every 5 s.
-            signal.signal(signal.SIGCHLD, on_child_end)
+        if workers:
+            # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
+            # It is not told of ours: the same is noticed where the next batch is asked for, as torch looks every 5 s.
+            signal_handling._remove_worker_pids(id(self._packed))
+            self._packed._worker_pids_set = False  # type: ignore[attr-defined]
         self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
 
     def __iter__(self) -> Self:
