@@ -148,7 +148,9 @@ def run_loop(
     schedule = Schedule(1, steps + 1, saving)
     strategy = Ddp(task.model, world=World(), precision="fp32")
     optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
-    state = TrainState(task.model, optimizer, run_facts(recipe, stage, shards, strategy=strategy.name))
+    state = TrainState(
+        task.model, optimizer, run_facts(recipe, stage, shards, strategy=strategy.name, origin=task.origin)
+    )
     telemetry = Telemetry(
         folder,
         label=stage,

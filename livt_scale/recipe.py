@@ -257,9 +257,7 @@ class Log(RecipePart):
 class Recipe(RecipePart):
     """One run: data, model, stages, parallelism, checkpoints."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] = Field(
-        description="letters, digits, dot, dash and underscore: it names a folder"
-    )
+    name: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="names the folder below runs/")
     run_dir: str | None = Field(None, description="None: runs/NAME")
     seed: NonNegativeInt = 0
     data: Data
@@ -268,6 +266,12 @@ class Recipe(RecipePart):
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
+
+    @model_validator(mode="after")
+    def _name_is_one_folder(self) -> Self:
+        if self.name in (".", "..") or "/" in self.name or "\0" in self.name:
+            raise ValueError(f"name is {self.name!r}: it names the folder runs/NAME, so it cannot hold a slash")
+        return self
 
     @model_validator(mode="after")
     def _channels_agree(self) -> Self:

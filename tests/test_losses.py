@@ -154,14 +154,14 @@ def test_a_single_class_has_no_finite_margin_in_bal_bce():
 
 
 def test_an_unknown_loss_gets_the_nearest_name():
-    with pytest.raises(UsageError, match="did you mean 'bal_bce'"):
+    with pytest.raises(UsageError, match="Did you mean 'bal_bce'"):
         make_loss("balbce", COUNTS)
 
 
 def test_an_option_that_has_no_effect_is_refused():
     with pytest.raises(UsageError, match="'ce' does not take 'tau'"):
         make_loss("ce", COUNTS, tau=1.0)
-    with pytest.raises(UsageError, match="its options: tau"):
+    with pytest.raises(UsageError, match="Its options: tau"):
         make_loss("bal_ce", COUNTS, gamma=2)
     make_loss("ce", COUNTS, tau=None)  # None: not given
 

@@ -93,3 +93,9 @@ def test_what_is_learnt_from_changes_the_digest_of_its_stage_alone(parts, stages
     before, after = recipe(), recipe(**parts)
     changed = {s for s in ("pretrain", "finetune") if digest(learnt_from(before, s)) != digest(learnt_from(after, s))}
     assert changed == stages
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".", "../x", "a\0b"])
+def test_a_name_that_is_not_one_folder_is_refused(name):
+    with pytest.raises(ValidationError, match="it names the folder runs/NAME"):
+        Recipe.model_validate({"name": name, "data": {"train": "t"}, "stages": {"pretrain": {}}})

@@ -137,7 +137,7 @@ def test_what_is_not_a_set_is_said_with_what_to_do(tmp_path):
     with pytest.raises(ManifestError, match="livt shards build"):
         ShardSet.open(tmp_path)
     folder = small_set(tmp_path)
-    with pytest.raises(ManifestError, match="its sets are: all"):
+    with pytest.raises(ManifestError, match="Its sets are: all"):
         ShardSet.open(folder.parent)
     (folder / MANIFEST).unlink()
     with pytest.raises(ManifestError, match="livt shards index"):

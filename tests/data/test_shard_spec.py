@@ -101,7 +101,7 @@ def test_what_is_wrong_with_a_spec_is_said_with_its_field_and_line(write, old, n
 
 def test_a_spec_that_is_not_there_names_one_that_is(write):
     path = write()
-    with pytest.raises(UsageError, match=r"did you mean .*a spec\.yaml"):
+    with pytest.raises(UsageError, match=r"Did you mean .*a spec\.yaml"):
         load_spec(path.with_name("a spac.yaml"))
 
 

@@ -39,16 +39,21 @@ def test_a_run_directory_that_cannot_be_made_is_one_clear_error(tmp_path):
     ("error", "state", "why"),
     [
         (Preempted("stopped by SIGTERM"), "preempted", "stopped by SIGTERM"),
-        (RunError("it broke", remedy="mend it"), "failed", "it broke. mend it"),
+        (RunError("it broke", remedy="mend it"), "failed", "it broke. Mend it"),
         (ZeroDivisionError("x"), "failed", "ZeroDivisionError: x"),
         (KeyboardInterrupt(), "failed", "KeyboardInterrupt: "),
     ],
 )
 def test_status_tells_how_the_stage_ended(tmp_path, error, state, why):
     status = rundir.Status(tmp_path / "pretrain", stage="pretrain", writes=True)
-    with pytest.raises(type(error)), status.told():
+
+    @status.told()
+    def train() -> None:
         status.write("running", step=3, total_steps=9)
         raise error
+
+    with pytest.raises(type(error)):
+        train()
     written = rundir.read_status(tmp_path, "pretrain")
     assert (written["state"], written["why"], written["step"]) == (state, why, 3)
     assert not rundir.is_done(tmp_path, "pretrain")
