@@ -5,31 +5,36 @@
     image.pixels()                                  # uint8 [H, W, 3]
     image.pixels(shrink=4)                          # a quarter of each side, decoded so (JPEG alone, see `shrinks`)
 
-JPEG goes to libjpeg-turbo through simplejpeg; what that does not know (CMYK, odd subsampling) and every other format
-to Pillow. The contents decide, never the file's name: ImageNet has a PNG called .JPEG. An image that does not decode
-to its end is an error, never a half-grey picture; one of gigapixels is refused by its header, before any allocation.
+JPEG goes to libjpeg-turbo through simplejpeg, PNG, BMP and WebP to Pillow. The contents decide, never the file's name:
+ImageNet has a PNG called .JPEG. An image that does not decode to its end is an error, never a half-grey picture; what
+cannot be decoded strictly (odd chroma subsampling) is refused. One of gigapixels is refused by its header, before any
+allocation. docs/data.md has the table of what is read how.
 """
 
 from __future__ import annotations
 
 import io
-import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
+
+from livt_scale.data.jpeg_header import START_OF_SCAN, exif_orientation, has_restarts, mended, orientation
+from livt_scale.data.png_chunks import SIGNATURE, size_and_exif
 
 Pixels = NDArray[np.uint8]
 
 MOST_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
+MOST_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels, and usual are ten
+FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
-_PNG = b"\x89PNG\r\n\x1a\n"
-_LOST_DATA = ("remature end", "bad Huffman code")  # what libjpeg-turbo only warns of, and Pillow accepts in silence
+_READ_TO_THE_END = "before marker 0xd9"  # surplus bytes between the last pixel and the end: nothing is lost
 
 
 class BadImage(ValueError):
@@ -50,15 +55,7 @@ class EncodedImage(Protocol):
 
 def open_image(data: bytes, *, channels: int) -> EncodedImage:
     """Read the header. `channels`: 1 (grey, luma of ITU-R 601) or 3 (RGB). Raises BadImage."""
-    if data[:2] == b"\xff\xd8":
-        try:
-            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        except ValueError:
-            return _PillowImage(data, channels)
-        _check_size(height, width)
-        if colours in ("RGB", "YCbCr", "Gray"):
-            return _JpegImage(data, channels, height, width)
-    return _PillowImage(data, channels)
+    return _JpegImage(data, channels) if data[:2] == b"\xff\xd8" else _PillowImage(data, channels)
 
 
 def decode(data: bytes, *, channels: int = 3) -> Pixels:
@@ -67,59 +64,103 @@ def decode(data: bytes, *, channels: int = 3) -> Pixels:
 
 
 class _JpegImage:
-    def __init__(self, data: bytes, channels: int, height: int, width: int) -> None:
+    def __init__(self, data: bytes, channels: int) -> None:
         self._data = data
+        try:
+            height, width, self._colours, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            self._data = mended(data)
+            height, width, self._colours = _jpeg_facts(self._data)
+        _check_size(height, width)
+        if height * width * len(data) > 1 << 40 and data.count(START_OF_SCAN) > MOST_SCANS:
+            raise BadImage(f"{width} x {height} pixels in {data.count(START_OF_SCAN):,} scans, more than {MOST_SCANS}")
         self._channels = channels
         self._stored = height, width
-        self._orientation = _jpeg_orientation(data)
+        self._orientation = orientation(data)
         self.shrinks = self._orientation == 1  # a turned one would count the cut-off edge from the other side
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
     def pixels(self, *, shrink: int = 1) -> Pixels:
-        height, width = self._stored
         try:
-            pixels: Pixels = simplejpeg.decode_jpeg(
-                self._data,
-                colorspace="RGB" if self._channels == 3 else "GRAY",
-                min_height=-(-height // shrink) if shrink > 1 else 0,
-                min_width=-(-width // shrink) if shrink > 1 else 0,
-                min_factor=shrink,
-            )
+            pixels = self._decoded(self._data, shrink=shrink)
         except ValueError as error:
-            if any(sign in str(error) for sign in _LOST_DATA):
-                raise BadImage(f"the JPEG is cut or damaged: {error}") from error
-            # Harmless oddities (bytes between markers, of which ImageNet has some) and rare kinds of JPEG.
-            return _PillowImage(self._data, self._channels).pixels()
+            pixels = self._decoded_leniently(shrink, error)
+        if self._colours in _FOUR_INKS:
+            inks = Image.frombuffer("CMYK", pixels.shape[1::-1], 255 - pixels)  # as Adobe writes them: inverted
+            pixels = np.asarray(inks.convert("RGB" if self._channels == 3 else "L")).reshape(*pixels.shape[:2], -1)
         return pixels if self._orientation == 1 else _upright(pixels, self._orientation)
+
+    def _decoded_leniently(self, shrink: int, error: ValueError) -> Pixels:
+        """After `error`: the pixels if what libjpeg warned of costs none. Raises BadImage."""
+        whole = mended(self._data)
+        try:
+            if whole != self._data:
+                return self._decoded(whole, shrink=shrink)
+        except ValueError as second:
+            error = second
+        if _READ_TO_THE_END in str(error) and not has_restarts(whole):
+            return self._decoded(whole, shrink=shrink, strict=False)
+        raise BadImage(f"the JPEG is cut or damaged: {error}") from error
+
+    def _decoded(self, data: bytes, *, shrink: int, strict: bool = True) -> Pixels:
+        height, width = self._stored
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            data,
+            colorspace="CMYK" if self._colours in _FOUR_INKS else "RGB" if self._channels == 3 else "GRAY",
+            min_height=-(-height // shrink) if shrink > 1 else 0,
+            min_width=-(-width // shrink) if shrink > 1 else 0,
+            min_factor=shrink,
+            strict=strict,
+        )
+        return pixels
+
+
+_FOUR_INKS = ("CMYK", "YCCK")
+
+
+def _jpeg_facts(data: bytes) -> tuple[int, int, str]:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError as error:
+        raise BadImage(f"not an image that can be read: JPEG: {_said(error)}") from error
+    return height, width, colours
 
 
 class _PillowImage:
     shrinks = False
 
     def __init__(self, data: bytes, channels: int) -> None:
-        if data[:8] == _PNG and len(data) >= 24:
-            _check_size(*reversed(struct.unpack(">II", data[16:24])))
         self._channels = channels
+        self._orientation = 1
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            if data.startswith(SIGNATURE):
+                height, width, exif = size_and_exif(data)
+                self._orientation = exif_orientation(exif) if exif else 1
+                _check_size(height, width)
+            elif data[8:12] == b"WEBP":
+                _check_size(*_webp_size(data))  # Pillow's reader makes room for the picture when it is opened
+            with _silent_pillow():
                 self._image = Image.open(io.BytesIO(data), formats=FORMATS)
-            self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1) if _has_exif(data) else 1
+                if self._image.format == "WEBP":
+                    self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        except BadImage:
+            raise
         except Exception as error:  # damaged headers make Pillow's readers fail in many ways
             raise BadImage(f"not an image that can be read: {_said(error)}") from error
-        _check_size(self._image.height, self._image.width)
         width, height = self._image.size
+        _check_size(height, width)
         self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
 
     def pixels(self, *, shrink: int = 1) -> Pixels:
         assert shrink == 1, "shrinks is False"
         try:
-            self._image.load()
-            image = ImageOps.exif_transpose(self._image) if self._orientation != 1 else self._image
-            pixels = np.array(_in_mode(image, "RGB" if self._channels == 3 else "L"))
+            with _silent_pillow():
+                self._image.load()
+                pixels = np.array(_in_mode(self._image, "RGB" if self._channels == 3 else "L"))
         except Exception as error:
             raise BadImage(f"the {self._image.format} is cut or damaged: {_said(error)}") from error
-        return pixels if self._channels == 3 else pixels[:, :, None]
+        pixels = pixels.reshape(*pixels.shape[:2], -1)
+        return _upright(pixels, self._orientation) if self._orientation in range(2, 9) else pixels
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -136,23 +177,28 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 def _check_size(height: int, width: int) -> None:
     if height * width > MOST_PIXELS:
         raise BadImage(f"its header promises {width} x {height} pixels, more than {MOST_PIXELS:,}")
+    if not height * width:
+        raise BadImage(f"its header promises {width} x {height} pixels: none")
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8. Most images have none: one search in their first bytes tells."""
-    if not _has_exif(data):
-        return 1
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # damaged EXIF: the pixels stand as they are, as in every viewer
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """(height, width) by the header of the first chunk (RFC 9649, sections 2.5 to 2.7); a canvas for animations."""
+    kind, body = data[12:16], data[20:30]
+    if kind == b"VP8X":
+        return int.from_bytes(body[7:10], "little") + 1, int.from_bytes(body[4:7], "little") + 1
+    if kind == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    return int.from_bytes(body[8:10], "little") & 0x3FFF, int.from_bytes(body[6:8], "little") & 0x3FFF
 
 
-def _has_exif(data: bytes) -> bool:
-    """Near the beginning, where cameras write it: an EXIF block after other blocks of 4 KB counts as none."""
-    return data.find(b"Exif\x00\x00", 0, 4096) >= 0 or data.find(b"eXIf", 0, 4096) >= 0 or data[8:12] == b"WEBP"
+@contextmanager
+def _silent_pillow() -> Iterator[None]:
+    """Pillow's warnings: a bomb is an error, whatever the program's filters say; oddities of metadata are nothing."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:

@@ -235,6 +235,22 @@ class ShardSet:
         """[n] The shard in which each sample number lies."""
         return np.searchsorted(self.first, samples, side="right") - 1
 
+    def impossible_rows(self, rows: np.ndarray, shard: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of `rows` [n] of the index, for samples in the shards `shard` [n], cannot be.
+
+        They lie outside their shard, their image outside the sample, or there is no such class or type. Reading by
+        such a row could take any memory.
+        """
+        room = self._shard_bytes[shard] - rows["start"]  # wraps around where start is beyond
+        image_end = rows["data_offset"].astype(np.uint64) + rows["data_size"]
+        outside = (rows["start"] > self._shard_bytes[shard]) | (rows["nbytes"] > room) | (image_end > rows["nbytes"])
+        unknown = (rows["label"] < 0) | (rows["label"] >= self.num_classes)
+        return np.flatnonzero(outside | unknown | (rows["image_type"] >= len(self.manifest.image_types)))
+
+    @cached_property
+    def _shard_bytes(self) -> NDArray[np.uint64]:
+        return np.array([s.bytes for s in self.manifest.shards], dtype=np.uint64)
+
     def shard_path(self, shard: int) -> Path:
         return self.folder / self.manifest.shards[shard].name
 

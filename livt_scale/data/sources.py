@@ -18,6 +18,7 @@ import io
 import os
 import posixpath
 import re
+import stat
 import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -28,12 +29,13 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from livt_scale.data.tar import TarSample, read_tar
+from livt_scale.data.tar import MOST_CLASSES, MOST_SAMPLE_BYTES, TarSample, read_tar
 from livt_scale.errors import SourceError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".ppm")
 _MAX_KEY = 94  # with ".jpeg" or ".cls" it fits the 100 bytes of a tar header's name
+_MOST_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
 Indices = NDArray[np.int64]
 
@@ -82,6 +84,9 @@ class FileSource(Source):
     def image(self, i: int) -> tuple[str, bytes]:
         path = self.root / self.paths[i]
         try:
+            found = path.stat()
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_SAMPLE_BYTES:  # a pipe would never end
+                raise SourceError(f"{path}: no file of at most {MOST_SAMPLE_BYTES:,} bytes", remedy="take it away")
             data = path.read_bytes()
         except OSError as error:
             raise SourceError(
@@ -186,7 +191,7 @@ def open_idx(name: str, images: Path, *, labels: Path, class_names: tuple[str, .
 
 def open_tars(name: str, root: Path, *, class_names: tuple[str, ...] | None = None) -> TarSource:
     """Every *.tar in `root`, by name. Raises ShardError and SampleError for what is wrong in them."""
-    tars = tuple(sorted(root / e.name for e in _listed(root) if e.name.endswith(".tar")))
+    tars = tuple(sorted(root / e.name for e in _listed(root) if e.name.endswith(".tar") and e.is_file()))
     if not tars:
         raise SourceError(f"{root} holds no .tar", remedy="give the folder that holds them")
     samples = tuple((number, sample) for number, tar in enumerate(tars) for sample in read_tar(tar))
@@ -236,7 +241,10 @@ def _checked(source: S) -> S:
 def _names(class_names: tuple[str, ...] | None, labels: list[int] | NDArray[np.int64]) -> tuple[str, ...]:
     if class_names is not None:
         return class_names
-    return tuple(str(c) for c in range(int(max(labels, default=-1)) + 1))
+    largest = int(max(labels, default=-1))
+    if largest >= MOST_CLASSES:
+        raise SourceError(f"a label is {largest}, there are at most {MOST_CLASSES:,} classes")
+    return tuple(str(c) for c in range(largest + 1))
 
 
 def _image_type(data: bytes, where: str) -> str:
@@ -326,7 +334,10 @@ def _parse_idx(path: Path, _mtime_ns: int, _size: int) -> NDArray[np.uint8]:
     try:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):
-            data = gzip.decompress(data)
+            with gzip.open(io.BytesIO(data)) as file:
+                data = file.read(_MOST_IDX_BYTES + 1)  # a gigabyte of zeros takes a megabyte
+        if len(data) > _MOST_IDX_BYTES:
+            raise SourceError(f"{path}: more than {_MOST_IDX_BYTES:,} bytes", remedy="make a folder of images of it")
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:

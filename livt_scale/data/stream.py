@@ -28,7 +28,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order import Ints, Order
-from livt_scale.errors import SampleError, ShardError, UsageError
+from livt_scale.errors import ManifestError, SampleError, ShardError, UsageError
 from livt_scale.recipe import Recipe, Stage
 
 MOST_OPEN_SHARDS = 128  # files a process keeps open; a set may have thousands
@@ -127,11 +127,18 @@ class SampleReader:
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
     def read(self, samples: Ints, keys: list[str] | None = None) -> Iterator[RawSample]:
-        """The samples with these numbers, in this order. Raises ShardError and SampleError, naming the sample."""
+        """The samples with these numbers, in this order. Raises ShardError, SampleError and ManifestError (a hostile or
+        damaged index), naming the sample."""
         shards = self._shards
         rows = shards.index[samples]
+        in_shard = shards.shard_of(samples)
         names = shards.keys(samples) if keys is None else keys
-        for row, shard, key in zip(rows.tolist(), shards.shard_of(samples).tolist(), names, strict=True):
+        for k in shards.impossible_rows(rows, in_shard):
+            raise ManifestError(
+                f"{_shown(shards.folder)}: the index has an impossible row for sample {names[k]!r}: {rows[k].tolist()}",
+                remedy="copy the index again, or make it again",
+            )
+        for row, shard, key in zip(rows.tolist(), in_shard.tolist(), names, strict=True):
             start, nbytes, data_offset, data_size, label, crc32, image_type, _ = row
             block = self._fetch(shard, start, nbytes, key)
             if zlib.crc32(block) != crc32:

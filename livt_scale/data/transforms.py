@@ -36,6 +36,7 @@ ERASE_AREA = (0.02, 1 / 3)  # share of the image, timm's RandomErasing as MAE's 
 ERASE_ASPECT = (0.3, 1 / 0.3)
 EVAL_CROP = 0.875  # share of the resized shorter side that the centre crop takes, up to EVAL_CROP_UP_TO_PX
 EVAL_CROP_UP_TO_PX = 224
+MOST_ELONGATED = 16  # longer side / shorter side that the evaluation resizes whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class EvalTransform:
 
     def __call__(self, data: bytes, slot: torch.Tensor) -> None:
         """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
-        pixels = decode(data, channels=self._channels)
+        pixels = _centre(decode(data, channels=self._channels))
         height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
         resized = _channels_last(height, width, self._channels)
         resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
@@ -211,6 +212,14 @@ def erase(slot: torch.Tensor, rng: np.random.Generator, *, share: float, mean: n
             pixels = np.rint(255 * noise).clip(0, 255).astype(np.uint8)
             slot[:, top : top + h, left : left + w] = torch.from_numpy(pixels).permute(2, 0, 1)
             return
+
+
+def _centre(pixels: Pixels) -> Pixels:
+    """The middle of a strip: one of 1 x 65,500, resized whole, would take 13 GB. What is kept reaches far beyond the
+    centre crop, whose pixels stay what they were to within the rounding of the longer side."""
+    height, width = pixels.shape[:2]
+    top, left = (max(0, (long - MOST_ELONGATED * short) // 2) for long, short in ((height, width), (width, height)))
+    return pixels[top : height - top, left : width - left]
 
 
 def _shorter_side_to(height: int, width: int, target_px: int) -> tuple[int, int]:

@@ -123,6 +123,9 @@ def _check_shards(
 ) -> list[Fault]:
     index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
     whole = ShardSet(folder, manifest, index, ())  # not opened: that would stop at the first shard that is missing
+    impossible = whole.impossible_rows(index, whole.shard_of(np.arange(len(index))))
+    if len(impossible):
+        return [Fault(INDEX, None, None, f"an impossible row for sample {k}: {index[k].tolist()}") for k in impossible]
     jobs = (
         _Job(
             path=folder / shard.name,

@@ -1,0 +1,89 @@
+"""What stands before the pixels of a JPEG, read without decoding: the EXIF orientation, and harmless oddities.
+
+libjpeg only warns where pixels are lost, so `images` takes each of its warnings for an error. Some mean nothing:
+`mended` gives the same image without their cause, and that is decoded as strictly as any other.
+Layout: ITU-T T.81, annex B.
+
+    FFD8 | FFE1 length Exif… | FFDB length tables | FFC0 length height width … | FFDA length … pixels | FFD9
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+from PIL import ExifTags, Image
+
+START_OF_SCAN = b"\xff\xda"
+_SOS, _RESTARTS, _APP0, _APP1 = 0xDA, 0xDD, 0xE0, 0xE1
+_SEQUENTIAL = (0xC0, 0xC1)  # start of frame, baseline and extended
+_EXIF = b"Exif\0\0"
+_WHOLE_BLOCK = b"\x00\x3f\x00"  # what a sequential scan holds: coefficients 0 to 63, all their bits
+
+
+def orientation(data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; without EXIF, or where it is damaged, 1: as viewers do."""
+    for marker, start, end in _segments(data):
+        if marker == _APP1 and data.startswith(_EXIF, start + 4):
+            return exif_orientation(data[start + 4 : end])
+    return 1
+
+
+def exif_orientation(exif: bytes) -> int:
+    """The same of an EXIF block, with or without its first six bytes."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is damaged in it
+            tags = Image.Exif()
+            tags.load(exif)
+            found = tags.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser fails in many ways
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def mended(data: bytes) -> bytes:
+    """The image without what libjpeg warns of though no pixel hangs on it.
+
+    Bytes between segments, an unknown JFIF version, and a sequential scan that says it held a part of its coefficients
+    (phones wrote such).
+    """
+    out = bytearray(data[:2])
+    sequential = False
+    first_scan = 0
+    for marker, start, end in _segments(data):
+        segment = bytearray(data[start:end])
+        sequential = sequential or marker in _SEQUENTIAL
+        if marker == _APP0 and segment[4:9] == b"JFIF\0" and len(segment) > 10:
+            segment[9:11] = b"\x01\x01"
+        if marker == _SOS:
+            first_scan = end
+            if sequential and len(segment) >= 8:
+                segment[-3:] = _WHOLE_BLOCK
+        out += segment
+    return bytes(out) + data[first_scan:] if first_scan else data
+
+
+def has_restarts(data: bytes) -> bool:
+    """Are there restart marks among the pixels? Then libjpeg may find the end in the middle and go on in silence."""
+    return any(marker == _RESTARTS for marker, _, _ in _segments(data))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, where it begins, where its segment ends) up to the first scan; bytes between two are passed over."""
+    position, size = 2, len(data)
+    while 0 <= (position := data.find(b"\xff", position)) < size - 3:
+        marker = data[position + 1]
+        if marker == 0xFF:  # filling
+            position += 1
+            continue
+        if marker == 0 or marker == 1 or 0xD0 <= marker <= 0xD8:  # no marker, or one without a segment
+            position += 2
+            continue
+        end = position + 2 + (data[position + 2] << 8 | data[position + 3])
+        if marker == 0xD9 or end < position + 4 or end > size:
+            return
+        yield marker, position, end
+        if marker == _SOS:
+            return
+        position = end
