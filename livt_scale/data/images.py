@@ -24,7 +24,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from livt_scale.data.jpeg_header import START_OF_SCAN, exif_orientation, has_restarts, mended, orientation
+from livt_scale.data.jpeg_header import exif_orientation, has_restarts, mended, num_scans, orientation
 from livt_scale.data.png_chunks import SIGNATURE, size_and_exif
 
 Pixels = NDArray[np.uint8]
@@ -72,8 +72,8 @@ class _JpegImage:
             self._data = mended(data)
             height, width, self._colours = _jpeg_facts(self._data)
         _check_size(height, width)
-        if height * width * len(data) > 1 << 40 and data.count(START_OF_SCAN) > MOST_SCANS:
-            raise BadImage(f"{width} x {height} pixels in {data.count(START_OF_SCAN):,} scans, more than {MOST_SCANS}")
+        if height * width * len(data) > 1 << 40 and (scans := num_scans(data)) > MOST_SCANS:  # below: seconds at worst
+            raise BadImage(f"{width} x {height} pixels in {scans:,} scans, more than {MOST_SCANS}")
         self._channels = channels
         self._stored = height, width
         self._orientation = orientation(data)

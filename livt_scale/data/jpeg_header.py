@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from PIL import ExifTags, Image
 
-START_OF_SCAN = b"\xff\xda"
 _SOS, _RESTARTS, _APP0, _APP1 = 0xDA, 0xDD, 0xE0, 0xE1
 _SEQUENTIAL = (0xC0, 0xC1)  # start of frame, baseline and extended
 _EXIF = b"Exif\0\0"
@@ -62,6 +61,17 @@ def mended(data: bytes) -> bytes:
                 segment[-3:] = _WHOLE_BLOCK
         out += segment
     return bytes(out) + data[first_scan:] if first_scan else data
+
+
+def num_scans(data: bytes) -> int:
+    """How many passes over the pixels: 1 for most, ten for progressive ones, any number for a bomb (at most this)."""
+    components = 0
+    for marker, start, end in _segments(data):
+        if marker in _SEQUENTIAL and end - start > 9:
+            components = data[start + 9]
+        elif marker == _SOS and data[start + 4] == components:
+            return 1  # all there is: libjpeg looks for no second one
+    return data.count(b"\xff\xda")
 
 
 def has_restarts(data: bytes) -> bool:

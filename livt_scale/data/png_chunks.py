@@ -9,6 +9,8 @@ import struct
 import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MOST_CHUNKS = 100_000  # usual pixels come in pieces of 8 KB or more; empty ones would take minutes to pass
+_PALETTE = 3  # the colour type
 _HEADER = struct.Struct(">I4s")
 
 
@@ -20,8 +22,9 @@ def size_and_exif(data: bytes) -> tuple[int, int, bytes]:
     """(height, width, EXIF block or nothing) of a PNG with every chunk whole, from IHDR to IEND. Raises BadPng."""
     position, exif = len(SIGNATURE), b""
     height = width = 0
+    needs_palette = False
     view = memoryview(data)
-    while True:
+    for _ in range(MOST_CHUNKS):
         if position + 12 > len(data):
             raise BadPng("it is cut: its end is missing")
         length, kind = _HEADER.unpack_from(data, position)
@@ -34,8 +37,14 @@ def size_and_exif(data: bytes) -> tuple[int, int, bytes]:
             raise BadPng("it does not begin with its header")
         if kind == b"IHDR":
             width, height = struct.unpack_from(">II", data, position + 8)
+            needs_palette = data[position + 17] == _PALETTE
+        elif kind == b"PLTE":
+            needs_palette = False
+        elif kind == b"IDAT" and needs_palette:
+            raise BadPng("its palette is missing")
         elif kind == b"eXIf":
             exif = data[position + 8 : end - 4]
         elif kind == b"IEND":
             return height, width, exif
         position = end
+    raise BadPng(f"more than {MOST_CHUNKS:,} chunks")
