@@ -31,6 +31,7 @@ Pixels = NDArray[np.uint8]
 
 MOST_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
 MOST_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels, and usual are ten
+MOST_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get memory of their own
 FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
@@ -48,9 +49,31 @@ class EncodedImage(Protocol):
     width: int
     shrinks: bool  # does `shrink` save work and keep the geometry?
 
-    def pixels(self, *, shrink: int = 1) -> Pixels:
-        """uint8 [ceil(height / shrink), ceil(width / shrink), channels]. Raises BadImage."""
+    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:
+        """uint8 [ceil(height / shrink), ceil(width / shrink), channels]. Raises BadImage.
+
+        With a workspace they may lie in it: valid until the next image is decoded there.
+        """
         ...
+
+
+class Workspace:
+    """Memory that one image after another is decoded into.
+
+    Fresh memory for each is half as dear again as the decoding: 500 x 375 px in 555 µs instead of 820, since the system
+    clears 137 pages for it. Not for two threads.
+    """
+
+    def __init__(self) -> None:
+        self._memory = np.empty(0, dtype=np.uint8)
+
+    def room(self, nbytes: int) -> NDArray[np.uint8] | None:
+        """uint8 [nbytes] or more; None where so much is not kept."""
+        if nbytes > MOST_KEPT_BYTES:
+            return None
+        if nbytes > len(self._memory):
+            self._memory = np.empty(nbytes, dtype=np.uint8)
+        return self._memory
 
 
 def open_image(data: bytes, *, channels: int) -> EncodedImage:
@@ -80,9 +103,9 @@ class _JpegImage:
         self.shrinks = self._orientation == 1  # a turned one would count the cut-off edge from the other side
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
-    def pixels(self, *, shrink: int = 1) -> Pixels:
+    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:
         try:
-            pixels = self._decoded(self._data, shrink=shrink)
+            pixels = self._decoded(self._data, shrink=shrink, workspace=workspace)
         except ValueError as error:
             pixels = self._decoded_leniently(shrink, error)
         if self._colours in _FOUR_INKS:
@@ -102,14 +125,16 @@ class _JpegImage:
             return self._decoded(whole, shrink=shrink, strict=False)
         raise BadImage(f"the JPEG is cut or damaged: {error}") from error
 
-    def _decoded(self, data: bytes, *, shrink: int, strict: bool = True) -> Pixels:
+    def _decoded(self, data: bytes, *, shrink: int, strict: bool = True, workspace: Workspace | None = None) -> Pixels:
         height, width = self._stored
+        num_bytes = -(-height // shrink) * -(-width // shrink) * 4  # at most four inks
         pixels: Pixels = simplejpeg.decode_jpeg(
             data,
             colorspace="CMYK" if self._colours in _FOUR_INKS else "RGB" if self._channels == 3 else "GRAY",
             min_height=-(-height // shrink) if shrink > 1 else 0,
             min_width=-(-width // shrink) if shrink > 1 else 0,
             min_factor=shrink,
+            buffer=workspace and workspace.room(num_bytes),
             strict=strict,
         )
         return pixels
@@ -151,7 +176,7 @@ class _PillowImage:
         _check_size(height, width)
         self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
 
-    def pixels(self, *, shrink: int = 1) -> Pixels:
+    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:  # noqa: ARG002
         assert shrink == 1, "shrinks is False"
         try:
             with _silent_pillow():

@@ -33,17 +33,14 @@ def _digest(seed: int, epoch: int, key: str, purpose: str) -> int:
 
 
 @contextlib.contextmanager
-def global_rngs_from(rng: np.random.Generator) -> Iterator[None]:
-    """Seed Python's and NumPy's global generators from `rng` inside the block; put them back after it.
+def python_rng_from(seed: int) -> Iterator[None]:
+    """Seed Python's global generator inside the block; put it back after it.
 
-    For libraries that draw from the globals (timm's RandAugment), so that they too depend on the sample alone.
+    For libraries that draw from it (timm's operations of RandAugment), so that they too depend on the sample alone.
     """
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    python_seed, numpy_seed = rng.integers(0, 2**32, size=2).tolist()
+    state = random.getstate()
     try:
-        random.seed(python_seed)
-        np.random.seed(numpy_seed)
+        random.seed(seed)
         yield
     finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
+        random.setstate(state)

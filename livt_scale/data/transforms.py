@@ -14,26 +14,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 
-from livt_scale.data.images import SHRINKS, BadImage, EncodedImage, Pixels, decode, open_image
-from livt_scale.data.seeds import global_rngs_from, sample_rng
+from livt_scale.data.augment import augment, erase, make_augment
+from livt_scale.data.images import SHRINKS, BadImage, EncodedImage, Pixels, Workspace, decode, open_image
+from livt_scale.data.seeds import sample_rng
 from livt_scale.errors import UsageError
 from livt_scale.recipe import Finetune, Recipe, Stage
-
-if TYPE_CHECKING:
-    from timm.data.auto_augment import RandAugment
 
 __all__ = ["BadImage", "Box", "EvalTransform", "TrainTransform", "decode", "draw_crop", "make_augment"]
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and both papers'
 CROP_TRIES = 10  # torchvision's
-ERASE_AREA = (0.02, 1 / 3)  # share of the image, timm's RandomErasing as MAE's fine-tuning calls it
-ERASE_ASPECT = (0.3, 1 / 0.3)
 EVAL_CROP = 0.875  # share of the resized shorter side that the centre crop takes, up to EVAL_CROP_UP_TO_PX
 EVAL_CROP_UP_TO_PX = 224
 MOST_ELONGATED = 16  # longer side / shorter side that the evaluation resizes whole
@@ -56,6 +50,7 @@ class TrainTransform:
         part = recipe.stage(stage)
         finetune = part if isinstance(part, Finetune) else None
         self._seed = recipe.seed
+        self._workspace = Workspace()
         self._channels = image_channels(recipe)
         self._scale = part.crop_scale
         self._flip = part.flip
@@ -73,7 +68,7 @@ class TrainTransform:
         image = open_image(data, channels=self._channels)
         uniforms = sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist()
         box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:])
-        resize(*cut(image, box, target_px=slot.shape[-1]), slot)
+        resize(*cut(image, box, target_px=slot.shape[-1], workspace=self._workspace), slot)
         if self._flip and uniforms[0] < 0.5:
             slot.copy_(slot[None].flip(-1)[0])
         if self._augment is not None:
@@ -87,13 +82,14 @@ class EvalTransform:
     """What happens to an evaluation image: the shorter side to T / 0.875 (above 224 px: to T), centre crop to T."""
 
     def __init__(self, recipe: Recipe) -> None:
+        self._workspace = Workspace()
         self._channels = image_channels(recipe)
         target_px = recipe.model.image_px
         self._resized_px = int(target_px / EVAL_CROP) if target_px <= EVAL_CROP_UP_TO_PX else target_px
 
     def __call__(self, data: bytes, slot: torch.Tensor) -> None:
         """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
-        pixels = _centre(decode(data, channels=self._channels))
+        pixels = _centre(open_image(data, channels=self._channels).pixels(workspace=self._workspace))
         height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
         resized = _channels_last(height, width, self._channels)
         resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
@@ -134,7 +130,7 @@ def draw_crop(height: int, width: int, *, scale: tuple[float, float], uniforms: 
     return Box((height - h) // 2, (width - w) // 2, h, w)
 
 
-def cut(image: EncodedImage, box: Box, *, target_px: int) -> tuple[Pixels, Box]:
+def cut(image: EncodedImage, box: Box, *, target_px: int, workspace: Workspace | None = None) -> tuple[Pixels, Box]:
     """Decode what `box` needs: (pixels, the box in them).
 
     Where both sides of the box are at least 2, 4 or 8 times the target, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
@@ -142,7 +138,7 @@ def cut(image: EncodedImage, box: Box, *, target_px: int) -> tuple[Pixels, Box]:
     edge moves by at most half of one: a quarter of a percent of the crop at 224 px.
     """
     shrink = next((s for s in SHRINKS if image.shrinks and min(box.height, box.width) >= s * target_px), 1)
-    pixels = image.pixels(shrink=shrink)
+    pixels = image.pixels(shrink=shrink, workspace=workspace)
     if shrink == 1:
         return pixels, box
     top, left = round(box.top / shrink), round(box.left / shrink)
@@ -163,55 +159,6 @@ def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
         slot.copy_(source[0])
         return
     torch.ops.aten._upsample_bicubic2d_aa.out(source, slot.shape[1:], False, None, None, out=slot[None])
-
-
-def make_augment(notation: str, *, image_px: int, mean: tuple[float, ...]) -> RandAugment:
-    """timm's RandAugment, as `timm.data.create_transform` sets it up for MAE's fine-tuning. Raises UsageError."""
-    from timm.data.auto_augment import rand_augment_transform  # slow to import, and pretraining needs none
-
-    fill = tuple(min(255, round(255 * m)) for m in mean)  # for what turns or shears into the picture from outside
-    settings = {
-        "translate_const": int(image_px * 0.45),
-        "img_mean": fill if len(fill) > 1 else fill[0],
-        "interpolation": Image.Resampling.BICUBIC,
-    }
-    try:
-        return rand_augment_transform(notation, settings)
-    except (AssertionError, ValueError, KeyError) as error:
-        raise UsageError(
-            f"stages.finetune.rand_augment is {notation!r}, not timm's notation ({error or type(error).__name__})",
-            remedy="the papers take rand-m9-mstd0.5-inc1",
-        ) from error
-
-
-def augment(slot: torch.Tensor, operations: RandAugment, rng: np.random.Generator) -> None:
-    """Apply `operations` to `slot` [C, T, T] in place. timm draws from global generators: seeded and put back."""
-    pixels = slot.permute(1, 2, 0).numpy()  # a view
-    image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
-    with global_rngs_from(rng):
-        image = operations(image)
-    pixels[:] = np.asarray(image).reshape(pixels.shape)
-
-
-def erase(slot: torch.Tensor, rng: np.random.Generator, *, share: float, mean: np.ndarray, std: np.ndarray) -> None:
-    """Random erasing (Zhong et al. 2017), in a `share` of images a rectangle becomes noise; in place.
-
-    timm's rule and ranges. timm adds N(0, 1) to normalised floats; here the same noise is put back into pixels, that
-    is multiplied by `std`, added to `mean` and cut off at 0 and 255 (about 1.7 deviations on ImageNet-LT).
-    """
-    if rng.random() >= share:
-        return
-    channels, height, width = slot.shape
-    for _ in range(CROP_TRIES):
-        area = height * width * rng.uniform(*ERASE_AREA)
-        aspect = math.exp(rng.uniform(math.log(ERASE_ASPECT[0]), math.log(ERASE_ASPECT[1])))
-        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-        if h < height and w < width:
-            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
-            noise = rng.standard_normal((h, w, channels), dtype=np.float32) * std + mean
-            pixels = np.rint(255 * noise).clip(0, 255).astype(np.uint8)
-            slot[:, top : top + h, left : left + w] = torch.from_numpy(pixels).permute(2, 0, 1)
-            return
 
 
 def _centre(pixels: Pixels) -> Pixels:

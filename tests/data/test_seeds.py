@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.data.seeds import global_rngs_from, sample_rng
+from livt_scale.data.seeds import python_rng_from, sample_rng
 
 KEYS = st.text(max_size=20)
 
@@ -51,21 +51,20 @@ def test_numbers_over_samples_are_uniform():
     assert ((counts - 200) ** 2 / 200).sum() < 45.3  # chi-square, 19 degrees of freedom, p = 0.0006
 
 
-def test_globals_are_seeded_from_the_sample_and_put_back():
+def test_python_s_generator_is_seeded_and_put_back_and_the_others_left_alone():
     before = (random.getstate(), np.random.get_state(), torch.get_rng_state())
     drawn = []
     for _ in range(2):
-        with global_rngs_from(sample_rng(0, 0, "k", "augment")):
-            drawn.append((random.random(), np.random.random()))
-        random_state, numpy_state = random.getstate(), np.random.get_state()
-        assert random_state == before[0]
-        assert all(np.array_equal(a, b) for a, b in zip(numpy_state, before[1], strict=True))
-    assert drawn[0] == drawn[1]
+        with python_rng_from(3):
+            drawn.append(random.random())
+        assert random.getstate() == before[0]
+    assert drawn[0] == drawn[1] == random.Random(3).random()
+    assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1], strict=True))
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
-def test_globals_are_put_back_after_an_error():
+def test_python_s_generator_is_put_back_after_an_error():
     before = random.getstate()
-    with pytest.raises(ZeroDivisionError), global_rngs_from(sample_rng(0, 0, "k", "augment")):
+    with pytest.raises(ZeroDivisionError), python_rng_from(3):
         _ = random.random() / 0
     assert random.getstate() == before

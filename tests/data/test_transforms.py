@@ -22,11 +22,8 @@ from livt_scale.data.transforms import (
     Box,
     EvalTransform,
     TrainTransform,
-    augment,
     cut,
     draw_crop,
-    erase,
-    make_augment,
     resize,
 )
 from livt_scale.errors import UsageError
@@ -185,56 +182,7 @@ def test_global_generators_are_left_as_they_were(tmp_path):
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
-@pytest.mark.parametrize("channels", [1, 3])
-def test_augmentation_is_timm_s_for_the_same_seeds(channels):
-    operations = make_augment("rand-m9-mstd0.5-inc1", image_px=32, mean=(0.5,) * channels)
-    pixels, changed = photo(32, 32)[:, :, :channels], 0
-    for k in range(30):  # enough to meet every operation
-        slot = slot_for(32, channels)
-        slot.copy_(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
-        augment(slot, operations, sample_rng(0, 0, f"k{k}", "augment"))
-        python_seed, numpy_seed = sample_rng(0, 0, f"k{k}", "augment").integers(0, 2**32, size=2).tolist()
-        random.seed(python_seed), np.random.seed(numpy_seed)
-        theirs = np.asarray(operations(Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])))
-        np.testing.assert_array_equal(as_image(slot), theirs.reshape(32, 32, channels))
-        changed += not np.array_equal(as_image(slot), pixels)
-    assert changed > 15
-
-
-def test_erasing_fills_a_rectangle_in_its_share_of_images():
-    mean, std, erased = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.2, 0.2]), []
-    for k in range(400):
-        slot = slot_for(64)
-        slot.fill_(7)
-        erase(slot, sample_rng(0, 0, f"k{k}", "erase"), share=0.25, mean=mean, std=std)
-        changed = (as_image(slot) != 7).any(axis=2)
-        if changed.any():
-            rows, columns = changed.any(axis=1).nonzero()[0], changed.any(axis=0).nonzero()[0]
-            inside = as_image(slot)[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            assert (inside != 7).any(axis=2).mean() > 0.99
-            erased.append((changed.mean(), inside.reshape(-1, 3) / 255))
-    assert 70 < len(erased) < 130
-    areas = [area for area, _ in erased]
-    assert 0.015 < min(areas) < 0.06
-    assert 0.28 < max(areas) < 0.35
-    noise = np.concatenate([pixels for _, pixels in erased])
-    np.testing.assert_allclose(noise.mean(axis=0), mean, atol=0.02)
-    np.testing.assert_allclose(noise.std(axis=0), std, atol=0.02)
-
-
-def test_no_share_erases_nothing():
-    slot = slot_for(16)
-    erase(slot, sample_rng(0, 0, "k", "erase"), share=0.0, mean=np.zeros(3), std=np.ones(3))
-    assert not slot.any()
-
-
 def test_channels_that_no_image_has_are_refused(tmp_path):
     norm = {"data__mean": [0.5] * 4, "data__std": [0.5] * 4}
     with pytest.raises(UsageError, match=r"model\.channels is 4"):
         EvalTransform(tiny_recipe(tmp_path, model__channels=4, **norm))
-
-
-@pytest.mark.parametrize("notation", ["augmix-m3", "rand-x9"])
-def test_a_wrong_notation_is_named(notation):
-    with pytest.raises(UsageError, match="not timm's notation"):
-        make_augment(notation, image_px=32, mean=(0.5,))
