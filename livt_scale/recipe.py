@@ -20,11 +20,13 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    create_model,
     model_validator,
 )
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Stage = Literal["pretrain", "finetune"]
+Policy = Literal["instance", "class_balanced", "sqrt"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
 # width, depth, heads, patch size in px. vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
@@ -115,6 +117,44 @@ class Model(RecipePart):
         return (self.image_px // self.dims[3]) ** 2
 
 
+class _Policy(RecipePart):
+    policy: Literal["instance", "class_balanced", "sqrt", "progressive"] = Field(
+        "instance", description="instance: each image once an epoch; the others draw by class, see docs/order.md"
+    )
+
+
+# `from` is a word of Python's, so these two fields cannot be written as the others are
+_FromTo: Any = create_model(  # type: ignore[call-overload]
+    "_FromTo",
+    __base__=_Policy,
+    **{
+        "from": (Policy | None, Field(None, description="progressive: the policy that the stage begins with")),
+        "to": (Policy | None, Field(None, description="progressive: the policy that it moves towards")),
+    },
+)
+
+
+class Sampling(_FromTo):
+    """How likely each class is drawn: by images, evenly, by the root of its images, or moving between two of them."""
+
+    @model_validator(mode="after")
+    def _ends_go_with_progressive(self) -> Self:
+        given = [name for name in ("from", "to") if getattr(self, name) is not None]
+        if self.policy == "progressive" and len(given) < 2:
+            raise ValueError("policy is 'progressive': give both from and to, as {from: instance, to: class_balanced}")
+        if self.policy != "progressive" and given:
+            raise ValueError(f"{' and '.join(given)} has no effect on policy {self.policy!r}: leave it out")
+        return self
+
+    @property
+    def ends(self) -> tuple[Policy, Policy]:
+        """The policies of the first epoch and towards the last: twice the same but for progressive."""
+        if self.policy == "progressive":
+            begin, end = (getattr(self, name) for name in ("from", "to"))
+            return begin, end
+        return self.policy, self.policy
+
+
 class StagePart(RecipePart):
     """What both stages have."""
 
@@ -133,6 +173,10 @@ class StagePart(RecipePart):
     clip_grad: PositiveFloat | None = Field(None, description="largest global gradient norm; None: not clipped")
     crop_scale: tuple[Fraction, Fraction] = Field(description="share of the image's area in a random resized crop")
     flip: bool = Field(True, description="mirror half of the images")
+    sampling: Sampling = Sampling()
+    repeats: PositiveInt = Field(
+        1, description="views of an image in one batch, neighbours; an epoch keeps its steps and sees 1/repeats of them"
+    )
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
@@ -142,6 +186,23 @@ class StagePart(RecipePart):
             raise ValueError(f"crop_scale is {self.crop_scale}: give 0 < smallest <= largest <= 1")
         if self.micro_batch > self.global_batch:
             raise ValueError(f"micro_batch is {self.micro_batch}, more than global_batch = {self.global_batch}")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether neighbouring slots (2k, 2k + 1) are mixed with each other."""
+        return False
+
+    @model_validator(mode="after")
+    def _views_fill_the_batch(self) -> Self:
+        unit = self.repeats * (2 if self.mixes and self.repeats > 1 else 1)
+        if self.global_batch % unit:
+            pairs = "; with mixup or cutmix the views of two images share 2 · repeats slots" if self.mixes else ""
+            near = max(1, round(self.global_batch / unit)) * unit
+            raise ValueError(
+                f"repeats is {self.repeats}: global_batch must be a multiple of {unit}, not {self.global_batch}"
+                f"{pairs}. The nearest is {near}"
+            )
         return self
 
     @property

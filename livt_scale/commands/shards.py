@@ -43,13 +43,23 @@ def build(
         list[str] | None,
         typer.Option(help="NAME=FOLDER: where the raw files of a source lie; NAME.FIELD=PATH: one of its files"),
     ] = None,
+    resize_shorter: Annotated[
+        int | None, typer.Option(min=1, help="make images smaller, once: px of the shorter side; none is made larger")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(min=50, max=100, help="of those JPEGs; default: 92")] = None,
     workers: Workers = None,
 ) -> None:
     """Build the shards that SPEC describes. Killed and started again, it goes on where it stopped."""
+    from livt_scale.data.prepare import Prepare
     from livt_scale.data.shard_spec import load_spec
     from livt_scale.data.shards import build as build_shards
 
-    loaded = load_spec(spec, overrides=source or ())
+    from livt_scale.errors import UsageError
+
+    if quality and not resize_shorter:
+        raise UsageError("--quality is that of images made smaller", remedy="add --resize-shorter 256")
+    prepare = Prepare(resize_shorter=resize_shorter, quality=quality or 92) if resize_shorter else None
+    loaded = load_spec(spec, overrides=source or (), prepare=prepare)
     out = out or loaded.folder / loaded.build.name
     with _progress("images") as progress:
         built = build_shards(loaded, out, workers=workers, progress=progress)
@@ -104,11 +114,22 @@ def index(
 
 
 @app.command("info")
-def info(folder: Folder, as_json: Json = False) -> None:
+def info(
+    folder: Folder,
+    recipe: Annotated[Path | None, typer.Option(help="also tell how often a stage of it sees each class")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; default: the recipe's last stage")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over RECIPE")] = None,
+    as_json: Json = False,
+) -> None:
     """Counts, bytes, imbalance factor, and a small histogram of the classes."""
     from livt_scale.data.shards import info as shard_info
+    from livt_scale.errors import UsageError
 
+    if recipe is None and (stage or sets):
+        raise UsageError("--stage and --set are about a recipe", remedy="add --recipe RECIPE")
     facts = shard_info(folder)
+    if recipe is not None:
+        facts["seen"] = _seen(folder, recipe, stage, sets or [])
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return
@@ -122,6 +143,10 @@ def info(folder: Folder, as_json: Json = False) -> None:
     typer.echo(f"imbalance factor  {'no image in a class' if factor is None else f'{factor:g}'}")
     if facts["quarantined"]:
         typer.echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
+    if recipe is not None:
+        for line in _seen_table(facts["seen"]):
+            typer.echo(line)
+        return
     for line in histogram(facts["class_names"], facts["class_counts"]):
         typer.echo(line)
 
@@ -156,12 +181,51 @@ def trace(
         typer.echo(f"step {one['step']}: {' '.join(one['keys'])}")
 
 
+def _seen(folder: Path, recipe: Path, stage: str | None, sets: list[str]) -> dict[str, Any]:
+    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.seen import class_report
+    from livt_scale.errors import UsageError, nearest
+    from livt_scale.recipe import STAGES
+    from livt_scale.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, sets=sets)
+    chosen = next((name for name in reversed(loaded.stage_names) if name == (stage or name)), None)
+    if chosen is None:
+        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
+    return class_report(ShardSet.open(folder), loaded, chosen)
+
+
+def _seen_table(seen: dict[str, Any]) -> list[str]:
+    """One row a class, largest first; of many classes, as many of even ranks as fit."""
+    sampling = seen["sampling"]
+    policy = sampling["policy"] + (f" from {sampling['from']} to {sampling['to']}" if "from" in sampling else "")
+    views = f", {seen['repeats']} views each" if seen["repeats"] > 1 else ""
+    rows = [
+        f"{seen['stage']} draws {policy}{views}: {seen['epochs']} epochs of {seen['steps_per_epoch']} steps, "
+        f"{seen['draws_per_epoch']:,} draws"
+    ]
+    classes = _even_ranks(sorted(seen["classes"], key=lambda c: -c["images"]))
+    width = max([5, *(min(len(c["class"]), 24) for c in classes)])
+    heads = ("images", "first epoch", "last epoch", "stage", "each image")
+    rows.append(f"  {'class':<{width}}" + "".join(f"  {head:>12}" for head in heads))
+    for c in classes:
+        each = f"{c['stage'] / c['images']:,.1f}" if c["images"] else "-"
+        counts = (f"{c[name]:,}" for name in ("images", "first_epoch", "last_epoch", "stage"))
+        rows.append(f"  {c['class'][:24]:<{width}}" + "".join(f"  {value:>12}" for value in (*counts, each)))
+    if len(classes) < len(seen["classes"]):
+        rows.append(f"  … {len(classes)} of {len(seen['classes'])} classes (--json lists all)")
+    return rows
+
+
+def _even_ranks(ranked: list[Any]) -> list[Any]:
+    if len(ranked) <= MOST_CLASSES:
+        return ranked
+    return [ranked[k * (len(ranked) - 1) // (MOST_CLASSES - 1)] for k in range(MOST_CLASSES)]
+
+
 def histogram(names: list[str], counts: list[int]) -> list[str]:
     """Bars for the classes by size, largest first; of many classes, as many of even ranks as fit."""
-    by_size = sorted(range(len(counts)), key=lambda c: -counts[c])
-    shown = by_size
-    if len(by_size) > MOST_CLASSES:
-        shown = [by_size[k * (len(by_size) - 1) // (MOST_CLASSES - 1)] for k in range(MOST_CLASSES)]
+    shown = _even_ranks(sorted(range(len(counts)), key=lambda c: -counts[c]))
     width = max((min(len(names[c]), 24) for c in shown), default=0)
     most = max(counts, default=0) or 1
     rows = []

@@ -200,18 +200,19 @@ class _Dataset(IterableDataset[Any]):
 
     def _load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
         keys = self.shards.keys(batch.samples)
+        seed_keys = batch.seed_keys(keys)
         arrays: dict[str, np.ndarray] = {
             "labels": self.shards.labels(batch.samples),
             "keys": np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),
-            **self.draw(batch, keys),
+            **self.draw(batch, seed_keys),
         }
         px = self.recipe.model.image_px
         shape = (len(keys), px, px, self.recipe.model.channels)
         packed = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro))
         slots = torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2)
-        for slot, raw in zip(slots, reader.read(batch.samples, keys), strict=True):
+        for slot, raw, key in zip(slots, reader.read(batch.samples, keys), seed_keys, strict=True):
             try:
-                self.transform(raw.image, slot, epoch=batch.epoch, key=raw.key)
+                self.transform(raw.image, slot, epoch=batch.epoch, key=key)
             except BadImage as error:
                 raise raw.error(str(error)) from error
         return packed

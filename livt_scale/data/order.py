@@ -13,7 +13,8 @@ the same, the first as the millionth.
 
 Shuffles are by random 64-bit keys from Philox, whose bit stream is fixed for good; numpy's own shuffles are not.
 A rank takes a contiguous run of slots, so a node reads its groups' shards alone. Why not webdataset's or torch's own
-shuffling: their order depends on the number of ranks and workers, and cannot be entered in the middle.
+shuffling: their order depends on the number of ranks and workers, and cannot be entered in the middle. Policies that
+draw by class, and several views of a sample, are `livt_scale.data.policy`'s.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
+from math import lcm
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +34,19 @@ Ints = npt.NDArray[np.int64]
 
 SHARDS_A_GROUP = 10  # at least: then the shards that two groups share are under a tenth of all
 MOST_LANE_GROUPS = 512  # bounds the memory of one process that reads all groups: a window each
+
+
+class SampleOrder(Protocol):
+    """What a stage's order answers, whatever its sampling policy: the same at any world size, from any step on."""
+
+    global_batch: int
+    steps_per_epoch: int
+
+    def positions(self, epoch: int, step: int, *, first_slot: int = 0, num_slots: int | None = None) -> Ints:
+        """The samples of slots [first_slot, first_slot + num_slots) in a step: int64 `[num_slots]`, positions."""
+
+    def draws(self, epoch: int, step: int, *, first_slot: int = 0, num_slots: int | None = None) -> tuple[Ints, Ints]:
+        """(positions, views): the how-manieth of its appearances in this epoch each of them is, from 0."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class Order:
     """The training order of a set of shards at one global batch size.
 
     `samples_per_shard`: int64 `[num_shards]`, what is in quarantine already left out. Positions count those samples,
-    shard after shard. `lane_groups`: None picks the most (dividing `global_batch`) that leave each ten shards.
+    shard after shard. `lane_groups`: None picks so many that nodes up to `most_nodes`, ten shards each, share few.
     Raises DataError where an epoch would not fill one global batch.
     """
 
@@ -71,7 +87,8 @@ class Order:
                 f"the set has {self.num_samples} samples, fewer than one global batch of {global_batch}",
                 remedy=f"set global_batch to at most {self.num_samples}",
             )
-        self.lane_groups = lane_groups or _most_lane_groups(global_batch, len(self._per_shard))
+        self.most_nodes = _most_nodes(global_batch, len(self._per_shard))
+        self.lane_groups = lane_groups or _lane_groups_for(global_batch, self.most_nodes)
         if global_batch % self.lane_groups:
             raise DataError(
                 f"data.lane_groups is {self.lane_groups} and does not divide the global batch of {global_batch}",
@@ -91,6 +108,16 @@ class Order:
         slots = np.arange(first_slot, first_slot + num_slots, dtype=np.int64)
         groups, lanes = slots // self._lanes, slots % self._lanes
         return self._in_shards(epoch, self._shuffled(epoch, groups, step * self._lanes + lanes))
+
+    def draws(self, epoch: int, step: int, *, first_slot: int = 0, num_slots: int | None = None) -> tuple[Ints, Ints]:
+        """(positions, views): as `positions`; each is the first and only view in its epoch, number 0."""
+        positions = self.positions(epoch, step, first_slot=first_slot, num_slots=num_slots)
+        return positions, np.zeros_like(positions)
+
+    def left_out(self, epoch: int) -> Ints:
+        """The samples that do not come in this epoch: int64 `[N mod B]`, positions."""
+        drawn = self._draw(epoch)
+        return self._in_row(drawn, drawn.gaps + np.arange(drawn.gaps.size))
 
     def _shuffled(self, epoch: int, groups: Ints, index: Ints) -> Ints:
         """Index in a group's sequence -> place among the kept samples of the epoch's row."""
@@ -120,7 +147,10 @@ class Order:
     def _in_shards(self, epoch: int, places: Ints) -> Ints:
         """Place among the kept samples of the epoch's row -> position among all samples, shard after shard."""
         drawn = self._draw(epoch)
-        row = places + np.searchsorted(drawn.gaps, places, side="right")
+        return self._in_row(drawn, places + np.searchsorted(drawn.gaps, places, side="right"))
+
+    def _in_row(self, drawn: _Epoch, row: Ints) -> Ints:
+        """Place in the epoch's row of all samples -> position."""
         rank = np.searchsorted(drawn.ends, row, side="right")
         shard = drawn.shards[rank]
         within = row - (drawn.ends[rank] - self._per_shard[shard])
@@ -142,9 +172,23 @@ def eval_positions(num_samples: int, *, rank: int, world_size: int) -> range:
     return range(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)
 
 
-def _most_lane_groups(global_batch: int, num_shards: int) -> int:
+def _most_nodes(global_batch: int, num_shards: int) -> int:
+    """The largest number of nodes with equal slots that leaves each ten shards."""
     most = max(1, min(num_shards // SHARDS_A_GROUP, MOST_LANE_GROUPS, global_batch))
     return next(g for g in range(most, 0, -1) if global_batch % g == 0)
+
+
+def _lane_groups_for(global_batch: int, most_nodes: int) -> int:
+    """The fewest groups that any possible number of nodes up to `most_nodes` divides, so that none is split.
+
+    A batch of 1024 and 8 nodes: 8 groups. A batch of 24 and 8 nodes: 24, as 3 and 8 must divide it. Smaller groups
+    cost no bytes: over an epoch n nodes read the shards once, and those that lie across n - 1 borders twice.
+    """
+    groups = 1
+    for nodes in range(most_nodes, 0, -1):
+        if global_batch % nodes == 0 and lcm(groups, nodes) <= MOST_LANE_GROUPS:
+            groups = lcm(groups, nodes)
+    return groups
 
 
 def _divisor_near(number: int, wanted: int) -> int:

@@ -25,6 +25,14 @@ def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Gener
     return np.random.Generator(np.random.Philox(key=_digest(seed, epoch, key, purpose)))
 
 
+def view_key(key: str, view: int) -> str:
+    """Stands for `key` where a sample comes more than once in an epoch: each view has its own random numbers.
+
+    View 0 is the key itself. No other key collides: the names of files in a tar hold no NUL.
+    """
+    return f"{key}\0{view}" if view else key
+
+
 def _digest(seed: int, epoch: int, key: str, purpose: str) -> int:
     """128 bits of BLAKE2b; lengths go first, so that ("ab", "c") and ("a", "bc") differ."""
     name, use = key.encode("utf-8", "surrogateescape"), purpose.encode()

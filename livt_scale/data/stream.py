@@ -27,7 +27,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.order import Ints, Order
+from livt_scale.data.order import Ints, SampleOrder
+from livt_scale.data.policy import order_for
+from livt_scale.data.seeds import view_key
 from livt_scale.errors import ManifestError, SampleError, ShardError, UsageError
 from livt_scale.recipe import Recipe, Stage
 
@@ -42,6 +44,13 @@ class MicroBatch:
     step: int  # within the epoch
     micro: int  # which of the rank's micro-batches in this step
     samples: Ints  # [n] sample numbers
+    views: Ints | None = None  # [n] the how-manieth appearance in this epoch each is, from 0; None: all 0
+
+    def seed_keys(self, keys: list[str]) -> list[str]:
+        """What stands for the samples' `keys` where random numbers are drawn: another for each view of one sample."""
+        if self.views is None:
+            return keys
+        return [view_key(key, view) for key, view in zip(keys, self.views.tolist(), strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +69,21 @@ class RawSample:
         return _sample_error(self.shard, self.offset, self.key, what)
 
 
-def stage_order(shards: ShardSet, recipe: Recipe, stage: Stage) -> Order:
+def stage_order(shards: ShardSet, recipe: Recipe, stage: Stage) -> SampleOrder:
     """The order in which `stage` of `recipe` sees `shards`. Raises DataError where they fill no global batch."""
-    return Order(
+    return order_for(
+        recipe.stage(stage),
         shards.usable_per_shard,
-        recipe.stage(stage).global_batch,
+        lambda: usable_labels(shards),
         seed=recipe.seed,
         lane_groups=recipe.data.lane_groups,
         window=recipe.data.shuffle_window,
     )
+
+
+def usable_labels(shards: ShardSet) -> Ints:
+    """[num_samples] The class of each position among the usable samples."""
+    return shards.labels(shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64)))
 
 
 class RankOrder:
@@ -78,7 +93,14 @@ class RankOrder:
     """
 
     def __init__(
-        self, shards: ShardSet, order: Order, *, epochs: int, rank: int, world_size: int, micro_batch: int | None = None
+        self,
+        shards: ShardSet,
+        order: SampleOrder,
+        *,
+        epochs: int,
+        rank: int,
+        world_size: int,
+        micro_batch: int | None = None,
     ) -> None:
         if not 0 <= rank < world_size:
             raise UsageError(f"rank {rank} of {world_size}: ranks count from 0 to {world_size - 1}")
@@ -113,8 +135,8 @@ class RankOrder:
 
     def _micro_batch(self, epoch: int, step: int, micro: int) -> MicroBatch:
         first = self._first_slot + micro * self.micro_batch
-        positions = self.order.positions(epoch, step, first_slot=first, num_slots=self.micro_batch)
-        return MicroBatch(epoch, step, micro, self.shards.usable_to_sample(positions))
+        positions, views = self.order.draws(epoch, step, first_slot=first, num_slots=self.micro_batch)
+        return MicroBatch(epoch, step, micro, self.shards.usable_to_sample(positions), views)
 
 
 class SampleReader:
@@ -196,7 +218,7 @@ class SampleStream(IterableDataset[dict[str, Any]]):
     def __init__(
         self,
         shards: ShardSet,
-        order: Order,
+        order: SampleOrder,
         *,
         epochs: int,
         epoch: int = 0,

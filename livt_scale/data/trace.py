@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from livt_scale.data.manifest import ShardSet
+from livt_scale.data.order import Order
 from livt_scale.data.stream import RankOrder, stage_order
 from livt_scale.errors import UsageError
 from livt_scale.recipe import Recipe, Stage
@@ -14,7 +15,10 @@ from livt_scale.recipe import Recipe, Stage
 def trace(
     recipe: Recipe, stage: Stage, *, rank: int, world_size: int, epoch: int, step: int | None = None
 ) -> dict[str, Any]:
-    """{"steps": [{"step": s, "keys": [...]}, …]}: the rank's keys in slot order, for one epoch or one step of it."""
+    """{"steps": [{"step": s, "keys": [...]}, …]}: the rank's keys in slot order, for one epoch or one step of it.
+
+    Where a sample may come more than once in an epoch, "views" beside the keys counts its appearances from 0.
+    """
     shards = ShardSet.open(recipe.data.train)
     order = stage_order(shards, recipe, stage)
     if epoch < 0 or not (step is None or 0 <= step < order.steps_per_epoch):
@@ -23,7 +27,11 @@ def trace(
     batches = ranks.micro_batches(epoch=epoch, step=step or 0)
     if step is not None:
         batches = itertools.islice(batches, 1)
-    steps = [{"step": batch.step, "keys": shards.keys(batch.samples)} for batch in batches]
+    once = isinstance(order, Order)
+    steps = []
+    for batch in batches:
+        views = {} if once or batch.views is None else {"views": batch.views.tolist()}
+        steps.append({"step": batch.step, "keys": shards.keys(batch.samples), **views})
     return {
         "stage": stage,
         "epoch": epoch,
