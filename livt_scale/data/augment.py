@@ -6,7 +6,7 @@
 The operations, their strengths and the way they are drawn are timm's, so recipes from the papers mean here what they
 mean there. Shearing and shifting take four fifths of timm's time, since Pillow moves every pixel by a general 2-D
 filter; along one axis it is a filter of four pixels, and is done so here: the same pixels to within 1 of 255 levels
-in a fifth of the time. timm 1.0 and Pillow 13 disagree on posterizing to no bits, which ends a run (`_posterize`).
+in a fifth of the time. timm 1.0 and Pillow 13 disagree on posterizing to no bits, which ends a run (`mend_posterize`).
 """
 
 from __future__ import annotations
@@ -50,10 +50,15 @@ def make_augment(notation: str, *, image_px: int, mean: tuple[float, ...]) -> Ra
             f"stages.finetune.rand_augment is {notation!r}, not timm's notation ({error or type(error).__name__})",
             remedy="the papers take rand-m9-mstd0.5-inc1",
         ) from error
+    mend_posterize(operations)
+    return operations
+
+
+def mend_posterize(operations: RandAugment) -> None:
+    """With strength 10 timm asks for 0 bits: black, until Pillow 13 made it an error (timm 1.0.31)."""
     for operation in operations.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
-    return operations
 
 
 def augment(slot: Tensor, operations: RandAugment, rng: np.random.Generator) -> None:
@@ -85,7 +90,7 @@ def _apply(operation: AugmentOp, pixels: np.ndarray) -> np.ndarray:
     elif operation.magnitude_std > 0:
         magnitude = random.gauss(magnitude, operation.magnitude_std)
     magnitude = max(0.0, min(magnitude, operation.magnitude_max or 10))
-    level = operation.level_fn(magnitude, operation.hparams) if operation.level_fn else ()
+    level: tuple[Any, ...] = operation.level_fn(magnitude, operation.hparams) if operation.level_fn else ()
     move = _MOVES.get(operation.name)
     if move is not None:
         return move(pixels, level[0], np.array(operation.kwargs["fillcolor"], dtype=np.uint8))
@@ -94,7 +99,6 @@ def _apply(operation: AugmentOp, pixels: np.ndarray) -> np.ndarray:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """With strength 10 timm asks for 0 bits: black, until Pillow 13 made it an error (timm 1.0.31)."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else image.point([0] * 256 * len(image.getbands()))

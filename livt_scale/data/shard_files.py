@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from livt_scale.data.images import BadImage
 from livt_scale.data.manifest import (
     INDEX,
     INDEX_DTYPE,
@@ -26,10 +27,11 @@ from livt_scale.data.manifest import (
     ShardInfo,
     plain_disk_errors,
 )
+from livt_scale.data.prepare import Prepare, prepared
 from livt_scale.data.sources import Source
 from livt_scale.data.tar import END_OF_TAR, IMAGE_TYPES, read_tar, sample_bytes
 from livt_scale.durable import new_file, write_whole
-from livt_scale.errors import DataError, ShardError
+from livt_scale.errors import DataError, ShardError, SourceError
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class ShardJob:
     path: Path
     source: Source
     sha256: str | None  # of the shard, where a manifest knows it already
+    prepare: Prepare | None = None
 
 
 def make_shard(job: ShardJob) -> Shard:
@@ -133,7 +136,7 @@ def _write(job: ShardJob) -> Shard:
     offset = key_end = 0
     with plain_disk_errors(path), new_file(path) as file:
         for k in range(len(source)):
-            image_type, image = source.image(k)
+            image_type, image = _image(job, k)
             data, data_offset = sample_bytes(source.key(k), source.label(k), (image_type, image))
             keys.append(source.key(k).encode())
             key_end += len(keys[-1])
@@ -145,6 +148,18 @@ def _write(job: ShardJob) -> Shard:
         offset += file.write(END_OF_TAR)
     info = ShardInfo(name=path.name, bytes=offset, sha256=digest.hexdigest(), samples=len(rows))
     return Shard(info, rows, b"".join(keys), was_there=False)
+
+
+def _image(job: ShardJob, k: int) -> tuple[str, bytes]:
+    image_type, image = job.source.image(k)
+    if job.prepare is None:
+        return image_type, image
+    try:
+        return prepared(image_type, image, job.prepare)
+    except BadImage as error:
+        raise SourceError(
+            f"source {job.source.name}, {job.source.key(k)!r}: {error}", remedy="mend the image, or take it away"
+        ) from error
 
 
 def _npy(rows: np.ndarray) -> bytes:

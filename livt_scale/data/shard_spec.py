@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from livt_scale.data import sources
+from livt_scale.data.prepare import Prepare
 from livt_scale.errors import SourceError, UsageError, nearest
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.recipe_yaml import Tree, parse
@@ -118,6 +119,7 @@ class SetSpec(_Part):
     exponential: Exponential | None = None
     counts: CountsProfile | None = None
     balanced: Balanced | None = None
+    prepare: Prepare | None = Field(None, description="images made smaller once; None: their bytes as they are")
     shard_samples: PositiveInt = Field(1024, description="samples a shard, at most; shards of a set are of one size")
 
     @model_validator(mode="after")
@@ -229,8 +231,10 @@ class Spec(_Part):
         return told
 
 
-def load_spec(path: str | Path, *, overrides: Sequence[str] = ()) -> Spec:
+def load_spec(path: str | Path, *, overrides: Sequence[str] = (), prepare: Prepare | None = None) -> Spec:
     """The spec in `path`, with `overrides`: "source=FOLDER" for its root, "source.field=PATH" for one of its files.
+
+    `prepare`: for every set, instead of what the spec says.
 
     Raises UsageError: field, file and line, and the nearest valid name.
     """
@@ -250,6 +254,9 @@ def load_spec(path: str | Path, *, overrides: Sequence[str] = ()) -> Spec:
     except ValidationError as error:
         lines = [_explain(e, tree, path) for e in error.errors(include_url=False)]
         raise UsageError("\n".join(dict.fromkeys(lines))) from None
+    if prepare:
+        sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
+        build = build.model_copy(update={"sets": sets})
     return Spec(build=build, folder=path.resolve().parent)
 
 

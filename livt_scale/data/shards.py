@@ -23,10 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, Manifest, ShardSet, plain_disk_errors
+from livt_scale.data.prepare import Prepare
 from livt_scale.data.processes import in_processes, usable_cores
 from livt_scale.data.shard_files import Shard, ShardJob, make_shard, publish, scan_shard
 from livt_scale.data.shard_spec import Spec
 from livt_scale.data.sources import Source
+from livt_scale.data.tar import shown
 from livt_scale.durable import PREFIX, write_whole
 from livt_scale.errors import DataError, ManifestError, SampleError, SourceError
 from livt_scale.longtail import choose, imbalance_factor, shuffled
@@ -58,6 +60,7 @@ class Plan:
     order: NDArray[np.int64]  # images of the source, as they are written
     cuts: NDArray[np.int64]  # [num_shards + 1] where in `order` each shard begins
     facts: dict[str, Any]  # of the manifest: what it was made from
+    prepare: Prepare | None
 
     def shard_name(self, shard: int) -> str:
         return f"{self.name}-{shard:06d}.tar"
@@ -131,7 +134,7 @@ def _plan(spec: Spec, name: str, source: Source) -> Plan:
         "spec_sha256": _spec_sha256(spec, name),
         "plan_sha256": plan.hexdigest(),
     }
-    return Plan(name, source, counts, order, cuts, {"name": name, "seed": seed, "source": facts})
+    return Plan(name, source, counts, order, cuts, {"name": name, "seed": seed, "source": facts}, part.prepare)
 
 
 def _spec_sha256(spec: Spec, name: str) -> str:
@@ -188,7 +191,7 @@ def _build_set(plan: Plan, folder: Path, *, workers: int, progress: Progress | N
     if (folder / MANIFEST).exists():
         known = {s.name: s.sha256 for s in Manifest.read(folder).shards}
     names = [plan.shard_name(k) for k in range(plan.num_shards)]
-    jobs = (ShardJob(folder / name, plan.part(k), known.get(name)) for k, name in enumerate(names))
+    jobs = (ShardJob(folder / name, plan.part(k), known.get(name), plan.prepare) for k, name in enumerate(names))
     shards: dict[int, Shard] = {}
     samples = num_bytes = 0
     for number, shard in in_processes(make_shard, jobs, workers=workers, num_jobs=len(names)):
@@ -288,7 +291,7 @@ def _check_indexed(folder: Path, shards: list[Shard], *, num_classes: int) -> No
         for row in shard.rows:
             key = shard.keys[start : int(row["key_end"])]
             start = int(row["key_end"])
-            where = f"{folder / shard.info.name}, offset {row['start']}, key {key.decode()!r}"
+            where = f"{shown(folder / shard.info.name)}, offset {row['start']}, key {key.decode()!r}"
             if key in seen:
                 raise SampleError(
                     f"{where}: the key is there twice, also in {seen[key]}", remedy="each sample needs a key of its own"
