@@ -55,6 +55,11 @@ def _member(name: str, data: bytes) -> bytes:
     return header + data + bytes(padded(len(data)) - len(data))
 
 
+def shown(path: Path) -> str:
+    """The path on one line: a name with a newline in it is quoted."""
+    return str(path) if str(path).isprintable() else repr(str(path))
+
+
 def read_tar(path: Path) -> Iterator[TarSample]:
     """The samples of the tar `path` in their order.
 
@@ -65,11 +70,10 @@ def read_tar(path: Path) -> Iterator[TarSample]:
             for key, group in _grouped(path, _named(members(file, path.stat().st_size))):
                 yield _sample(path, file, key, group)
     except OSError as error:
-        raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise ShardError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
     except BadTar as error:
-        raise ShardError(
-            f"{path}, offset {error.offset}: {error}", remedy="copy it again, or write it again"
-        ) from error
+        where = f"{shown(path)}, offset {error.offset}"
+        raise ShardError(f"{where}: {error}", remedy="copy it again, or write it again") from error
 
 
 Part = tuple[str, str, Member]  # key, type, where it lies
@@ -93,7 +97,7 @@ def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part
         first = group[0][2].offset
         if part[2].end - first > MOST_SAMPLE_BYTES:
             raise SampleError(
-                f"{path}, offset {first}, key {part[0]!r}: more than the {MOST_SAMPLE_BYTES:,} bytes of a sample",
+                f"{shown(path)}, offset {first}, key {part[0]!r}: more than {MOST_SAMPLE_BYTES:,} bytes",
                 remedy="a sample is one image, its label and small things beside them",
             )
     if group:
@@ -102,15 +106,16 @@ def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part
 
 def _sample(path: Path, file: BinaryIO, key: str, group: list[Part]) -> TarSample:
     start = group[0][2].offset
-    where = f"{path}, offset {start}, key {key!r}"
+    where = f"{shown(path)}, offset {start}, key {key!r}"
     kinds = [kind for _, kind, _ in group]
     if len(set(kinds)) != len(kinds):
         raise SampleError(f"{where}: the key is there twice", remedy="each sample needs a key of its own")
     images = [(kind, info) for _, kind, info in group if kind in IMAGE_TYPES]
     labels = [info for _, kind, info in group if kind == "cls"]
     if len(images) != 1 or not labels:
+        told = ", ".join(repr(kind)[:20] for kind in kinds[:8]) + (" …" if len(kinds) > 8 else "")
         raise SampleError(
-            f"{where}: a sample has one image ({', '.join(IMAGE_TYPES)}) and one cls, this one has {', '.join(kinds)}"
+            f"{where}: a sample has one image ({', '.join(IMAGE_TYPES)}) and one cls, this one has {told}"
         )
     file.seek(labels[0].data)
     text = file.read(min(labels[0].size, 64))

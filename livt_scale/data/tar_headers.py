@@ -21,6 +21,7 @@ from typing import BinaryIO
 
 BLOCK = 512
 MOST_HEADER_BYTES = 1 << 20  # of one extended header: long names and attributes take a few KB
+MOST_NAME_BYTES = 4096  # what Linux takes for a path
 CHUNK = 1 << 20
 
 _REGULAR = (b"0", b"\0", b"7")  # 7: contiguous, on file systems that are gone
@@ -175,6 +176,8 @@ def _name(header: bytes, extended: dict[bytes, bytes], *, offset: int) -> str:
         prefix = header[345:500].split(b"\0", 1)[0]
         if prefix and header[257:263] == b"ustar\0":  # GNU keeps dates there
             raw = prefix + b"/" + raw
+    if len(raw) > MOST_NAME_BYTES:
+        raise BadTar(offset, f"a name of {len(raw):,} bytes, more than {MOST_NAME_BYTES:,}")
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError as error:
