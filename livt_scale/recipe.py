@@ -294,6 +294,10 @@ class Parallel(RecipePart):
     threads: PositiveInt | None = Field(
         None, description="CPU threads that a process computes with; None: torch's choice (OMP_NUM_THREADS)"
     )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that repeat bit for bit; on GPUs slower, on CPUs those of this project do anyway",
+    )
     timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this ends the run")
 
 

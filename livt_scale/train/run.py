@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from livt_scale.data.stream import stage_order
 from livt_scale.errors import UsageError
 from livt_scale.parallel.ddp import Ddp
 from livt_scale.parallel.topology import World, agree, all_or_none, detect, process_group
-from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.train import evaluate as evaluation
 from livt_scale.train import pictures, rundir
 from livt_scale.train.batches import BatchPlan, plan_batches
@@ -39,8 +40,7 @@ def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
     plans = {name: _plan(recipe, name, world) for name in recipe.stage_names}  # before anything is allocated
-    if recipe.parallel.threads is not None:
-        torch.set_num_threads(recipe.parallel.threads)
+    _set_up_torch(recipe.parallel)
     with process_group(world, timeout_s=recipe.parallel.timeout_s), _alone(run_dir, world):
         agree(world, lambda: rundir.save_resolved(recipe, run_dir))
         for name in (stage,) if stage else recipe.stage_names:
@@ -48,6 +48,14 @@ def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
                 _say(world, f"{name} is done already in {run_dir}")
             else:
                 _train_stage(recipe, name, run_dir=run_dir, world=world, plan=plans[name])
+
+
+def _set_up_torch(parallel: Parallel) -> None:
+    if parallel.threads is not None:
+        torch.set_num_threads(parallel.threads)
+    if parallel.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
+        torch.use_deterministic_algorithms(True)
 
 
 def run_dir_of(recipe: Recipe) -> Path:

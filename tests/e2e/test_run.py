@@ -41,8 +41,9 @@ def test_a_finished_run_is_not_run_again(livt, finished):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_sync_checkpoints_and_decoding_in_the_training_process_change_nothing(livt, finished):
-    livt.train(livt.folder / "run", checkpoint__mode="sync", checkpoint__every_steps=7, data__workers=0)
+def test_how_it_is_saved_loaded_and_computed_changes_nothing(livt, finished):
+    other = {"checkpoint__mode": "sync", "checkpoint__every_steps": 7, "data__workers": 0}
+    livt.train(livt.folder / "run", parallel__deterministic=True, **other)
     assert_same_run(livt.folder / "run", finished)
 
 
