@@ -85,7 +85,7 @@ class Order:
         if not self.steps_per_epoch:
             raise DataError(
                 f"the set has {self.num_samples} samples, fewer than one global batch of {global_batch}",
-                remedy=f"set global_batch to at most {self.num_samples}",
+                remedy=f"set global_batch to at most {self.num_samples}" if self.num_samples else "give it samples",
             )
         self.most_nodes = _most_nodes(global_batch, len(self._per_shard))
         self.lane_groups = lane_groups or _lane_groups_for(global_batch, self.most_nodes)

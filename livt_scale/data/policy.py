@@ -1,7 +1,7 @@
 """Orders that draw by class, and several views of a sample: still pure functions of (seed, epoch, step, slot).
 
-`ClassOrder` gives each class its share of an epoch's draws, exactly: 100 draws over shares of 0.705, 0.2 and 0.095 are
-70 or 71, 20, and 9 or 10, and which of the two moves from epoch to epoch, so that 1000 epochs draw 70,500 of the first.
+`ClassOrder` gives each class its share of an epoch's draws: 100 draws over shares of 0.705, 0.2 and 0.095 are 71, 20
+and 9 in one epoch and 70, 20 and 10 in the next; what is rounded off is owed, and 1000 epochs draw 70,500 of the first.
 A class walks through its own images, in another random order each round, and begins again when all have come:
 
     draws of this epoch    a b a a c a b c …     shuffled anew each epoch (in blocks of 2^20 draws)
@@ -53,7 +53,7 @@ def order_for(
         largest = num_samples // unit * unit
         raise DataError(
             f"the set has {num_samples} samples, fewer than one global batch of {part.global_batch}",
-            remedy=f"set global_batch to at most {largest}" if largest else "take fewer repeats, or more samples",
+            remedy=f"set global_batch to at most {largest}" if largest else "give it more samples, or fewer repeats",
         )
     batch = part.global_batch // part.repeats
     base: SampleOrder
@@ -74,6 +74,15 @@ def shares(counts: Ints, ends: tuple[Policy, Policy], *, progress: float) -> npt
     """[C] Each class's share of the draws; `progress` = t/T in 0 … 1. A class without an image has none."""
     begin, end = (_policy_shares(counts, policy) for policy in ends)
     return begin if ends[0] == ends[1] else (1 - progress) * begin + progress * end
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Where the classes stand after some blocks of the stage."""
+
+    blocks: int
+    drawn: Ints  # [C]
+    owed: Ints  # [C] share less what was drawn, in 2^-FINE; together 0
 
 
 @dataclass(frozen=True)
@@ -114,7 +123,7 @@ class ClassOrder:
         self._first = np.cumsum(self.counts) - self.counts
         self._num_blocks = -(-self.num_draws // BLOCK)
         self._key = _word(seed, "class walk")
-        self._before_memo: tuple[int, Ints] = (0, np.zeros_like(self.counts))  # (block since the stage began, [C])
+        self._drawn_memo = _Drawn(0, np.zeros_like(self.counts), np.zeros_like(self.counts))
         self._up_to_memo: tuple[int, npt.NDArray[np.float64]] = (-1, np.zeros(0))
         self._block_memo: OrderedDict[tuple[int, int], _Block] = OrderedDict()
 
@@ -135,9 +144,10 @@ class ClassOrder:
             positions[here], views[here] = self._walk(self._block(epoch, number), index[here])
         return positions, views
 
-    def class_counts(self, epoch: int) -> Ints:
-        """[C] How often each class is drawn in `epoch`."""
-        return np.sum([self._block_counts(epoch, b) for b in range(self._num_blocks)], axis=0, dtype=np.int64)
+    def class_counts(self, epochs: range) -> Ints:
+        """[C] How often each class is drawn in `epochs`, a run of them."""
+        before = self._drawn_before(epochs.start * self._num_blocks).drawn
+        return self._drawn_before(epochs.stop * self._num_blocks).drawn - before
 
     def _walk(self, block: _Block, index: Ints) -> tuple[Ints, Ints]:
         classes = block.classes[index - block.start].astype(np.int64)
@@ -156,43 +166,53 @@ class ClassOrder:
         return self._block_memo[epoch, number]
 
     def _shuffled_block(self, epoch: int, number: int) -> _Block:
-        counts = self._block_counts(epoch, number)
+        before_epoch = self._drawn_before(epoch * self._num_blocks).drawn
+        before = self._drawn_before(epoch * self._num_blocks + number)
+        counts = self._apportioned(before)[0]
         kind: Any = np.uint16 if counts.size < 2**16 else np.int64  # NumPy sorts 16 bits by radix: no comparisons
         row = np.repeat(np.arange(counts.size, dtype=kind), counts)
         classes = row[_permutation(row.size, self.seed, epoch, "classes", number)]
         by_class = np.argsort(classes, kind="stable")
         nth = np.empty(row.size, dtype=np.int32)
         nth[by_class] = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)
-        before_epoch = self._before(epoch, 0)
-        return _Block(self._span(number)[0], classes, nth, self._before(epoch, number), before_epoch)
+        return _Block(self._span(number)[0], classes, nth, before.drawn, before_epoch)
 
-    def _before(self, epoch: int, number: int) -> Ints:
-        """[C] Draws before a block. Entering epoch e costs e · C additions: 0.1 s for 1600 epochs of iNaturalist."""
-        wanted = epoch * self._num_blocks + number
-        at, drawn = self._before_memo
-        if at > wanted:
-            at, drawn = 0, np.zeros_like(self.counts)
-        for block in range(at, wanted):
-            drawn = drawn + self._block_counts(*divmod(block, self._num_blocks))
-        self._before_memo = (wanted, drawn)
-        return drawn
+    def _drawn_before(self, block: int) -> _Drawn:
+        """What was drawn before a block. Entering epoch e costs e times O(C): see benchmarks/order.py."""
+        if self._drawn_memo.blocks > block:
+            zeros = np.zeros_like(self.counts)
+            self._drawn_memo = _Drawn(0, zeros, zeros)
+        while self._drawn_memo.blocks < block:
+            at = self._drawn_memo
+            counts, owed = self._apportioned(at)
+            self._drawn_memo = _Drawn(at.blocks + 1, at.drawn + counts, owed)
+        return self._drawn_memo
 
-    def _block_counts(self, epoch: int, number: int) -> Ints:
-        """[C] Draws of each class: its share, rounded down or up, and together exactly the block's.
+    def _apportioned(self, before: _Drawn) -> tuple[Ints, Ints]:
+        """[C] The next block's draws of each class, together exactly the block; and what is then owed, in 2^-20.
 
-        Systematic rounding: shares are laid end to end on a line of as many units as there are draws, and a class
-        gets the whole numbers, shifted by an offset, that fall into its part. Offsets of the van der Corput sequence
-        fill the unit evenly, so what is rounded up here is rounded down there.
+        Largest remainders, where what was rounded off in one block is owed in the next: after any number of blocks
+        a class has had its share to less than two draws, nearly always to less than one.
         """
+        epoch, number = divmod(before.blocks, self._num_blocks)
         start, end = self._span(number)
+        line = np.rint((end - start) * self._up_to(epoch) * 2.0**FINE).astype(np.int64)
+        line[np.flatnonzero(self.counts)[-1] :] = (end - start) << FINE  # all of it, whatever was rounded in the sum
+        due = np.diff(line, prepend=0) + before.owed
+        counts = np.maximum(due >> FINE, 0)
+        left = int(end - start - counts.sum())  # one more for the largest remainders; of equal ones the first classes
+        one = np.sign(left)
+        may = np.flatnonzero(self.counts if left > 0 else counts)
+        rank = one * (due - (counts << FINE))[may] * counts.size - np.arange(may.size)
+        counts[may[np.argpartition(-rank, abs(left) - 1)[: abs(left)]]] += one
+        return counts, due - (counts << FINE)
+
+    def _up_to(self, epoch: int) -> npt.NDArray[np.float64]:
+        """[C] The shares of an epoch, added up class by class."""
         if epoch != self._up_to_memo[0] and (self._up_to_memo[0] < 0 or self._ends[0] != self._ends[1]):
             drawn_from = shares(self.counts, self._ends, progress=min(1.0, epoch / self._epochs))
             self._up_to_memo = (epoch, np.cumsum(drawn_from))
-        up_to = self._up_to_memo[1]
-        line = np.rint((end - start) * up_to * 2.0**FINE).astype(np.int64)
-        line[np.flatnonzero(self.counts)[-1] :] = (end - start) << FINE  # all of it, whatever was rounded in the sum
-        marks = (line + _van_der_corput(epoch * self._num_blocks + number)) >> FINE
-        return np.diff(marks, prepend=0)
+        return self._up_to_memo[1]
 
     def _span(self, number: int) -> tuple[int, int]:
         total, count = self.num_draws, self._num_blocks
@@ -243,11 +263,6 @@ def _policy_shares(counts: Ints, policy: Policy) -> npt.NDArray[np.float64]:
     else:
         weights = np.sqrt(counts) if policy == "sqrt" else counts.astype(np.float64)
     return weights / np.cumsum(weights)[-1]  # one after the other: np.sum adds in an order that machines differ in
-
-
-def _van_der_corput(number: int) -> int:
-    """The FINE bits of `number` in reverse: 0, 1/2, 1/4, 3/4, 1/8 … of 2^FINE."""
-    return int(f"{number % (1 << FINE):0{FINE}b}"[::-1], 2)
 
 
 # --- random places without a list of them ---

@@ -49,7 +49,7 @@ def times_seen(order: SampleOrder, labels: Ints, epochs: range) -> Ints:
     if isinstance(order, Repeated):
         return _of_repeated(order, labels, epochs) * order.views
     if isinstance(order, ClassOrder):
-        return np.sum([order.class_counts(e) for e in epochs], axis=0, dtype=np.int64)
+        return order.class_counts(epochs)
     assert isinstance(order, Order)
     return sum((_of_epoch(order, labels, e) for e in epochs), start=_none(labels))
 

@@ -85,6 +85,89 @@ def test_lane_groups_read_shards_of_their_own():
     assert read <= 64 * 1.1
 
 
+WORLDS = (1, 2, 3, 4, 6, 8, 16, 64, 512)
+
+
+@pytest.mark.parametrize("shards", [[40] * 100, [1] * 2000 + [3000], [3500]], ids=["even", "uneven", "one"])
+def test_three_epochs_never_differ_at_any_world_size_and_changes_of_it(shards):
+    """One process changes its world size at random steps, always entering with a memory of other steps."""
+    batch, rng = 1536, np.random.default_rng(len(shards))  # 1536 = 512 · 3: all the worlds divide it
+    alone = Order(shards, batch, seed=7)
+    worlds = {world: Order(shards, batch, seed=7) for world in WORLDS}
+    for epoch in range(3):
+        for step in range(alone.steps_per_epoch):
+            whole = alone.positions(epoch, step)
+            for world in (rng.choice(WORLDS), rng.choice(WORLDS)):
+                slots = batch // world
+                ranks = range(world) if world <= 64 else np.sort(rng.choice(world, 64, replace=False))
+                for rank in ranks:
+                    seen = worlds[world].positions(epoch, step, first_slot=rank * slots, num_slots=slots)
+                    np.testing.assert_array_equal(seen, whole[rank * slots : (rank + 1) * slots])
+
+
+@quick
+@given(shards=SHARDS, batch=st.integers(1, 2000))
+def test_any_manifest_gives_an_order_or_names_the_largest_batch(shards, batch):
+    total = sum(shards)
+    if batch > total:
+        with pytest.raises(DataError, match=rf"fewer than one global batch of {batch}.*at most {total}$"):
+            Order(shards, batch, seed=0)
+        batch = total
+    order = Order(shards, batch, seed=0)  # a rank for each slot: often more ranks than shards
+    ranks = np.concatenate([order.positions(1, 0, first_slot=r, num_slots=1) for r in range(batch)])
+    np.testing.assert_array_equal(ranks, order.positions(1, 0))
+
+
+def shards_read(shards: list[int], order: Order, epoch: int, nodes: int) -> list[set[int]]:
+    """The shards that each node, a contiguous run of slots, touches in an epoch."""
+    ends = np.cumsum(shards)
+    seen = epoch_of(order, epoch)  # [steps, global_batch]
+    return [set(np.searchsorted(ends, part, side="right").ravel().tolist()) for part in np.split(seen, nodes, axis=1)]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.sampled_from([8, 12, 24, 30, 32, 36]),
+    per_group=st.integers(10, 14),
+    last=st.integers(1, 30),
+    size=st.integers(20, 30),
+    window=st.sampled_from([64, 65536]),
+    epoch=st.integers(0, 9),
+    data=st.data(),
+)
+def test_all_nodes_together_fetch_at_most_a_tenth_more_than_the_set(batch, per_group, last, size, window, epoch, data):
+    groups = data.draw(st.sampled_from([g for g in range(2, 13) if batch % g == 0]))
+    shards = [size] * (groups * per_group - 1) + [min(last, size)]
+    order = Order(shards, batch, seed=epoch, window=window)
+    assert order.most_nodes >= groups
+    for nodes in (n for n in range(1, order.most_nodes + 1) if batch % n == 0):
+        read = sum(shards[k] for node in shards_read(shards, order, epoch, nodes) for k in node)
+        assert read <= 1.1 * sum(shards), (nodes, order.most_nodes)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shards=st.lists(st.integers(0, 60), min_size=40, max_size=80).filter(lambda s: sum(s) >= 32), data=st.data())
+def test_nodes_share_no_shard_but_those_at_their_borders(shards, data):
+    batch = data.draw(st.sampled_from([8, 12, 24, 30, 32]))
+    order = Order(shards, batch, seed=data.draw(st.integers(0, 9)))
+    for nodes in (n for n in range(1, order.most_nodes + 1) if batch % n == 0):
+        readers = shards_read(shards, order, 0, nodes)
+        assert sum(map(len, readers)) <= len(shards) + nodes - 1
+
+
+def test_the_order_of_lane_groups_is_the_one_of_earlier_releases():
+    order = Order([5] * 40, 16, seed=42)
+    golden = [1, 124, 38, 180, 185, 88, 188, 196, 49, 71, 134, 55, 105, 60, 81, 106]
+    assert (order.lane_groups, order.positions(3, 5).tolist()) == (4, golden)
+
+
+def test_a_node_never_cuts_a_lane_group_in_two():
+    for batch, shards, groups in ((1024, 80, 8), (24, 80, 24), (96, 200, 48), (512, 19, 1), (36, 70, 12)):
+        order = Order([30] * shards, batch, seed=0)
+        assert order.lane_groups == groups
+        assert all(groups % n == 0 for n in range(1, order.most_nodes + 1) if batch % n == 0)
+
+
 def test_an_epoch_smaller_than_a_batch_is_an_error_that_names_the_largest_batch():
     with pytest.raises(DataError, match=r"15 samples, fewer than one global batch of 16.*at most 15"):
         Order([7, 8], 16, seed=0)
