@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -164,7 +162,9 @@ class _PillowImage:
                 _check_size(height, width)
             elif data[8:12] == b"WEBP":
                 _check_size(*_webp_size(data))  # Pillow's reader makes room for the picture when it is opened
-            with _silent_pillow():
+            with warnings.catch_warnings():  # oddities of metadata are nothing, a bomb is an error, whatever is set
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
                 self._image = Image.open(io.BytesIO(data), formats=FORMATS)
                 if self._image.format == "WEBP":
                     self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -179,9 +179,8 @@ class _PillowImage:
     def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:  # noqa: ARG002
         assert shrink == 1, "shrinks is False"
         try:
-            with _silent_pillow():
-                self._image.load()
-                pixels = np.array(_in_mode(self._image, "RGB" if self._channels == 3 else "L"))
+            self._image.load()
+            pixels = np.array(_in_mode(self._image, "RGB" if self._channels == 3 else "L"))
         except Exception as error:
             raise BadImage(f"the {self._image.format} is cut or damaged: {_said(error)}") from error
         pixels = pixels.reshape(*pixels.shape[:2], -1)
@@ -215,15 +214,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
         bits = int.from_bytes(body[1:5], "little")
         return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
     return int.from_bytes(body[8:10], "little") & 0x3FFF, int.from_bytes(body[6:8], "little") & 0x3FFF
-
-
-@contextmanager
-def _silent_pillow() -> Iterator[None]:
-    """Pillow's warnings: a bomb is an error, whatever the program's filters say; oddities of metadata are nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
 
 
 def _upright(pixels: Pixels, orientation: int) -> Pixels:
