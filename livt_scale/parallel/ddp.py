@@ -9,6 +9,7 @@ What a strategy is to the loop (`fsdp` and `zero*` will answer to the same names
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from livt_scale.parallel.topology import World
+
+# Our buffers are constants (positions): not to be sent at every forward. torch 2.14 gave the option a new name.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
 
 
 class Ddp:
@@ -35,7 +42,7 @@ class Ddp:
                 self.model,
                 device_ids=[world.device.index] if world.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,
+                **_OWN_BUFFERS,
             )
 
     def call(self, *inputs: Any, last: bool) -> Any:
