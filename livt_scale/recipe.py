@@ -54,8 +54,10 @@ class Data(RecipePart):
     std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
     many_over: PositiveInt = Field(100, description="many-shot: classes with more training images than this")
     few_under: PositiveInt = Field(20, description="few-shot: classes with fewer training images than this")
-    workers: NonNegativeInt = Field(2, description="loader processes a rank; 0 decodes in the training process")
-    prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready")
+    workers: NonNegativeInt | Literal["auto"] = Field(
+        2, description="loader processes a rank; 0 decodes in the training process; auto: measured at the start"
+    )
+    prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready; with auto, at most")
     lane_groups: PositiveInt | None = Field(
         None, description="groups of slots with shards of their own; None: the most that leave each 10 shards"
     )

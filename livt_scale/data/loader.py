@@ -31,7 +31,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils import signal_handling
 
+from livt_scale.data import calibrate
 from livt_scale.data.batch import Batch, Packed, pack
+from livt_scale.data.calibrate import Loading
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixing import Mix, apply_mix, draw_mix
 from livt_scale.data.order import Ints, eval_positions
@@ -47,7 +49,9 @@ __all__ = ["Batch", "Batches", "Mix", "apply_mix", "eval_batches", "normalise", 
 class Batches:
     """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped."""
 
-    def __init__(self, dataset: _Dataset, *, workers: int, prefetch: int) -> None:
+    def __init__(self, dataset: _Dataset, loading: Loading) -> None:
+        self.loading = loading
+        workers, prefetch = loading.workers, loading.prefetch
         with warnings.catch_warnings():  # more workers than cores is the recipe's wish, and `livt doctor`'s to mention
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
@@ -113,9 +117,12 @@ def train_batches(
     micro_batch: int,
     epoch: int,
     step: int,
+    local_ranks: int = 1,
+    demand: float | None = None,
 ) -> Batches:
     """The micro-batches of one rank from `step` of `epoch` to the end of the stage. Raises LivtError.
 
+    For data.workers = auto: `local_ranks` share the cores of this node; `demand`: images/s that a step takes, if known.
     `step` counts within the epoch, or from the beginning of the stage with `epoch` = 0: both are the same position.
     """
     order = stage_order(shards, recipe, stage)
@@ -127,10 +134,13 @@ def train_batches(
             remedy="change micro_batch or the number of processes",
         )
     dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=epoch, step=step)
-    return Batches(dataset, workers=recipe.data.workers, prefetch=recipe.data.prefetch)
+    loading = _loading(dataset, micro_batch=micro_batch, local_ranks=local_ranks, demand=demand)
+    return Batches(dataset, loading)
 
 
-def eval_batches(shards: ShardSet, recipe: Recipe, *, rank: int, world_size: int, batch: int) -> Batches:
+def eval_batches(
+    shards: ShardSet, recipe: Recipe, *, rank: int, world_size: int, batch: int, local_ranks: int = 1
+) -> Batches:
     """The evaluation images of one rank, `batch` at a time, the last one smaller: over all ranks each exactly once.
 
     A rank without any (more ranks than samples) gets no batch.
@@ -138,7 +148,31 @@ def eval_batches(shards: ShardSet, recipe: Recipe, *, rank: int, world_size: int
     positions = eval_positions(shards.num_samples, rank=rank, world_size=world_size)
     samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
     dataset = _EvalDataset(shards, recipe, samples, batch)
-    return Batches(dataset, workers=min(recipe.data.workers, dataset.num_batches), prefetch=recipe.data.prefetch)
+    told = recipe.data.workers  # auto: nothing to measure for so few images
+    workers = min(calibrate.cores_for_rank(local_ranks), calibrate.MOST_WORKERS) if told == "auto" else told
+    size = calibrate.batch_bytes(recipe, batch)
+    return Batches(dataset, Loading(min(workers, dataset.num_batches), recipe.data.prefetch, size, "evaluation"))
+
+
+def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, demand: float | None) -> Loading:
+    """How many processes, how far ahead. Raises LivtError where calibration meets a bad sample."""
+    data, size = dataset.recipe.data, calibrate.batch_bytes(dataset.recipe, micro_batch)
+    if data.workers != "auto":
+        return calibrate.as_told(data, micro_batch_bytes=size)
+    first = next(dataset.micro_batches(0, 1), None)
+    if first is None:  # the stage is at its end
+        return Loading(0, data.prefetch, size, "nothing is left to load")
+    with closing(SampleReader(dataset.shards)) as reader:
+        rate, _ = calibrate.decode_rate(lambda part: dataset.load(part, reader), first, seconds=calibrate.CALIBRATION_S)
+    return calibrate.choose(
+        data,
+        rate=rate,
+        demand=demand,
+        cores=calibrate.cores_for_rank(local_ranks),
+        has_gpu=torch.cuda.is_available(),
+        micro_batch_bytes=size,
+        most_ready_bytes=calibrate.ready_bytes(local_ranks),
+    )
 
 
 def normalise(
@@ -184,7 +218,7 @@ class _Dataset(IterableDataset[Any]):
         try:
             with closing(SampleReader(self.shards)) as reader:
                 for batch in self.micro_batches(*this_worker()):
-                    yield self._load(batch, reader)
+                    yield self.load(batch, reader)
         except LivtError as error:
             yield _Failed(error)
 
@@ -198,7 +232,7 @@ class _Dataset(IterableDataset[Any]):
     def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:
         raise NotImplementedError
 
-    def _load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
+    def load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
         keys = self.shards.keys(batch.samples)
         seed_keys = batch.seed_keys(keys)
         arrays: dict[str, np.ndarray] = {

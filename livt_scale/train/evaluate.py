@@ -145,7 +145,8 @@ def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
 def _count(model: nn.Module, shards: ShardSet, recipe: Recipe, *, world: World, tally: Tally, batch: int) -> None:
     mean, std = recipe.data.mean, recipe.data.std
     half = recipe.parallel.precision == "bf16"
-    with eval_batches(shards, recipe, rank=world.rank, world_size=world.world_size, batch=batch) as batches:
+    ranks = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
+    with eval_batches(shards, recipe, **ranks, batch=batch) as batches:
         for own in batches:
             on_device = own.to(world.device)
             images = normalise(on_device.images, mean, std, torch.float32)

@@ -27,7 +27,7 @@ from livt_scale.train.finetune import finetune_task
 from livt_scale.train.loop import Schedule, Task, fit, retention
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.state import TrainState, run_facts
-from livt_scale.train.telemetry import Telemetry
+from livt_scale.train.telemetry import Telemetry, measured_demand
 
 
 def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
@@ -122,18 +122,20 @@ def _batches(
     world: World,
 ) -> Iterator[Batch]:
     epoch, step = divmod(state.step, schedule.steps_per_epoch)
-    return iter(
-        train_batches(
-            train_set,
-            recipe,
-            stage=stage,
-            rank=world.rank,
-            world_size=world.world_size,
-            micro_batch=plan.micro_batch,
-            epoch=epoch,
-            step=step,
-        )
+    batches = train_batches(
+        train_set,
+        recipe,
+        stage=stage,
+        rank=world.rank,
+        world_size=world.world_size,
+        micro_batch=plan.micro_batch,
+        epoch=epoch,
+        step=step,
+        local_ranks=world.local_size,
+        demand=measured_demand(run_dir_of(recipe) / stage, world_size=world.world_size),
     )
+    _say(world, f"{stage}: {batches.loading}")
+    return iter(batches)
 
 
 def _write_evaluation(

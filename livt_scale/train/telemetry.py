@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from livt_scale.durable import write_whole
 
 PLAIN_LINE_EVERY_S = 10.0
+METRICS = "metrics.jsonl"
 
 
 class Telemetry:
@@ -39,7 +40,7 @@ class Telemetry:
         tensorboard: bool,
         writes: bool,
     ) -> None:
-        self._path = folder / "metrics.jsonl"
+        self._path = folder / METRICS
         self._label, self._every, self._total = label, every_steps, total_steps
         self._per_epoch, self._images, self._start = steps_per_epoch, global_batch, start_step
         self._sums = {"loss": 0.0, "grad_norm": 0.0, "step_s": 0.0, "data_wait_s": 0.0, "steps": 0.0, **(sums or {})}
@@ -141,6 +142,19 @@ def _tensorboard(folder: Path, *, purge_step: int) -> Any:
     tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=purge_step)
     tracker.start()
     return tracker
+
+
+def measured_demand(folder: Path, *, world_size: int) -> float | None:
+    """Images a second that a rank's steps took from its loader in an earlier part of the run, less their waits.
+
+    From the last line of metrics.jsonl, where the run stopped; None where there is none.
+    """
+    try:
+        line = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
+        busy = 1 - line["data_wait_s"] / line["step_s"]
+        return float(line["images_per_s"]) / world_size / busy if busy > 0 else None
+    except (OSError, ValueError, LookupError, ZeroDivisionError, TypeError):
+        return None  # not begun, or a half line of a killed process: nothing is known
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
