@@ -29,7 +29,7 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from livt_scale.data.tar import MOST_CLASSES, MOST_SAMPLE_BYTES, TarSample, read_tar
+from livt_scale.data.tar import MOST_CLASSES, MOST_SAMPLE_BYTES, TarSample, read_tar, shown
 from livt_scale.errors import SourceError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
@@ -138,7 +138,7 @@ class TarSource(Source):
                 data = file.read(sample.data_size)
         except OSError as error:
             raise SourceError(f"{self.tars[number]} cannot be read: {error.strerror}") from error
-        return _image_type(data, f"{self.tars[number]}, offset {sample.start}, key {sample.key!r}"), data
+        return _image_type(data, f"{shown(self.tars[number])}, offset {sample.start}, key {sample.key!r}"), data
 
     def part(self, indices: Indices) -> Self:
         return replace(self, labels=self.labels[indices], samples=tuple(self.samples[i] for i in indices))
