@@ -1,21 +1,22 @@
 """The errors a user can meet. Each says what happened, where, and what to do about it.
 
-    LivtError                 exit code 1
-    ├── UsageError            exit code 2: a wrong option or argument, before anything started
-    │   └── RecipeError       a recipe that cannot be: field, file and line, nearest valid name
-    ├── DataError             while shards are built, verified or read
-    │   ├── SourceError       the raw images or their list
-    │   ├── ManifestError     manifest or index missing, unreadable, or not what the shards are
-    │   ├── ShardError        a shard missing, truncated or changed
-    │   └── SampleError       one image cannot be read: shard, offset and key
-    ├── RunError              while a run is opened or trained
-    │   ├── RunBusyError      another process works in this run directory
-    │   ├── Preempted         not a failure: a signal came, the run is saved (exit code 85)
-    │   └── NonFiniteError    loss or gradient is NaN or infinite: the sample keys of the batch
-    ├── CheckpointError       while a checkpoint is written or read
-    │   ├── CheckpointDamaged a file is missing, changed or cut: which one
-    │   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
-    └── ExportError           a model cannot be written or read in a foreign layout
+LivtError                 exit code 1
+├── UsageError            exit code 2: a wrong option or argument, before anything started
+│   └── RecipeError       a recipe that cannot be: field, file and line, nearest valid name
+├── DataError             while shards are built, verified or read
+│   ├── SourceError       the raw images or their list
+│   ├── ManifestError     manifest or index missing, unreadable, or not what the shards are
+│   ├── ShardError        a shard missing, truncated or changed
+│   ├── SampleError       one image cannot be read: shard, offset and key
+│   └── RemoteError       a file at a URL cannot be fetched: which, after how many tries and how long
+├── RunError              while a run is opened or trained
+│   ├── RunBusyError      another process works in this run directory
+│   ├── Preempted         not a failure: a signal came, the run is saved (exit code 85)
+│   └── NonFiniteError    loss or gradient is NaN or infinite: the sample keys of the batch
+├── CheckpointError       while a checkpoint is written or read
+│   ├── CheckpointDamaged a file is missing, changed or cut: which one
+│   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
+└── ExportError           a model cannot be written or read in a foreign layout
 """
 
 from __future__ import annotations
@@ -67,6 +68,10 @@ class ShardError(DataError):
 
 
 class SampleError(DataError):
+    pass
+
+
+class RemoteError(DataError):
     pass
 
 

@@ -225,12 +225,12 @@ def open_trained(path: Path, *, which: str | None = None) -> Trained:
 def evaluate_path(
     path: Path,
     *,
-    data: Path | None = None,
+    data: str | Path | None = None,
     which: str | None = None,
     batch: int = BATCH,
     world: World = World(),  # noqa: B008 - frozen
 ) -> dict[str, Any]:
-    """Evaluate a run or an export on the shards in `data` (None: the run's own evaluation set).
+    """Evaluate a run or an export on the shards in `data`, a folder or URL (None: the run's own evaluation set).
 
     A collective call of the ranks of `world`. The report of `train.evaluate.evaluate`, with `weights`: what was
     evaluated, and from where it was read.
@@ -242,7 +242,7 @@ def evaluate_path(
         raise UsageError(f"no evaluation set for {path}: {why}", remedy="give a folder of shards with --data")
     report = evaluate(
         trained.model.to(world.device),
-        ShardSet.open(folder),
+        ShardSet.open(folder, data=trained.recipe.data),
         trained.recipe,
         world=world,
         classes=trained.classes,
@@ -251,12 +251,12 @@ def evaluate_path(
     return {**report, "weights": {**trained.weights, "read_from": str(path)}}
 
 
-def _own_data(path: Path, trained: Trained) -> Path | None:
+def _own_data(path: Path, trained: Trained) -> str | None:
     if not is_run(path):
         return None
     saved = path / "recipe.yaml"  # newer than the checkpoint's, where the run was moved and continued
     recipe = load_recipe(saved) if saved.is_file() else trained.recipe
-    return Path(recipe.data.val) if recipe.data.val else None
+    return recipe.data.val
 
 
 def _info(trained: Trained, weights: Path) -> ExportInfo:

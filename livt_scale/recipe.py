@@ -24,6 +24,8 @@ from pydantic import (
     model_validator,
 )
 
+from livt_scale.location import is_url, url_problem
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Stage = Literal["pretrain", "finetune"]
 Policy = Literal["instance", "class_balanced", "sqrt"]
@@ -45,11 +47,30 @@ class RecipePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
+class Cache(RecipePart):
+    """Where shards from a URL are kept on each node, and how much of them. Local folders are read in place."""
+
+    dir: str | None = Field(
+        None, min_length=1, description="on the node's own disk; None: LIVT_CACHE_DIR, else livt-cache-UID in $TMPDIR"
+    )
+    limit_gib: PositiveFloat = Field(64, description="GiB a node, over all its processes; what was used last stays")
+    ahead: PositiveInt = Field(4, description="shards that each loader process has fetched before it needs them")
+
+
+class Remote(RecipePart):
+    """How a file is fetched from a URL."""
+
+    tries: PositiveInt = Field(8, description="of a time-out, reset, wrong body, 429 or 5xx; 404 and 403 end at once")
+    connect_timeout_s: PositiveFloat = Field(10, description="for the connection to be made")
+    stall_timeout_s: PositiveFloat = Field(30, description="a connection that says nothing for so long is cut")
+    deadline_s: PositiveFloat = Field(900, description="for one file, all tries and waits together")
+
+
 class Data(RecipePart):
     """Which shards, and how they are read."""
 
-    train: str = Field(min_length=1, description="folder of the training shards (the one with manifest.json)")
-    val: str | None = Field(None, min_length=1, description="folder of the evaluation shards; None: no evaluation")
+    train: str = Field(min_length=1, description="folder or URL of the training shards (the one with manifest.json)")
+    val: str | None = Field(None, min_length=1, description="the same of the evaluation shards; None: no evaluation")
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="of the pixels in [0, 1], one a channel")
     std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
     many_over: PositiveInt = Field(100, description="many-shot: classes with more training images than this")
@@ -62,6 +83,17 @@ class Data(RecipePart):
         None, description="groups of slots with shards of their own; None: the most that leave each 10 shards"
     )
     shuffle_window: PositiveInt = Field(65536, description="samples among which a lane group shuffles")
+    cache: Cache = Cache()
+    remote: Remote = Remote()
+
+    @model_validator(mode="after")
+    def _urls_hold_no_secret(self) -> Self:
+        for name in ("train", "val"):
+            location = getattr(self, name)
+            problem = url_problem(location) if location and is_url(location) else None
+            if problem:  # the URL itself is not repeated: it may hold a password
+                raise ValueError(f"{name} is a URL that cannot be: {problem}")
+        return self
 
     @model_validator(mode="after")
     def _thresholds_leave_a_middle(self) -> Self:
@@ -368,6 +400,8 @@ HARMLESS = (
     "data.val",
     "data.workers",
     "data.prefetch",
+    "data.cache",
+    "data.remote",
     "parallel",
     "checkpoint",
     "log",

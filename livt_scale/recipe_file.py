@@ -20,6 +20,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from livt_scale.errors import RecipeError, UsageError, nearest
+from livt_scale.location import is_url, redacted
 from livt_scale.recipe import STAGES, Recipe
 from livt_scale.recipe_yaml import Tree, Where, dump, parse, parse_value, shown
 
@@ -234,8 +235,12 @@ def _dotted(where: Where) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    text = redacted(_plain(value))
     return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _hint(where: Where) -> str:
@@ -294,7 +299,7 @@ def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
 
 def _find(location: str | None, recipe_path: Path) -> str | None:
     """A relative folder as it is; or, if nothing is there, beside the recipe file or in a folder above it."""
-    if location is None or "://" in location or Path(location).is_absolute():
+    if location is None or is_url(location) or Path(location).is_absolute():
         return location
     for folder in (Path(), *recipe_path.resolve().parents):
         if (folder / location).exists():

@@ -42,7 +42,7 @@ def export(
 
 def eval_(
     path: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory, or an export.")],
-    data: Annotated[Path | None, typer.Option("--data", help="Shards; without it, the run's own data.val.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="Shards; without it, the run's own data.val.")] = None,
     which: From = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 64,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the report there, as eval.json.")] = None,

@@ -132,7 +132,7 @@ def _open_data(recipe: Recipe) -> None:
 
     for folder in (recipe.data.train, recipe.data.val):
         if folder:
-            ShardSet.open(folder)
+            ShardSet.open(folder, data=recipe.data)
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ MOST_FAULTS = 20  # shown; --json has all
 MOST_CLASSES = 20  # rows of the histogram
 BAR = 40  # characters of the longest bar
 
-Folder = Annotated[Path, typer.Argument(help="a folder of shards: the one with manifest.json")]
+Folder = Annotated[str, typer.Argument(help="a folder of shards, or its URL: the one with manifest.json")]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")]
 
@@ -181,7 +181,7 @@ def trace(
         typer.echo(f"step {one['step']}: {' '.join(one['keys'])}")
 
 
-def _seen(folder: Path, recipe: Path, stage: str | None, sets: list[str]) -> dict[str, Any]:
+def _seen(folder: str, recipe: Path, stage: str | None, sets: list[str]) -> dict[str, Any]:
     from livt_scale.data.manifest import ShardSet
     from livt_scale.data.seen import class_report
     from livt_scale.errors import UsageError, nearest
@@ -240,7 +240,7 @@ def _by_class(facts: dict[str, Any]) -> str:
     return ", ".join(f"{count} of class {name}" for name, count in lost if count)
 
 
-def _tell_faults(folder: Path, faults: list[Fault], *, quarantine: bool) -> None:
+def _tell_faults(folder: str, faults: list[Fault], *, quarantine: bool) -> None:
     if not faults:
         typer.echo(f"{folder}: whole")
         return

@@ -37,6 +37,7 @@ from livt_scale.data.calibrate import Loading
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixing import Mix, apply_mix, draw_mix
 from livt_scale.data.order import Ints, eval_positions
+from livt_scale.data.remote_set import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.stream import MicroBatch, RankOrder, SampleReader, stage_order, this_worker
 from livt_scale.data.transforms import BadImage, EvalTransform, TrainTransform
@@ -135,6 +136,9 @@ def train_batches(
         )
     dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=epoch, step=step)
     loading = _loading(dataset, micro_batch=micro_batch, local_ranks=local_ranks, demand=demand)
+    if shards.remote:
+        in_view = shards_in_view(order, len(shards.manifest.shards), ranks=local_ranks, world_size=world_size)
+        shards.remote.check_room(shards.manifest, in_view=in_view, processes=local_ranks * max(1, loading.workers))
     return Batches(dataset, loading)
 
 
@@ -162,8 +166,7 @@ def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, dema
     first = next(dataset.micro_batches(0, 1), None)
     if first is None:  # the stage is at its end
         return Loading(0, data.prefetch, size, "nothing is left to load")
-    with closing(SampleReader(dataset.shards)) as reader:
-        rate, _ = calibrate.decode_rate(lambda part: dataset.load(part, reader), first, seconds=calibrate.CALIBRATION_S)
+    rate, _ = _rate(dataset, first, seconds=calibrate.CALIBRATION_S)
     return calibrate.choose(
         data,
         rate=rate,
@@ -173,6 +176,19 @@ def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, dema
         micro_batch_bytes=size,
         most_ready_bytes=calibrate.ready_bytes(local_ranks),
     )
+
+
+def core_rate(shards: ShardSet, recipe: Recipe, stage: Stage, *, seconds: float) -> tuple[float, int]:
+    """(images/s, images) that this process decodes and crops on one thread for `stage`. Raises LivtError."""
+    order = stage_order(shards, recipe, stage)
+    rank_order = RankOrder(shards, order, epochs=recipe.stage(stage).epochs, rank=0, world_size=1)
+    dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=0, step=0)
+    return _rate(dataset, next(dataset.micro_batches(0, 1)), seconds=seconds)
+
+
+def _rate(dataset: _TrainDataset, batch: MicroBatch, *, seconds: float) -> tuple[float, int]:
+    with closing(SampleReader(dataset.shards)) as reader:
+        return calibrate.decode_rate(lambda part: dataset.load(part, reader), batch, seconds=seconds)
 
 
 def normalise(
@@ -216,8 +232,9 @@ class _Dataset(IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Packed | _Failed]:
         try:
-            with closing(SampleReader(self.shards)) as reader:
-                for batch in self.micro_batches(*this_worker()):
+            batches = fetched_ahead(self.micro_batches(*this_worker()), self.shards)
+            with closing(SampleReader(self.shards)) as reader, closing(batches):
+                for batch in batches:
                     yield self.load(batch, reader)
         except LivtError as error:
             yield _Failed(error)

@@ -22,13 +22,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from livt_scale.errors import DataError, ManifestError, ShardError
+from livt_scale.location import below, is_url
+from livt_scale.recipe import Data
+
+if TYPE_CHECKING:
+    from livt_scale.data.remote_set import RemoteFiles
 
 FORMAT = "livt-shards"
 VERSION = 1
@@ -162,28 +167,54 @@ class Quarantine(_Part):
 class ShardSet:
     """The shards of one folder, opened for reading. Make it with `ShardSet.open`; pickled, it opens itself again."""
 
-    folder: Path
+    folder: Path  # of a set at a URL: the cache's, where its index lies under another name
     manifest: Manifest
     index: np.ndarray  # [num_samples + quarantined] of INDEX_DTYPE, mapped
     quarantine: tuple[Quarantined, ...]  # by number
+    remote: RemoteFiles | None = None  # where shards are fetched from; None: they lie in `folder`
 
     @classmethod
-    def open(cls, folder: str | Path) -> Self:
-        """Open `folder`: O(shards), whatever the number of samples.
+    def open(cls, folder: str | Path, *, data: Data | None = None) -> Self:
+        """Open `folder`, or the set at a URL as `data` says (None: by default): O(shards), whatever the samples.
 
-        Raises ManifestError (no folder, no manifest, another version, an index of another size) and ShardError
-        (a shard missing or of another size).
+        Raises ManifestError (no folder, no manifest, another version, an index of another size), ShardError (a shard
+        missing or of another size) and, for a URL, RemoteError.
         """
+        if isinstance(folder, str) and is_url(folder):
+            from livt_scale.data.remote_set import RemoteFiles  # it knows this module
+
+            return cls._open_remote(RemoteFiles.at(folder, data))
         folder = Path(folder)
         manifest = Manifest.read(folder)
         for info in (*manifest.shards, manifest.index, manifest.keys):
             _check_size(folder, info)
-        opened = cls(folder, manifest, _map_index(folder, manifest), ())
+        opened = cls(folder, manifest, _map_index(folder / manifest.index.name, manifest), ())
         quarantine = read_quarantine(opened)
         return cls(folder, manifest, opened.index, quarantine)
 
+    @classmethod
+    def _open_remote(cls, remote: RemoteFiles, manifest: Manifest | None = None) -> Self:
+        """`manifest`: known already, where another process opened the set."""
+        manifest = manifest or remote.manifest()
+        for info in (manifest.index, manifest.keys):
+            remote.keep(info)
+        cache = remote.cache
+        opened = cls(cache.folder, manifest, _map_index(cache.path(manifest.index), manifest), (), remote)
+        listed = remote.quarantine()
+        if listed is None:
+            return opened
+        quarantine = check_quarantine(opened, listed, below(remote.url, QUARANTINE))
+        return cls(opened.folder, manifest, opened.index, quarantine, remote)
+
     def __reduce__(self) -> tuple[Any, ...]:  # a mapped array would be pickled as a copy of the whole index
+        if self.remote:
+            return type(self)._open_remote, (self.remote, self.manifest)
         return type(self).open, (self.folder,)
+
+    @property
+    def where(self) -> str:
+        """The folder or the URL, for messages."""
+        return self.remote.url if self.remote else str(self.folder)
 
     @property
     def num_classes(self) -> int:
@@ -252,7 +283,14 @@ class ShardSet:
         return np.array([s.bytes for s in self.manifest.shards], dtype=np.uint64)
 
     def shard_path(self, shard: int) -> Path:
-        return self.folder / self.manifest.shards[shard].name
+        """Where a shard lies. Of a set at a URL: where it would, in the cache, if it is there."""
+        info = self.manifest.shards[shard]
+        return self.remote.cache.path(info) if self.remote else self.folder / info.name
+
+    def shard_name(self, shard: int) -> str:
+        """Path or URL of a shard, for messages."""
+        name = self.manifest.shards[shard].name
+        return below(self.remote.url, name) if self.remote else str(self.folder / name)
 
     def keys(self, samples: NDArray[np.int64]) -> list[str]:
         """The key of each sample number. Raises ManifestError where index or keys are damaged."""
@@ -267,13 +305,14 @@ class ShardSet:
             return bytes(self._keys[start:end]).decode()
         except ValueError as error:
             raise ManifestError(
-                f"{self.folder}: the key of sample {sample} cannot be read: {error}",
-                remedy=f"`livt shards verify {self.folder}` says what is damaged",
+                f"{self.where}: the key of sample {sample} cannot be read: {error}",
+                remedy=f"`livt shards verify {self.where}` says what is damaged",
             ) from error
 
     @cached_property
     def _keys(self) -> np.ndarray:
-        path = self.folder / self.manifest.keys.name
+        keys = self.manifest.keys
+        path = self.remote.cache.path(keys) if self.remote else self.folder / keys.name
         if not self.manifest.keys.bytes:  # an empty file cannot be mapped
             return np.zeros(0, dtype=np.uint8)
         return np.memmap(path, dtype=np.uint8, mode="r")
@@ -330,9 +369,8 @@ def _check_size(folder: Path, info: FileInfo) -> None:
         )
 
 
-def _map_index(folder: Path, manifest: Manifest) -> np.ndarray:
-    path = folder / manifest.index.name
-    remedy = f"copy it again, or make it again with `livt shards index {folder}`"
+def _map_index(path: Path, manifest: Manifest) -> np.ndarray:
+    remedy = f"copy it again, or make it again with `livt shards index {path.parent}`"
     try:
         index = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a header is parsed as Python literals: damaged, it fails in many ways
@@ -348,13 +386,20 @@ def _map_index(folder: Path, manifest: Manifest) -> np.ndarray:
 def read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
     """What quarantine.json says, by number; nothing if there is none. Raises ManifestError if it is of other shards."""
     path = shards.folder / QUARANTINE
-    remedy = f"write it again with `livt shards verify {shards.folder} --decode --quarantine`"
     try:
-        listed = Quarantine.model_validate_json(path.read_bytes(), strict=True).samples
+        raw = path.read_bytes()
     except FileNotFoundError:
         return ()
     except OSError as error:
         raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+    return check_quarantine(shards, raw, str(path))
+
+
+def check_quarantine(shards: ShardSet, raw: bytes, path: str) -> tuple[Quarantined, ...]:
+    """What the bytes of a quarantine.json, from `path`, say of `shards`. Raises ManifestError if it is of others."""
+    remedy = f"write it again with `livt shards verify {shards.where} --decode --quarantine`"
+    try:
+        listed = Quarantine.model_validate_json(raw, strict=True).samples
     except ValidationError as error:
         raise ManifestError(f"{path}: {error.errors(include_url=False)[0]['msg']}", remedy=remedy) from None
     numbers = [q.number for q in listed]

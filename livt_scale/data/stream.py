@@ -20,15 +20,16 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
+from livt_scale.data.cache import closing_fd
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order import Ints, SampleOrder
 from livt_scale.data.policy import order_for
+from livt_scale.data.remote_set import fetched_ahead
 from livt_scale.data.seeds import view_key
 from livt_scale.errors import ManifestError, SampleError, ShardError, UsageError
 from livt_scale.recipe import Recipe, Stage
@@ -61,7 +62,7 @@ class RawSample:
     label: int
     image_type: str  # "jpg", "png": the name of its member in the tar
     image: bytes
-    shard: Path
+    shard: str  # path or URL
     offset: int  # of its first tar header in the shard, bytes
 
     def error(self, what: str) -> SampleError:
@@ -140,12 +141,16 @@ class RankOrder:
 
 
 class SampleReader:
-    """Reads samples by number and keeps the shards that were used last open. Not for use by two processes."""
+    """Reads samples by number and keeps the shards that were used last open. Not for use by two processes.
+
+    Shards from a URL are held for one sample at a time: what nobody holds can be evicted, so that no number of
+    processes can wait for each other's, however small the cache is.
+    """
 
     def __init__(self, shards: ShardSet, *, most_open: int = MOST_OPEN_SHARDS) -> None:
         self._shards = shards
         self._most_open = most_open
-        self._paths = [shards.folder / shard.name for shard in shards.manifest.shards]  # once: pathlib is slow
+        self._paths = [shards.shard_name(k) for k in range(len(shards.manifest.shards))]  # once: pathlib is slow
         self._files: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, the last used at the end
 
     def read(self, samples: Ints, keys: list[str] | None = None) -> Iterator[RawSample]:
@@ -157,12 +162,15 @@ class SampleReader:
         names = shards.keys(samples) if keys is None else keys
         for k in shards.impossible_rows(rows, in_shard):
             raise ManifestError(
-                f"{_shown(shards.folder)}: the index has an impossible row for sample {names[k]!r}: {rows[k].tolist()}",
+                f"{_shown(shards.where)}: the index has an impossible row for sample {names[k]!r}: {rows[k].tolist()}",
                 remedy="copy the index again, or make it again",
             )
         for row, shard, key in zip(rows.tolist(), in_shard.tolist(), names, strict=True):
             start, nbytes, data_offset, data_size, label, crc32, image_type, _ = row
             block = self._fetch(shard, start, nbytes, key)
+            if zlib.crc32(block) != crc32 and shards.remote:  # it was whole when it came: the cache's disk lost it
+                shards.remote.cache.drop(shards.manifest.shards[shard])
+                block = self._fetch(shard, start, nbytes, key)
             if zlib.crc32(block) != crc32:
                 raise _sample_error(self._paths[shard], start, key, "its bytes are not those that were written")
             yield RawSample(
@@ -184,7 +192,11 @@ class SampleReader:
     def _fetch(self, shard: int, start: int, nbytes: int, key: str) -> bytes:
         path = self._paths[shard]
         try:
-            block = os.pread(self._file(shard, path), nbytes, start)
+            if self._shards.remote:
+                with closing_fd(self._shards.remote.hold(self._shards.manifest.shards[shard])) as handle:
+                    block = os.pread(handle, nbytes, start)
+            else:
+                block = os.pread(self._file(shard, path), nbytes, start)
         except OSError as error:
             raise ShardError(
                 f"shard {_shown(path)} cannot be read at byte {start} (sample {key!r}): {error.strerror}",
@@ -198,7 +210,7 @@ class SampleReader:
             )
         return block
 
-    def _file(self, shard: int, path: Path) -> int:
+    def _file(self, shard: int, path: str) -> int:
         if shard in self._files:
             self._files.move_to_end(shard)
             return self._files[shard]
@@ -236,12 +248,13 @@ class SampleStream(IterableDataset[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         worker, num_workers = this_worker()
-        with closing(SampleReader(self._shards)) as reader:
-            for batch in self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers):
+        batches = self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers)
+        with closing(SampleReader(self._shards)) as reader, closing(fetched_ahead(batches, self._shards)) as ahead:
+            for batch in ahead:
                 for raw in reader.read(batch.samples):
                     yield {
                         "__key__": raw.key,
-                        "__url__": str(raw.shard),
+                        "__url__": raw.shard,
                         "__epoch__": batch.epoch,
                         raw.image_type: raw.image,
                         "cls": b"%d" % raw.label,
@@ -261,13 +274,14 @@ def this_worker() -> tuple[int, int]:
     return (0, 1) if info is None else (info.id, info.num_workers)
 
 
-def _sample_error(shard: Path, offset: int, key: str, what: str) -> SampleError:
+def _sample_error(shard: str, offset: int, key: str, what: str) -> SampleError:
+    folder = shard.rpartition("/")[0]
     return SampleError(
         f"shard {_shown(shard)}, byte {offset}, sample {key!r}: {what}",
-        remedy=f"`livt shards verify {_shown(shard.parent)} --decode --quarantine` lists what is bad and leaves it out",
+        remedy=f"`livt shards verify {_shown(folder)} --decode --quarantine` lists what is bad and leaves it out",
     )
 
 
-def _shown(path: Path) -> str:
+def _shown(path: str) -> str:
     """The path on one line: a name with a newline in it is quoted."""
-    return str(path) if str(path).isprintable() else repr(str(path))
+    return path if path.isprintable() else repr(path)

@@ -19,7 +19,7 @@ def trace(
 
     Where a sample may come more than once in an epoch, "views" beside the keys counts its appearances from 0.
     """
-    shards = ShardSet.open(recipe.data.train)
+    shards = ShardSet.open(recipe.data.train, data=recipe.data)
     order = stage_order(shards, recipe, stage)
     if epoch < 0 or not (step is None or 0 <= step < order.steps_per_epoch):
         raise UsageError(f"there is no step {step} of epoch {epoch}: an epoch has {order.steps_per_epoch} steps")

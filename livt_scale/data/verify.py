@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from livt_scale.data.cache import closing_fd
 from livt_scale.data.images import BadImage, decode
 from livt_scale.data.manifest import (
     INDEX,
@@ -35,7 +36,8 @@ from livt_scale.data.manifest import (
 )
 from livt_scale.data.processes import in_processes, usable_cores
 from livt_scale.durable import write_whole
-from livt_scale.errors import DataError, ManifestError
+from livt_scale.errors import DataError, ManifestError, RemoteError, UsageError
+from livt_scale.location import is_url
 
 CHUNK = 1 << 20
 CHANGED = "changed since it was written (CRC-32)"
@@ -83,6 +85,12 @@ def verify(
     Raises ManifestError where there is no set at all, DataError where a quarantine is asked for and cannot be written
     or would not be enough.
     """
+    if isinstance(folder, str) and is_url(folder):
+        if quarantine:
+            raise UsageError(
+                "a quarantine is written where the set lies", remedy="give --quarantine there, to the folder"
+            )
+        return _verify_url(folder, decode=decode, progress=progress)
     folder = Path(folder)
     try:
         manifest = Manifest.read(folder)
@@ -99,6 +107,36 @@ def verify(
     if quarantine:
         _write_quarantine(folder, manifest, faults, decoded=decode)
     return faults
+
+
+def _verify_url(url: str, *, decode: bool, progress: Progress | None) -> list[Fault]:
+    """Every file of the set at `url`, fetched unless the cache holds it; one that cannot be fetched is a fault.
+
+    Raises what opening the set does: without manifest, index and keys there is nothing to compare with.
+    """
+    shards = ShardSet.open(url)
+    assert shards.remote is not None
+    index = shards.index
+    impossible = shards.impossible_rows(index, shards.shard_of(np.arange(len(index))))
+    faults = [Fault(INDEX, None, None, f"an impossible row for sample {k}: {index[k].tolist()}") for k in impossible]
+    num_bytes = 0
+    for k, info in enumerate(() if faults else shards.manifest.shards):
+        try:
+            with closing_fd(shards.remote.hold(info)):
+                job = _job(shards, k, path=shards.shard_path(k), decode=decode)
+                faults += [replace(fault, shard=info.name) for fault in _check_shard(job)]
+        except RemoteError as error:
+            faults.append(Fault(info.name, None, None, error.message))
+        num_bytes += info.bytes
+        if progress:
+            progress(shards.manifest.name, k + 1, len(shards.manifest.shards), num_bytes)
+    return faults
+
+
+def _job(shards: ShardSet, shard: int, *, path: Path, decode: bool) -> _Job:
+    first, end = (int(n) for n in shards.first[shard : shard + 2])
+    rows, keys = np.array(shards.index[first:end]), shards.keys(np.arange(first, end))
+    return _Job(path, shards.manifest.shards[shard], first=first, rows=rows, keys=keys, decode=decode)
 
 
 def _check_file(path: Path, expected: FileInfo) -> list[Fault]:
@@ -126,17 +164,7 @@ def _check_shards(
     impossible = whole.impossible_rows(index, whole.shard_of(np.arange(len(index))))
     if len(impossible):
         return [Fault(INDEX, None, None, f"an impossible row for sample {k}: {index[k].tolist()}") for k in impossible]
-    jobs = (
-        _Job(
-            path=folder / shard.name,
-            expected=shard,
-            first=int(whole.first[k]),
-            rows=np.array(index[whole.first[k] : whole.first[k + 1]]),
-            keys=whole.keys(np.arange(whole.first[k], whole.first[k + 1])),
-            decode=decode,
-        )
-        for k, shard in enumerate(manifest.shards)
-    )
+    jobs = (_job(whole, k, path=folder / shard.name, decode=decode) for k, shard in enumerate(manifest.shards))
     found: dict[int, list[Fault]] = {}
     num_bytes = 0
     for number, faults in in_processes(_check_shard, jobs, workers=workers, num_jobs=len(manifest.shards)):

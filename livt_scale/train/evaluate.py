@@ -47,7 +47,7 @@ class TrainingClasses:
     @classmethod
     def of(cls, shards: ShardSet) -> TrainingClasses:
         counts = tuple(int(n) for n in shards.class_counts)
-        return cls(tuple(shards.manifest.class_names), counts, str(shards.folder))
+        return cls(tuple(shards.manifest.class_names), counts, shards.where)
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
     classes: None: those of the recipe's training set. batch: images a forward pass. `model` is left in the mode it
     was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
     """
-    classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train))
+    classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
     check_same_classes(shards, classes)
     tally = Tally(shards.num_classes, device=world.device)
     error: Exception | None = None
@@ -82,7 +82,7 @@ def evaluate(
             dist.all_reduce(sums)
     report = tally.report(classes.counts, many_over=recipe.data.many_over, few_under=recipe.data.few_under)
     if report["num_samples"] != shards.num_samples:
-        raise RunError(f"{shards.folder}: {report['num_samples']} samples counted of {shards.num_samples}")
+        raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
     return {**report, "precision": recipe.parallel.precision, "data": data_lineage(shards)}
 
 
@@ -90,7 +90,7 @@ def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
     """Raise DataError where there is nothing to evaluate, or the classes are not `classes`, in that order."""
     names = tuple(shards.manifest.class_names)
     if not shards.num_samples:
-        raise DataError(f"{shards.folder} holds no usable sample to evaluate on", remedy="give another set")
+        raise DataError(f"{shards.where} holds no usable sample to evaluate on", remedy="give another set")
     if names == classes.names:
         return
     if sorted(names) == sorted(classes.names):
@@ -100,7 +100,7 @@ def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
         extra, lacking = _some(set(names) - set(classes.names)), _some(set(classes.names) - set(names))
         what = f"{len(names)} against {len(classes.names)}; only in the first: {extra}; only in the second: {lacking}"
     raise DataError(
-        f"{shards.folder} and {classes.where} do not have the same classes: {what}",
+        f"{shards.where} and {classes.where} do not have the same classes: {what}",
         remedy="build the evaluation set from the same list of classes as the training set",
     )
 
@@ -109,7 +109,7 @@ def data_lineage(shards: ShardSet) -> dict[str, Any]:
     """Which data: name, folder, and the digest of its manifest (and quarantine), which changes with any of them."""
     return {
         "name": shards.manifest.name,
-        "folder": str(shards.folder),
+        "folder": shards.where,
         "manifest_digest": shards.digest,
         "num_samples": shards.num_samples,
     }

@@ -100,7 +100,7 @@ def _evaluator(
     model: Classifier, recipe: Recipe, train: ShardSet, world: World
 ) -> Callable[[], tuple[dict[str, float], float]]:
     assert recipe.data.val is not None
-    val, classes = ShardSet.open(recipe.data.val), TrainingClasses.of(train)
+    val, classes = ShardSet.open(recipe.data.val, data=recipe.data), TrainingClasses.of(train)
 
     def run() -> tuple[dict[str, float], float]:
         top1 = evaluate(model, val, recipe, world=world, classes=classes)["top1"]

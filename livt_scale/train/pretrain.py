@@ -58,7 +58,7 @@ def _painter(model: MaskedAutoencoder, recipe: Recipe, train: ShardSet, world: W
 
 def _fixed_images(recipe: Recipe, train: ShardSet, count: int) -> tuple[Tensor, Tensor]:
     """uint8 [count, C, H, W] and float32 noise [count, num_patches], spread over the set, the same at every call."""
-    shards = ShardSet.open(recipe.data.val) if recipe.data.val else train
+    shards = ShardSet.open(recipe.data.val, data=recipe.data) if recipe.data.val else train
     plain = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": 0})})
     stride = max(shards.num_samples // count, 1)
     images, keys = [], []

@@ -66,7 +66,7 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
     folder = run_dir / stage
     status = rundir.Status(folder, stage=stage, writes=world.is_main)
     with status.told():
-        train_set = ShardSet.open(recipe.data.train)
+        train_set = ShardSet.open(recipe.data.train, data=recipe.data)
         order = stage_order(train_set, recipe, stage)
         task = _make_task(recipe, stage, train_set, run_dir=run_dir, world=world)
         schedule = Schedule(
@@ -151,7 +151,7 @@ def _write_evaluation(
     classes = evaluation.TrainingClasses.of(train_set)
     report = evaluation.evaluate(
         task.model,
-        ShardSet.open(recipe.data.val),
+        ShardSet.open(recipe.data.val, data=recipe.data),
         recipe,
         world=world,
         classes=classes,
