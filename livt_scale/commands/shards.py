@@ -5,6 +5,7 @@ livt shards verify data/fashion-mnist-lt/train-lt --decode
 livt shards index downloads/tars              a manifest for tars that others wrote
 livt shards info data/fashion-mnist-lt/train-lt
 livt shards trace recipes/fashion_mnist_lt/quickstart.yaml --epoch 3 --step 5 --world-size 4 --rank 1
+livt shards bench recipes/fashion_mnist_lt/quickstart.yaml --gpus 8 --images-per-s-per-gpu 1200
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from livt_scale.commands.shards_bench import bench
 
 if TYPE_CHECKING:
     from livt_scale.data.shards import Progress
@@ -53,7 +56,6 @@ def build(
     from livt_scale.data.prepare import Prepare
     from livt_scale.data.shard_spec import load_spec
     from livt_scale.data.shards import build as build_shards
-
     from livt_scale.errors import UsageError
 
     if quality and not resize_shorter:
@@ -179,6 +181,9 @@ def trace(
     typer.echo(f"{chosen}, epoch {epoch} of {seen['steps_per_epoch']} steps, rank {rank} of {world_size}")
     for one in seen["steps"]:
         typer.echo(f"step {one['step']}: {' '.join(one['keys'])}")
+
+
+app.command("bench")(bench)
 
 
 def _seen(folder: str, recipe: Path, stage: str | None, sets: list[str]) -> dict[str, Any]:

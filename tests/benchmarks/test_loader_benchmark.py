@@ -1,4 +1,4 @@
-"""The loader's benchmark reads real photographs with every pipeline that is installed and writes what scripts rely on."""
+"""The loader's benchmark reads photographs with every pipeline that is installed and writes what scripts rely on."""
 
 import importlib.util
 import json
