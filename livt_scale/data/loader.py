@@ -137,7 +137,7 @@ def train_batches(
     dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=epoch, step=step)
     loading = _loading(dataset, micro_batch=micro_batch, local_ranks=local_ranks, demand=demand)
     if shards.remote:
-        in_view = shards_in_view(order, len(shards.manifest.shards), ranks=local_ranks, world_size=world_size)
+        in_view = shards_in_view(order, shards.usable_per_shard, ranks=local_ranks, world_size=world_size)
         shards.remote.check_room(shards.manifest, in_view=in_view, processes=local_ranks * max(1, loading.workers))
     return Batches(dataset, loading)
 

@@ -172,15 +172,20 @@ def fetched_ahead(batches: Iterator[Batch], shards: ShardSet) -> Generator[Batch
         fetchers.stop()
 
 
-def shards_in_view(order: SampleOrder, num_shards: int, *, ranks: int, world_size: int) -> int:
+def shards_in_view(order: SampleOrder, samples_per_shard: Ints, *, ranks: int, world_size: int) -> int:
     """Shards among which `ranks` neighbouring ranks shuffle at a time, at most: a window of each of their groups."""
     base = order.base if isinstance(order, Repeated) else order
     if not isinstance(base, Order):
-        return num_shards  # drawn by class: all shards at any time
-    groups = min(base.lane_groups, -(-base.lane_groups * ranks // world_size) + 1)
-    group_shards = num_shards / base.lane_groups
-    windows = max(1, round(base.num_samples / base.lane_groups / base.window))
-    return min(num_shards, groups * (math.ceil(group_shards / windows) + 1))
+        return len(samples_per_shard)  # drawn by class: all shards at any time
+    groups = -(-base.lane_groups * ranks // world_size)
+    if base.lane_groups * ranks % world_size and world_size % (base.lane_groups * ranks):
+        groups += 1  # a node begins inside a group
+    in_group = base.steps_per_epoch * base.global_batch // base.lane_groups
+    window = math.ceil(in_group / max(1, round(in_group / base.window)))
+    # a run of the row, the samples that the epoch leaves out among them: whole shards, and a part of one at each end
+    run = window + base.num_samples - base.steps_per_epoch * base.global_batch
+    whole = int(np.searchsorted(np.cumsum(np.sort(samples_per_shard)), run, side="right"))
+    return min(len(samples_per_shard), groups * (whole + 2))
 
 
 class _Fetchers:
