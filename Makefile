@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_OUT ?= build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format golden compare bench clean
+.PHONY: help install quickstart test test-slow lint format golden compare bench peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,11 @@ bench: $(READY)  ## run every benchmark; tables here, JSON in build/bench
 			$(BIN)/python $$script --json $(BENCH_OUT)/$$name.json $(BENCH_FLAGS) || exit 1; \
 		fi; \
 	done
+
+peers: $(READY)  ## .venv-peers: .venv and, over it, the loaders that the benchmarks compare ours with
+	$(BIN)/python -m venv --clear .venv-peers
+	.venv-peers/bin/python scripts/overlay.py $(VENV)
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
 
 clean:  ## remove .venv, build and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="livt-loader-") as name:
         folder = Path(name)
-        shards = make_shards(folder, num_images=128 if options.quick else 4096)
+        shards = make_shards(folder, num_images=128 if options.quick else 2 * DISTINCT)
         make_prepared(folder)
         for peer in PEERS.values():
             if peer.prepare and peer.is_installed:
@@ -197,7 +197,8 @@ def measure(place: Place, stage: str, *, images: int, rounds: int) -> dict[str, 
     """Images a second of each pipeline that is installed, round by round."""
     there = {name: pipe for name, pipe in PIPELINES.items() if name not in PEERS or PEERS[name].is_installed}
     rates: dict[str, list[float]] = {name: [] for name in there}
-    for _ in range(rounds):
+    for number in range(rounds):
+        print(f"{stage}: round {number + 1} of {rounds}", file=sys.stderr)
         for name, pipeline in there.items():
             with _quiet(), pipeline(place, stage) as sizes:
                 for _ in range(place.workers * PREFETCH + 2):  # prepared while nobody took it: not counted
