@@ -93,21 +93,14 @@ class Cache:
         is too small; and what `fetch` raises.
         """
         if info.bytes > self.limit:
-            raise self._too_small(info.bytes)
-        stop = cancelled or threading.Event()
-        give_up, pause_s = time.monotonic() + wait_s, 0.01
-        while True:
-            handle = self._open(info)
-            if handle is not None:
-                return handle
-            part = self._claim(info)
-            if isinstance(part, _Part):
-                return self._bring(info, part, fetch)
-            if time.monotonic() > give_up:
-                raise self._waited(info, part, wait_s)
-            if stop.wait(pause_s):
-                raise Cancelled
-            pause_s = min(2 * pause_s, 0.2)
+            raise too_small(self.limit, info.bytes, f"{info.name} alone")
+        try:
+            return self._hold(info, fetch, wait_s=wait_s, stop=cancelled or threading.Event())
+        except OSError as error:
+            raise DataError(
+                f"{self.folder}: the cache of shards cannot be used for {info.name}: {error.strerror or error}",
+                remedy="look at the disk and at whose files lie there, or choose another data.cache.dir",
+            ) from error
 
     def has(self, info: FileInfo) -> bool:
         """Whether the file is here now; it may be gone the next moment."""
@@ -132,6 +125,21 @@ class Cache:
             for file in self._files():
                 if file.is_part:
                     _remove_unless_held(file.path)
+
+    def _hold(self, info: FileInfo, fetch: Fetch, *, wait_s: float, stop: threading.Event) -> int:
+        give_up, pause_s = time.monotonic() + wait_s, 0.01
+        while True:
+            handle = self._open(info)
+            if handle is not None:
+                return handle
+            part = self._claim(info)
+            if isinstance(part, _Part):
+                return self._bring(info, part, fetch)
+            if time.monotonic() > give_up:
+                raise self._waited(info, part, wait_s)
+            if stop.wait(pause_s):
+                raise Cancelled
+            pause_s = min(2 * pause_s, 0.2)
 
     def _open(self, info: FileInfo) -> int | None:
         try:
@@ -225,9 +233,6 @@ class Cache:
             yield
         finally:
             os.close(handle)
-
-    def _too_small(self, needed: int) -> DataError:
-        return too_small(self.limit, needed, "one file")
 
     def _waited(self, info: FileInfo, why: str | None, wait_s: float) -> DataError:
         if why == "full":

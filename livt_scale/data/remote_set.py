@@ -67,7 +67,9 @@ class RemoteFiles:
         if problem := url_problem(url):
             raise UsageError(f"this URL of shards cannot be: {problem}")
         data = data or Data(train=url)
-        return cls(url, data, Cache.of(data.cache))
+        cache = Cache.of(data.cache)
+        cache.tidy()
+        return cls(url, data, cache)
 
     def hold(self, info: FileInfo, *, cancelled: threading.Event | None = None) -> int:
         """A descriptor of the file, fetched if need be; the caller closes it. Raises RemoteError and DataError."""
