@@ -28,11 +28,11 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from livt_scale.data import calibrate
-from livt_scale.data.batch import Batch, Packed, pack
+from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
 from livt_scale.data.calibrate import Loading
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixing import Mix, apply_mix, draw_mix
@@ -53,6 +53,7 @@ class Batches:
     def __init__(self, dataset: _Dataset, loading: Loading) -> None:
         self.loading = loading
         workers, prefetch = loading.workers, loading.prefetch
+        dataset.blocks = Blocks(keep=prefetch + 2)  # those that are ready, one in work, one in use
         with warnings.catch_warnings():  # more workers than cores is the recipe's wish, and `livt doctor`'s to mention
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
@@ -95,7 +96,7 @@ class Batches:
         if isinstance(packed, _Failed):
             self.close()
             raise packed.error
-        return packed if isinstance(packed, Batch) else packed.unpack()
+        return packed if isinstance(packed, Batch) else packed.received().unpack()
 
     def __enter__(self) -> Self:
         return self
@@ -229,6 +230,7 @@ class _Dataset(IterableDataset[Any]):
         super().__init__()
         self.shards = shards
         self.recipe = recipe
+        self.blocks = Blocks(keep=0)
 
     def __iter__(self) -> Iterator[Packed | _Failed]:
         try:
@@ -259,14 +261,15 @@ class _Dataset(IterableDataset[Any]):
         }
         px = self.recipe.model.image_px
         shape = (len(keys), px, px, self.recipe.model.channels)
-        packed = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro))
+        blocks = self.blocks if get_worker_info() else None
+        packed, sent = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro), blocks=blocks)
         slots = torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2)
         for slot, raw, key in zip(slots, reader.read(batch.samples, keys), seed_keys, strict=True):
             try:
                 self.transform(raw.image, slot, epoch=batch.epoch, key=key)
             except BadImage as error:
                 raise raw.error(str(error)) from error
-        return packed
+        return sent
 
 
 class _TrainDataset(_Dataset):
@@ -340,6 +343,7 @@ def _stop(packed: Any, workers: list[Any]) -> None:
         if process.is_alive():
             process.kill()
         process.join()
+    forget([process.pid for process in workers])
 
 
 def _kill(packed: Any, workers: list[Any]) -> None:
@@ -348,6 +352,7 @@ def _kill(packed: Any, workers: list[Any]) -> None:
     for process in workers:
         process.kill()
         process.join()
+    forget([process.pid for process in workers])
 
 
 def _first_dead(workers: list[Any]) -> Any | None:

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchvision.transforms import functional as tv
 
+from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixing import draw_mix
@@ -331,6 +332,48 @@ def test_shared_memory_has_no_name(shards):
     batches = load(shards, data__workers=2)
     assert batches
     assert set(Path("/dev/shm").glob("torch_*")) <= before
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux alone")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_blocks_go_round_and_none_is_filled_while_a_view_of_it_lives(shards, whole, workers):
+    long = {"stages__pretrain__epochs": 60, "stages__pretrain__warmup_epochs": 0, "data__workers": workers}
+    recipe = tiny_recipe(shards.folder, **long)
+    start = {"stage": "pretrain", "rank": 0, "world_size": 1, "micro_batch": 8, "epoch": 0, "step": 0}
+    kept, addresses = [], set()
+    with train_batches(shards, recipe, **start) as batches:
+        for number, batch in enumerate(batches):
+            addresses.add(batch.images.data_ptr())
+            if number % 13 == 0 or number < 6:  # views of all kinds, some longer-lived than there are blocks
+                view = batch.images[3:5, 1]
+                kept.append((view, view.clone(), batch.labels.view(2, 4), batch.labels.tolist()))
+            del batch
+            if number == 6:
+                pids = {process.pid for process in batches._workers}
+                assert {name[0] for name in _RECEIVED} >= pids
+        assert number == 60 * STEPS - 1
+        assert len(addresses) < 60 * STEPS / 2  # else nothing would have gone round
+    assert not {name[0] for name in _RECEIVED} & pids
+    for view, copy, labels, values in kept:  # after the processes have ended, too
+        assert torch.equal(view, copy)
+        assert labels.flatten().tolist() == values
+
+
+def test_a_process_forked_while_a_batch_is_in_use_does_not_hand_its_block_back(shards):
+    recipe = tiny_recipe(shards.folder, data__workers=1)
+    start = {"stage": "pretrain", "rank": 0, "world_size": 1, "micro_batch": 8, "epoch": 0, "step": 0}
+    with train_batches(shards, recipe, **start) as batches:
+        batch = next(batches)
+        block = next(block for name, block in _RECEIVED.items() if name[0] == batches._workers[0].pid)
+        if (child := os.fork()) == 0:
+            del batch
+            gc.collect()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert block[0] == 1
+        del batch
+        gc.collect()
+        assert block[0] == 0
 
 
 def test_a_message_between_processes_stays_below_the_pipe_s_atomic_size(shards):
