@@ -116,8 +116,9 @@ def test_what_was_used_longest_ago_goes_first(cache):
 
 def test_what_is_read_is_never_removed(cache):
     with contextlib.ExitStack() as reading:
-        for number in (1, 2):
-            reading.enter_context(closing_fd(cache.hold(info_of(number), writes(number), wait_s=5)))
+        use(cache, 2)
+        for number, fetch in ((1, writes(1)), (2, unexpected)):  # one just fetched, one that was there
+            reading.enter_context(closing_fd(cache.hold(info_of(number), fetch, wait_s=5)))
         for number in (3, 4, 5):
             use(cache, number)
         assert kept(cache) == [1, 2, 5]

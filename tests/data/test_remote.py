@@ -93,7 +93,8 @@ def test_the_error_names_url_shard_tries_and_how_long(server, tmp_path):
 
 def test_a_stalled_connection_is_cut(server, tmp_path):
     server.plan = faults_before(1, "stall")
-    assert fetch(server, tmp_path, told=QUICK.model_copy(update={"stall_timeout_s": 0.2}))
+    told = QUICK.model_copy(update={"stall_timeout_s": 0.2, "deadline_s": 10})  # that alone: no second try
+    assert fetch(server, tmp_path, told=told)
     server.plan = lambda name, before: "stall"
     with pytest.raises(RemoteError, match=r"2 tries .* stalled"):
         fetch(server, tmp_path, told=QUICK.model_copy(update={"stall_timeout_s": 0.2, "tries": 2}))
