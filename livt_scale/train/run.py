@@ -16,7 +16,7 @@ from livt_scale.checkpoint.store import Saver
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.stream import stage_order
-from livt_scale.errors import UsageError
+from livt_scale.errors import DataError, LivtError, UsageError
 from livt_scale.parallel.ddp import Ddp
 from livt_scale.parallel.topology import World, agree, all_or_none, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
@@ -62,11 +62,34 @@ def run_dir_of(recipe: Recipe) -> Path:
     return Path(recipe.run_dir or Path("runs") / recipe.name)
 
 
+def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
+    """The training set, the same on every rank: what goes wrong on one of them is raised on all.
+
+    Raises DataError where a rank reads another manifest or quarantine than rank 0: it would train on other samples.
+    """
+    train_set: ShardSet | None = None
+    error: LivtError | None = None
+    try:
+        train_set = ShardSet.open(recipe.data.train, data=recipe.data)
+    except LivtError as caught:
+        error = caught
+    all_or_none(world, error)
+    assert train_set is not None
+    digest = train_set.digest
+    if digest != agree(world, lambda: digest):
+        error = DataError(
+            f"rank {world.rank} reads another manifest or quarantine in {recipe.data.train} than rank 0",
+            remedy="start again when the set is the same for all nodes",
+        )
+    all_or_none(world, error)
+    return train_set
+
+
 def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, plan: BatchPlan) -> None:
     folder = run_dir / stage
     status = rundir.Status(folder, stage=stage, writes=world.is_main)
     with status.told():
-        train_set = ShardSet.open(recipe.data.train, data=recipe.data)
+        train_set = open_alike(recipe, world=world)
         order = stage_order(train_set, recipe, stage)
         task = _make_task(recipe, stage, train_set, run_dir=run_dir, world=world)
         schedule = Schedule(
