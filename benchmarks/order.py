@@ -11,7 +11,7 @@ tracemalloc's MiB, NumPy's arrays among them, while starting and after it; `rss`
 the interpreter and NumPy not counted.
 
 Bytes: over one epoch, by how much the bytes that all nodes fetch exceed those of the set, for every number of nodes
-that divides the batch, up to as many as leave each 10 shards: the mean and the worst over random sets, shards of equal
+that divides the batch, up to as many as leave each 12 shards: the mean and the worst over random sets, shards of equal
 size, and of sizes between 1 and 2.
 """
 
@@ -150,7 +150,7 @@ def median_of(rounds: list[dict[str, float]]) -> dict[str, float]:
 
 
 def locality(sets: int) -> dict[str, dict[str, float]]:
-    """What all nodes fetch over what the set has, for random sets with 10 to 14 shards a node."""
+    """What all nodes fetch over what the set has, for random sets with 12 to 16 shards a node."""
     rng = np.random.default_rng(0)
     rows = {}
     for batch in (64, 96, 120):
@@ -158,7 +158,7 @@ def locality(sets: int) -> dict[str, dict[str, float]]:
             ratios, most = [], 0
             for _ in range(sets):
                 nodes = int(rng.choice([n for n in range(4, 33) if batch % n == 0]))
-                count = nodes * int(rng.integers(10, 15))
+                count = nodes * int(rng.integers(12, 17))
                 shards = (
                     rng.integers(20, 41, count) if uneven else np.append(np.full(count - 1, 30), 1 + rng.integers(30))
                 )

@@ -80,7 +80,7 @@ class Data(RecipePart):
     )
     prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready; with auto, at most")
     lane_groups: PositiveInt | None = Field(
-        None, description="groups of slots with shards of their own; None: the most that leave each 10 shards"
+        None, description="groups of slots with shards of their own; None: the most that leave each 12 shards"
     )
     shuffle_window: PositiveInt = Field(65536, description="samples among which a lane group shuffles")
     cache: Cache = Cache()

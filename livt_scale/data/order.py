@@ -32,7 +32,7 @@ from livt_scale.errors import DataError
 
 Ints = npt.NDArray[np.int64]
 
-SHARDS_A_GROUP = 10  # at least: then the shards that two groups share are under a tenth of all
+SHARDS_A_GROUP = 12  # at least: the shards that two nodes share are then a twelfth, and under a tenth of uneven bytes
 MOST_LANE_GROUPS = 512  # bounds the memory of one process that reads all groups: a window each
 
 
@@ -62,7 +62,7 @@ class Order:
     """The training order of a set of shards at one global batch size.
 
     `samples_per_shard`: int64 `[num_shards]`, what is in quarantine already left out. Positions count those samples,
-    shard after shard. `lane_groups`: None picks so many that nodes up to `most_nodes`, ten shards each, share few.
+    shard after shard. `lane_groups`: None picks so many that nodes up to `most_nodes`, twelve shards each, share few.
     Raises DataError where an epoch would not fill one global batch.
     """
 
@@ -173,7 +173,7 @@ def eval_positions(num_samples: int, *, rank: int, world_size: int) -> range:
 
 
 def _most_nodes(global_batch: int, num_shards: int) -> int:
-    """The largest number of nodes with equal slots that leaves each ten shards."""
+    """The largest number of nodes with equal slots that leaves each twelve shards."""
     most = max(1, min(num_shards // SHARDS_A_GROUP, MOST_LANE_GROUPS, global_batch))
     return next(g for g in range(most, 0, -1) if global_batch % g == 0)
 

@@ -77,7 +77,7 @@ def test_every_sample_may_stand_in_every_slot_of_a_small_set():
 def test_lane_groups_read_shards_of_their_own():
     shards = [30] * 64
     order = Order(shards, 32, seed=1)
-    assert order.lane_groups == 4  # 64 shards leave each of 6 ten, and 4 is the largest divisor of 32 up to 6
+    assert order.lane_groups == 4  # 64 shards leave each of 5 nodes twelve, and 4 is the largest divisor of 32 up to 5
     read = 0
     for group in range(4):
         mine = [order.positions(0, s, first_slot=group * 8, num_slots=8) for s in range(order.steps_per_epoch)]
@@ -128,7 +128,7 @@ def shards_read(shards: list[int], order: Order, epoch: int, nodes: int) -> list
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.sampled_from([8, 12, 24, 30, 32, 36]),
-    per_group=st.integers(10, 14),
+    per_group=st.integers(12, 16),
     last=st.integers(1, 30),
     size=st.integers(20, 30),
     window=st.sampled_from([64, 65536]),
@@ -156,13 +156,13 @@ def test_nodes_share_no_shard_but_those_at_their_borders(shards, data):
 
 
 def test_the_order_of_lane_groups_is_the_one_of_earlier_releases():
-    order = Order([5] * 40, 16, seed=42)
+    order = Order([5] * 40, 16, seed=42, lane_groups=4)
     golden = [1, 124, 38, 180, 185, 88, 188, 196, 49, 71, 134, 55, 105, 60, 81, 106]
-    assert (order.lane_groups, order.positions(3, 5).tolist()) == (4, golden)
+    assert order.positions(3, 5).tolist() == golden
 
 
 def test_a_node_never_cuts_a_lane_group_in_two():
-    for batch, shards, groups in ((1024, 80, 8), (24, 80, 24), (96, 200, 48), (512, 19, 1), (36, 70, 12)):
+    for batch, shards, groups in ((1024, 96, 8), (24, 96, 24), (96, 240, 48), (512, 23, 1), (36, 84, 12)):
         order = Order([30] * shards, batch, seed=0)
         assert order.lane_groups == groups
         assert all(groups % n == 0 for n in range(1, order.most_nodes + 1) if batch % n == 0)
