@@ -51,7 +51,7 @@ class Loading:
 
     def __str__(self) -> str:
         ready = f"{self.workers} processes x {self.prefetch} micro-batches" if self.workers else "no processes"
-        most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.most_bytes / 1e6:.0f} MB ready"
+        most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.most_bytes / 1e6:.1f} MB ready"
         return f"loader: {ready} of {most} ({self.why})"
 
 

@@ -40,7 +40,7 @@ def test_a_known_demand_gets_a_quarter_more_than_it_asks_for():
     chosen = choose(AUTO, rate=900, demand=3000, cores=8, has_gpu=True, micro_batch_bytes=MB)
     assert chosen.workers == 5  # 1.25 · 3000 / 900 = 4.2
     assert "3,000 images/s" in str(chosen)
-    assert "at most 20 MB ready" in str(chosen)
+    assert "at most 20.0 MB ready" in str(chosen)
 
 
 def test_a_demand_beyond_the_cores_is_told():
