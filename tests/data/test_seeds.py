@@ -37,7 +37,7 @@ def test_the_border_between_key_and_purpose_counts():
 
 
 def test_a_key_that_is_no_unicode_has_a_generator():
-    sample_rng(0, 0, b"caf\xe9".decode("utf-8", "surrogateescape"), "crop").random()
+    assert 0 <= sample_rng(0, 0, b"caf\xe9".decode("utf-8", "surrogateescape"), "crop").random() < 1
 
 
 def test_the_stream_is_the_one_that_old_runs_drew():
