@@ -168,10 +168,12 @@ class SampleReader:
         for row, shard, key in zip(rows.tolist(), in_shard.tolist(), names, strict=True):
             start, nbytes, data_offset, data_size, label, crc32, image_type, _ = row
             block = self._fetch(shard, start, nbytes, key)
-            if zlib.crc32(block) != crc32 and shards.remote:  # it was whole when it came: the cache's disk lost it
+            whole = zlib.crc32(block) == crc32
+            if not whole and shards.remote:  # it was whole when it came: the cache's disk lost it
                 shards.remote.cache.drop(shards.manifest.shards[shard])
                 block = self._fetch(shard, start, nbytes, key)
-            if zlib.crc32(block) != crc32:
+                whole = zlib.crc32(block) == crc32
+            if not whole:
                 raise _sample_error(self._paths[shard], start, key, "its bytes are not those that were written")
             yield RawSample(
                 key=key,

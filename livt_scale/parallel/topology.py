@@ -107,6 +107,17 @@ def agree(world: World, what: Callable[[], T]) -> T:
     return result[0]  # type: ignore[return-value]
 
 
+def all_do(world: World, work: Callable[[], T]) -> T:
+    """`work()` on each rank, its own result on each; if it fails on one, it fails on all."""
+    try:
+        result = work()
+    except Exception as error:
+        all_or_none(world, error)
+        raise
+    all_or_none(world, None)
+    return result
+
+
 def all_or_none(world: World, error: Exception | None) -> None:
     """Raise on every rank if any rank has an error: its own, or the first of the others'."""
     import torch.distributed as dist

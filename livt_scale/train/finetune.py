@@ -19,7 +19,7 @@ from livt_scale.models.classifier import Classifier, build_classifier, load_enco
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Finetune, Loss, Recipe
 from livt_scale.train.evaluate import TrainingClasses, evaluate, weights_lineage
-from livt_scale.train.loop import Task
+from livt_scale.train.loop import Evaluation, Task
 from livt_scale.train.rundir import is_done, read_status
 
 
@@ -96,14 +96,14 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
     return objective
 
 
-def _evaluator(
-    model: Classifier, recipe: Recipe, train: ShardSet, world: World
-) -> Callable[[], tuple[dict[str, float], float]]:
+def _evaluator(model: Classifier, recipe: Recipe, train: ShardSet, world: World) -> Callable[[], Evaluation]:
     assert recipe.data.val is not None
     val, classes = ShardSet.open(recipe.data.val, data=recipe.data), TrainingClasses.of(train)
 
-    def run() -> tuple[dict[str, float], float]:
-        top1 = evaluate(model, val, recipe, world=world, classes=classes)["top1"]
-        return {f"top1_{group}": value for group, value in top1.items() if value is not None}, top1["all"]
+    def run() -> Evaluation:
+        report = evaluate(model, val, recipe, world=world, classes=classes)
+        top1 = report["top1"]
+        values = {f"top1_{group}": value for group, value in top1.items() if value is not None}
+        return Evaluation(values, top1["all"], report)
 
     return run

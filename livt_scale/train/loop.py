@@ -31,19 +31,28 @@ from livt_scale.train.state import TrainState
 from livt_scale.train.telemetry import Telemetry
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation gives the loop: values to note, the score of the weights, and the report in full."""
+
+    values: dict[str, float]
+    score: float
+    report: dict[str, Any]
+
+
 @dataclass
 class Task:
     """What a stage is to the loop.
 
-    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate`
-    gives values to note and the score by which the best checkpoint is known; it is called on all ranks.
+    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate` is
+    called on all ranks, last of all with the weights that the stage ends with: `fit` returns that one.
     """
 
     part: StagePart
     model: nn.Module
     groups: list[dict[str, Any]]
     objective: Callable[[Callable[..., Any], Batch], Tensor]
-    evaluate: Callable[[], tuple[dict[str, float], float]] | None = None
+    evaluate: Callable[[], Evaluation] | None = None
     evaluate_every_epochs: int | None = None
     origin: dict[str, Any] | None = None  # lineage of the weights that the stage begins with; None: the seed
     draw: Callable[[Path, str], None] | None = None  # a picture beside each checkpoint, on the main rank
@@ -88,8 +97,12 @@ def fit(
     status: Status,
     world: World,
     folder: Path,
-) -> None:
-    """Train from `state.step` to the end of the stage, saving on the way. Raises Preempted, NonFiniteError, …"""
+) -> Evaluation | None:
+    """Train from `state.step` to the end of the stage, saving on the way. Raises Preempted, NonFiniteError, …
+
+    Returns the evaluation of the final weights; None where the stage has none, or nothing was left to train.
+    """
+    evaluation: Evaluation | None = None
     with Preemption() as preemption:
         while state.step < schedule.total:
             started = time.perf_counter()
@@ -111,12 +124,13 @@ def fit(
                 step_s=time.perf_counter() - started,
                 data_wait_s=data_wait_s,
             )
-            _after_step(task, state, schedule, saver, telemetry, status, folder, world, stop=agreed.stop)
+            evaluation = _after_step(task, state, schedule, saver, telemetry, status, folder, world, stop=agreed.stop)
             if agreed.stop and state.step < schedule.total:
                 saver.wait()
                 why = preemption.requested or "a signal on another rank"
                 raise Preempted(f"stopped by {why} after step {state.step} of {schedule.total}; all of it is saved")
     saver.wait()
+    return evaluation
 
 
 def retention(saving: Checkpoint) -> Retention:
@@ -197,14 +211,16 @@ def _after_step(
     world: World,
     *,
     stop: bool,
-) -> None:
-    """What is due after a step: evaluation, checkpoint and picture, the word on how the run stands."""
-    done, score = state.step, None
+) -> Evaluation | None:
+    """What is due after a step: evaluation (returned), checkpoint and picture, the word on how the run stands."""
+    done, evaluation = state.step, None
     if task.evaluate is not None and schedule.evaluates(done):
-        values, score = task.evaluate()
-        telemetry.note(done, **values)
-    if schedule.saves(done) or stop or score is not None:
+        evaluation = task.evaluate()
+        telemetry.note(done, **evaluation.values)
+    if schedule.saves(done) or stop or evaluation is not None:
+        score = evaluation.score if evaluation is not None else None
         state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=telemetry.sums)
         status.write("running", step=done, total_steps=schedule.total)
         if task.draw is not None and world.is_main:
             task.draw(folder / "samples", f"step-{done:08d}")
+    return evaluation

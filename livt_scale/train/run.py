@@ -16,9 +16,9 @@ from livt_scale.checkpoint.store import Saver
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.stream import stage_order
-from livt_scale.errors import DataError, LivtError, UsageError
+from livt_scale.errors import DataError, UsageError
 from livt_scale.parallel.ddp import Ddp
-from livt_scale.parallel.topology import World, agree, all_or_none, detect, process_group
+from livt_scale.parallel.topology import World, agree, all_do, all_or_none, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.train import evaluate as evaluation
 from livt_scale.train import pictures, rundir
@@ -67,15 +67,9 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
 
     Raises DataError where a rank reads another manifest or quarantine than rank 0: it would train on other samples.
     """
-    train_set: ShardSet | None = None
-    error: LivtError | None = None
-    try:
-        train_set = ShardSet.open(recipe.data.train, data=recipe.data)
-    except LivtError as caught:
-        error = caught
-    all_or_none(world, error)
-    assert train_set is not None
+    train_set = all_do(world, lambda: ShardSet.open(recipe.data.train, data=recipe.data))
     digest = train_set.digest
+    error: DataError | None = None
     if digest != agree(world, lambda: digest):
         error = DataError(
             f"rank {world.rank} reads another manifest or quarantine in {recipe.data.train} than rank 0",
@@ -111,28 +105,21 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
             _announce(stage, task, plan, world, resumed)
             with _telemetry(recipe, stage, folder, schedule, state, world) as telemetry:
                 batches = _batches(recipe, stage, train_set, plan, schedule, state, world)
-                fit(
+                ended = fit(
                     task, batches, state=state, strategy=strategy, schedule=schedule, plan=plan, saver=saver,
                     telemetry=telemetry, status=status, world=world, folder=folder,
                 )  # fmt: skip
-        if stage == "finetune" and recipe.data.val:
-            _write_evaluation(task, recipe, train_set, folder, facts, schedule, world)
+        if task.evaluate is not None:
+            ended = ended or task.evaluate()  # a run that was killed between its last checkpoint and here
+            if world.is_main:
+                _write_evaluation(ended.report, train_set, folder, facts, schedule)
         status.write("done", step=state.step, total_steps=schedule.total)
 
 
 def _make_task(recipe: Recipe, stage: Stage, train_set: ShardSet, *, run_dir: Path, world: World) -> Task:
-    task: Task | None = None
-    error: Exception | None = None
-    try:
-        if stage == "pretrain":
-            task = pretrain_task(recipe, train_set, world=world)
-        else:
-            task = finetune_task(recipe, train_set, run_dir=run_dir, world=world)
-    except Exception as caught:
-        error = caught
-    all_or_none(world, error)
-    assert task is not None
-    return task
+    if stage == "pretrain":
+        return all_do(world, lambda: pretrain_task(recipe, train_set, world=world))
+    return all_do(world, lambda: finetune_task(recipe, train_set, run_dir=run_dir, world=world))
 
 
 def _batches(
@@ -162,29 +149,12 @@ def _batches(
 
 
 def _write_evaluation(
-    task: Task,
-    recipe: Recipe,
-    train_set: ShardSet,
-    folder: Path,
-    facts: dict[str, Any],
-    schedule: Schedule,
-    world: World,
+    report: dict[str, Any], train_set: ShardSet, folder: Path, facts: dict[str, Any], schedule: Schedule
 ) -> None:
-    assert recipe.data.val is not None
-    classes = evaluation.TrainingClasses.of(train_set)
-    report = evaluation.evaluate(
-        task.model,
-        ShardSet.open(recipe.data.val, data=recipe.data),
-        recipe,
-        world=world,
-        classes=classes,
-    )
-    if world.is_main:
-        end = schedule.position(schedule.total)
-        name = step_name(end.step)
-        weights = evaluation.weights_lineage(facts, step=end.step, epoch=end.epoch, checkpoint=name)
-        evaluation.write_eval(report, folder / "eval.json", weights=weights)
-        pictures.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
+    end = schedule.position(schedule.total)
+    weights = evaluation.weights_lineage(facts, step=end.step, epoch=end.epoch, checkpoint=step_name(end.step))
+    evaluation.write_eval(report, folder / "eval.json", weights=weights)
+    pictures.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
 
 
 def _telemetry(

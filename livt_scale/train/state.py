@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from livt_scale.checkpoint import store
-from livt_scale.checkpoint.state import collect, restore
+from livt_scale.checkpoint.state import collect
 from livt_scale.checkpoint.store import Position, Saver
 from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import CheckpointMismatch
@@ -54,9 +54,8 @@ class TrainState:
         if path is None:
             return None
         saver.peers.all_do(lambda: _check_same(self.facts, store.read_manifest(path).facts, path))
-        live = collect(self.model, self.optimizer)
+        live = collect(self.model, self.optimizer)  # the tensors themselves: loading fills model and optimizer
         manifest = store.load(path, live, check=False, peers=saver.peers)  # newest_whole has read every byte
-        restore(self.model, self.optimizer, live)
         self.step = int(manifest["position"]["step"])
         self.sums = manifest["facts"]["sums"]
         return path.name
