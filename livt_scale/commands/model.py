@@ -57,11 +57,12 @@ def eval_(
     livt eval exports/try --data shards/fashion-mnist-lt/val --json
     """
     from livt_scale.export import evaluate_path
+    from livt_scale.parallel.cores import told_to_loader
     from livt_scale.parallel.topology import detect, process_group
     from livt_scale.train.evaluate import write_eval
 
     world = detect()
-    with process_group(world, timeout_s=TIMEOUT_S):
+    with process_group(world, timeout_s=TIMEOUT_S), told_to_loader(world):
         report = evaluate_path(path, data=data, which=which, batch=batch, world=world)
     if not world.is_main:
         return

@@ -17,7 +17,8 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,9 +103,23 @@ def ready_bytes(local_ranks: int) -> int:
     return min(MOST_READY_BYTES, free // 2) // local_ranks
 
 
+@contextmanager
+def cores_are(cores: int) -> Iterator[None]:
+    """For as long as it lasts this process has `cores` for itself: what ranks that asked each other found."""
+    global _own_cores
+    before, _own_cores = _own_cores, cores
+    try:
+        yield
+    finally:
+        _own_cores = before
+
+
+_own_cores: int | None = None  # of this process, as torch's number of threads is
+
+
 def cores_for_rank(local_ranks: int) -> int:
-    """This rank's share of the cores that it may run on together with the other ranks of its node."""
-    return max(1, usable_cores() // local_ranks)
+    """This rank's share of its node's cores: what `cores_are` told; else of those that it may run on, an equal part."""
+    return max(1, usable_cores() // local_ranks) if _own_cores is None else _own_cores
 
 
 def decode_rate(

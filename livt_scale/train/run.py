@@ -17,6 +17,7 @@ from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.stream import stage_order
 from livt_scale.errors import DataError, UsageError
+from livt_scale.parallel import cores
 from livt_scale.parallel.ddp import Ddp
 from livt_scale.parallel.topology import World, agree, all_do, all_or_none, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
@@ -41,7 +42,8 @@ def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
     world = detect()
     plans = {name: _plan(recipe, name, world) for name in recipe.stage_names}  # before anything is allocated
     _set_up_torch(recipe.parallel)
-    with process_group(world, timeout_s=recipe.parallel.timeout_s), _alone(run_dir, world):
+    group = process_group(world, timeout_s=recipe.parallel.timeout_s)
+    with group, cores.told_to_loader(world), _alone(run_dir, world):
         agree(world, lambda: rundir.save_resolved(recipe, run_dir))
         for name in (stage,) if stage else recipe.stage_names:
             if agree(world, lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
@@ -142,7 +144,7 @@ def _batches(
         epoch=epoch,
         step=step,
         local_ranks=world.local_size,
-        demand=measured_demand(run_dir_of(recipe) / stage, world_size=world.world_size),
+        demand=measured_demand(run_dir_of(recipe) / stage),
     )
     _say(world, f"{stage}: {batches.loading}")
     return iter(batches)
@@ -167,6 +169,7 @@ def _telemetry(
         total_steps=schedule.total,
         steps_per_epoch=schedule.steps_per_epoch,
         global_batch=recipe.stage(stage).global_batch,
+        world_size=world.world_size,
         start_step=state.step,
         sums=state.sums,
         tensorboard=recipe.log.tensorboard,

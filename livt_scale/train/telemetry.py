@@ -35,6 +35,7 @@ class Telemetry:
         total_steps: int,
         steps_per_epoch: int,
         global_batch: int,
+        world_size: int,
         start_step: int,
         sums: dict[str, float] | None,
         tensorboard: bool,
@@ -43,6 +44,7 @@ class Telemetry:
         self._path = folder / METRICS
         self._label, self._every, self._total = label, every_steps, total_steps
         self._per_epoch, self._images, self._start = steps_per_epoch, global_batch, start_step
+        self._world_size = world_size
         self._sums = {"loss": 0.0, "grad_norm": 0.0, "step_s": 0.0, "data_wait_s": 0.0, "steps": 0.0, **(sums or {})}
         self._tracker = _tensorboard(folder, purge_step=start_step + 1) if tensorboard and writes else None
         self._writes = writes
@@ -110,11 +112,12 @@ class Telemetry:
             "data_wait_s": round(mean["data_wait_s"], 6),
             "step_s": round(mean["step_s"], 6),
             "grad_norm": mean["grad_norm"],
+            "world_size": self._world_size,
         }
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._tracker is not None:
-            self._tracker.log({k: v for k, v in line.items() if k != "step"}, step=done)
+            self._tracker.log({k: v for k, v in line.items() if k not in ("step", "world_size")}, step=done)
         if self._progress is None and (
             time.monotonic() - self._last_line_s > PLAIN_LINE_EVERY_S or done == self._total
         ):
@@ -144,15 +147,16 @@ def _tensorboard(folder: Path, *, purge_step: int) -> Any:
     return tracker
 
 
-def measured_demand(folder: Path, *, world_size: int) -> float | None:
+def measured_demand(folder: Path) -> float | None:
     """Images a second that a rank's steps took from its loader in an earlier part of the run, less their waits.
 
-    From the last line of metrics.jsonl, where the run stopped; None where there is none.
+    From the last line of metrics.jsonl, where the run stopped, and the world size of that time: what one rank takes
+    is its device's, and stays when the run goes on with more of them. None where there is no such line.
     """
     try:
         line = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
         busy = 1 - line["data_wait_s"] / line["step_s"]
-        return float(line["images_per_s"]) / world_size / busy if busy > 0 else None
+        return float(line["images_per_s"]) / line["world_size"] / busy if busy > 0 else None
     except (OSError, ValueError, LookupError, ZeroDivisionError, TypeError):
         return None  # not begun, or a half line of a killed process: nothing is known
 

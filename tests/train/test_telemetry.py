@@ -14,7 +14,7 @@ LOSSES = [0.1 * (k + 1) ** 0.5 for k in range(20)]
 def record(folder, *, first: int, last: int, sums=None) -> dict[str, float]:
     with Telemetry(
         folder, label="pretrain", every_steps=4, total_steps=20, steps_per_epoch=10, global_batch=64,
-        start_step=first, sums=sums, tensorboard=False, writes=True,
+        world_size=2, start_step=first, sums=sums, tensorboard=False, writes=True,
     ) as telemetry:  # fmt: skip
         for done in range(first + 1, last + 1):
             telemetry.step(done, loss=LOSSES[done - 1], grad_norm=1.0, lr=0.5, step_s=0.25, data_wait_s=0.05)
@@ -45,4 +45,5 @@ def test_a_line_has_the_names_that_scripts_rely_on(tmp_path):
     assert first["epoch"] == 0.4
     assert first["loss"] == pytest.approx(sum(LOSSES[:4]) / 4)
     assert first["images_per_s"] == 256
+    assert first["world_size"] == 2
     assert {"lr", "data_wait_s", "step_s"} <= first.keys()
