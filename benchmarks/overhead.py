@@ -33,9 +33,9 @@ from livt_scale import optim
 from livt_scale.checkpoint.store import Saver
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.parallel.ddp import Ddp
+from livt_scale.parallel.strategy import make_strategy
 from livt_scale.parallel.topology import World
-from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.batches import plan_batches
 from livt_scale.train.finetune import finetune_task
@@ -89,7 +89,7 @@ def make_bare_step(task: Task) -> Callable[[Batch], None]:
     """Forward, backward, step, zero_grad of `task`'s model, and nothing else."""
     device = World().device
     model = task.model.to(device)
-    optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
+    optimizer = optim.make_adamw(task.groups(model), betas=task.part.betas)
     optim.set_lr(optimizer, 1e-4)
 
     def call(*inputs: Any, last: bool = True) -> Any:  # noqa: ARG001 - as the loop's
@@ -146,11 +146,8 @@ def run_loop(
     """`fit` as `livt train` calls it, over `steps` steps and one more that ends the time of the last."""
     saving = recipe.checkpoint.model_copy(update={"every_steps": save_every, "mode": "async"})
     schedule = Schedule(1, steps + 1, saving)
-    strategy = Ddp(task.model, world=World(), precision="fp32")
-    optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
-    state = TrainState(
-        task.model, optimizer, run_facts(recipe, stage, shards, strategy=strategy.name, origin=task.origin)
-    )
+    strategy = make_strategy(Parallel(), task.model, task.groups, betas=task.part.betas, world=World())
+    state = TrainState(strategy, run_facts(recipe, stage, shards, strategy=strategy.name, origin=task.origin))
     telemetry = Telemetry(
         folder,
         label=stage,
@@ -172,7 +169,7 @@ def run_loop(
 
         turns = TakenInTurn(batches, bare_step=make_bare_step(twin), settle=settle)
         fit(
-            task, turns, state=state, strategy=strategy, schedule=schedule, plan=plan, saver=saver,
+            task, turns, state=state, schedule=schedule, plan=plan, saver=saver,
             telemetry=telemetry, status=Status(folder, stage=stage, writes=True), world=World(), folder=folder,
         )  # fmt: skip
     return turns

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -72,9 +72,14 @@ def lr_at(
     return min_lr + (peak_lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_adamw(groups: Iterable[dict[str, Any]], *, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Fused AdamW over `param_groups`. Its rate is 0 until `set_lr` is called, which every step does."""
-    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, fused=True)
+def make_adamw(
+    groups: Iterable[dict[str, Any]],
+    *,
+    betas: tuple[float, float],
+    implementation: Literal["fused", "foreach"] = "fused",
+) -> torch.optim.AdamW:
+    """AdamW over `param_groups`. Its rate is 0 until `set_lr` is called, which every step does."""
+    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, **{implementation: True})
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

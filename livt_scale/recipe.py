@@ -3,7 +3,8 @@
 A default stands here and nowhere else. Unless a description says otherwise it is the paper's (LiVT, arXiv
 2212.02015, table of hyper-parameters for ImageNet-LT; MAE, arXiv 2111.06377, table 8). `None` means "derived",
 and the description says from what. What the recipe alone decides is checked here; what needs the world size is
-checked by `livt_scale.train.batches`. Reading YAML, `extends:` and `--set` is `livt_scale.recipe_file`'s.
+checked by `livt_scale.train.batches`. How the work is done (`parallel`, `checkpoint`, `log`) is
+`livt_scale.recipe_work`'s, reading YAML, `extends:` and `--set` is `livt_scale.recipe_file`'s.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -25,6 +24,7 @@ from pydantic import (
 )
 
 from livt_scale.location import is_url, url_problem
+from livt_scale.recipe_work import Checkpoint, Log, Parallel, RecipePart
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Stage = Literal["pretrain", "finetune"]
@@ -41,10 +41,6 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
     "vit_h": (1280, 32, 16, 14),
 }
 LOSS_NAMES = ("ce", "bce", "bal_ce", "bal_bce")
-
-
-class RecipePart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Cache(RecipePart):
@@ -318,39 +314,6 @@ class Stages(RecipePart):
         if self.finetune and self.finetune.init == "pretrain" and not self.pretrain:
             raise ValueError("finetune.init is 'pretrain' but there is no stage pretrain: add it, or set 'scratch'")
         return self
-
-
-class Parallel(RecipePart):
-    """How the work is spread. The number of processes is the launcher's to say, never the recipe's."""
-
-    strategy: Literal["auto", "ddp"] = Field("auto", description="auto: plain for one process, ddp for more")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    threads: PositiveInt | None = Field(
-        None, description="CPU threads that a process computes with; None: torch's choice (OMP_NUM_THREADS)"
-    )
-    deterministic: bool = Field(
-        False,
-        description="only kernels that repeat bit for bit; on GPUs slower, on CPUs those of this project do anyway",
-    )
-    timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this ends the run")
-
-
-class Checkpoint(RecipePart):
-    """When to save, and what to keep. The end of a stage is always saved and never pruned."""
-
-    every_steps: PositiveInt | None = Field(None, description="None: at the end of every epoch")
-    mode: Literal["async", "sync"] = Field("async", description="async: written while training goes on")
-    keep_last: PositiveInt = 2
-    keep_every_epochs: PositiveInt | None = Field(None, description="also keep each nth epoch's; None: none")
-    keep_best: bool = Field(True, description="also keep the one with the best evaluation (fine-tuning)")
-
-
-class Log(RecipePart):
-    """What is written while a run goes on."""
-
-    every_steps: PositiveInt = Field(20, description="steps a line of metrics.jsonl")
-    tensorboard: bool = True
-    num_reconstructions: NonNegativeInt = Field(8, description="images in the pretraining's picture, each save")
 
 
 class Recipe(RecipePart):

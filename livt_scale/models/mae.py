@@ -56,7 +56,7 @@ def build_mae(model: Model, *, norm_pix: bool, mask_ratio: float) -> MaskedAutoe
 
 
 class MaskedAutoencoder(nn.Module):
-    """MAE. `forward` gives the training loss, `reconstruct` the pictures.
+    """MAE. `forward` gives the training loss, `reconstruct` the pixels.
 
     Keeps `num_kept` of `model.num_patches` patches. `pos_embed` and `decoder_pos_embed` are fixed: in the state dict,
     without a gradient.
@@ -95,11 +95,14 @@ class MaskedAutoencoder(nn.Module):
             self.decoder_pos_embed.copy_(sincos_positions(self.decoder_pos_embed.shape[-1], self.grid))
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, images: Tensor, noise: Tensor) -> Tensor:
+    def forward(self, images: Tensor, noise: Tensor, *, predict: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Mean squared error over the masked patches, a scalar in float32 (float64 for float64 images).
 
-        `images`: float `[B, C, H, W]`, normalised; `noise`: `[B, L]`, any numbers, the lowest are kept.
+        `images`: float `[B, C, H, W]`, normalised; `noise`: `[B, L]`, any numbers, the lowest are kept. `predict`: what
+        `reconstruct` gives instead; here too, because sharded weights are there for a call of the module alone.
         """
+        if predict:
+            return self.reconstruct(images, noise)
         masking = self.mask(noise)
         prediction = self._predict(images, masking)
         target, _, _ = self._target(images, masking.masked)

@@ -1,11 +1,4 @@
-"""One process, or DistributedDataParallel over several: the whole model on each rank.
-
-What a strategy is to the loop (`fsdp` and `zero*` will answer to the same names):
-
-    call(*inputs)              forward, in the recipe's precision
-    backward(loss, last=...)   gradients add up; ranks exchange them after the last micro-batch alone
-    clip(max_norm) -> norm     the exact global gradient norm, clipped where `max_norm` says so
-"""
+"""One process, or DistributedDataParallel over several: the whole model on each rank."""
 
 from __future__ import annotations
 
@@ -17,7 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from livt_scale.parallel import precision
+from livt_scale.parallel.strategy import Groups
 from livt_scale.parallel.topology import World
+from livt_scale.parallel.updates import TorchUpdates, Updates
+from livt_scale.recipe import Parallel
 
 # Our buffers are constants (positions): not to be sent at every forward. torch 2.14 gave the option a new name.
 _NAMES = inspect.signature(DistributedDataParallel).parameters
@@ -26,15 +23,18 @@ _OWN_BUFFERS: dict[str, Any] = {
 }
 
 
-class Ddp:
-    """`model` is moved to this rank's device and keeps its plain parameter names; it is what gets saved."""
+class Ddp(TorchUpdates):
+    """A `Strategy`; `model` is moved to this rank's device."""
 
     name = "ddp"
+    lockstep = False
 
-    def __init__(self, model: nn.Module, *, world: World, precision: str) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Groups, *, parallel: Parallel, betas: tuple[float, float], world: World
+    ) -> None:
         self.model = model.to(world.device)
-        self._autocast = precision == "bf16"
-        self._device_type = world.device.type
+        self._device, self._precision = world.device, parallel.precision
+        self._updates = Updates(groups(self.model), parallel=parallel, betas=betas, device_type=world.device.type)
         self._wrapped: nn.Module = self.model
         if world.world_size > 1:
             # Buckets are views of .grad: no copy before the exchange. No unused parameters in either stage.
@@ -46,20 +46,16 @@ class Ddp:
             )
 
     def call(self, *inputs: Any, last: bool) -> Any:
-        """Forward of a micro-batch; `last` of its step: then the backward that follows exchanges gradients."""
-        with self._exchange(last=last), torch.autocast(self._device_type, torch.bfloat16, enabled=self._autocast):
+        with self._exchange(last=last), precision.autocast(self._device, self._precision):
             return self._wrapped(*inputs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         with self._exchange(last=last):
-            loss.backward()
+            self._updates.scale(loss).backward()
 
-    def clip(self, max_norm: float | None) -> Tensor:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients, foreach=True)
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm, foreach=True)
-        return norm
+    def infer(self, *inputs: Any, **named: Any) -> Any:
+        with torch.inference_mode():
+            return precision.infer(self.model, self._device, self._precision, *inputs, **named)
 
     def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
         if last or not isinstance(self._wrapped, DistributedDataParallel):

@@ -3,9 +3,11 @@
     rank 0 of 2   samples 0 2 4 6 8        counts ─┐
     rank 1 of 2   samples 1 3 5 7          counts ─┴─ sum ─► top1 = right / 9
 
-Ranks may hold different numbers of batches: nothing is padded, and no rank waits for another inside the loop; the
-counts are summed once at the end. So the score does not depend on the world size (as with a padding sampler, or with
-means of batch means, it would). The sum must give the set's number of samples, or it is an error.
+Ranks may hold different numbers of batches. No sample is padded, and no rank waits for another inside the loop, unless
+the model is sharded: then a rank that has no batch left calls it on nothing that counts, because the others need its
+shard of the weights. The counts are summed once at the end. So the score does not depend on the world size (as with a
+padding sampler, or with means of batch means, it would). The sum must give the set's number of samples, or it is an
+error.
 
 Groups come from the counts of the *training* set; the classes of both sets must be the same, in the same order. The
 report says which data and which weights it is about.
@@ -14,20 +16,23 @@ report says which data and which weights it is about.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
+from livt_scale.data.order import eval_positions
 from livt_scale.durable import write_whole
 from livt_scale.errors import DataError, RunError
 from livt_scale.metrics import Tally
+from livt_scale.parallel import precision
+from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World, all_or_none
 from livt_scale.recipe import Recipe
 
@@ -51,7 +56,7 @@ class TrainingClasses:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | Strategy,
     shards: ShardSet,
     recipe: Recipe,
     *,
@@ -59,23 +64,26 @@ def evaluate(
     classes: TrainingClasses | None = None,
     batch: int = BATCH,
 ) -> dict[str, Any]:
-    """The report of `model` (a Classifier on `world.device`, not wrapped) on `shards`; the same on every rank.
+    """The report of `model` (a Classifier on `world.device`, or a strategy that holds one) on `shards`, on every rank.
 
-    classes: None: those of the recipe's training set. batch: images a forward pass. `model` is left in the mode it
+    classes: None: those of the recipe's training set. batch: images a forward pass. The model is left in the mode it
     was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
     """
     classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
     check_same_classes(shards, classes)
     tally = Tally(shards.num_classes, device=world.device)
+    infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
+    if not isinstance(model, nn.Module) and model.lockstep:
+        owed = _most_batches(shards, world, batch)  # forward passes, at least
     error: Exception | None = None
-    was_training = model.training
-    model.eval()
     try:
-        _count(model, shards, recipe, world=world, tally=tally, batch=batch)
+        for logits, labels in _answers(infer, shards, recipe, world=world, batch=batch):
+            owed -= 1
+            tally.update(logits, labels)
     except Exception as raised:
         error = raised
-    finally:
-        model.train(was_training)
+    for _ in range(owed):  # after an error too: the others count to the end
+        infer(torch.zeros(1, recipe.model.channels, *[recipe.model.image_px] * 2, device=world.device))
     all_or_none(world, error)
     if world.world_size > 1:
         for sums in tally.tensors():
@@ -142,17 +150,33 @@ def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
-def _count(model: nn.Module, shards: ShardSet, recipe: Recipe, *, world: World, tally: Tally, batch: int) -> None:
+def _answers(
+    infer: Callable[[Tensor], Tensor], shards: ShardSet, recipe: Recipe, *, world: World, batch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of this rank's batches."""
     mean, std = recipe.data.mean, recipe.data.std
-    half = recipe.parallel.precision == "bf16"
     ranks = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
     with eval_batches(shards, recipe, **ranks, batch=batch) as batches:
         for own in batches:
             on_device = own.to(world.device)
-            images = normalise(on_device.images, mean, std, torch.float32)
-            with torch.inference_mode(), torch.autocast(world.device.type, torch.bfloat16, enabled=half):
-                logits = model(images)
-            tally.update(logits, on_device.labels)
+            yield infer(normalise(on_device.images, mean, std, torch.float32)), on_device.labels
+
+
+def _most_batches(shards: ShardSet, world: World, batch: int) -> int:
+    """Of the rank that has the most."""
+    sizes = (
+        len(eval_positions(shards.num_samples, rank=r, world_size=world.world_size)) for r in range(world.world_size)
+    )
+    return -(-max(sizes) // batch)
+
+
+def _plain(model: nn.Module, recipe: Recipe, world: World) -> Callable[[Tensor], Tensor]:
+    def infer(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = precision.infer(model, world.device, recipe.parallel.precision, images)
+        return logits
+
+    return infer
 
 
 def _some(names: Sequence[str] | set[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from livt_scale import optim
 from livt_scale.checkpoint import store
@@ -16,6 +16,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import RunError
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import Classifier, build_classifier, load_encoder
+from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Finetune, Loss, Recipe
 from livt_scale.train.evaluate import TrainingClasses, evaluate, weights_lineage
@@ -28,15 +29,17 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     part = recipe.stages.finetune
     assert part is not None
     model, origin = initial_classifier(recipe, num_classes=train.num_classes, run_dir=run_dir)
-    groups = optim.param_groups(
-        model, weight_decay=part.weight_decay, layer_decay=part.layer_decay, depth=recipe.model.dims[1]
-    )
+
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        depth = recipe.model.dims[1]
+        return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=part.layer_decay, depth=depth)
+
     return Task(
         part,
         model,
         groups,
         _objective(recipe, part, train),
-        evaluate=_evaluator(model, recipe, train, world) if recipe.data.val else None,
+        evaluate=_evaluator(recipe, train, world) if recipe.data.val else None,
         evaluate_every_epochs=part.eval_every_epochs,
         origin=origin,
     )
@@ -96,12 +99,12 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
     return objective
 
 
-def _evaluator(model: Classifier, recipe: Recipe, train: ShardSet, world: World) -> Callable[[], Evaluation]:
+def _evaluator(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
     assert recipe.data.val is not None
     val, classes = ShardSet.open(recipe.data.val, data=recipe.data), TrainingClasses.of(train)
 
-    def run() -> Evaluation:
-        report = evaluate(model, val, recipe, world=world, classes=classes)
+    def run(strategy: Strategy) -> Evaluation:
+        report = evaluate(strategy, val, recipe, world=world, classes=classes)
         top1 = report["top1"]
         values = {f"top1_{group}": value for group, value in top1.items() if value is not None}
         return Evaluation(values, top1["all"], report)

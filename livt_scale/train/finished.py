@@ -18,9 +18,9 @@ import torch
 from pydantic import ValidationError
 
 from livt_scale.checkpoint import store
-from livt_scale.checkpoint.state import collect
 from livt_scale.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
 from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.parallel.state import collect
 from livt_scale.recipe import STAGES, Recipe, Stage
 from livt_scale.train.evaluate import TrainingClasses, weights_lineage
 from livt_scale.train.rundir import read_status

@@ -7,6 +7,7 @@ a run is continued.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from livt_scale import optim
 from livt_scale.checkpoint.store import Position, Retention, Saver
 from livt_scale.data.loader import Batch
 from livt_scale.errors import NonFiniteError, Preempted
-from livt_scale.parallel.ddp import Ddp
+from livt_scale.parallel.strategy import Groups, Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Checkpoint, StagePart
 from livt_scale.train.batches import BatchPlan
@@ -44,18 +45,18 @@ class Evaluation:
 class Task:
     """What a stage is to the loop.
 
-    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate` is
-    called on all ranks, last of all with the weights that the stage ends with: `fit` returns that one.
+    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate` and
+    `draw` are called on all ranks; `evaluate` last of all with the weights that the stage ends with: `fit` returns it.
     """
 
     part: StagePart
     model: nn.Module
-    groups: list[dict[str, Any]]
+    groups: Groups
     objective: Callable[[Callable[..., Any], Batch], Tensor]
-    evaluate: Callable[[], Evaluation] | None = None
+    evaluate: Callable[[Strategy], Evaluation] | None = None
     evaluate_every_epochs: int | None = None
     origin: dict[str, Any] | None = None  # lineage of the weights that the stage begins with; None: the seed
-    draw: Callable[[Path, str], None] | None = None  # a picture beside each checkpoint, on the main rank
+    draw: Callable[[Strategy, Path], None] | None = None  # a picture beside each checkpoint, into this file
 
 
 @dataclass
@@ -89,7 +90,6 @@ def fit(
     batches: Iterator[Batch],
     *,
     state: TrainState,
-    strategy: Ddp,
     schedule: Schedule,
     plan: BatchPlan,
     saver: Saver,
@@ -103,28 +103,31 @@ def fit(
     Returns the evaluation of the final weights; None where the stage has none, or nothing was left to train.
     """
     evaluation: Evaluation | None = None
+    strategy = state.strategy
     with Preemption() as preemption:
         while state.step < schedule.total:
             started = time.perf_counter()
             lr = _learning_rate(task.part, schedule, state.step)
-            loss, keys, data_wait_s = _accumulate(task, batches, strategy=strategy, count=plan.accumulation)
-            grad_norm = strategy.clip(task.part.clip_grad)
-            agreed = _agree(loss, grad_norm, preemption.requested is not None, world=world)
-            if not agreed.finite:
-                _stop_on_non_finite(loss, agreed, keys, state.step, world=world)
-            optim.set_lr(state.optimizer, lr)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
+            loss, keys, data_wait_s = _accumulate(
+                task, batches, strategy=strategy, count=plan.accumulation, world=world
+            )
+            agreed = _agree(loss, preemption.requested is not None, world=world)
+            if not math.isfinite(agreed.loss):
+                _stop_on_non_finite(f"the loss is {agreed.loss}", loss, keys, state.step, world=world)
+            update = strategy.update(lr, max_norm=task.part.clip_grad)
+            if not update.applied and not update.overflow:
+                what = f"the gradient norm is {update.grad_norm} (the loss is finite)"
+                _stop_on_non_finite(what, loss, keys, state.step, world=world)
             state.step += 1
             telemetry.step(
                 state.step,
                 loss=agreed.loss,
-                grad_norm=agreed.grad_norm,
+                grad_norm=update.grad_norm,
                 lr=lr,
                 step_s=time.perf_counter() - started,
                 data_wait_s=data_wait_s,
             )
-            evaluation = _after_step(task, state, schedule, saver, telemetry, status, folder, world, stop=agreed.stop)
+            evaluation = _after_step(task, state, schedule, saver, telemetry, status, folder, stop=agreed.stop)
             if agreed.stop and state.step < schedule.total:
                 saver.wait()
                 why = preemption.requested or "a signal on another rank"
@@ -148,9 +151,11 @@ def _learning_rate(part: StagePart, schedule: Schedule, step: int) -> float:
     )
 
 
-def _accumulate(task: Task, batches: Iterator[Batch], *, strategy: Ddp, count: int) -> tuple[Tensor, list[str], float]:
+def _accumulate(
+    task: Task, batches: Iterator[Batch], strategy: Strategy, *, count: int, world: World
+) -> tuple[Tensor, list[str], float]:
     """Forward and backward of a rank's micro-batches: their mean loss, their keys, the seconds without data."""
-    total = torch.zeros((), device=next(task.model.parameters()).device)
+    total = torch.zeros((), device=world.device)
     keys: list[str] = []
     data_wait_s = 0.0
     for index in range(count):
@@ -169,22 +174,19 @@ def _accumulate(task: Task, batches: Iterator[Batch], *, strategy: Ddp, count: i
 @dataclass(frozen=True)
 class _Agreed:
     loss: float
-    grad_norm: float
     stop: bool
-    finite: bool
 
 
-def _agree(loss: Tensor, grad_norm: Tensor, stop: bool, *, world: World) -> _Agreed:
+def _agree(loss: Tensor, stop: bool, *, world: World) -> _Agreed:
     """The same word on every rank, by one small all-reduce a step: mean loss, and whether anybody must stop."""
-    values = torch.stack([loss.double(), grad_norm.double(), loss.new_tensor(float(stop), dtype=torch.double)])
+    values = torch.stack([loss.double(), loss.new_tensor(float(stop), dtype=torch.double)])
     if world.world_size > 1:
         dist.all_reduce(values)
-    sum_loss, sum_norm, stops = values.tolist()
-    finite = bool(torch.isfinite(values).all())
-    return _Agreed(sum_loss / world.world_size, sum_norm / world.world_size, stops > 0, finite)
+    sum_loss, stops = values.tolist()
+    return _Agreed(sum_loss / world.world_size, stops > 0)
 
 
-def _stop_on_non_finite(loss: Tensor, agreed: _Agreed, keys: list[str], step: int, *, world: World) -> None:
+def _stop_on_non_finite(what: str, loss: Tensor, keys: list[str], step: int, *, world: World) -> None:
     """Every rank raises the same error; the weights are those before this step, the checkpoints untouched."""
     mine = (not bool(torch.isfinite(loss)), keys)
     ranks: list[Any] = [mine]
@@ -192,7 +194,6 @@ def _stop_on_non_finite(loss: Tensor, agreed: _Agreed, keys: list[str], step: in
         ranks = [None] * world.world_size
         dist.all_gather_object(ranks, mine)
     guilty = [k for bad, rank_keys in ranks for k in rank_keys if bad]
-    what = f"the loss is {agreed.loss}" if guilty else f"the gradient norm is {agreed.grad_norm} (the loss is finite)"
     named = guilty or [k for _, rank_keys in ranks for k in rank_keys]
     raise NonFiniteError(
         f"step {step + 1}: {what}. Samples of the batch: {', '.join(named)}",
@@ -208,19 +209,18 @@ def _after_step(
     telemetry: Telemetry,
     status: Status,
     folder: Path,
-    world: World,
     *,
     stop: bool,
 ) -> Evaluation | None:
     """What is due after a step: evaluation (returned), checkpoint and picture, the word on how the run stands."""
     done, evaluation = state.step, None
     if task.evaluate is not None and schedule.evaluates(done):
-        evaluation = task.evaluate()
+        evaluation = task.evaluate(state.strategy)
         telemetry.note(done, **evaluation.values)
     if schedule.saves(done) or stop or evaluation is not None:
         score = evaluation.score if evaluation is not None else None
         state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=telemetry.sums)
         status.write("running", step=done, total_steps=schedule.total)
-        if task.draw is not None and world.is_main:
-            task.draw(folder / "samples", f"step-{done:08d}")
+        if task.draw is not None:
+            task.draw(state.strategy, folder / "samples" / f"step-{done:08d}.png")
     return evaluation

@@ -29,34 +29,26 @@ MATRIX_PX = 1000  # a larger matrix is averaged down to about this size
 
 
 def reconstructions(
-    mae: Any,
     images: torch.Tensor,
+    made: torch.Tensor,
+    is_masked: torch.Tensor,
     *,
-    noise: torch.Tensor,
     mean: Sequence[float],
     std: Sequence[float],
     path: Path,
 ) -> None:
-    """Draw what `mae` (a MaskedAutoencoder) makes of `images`: a row an image, original | masked | reconstruction.
+    """Draw what a masked autoencoder made of `images`: a row an image, original | masked | reconstruction.
 
-    images uint8 [n, C, H, W] on any device; noise float [n, num_patches]: the masking noise, lowest kept;
-    mean, std: of the pixels in [0, 1], one a channel. `mae` is left in the mode it was in.
+    images uint8 [n, C, H, W] on any device. made [n, C, H, W], is_masked bool [n, num_patches]: what
+    `MaskedAutoencoder.reconstruct` gave for them. mean, std: of the pixels in [0, 1], one a channel.
     """
     assert images.dtype == torch.uint8, images.dtype
-    device = next(mae.parameters()).device
     shape = (1, -1, 1, 1)
-    offset = torch.tensor(mean, dtype=torch.float32, device=device).view(shape)
-    scale = torch.tensor(std, dtype=torch.float32, device=device).view(shape)
-    original = images.to(device).float() / 255
-    was_training = mae.training
-    mae.eval()
-    try:
-        with torch.no_grad():
-            predicted, is_masked = mae.reconstruct((original - offset) / scale, noise.to(device))
-    finally:
-        mae.train(was_training)
+    offset = torch.tensor(mean, dtype=torch.float32, device=made.device).view(shape)
+    scale = torch.tensor(std, dtype=torch.float32, device=made.device).view(shape)
+    original = images.to(made.device).float() / 255
     masked = _pixels_masked(is_masked, original.shape[-2:])  # [n, 1, H, W]
-    made = torch.where(masked, predicted.float() * scale + offset, original)
+    made = torch.where(masked, made.float() * scale + offset, original)
     hidden = torch.where(masked, torch.full_like(original, MASKED_GREY), original)
     columns = {"original": original, "masked": hidden, "reconstruction": made}
     _save(_rows({name: _to_uint8(column) for name, column in columns.items()}), path)

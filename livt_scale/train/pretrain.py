@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from livt_scale import optim
 from livt_scale.data.loader import Batch, eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.seeds import sample_rng
-from livt_scale.models.mae import MaskedAutoencoder, build_mae
+from livt_scale.models.mae import build_mae
+from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Recipe
 from livt_scale.train import pictures
@@ -33,25 +34,33 @@ def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
         loss: Tensor = call(images, batch.noise)
         return loss
 
-    groups = optim.param_groups(
-        model, weight_decay=part.weight_decay, layer_decay=None, depth=recipe.model.dims[1], tokens_decay=True
-    )
-    return Task(part, model, groups, objective, draw=_painter(model, recipe, train, world))
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        depth = recipe.model.dims[1]
+        return optim.param_groups(
+            model, weight_decay=part.weight_decay, layer_decay=None, depth=depth, tokens_decay=True
+        )
+
+    return Task(part, model, groups, objective, draw=_painter(recipe, train, world))
 
 
-def _painter(model: MaskedAutoencoder, recipe: Recipe, train: ShardSet, world: World) -> Any:
+def _painter(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy, Path], None] | None:
     """Draws reconstructions of the same few images each time: evaluation images, else training images."""
     count = recipe.log.num_reconstructions
-    if not count or not world.is_main:
+    if not count:
         return None
     shown: list[tuple[Tensor, Tensor]] = []
 
-    def draw(folder: Path, name: str) -> None:
+    def draw(strategy: Strategy, path: Path) -> None:
+        if not world.is_main and not strategy.lockstep:
+            return
         if not shown:
             shown.append(_fixed_images(recipe, train, count))
         images, noise = shown[0]
-        path = folder / f"{name}.png"
-        pictures.reconstructions(model, images, noise=noise, mean=recipe.data.mean, std=recipe.data.std, path=path)
+        mean, std = recipe.data.mean, recipe.data.std
+        pixels = normalise(images.to(world.device), mean, std, torch.float32)
+        made, is_masked = strategy.infer(pixels, noise.to(world.device), predict=True)
+        if world.is_main:
+            pictures.reconstructions(images, made, is_masked, mean=mean, std=std, path=path)
 
     return draw
 

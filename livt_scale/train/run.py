@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from livt_scale import optim
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.checkpoint.store import Saver
 from livt_scale.data.loader import Batch, train_batches
@@ -18,7 +17,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.data.stream import stage_order
 from livt_scale.errors import DataError, UsageError
 from livt_scale.parallel import cores
-from livt_scale.parallel.ddp import Ddp
+from livt_scale.parallel.strategy import make_strategy
 from livt_scale.parallel.topology import World, agree, all_do, all_or_none, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.train import evaluate as evaluation
@@ -91,10 +90,9 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
         schedule = Schedule(
             task.part.epochs, order.steps_per_epoch, recipe.checkpoint, evaluate_every_epochs=task.evaluate_every_epochs
         )
-        strategy = Ddp(task.model, world=world, precision=recipe.parallel.precision)
-        optimizer = optim.make_adamw(task.groups, betas=task.part.betas)
+        strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=task.part.betas, world=world)
         facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
-        state = TrainState(task.model, optimizer, facts)
+        state = TrainState(strategy, facts)
         with Saver(
             folder / "checkpoints",
             mode=recipe.checkpoint.mode,
@@ -104,15 +102,15 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
         ) as saver:
             resumed = state.resume(saver)
             status.write("running", step=state.step, total_steps=schedule.total)
-            _announce(stage, task, plan, world, resumed)
+            _announce(stage, task, plan, strategy.name, world, resumed)
             with _telemetry(recipe, stage, folder, schedule, state, world) as telemetry:
                 batches = _batches(recipe, stage, train_set, plan, schedule, state, world)
                 ended = fit(
-                    task, batches, state=state, strategy=strategy, schedule=schedule, plan=plan, saver=saver,
+                    task, batches, state=state, schedule=schedule, plan=plan, saver=saver,
                     telemetry=telemetry, status=status, world=world, folder=folder,
                 )  # fmt: skip
         if task.evaluate is not None:
-            ended = ended or task.evaluate()  # a run that was killed between its last checkpoint and here
+            ended = ended or task.evaluate(strategy)  # a run that was killed between its last checkpoint and here
             if world.is_main:
                 _write_evaluation(ended.report, train_set, folder, facts, schedule)
         status.write("done", step=state.step, total_steps=schedule.total)
@@ -183,10 +181,10 @@ def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
     return plan_batches(part.global_batch, part.micro_batch, world_size=world.world_size, pairs=pairs)
 
 
-def _announce(stage: Stage, task: Task, plan: BatchPlan, world: World, resumed: str | None) -> None:
+def _announce(stage: Stage, task: Task, plan: BatchPlan, strategy: str, world: World, resumed: str | None) -> None:
     part = task.part
     weights = sum(p.numel() for p in task.model.parameters())
-    _say(world, f"{stage}: {weights / 1e6:.1f} M weights, {plan}")
+    _say(world, f"{stage}: {weights / 1e6:.1f} M weights, {strategy}, {plan}")
     _say(world, f"{stage}: peak lr {part.peak_lr:.3g} = {part.base_lr:.3g} · {part.global_batch} / 256")
     if resumed:
         _say(world, f"{stage}: goes on from {resumed}")

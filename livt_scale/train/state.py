@@ -1,8 +1,8 @@
 """What a stage's checkpoint holds, and how a run is taken up from the newest whole one.
 
-Tensors: the model's parameters and AdamW's moments, by plain name. Facts, as JSON: the stage, the recipe, the fields
-that decide what is learnt, the classes, the sums of the unfinished log interval. Random state: none. All that is random
-is a function of (seed, epoch, sample).
+Tensors: the model's parameters and AdamW's moments, by plain name, whatever the strategy. Facts, as JSON: the stage,
+the recipe, the fields that decide what is learnt, the classes, the sums of the unfinished log interval, fp16's loss
+scale. Random state: none. All that is random is a function of (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -12,23 +12,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from livt_scale.checkpoint import store
-from livt_scale.checkpoint.state import collect
 from livt_scale.checkpoint.store import Position, Saver
 from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import CheckpointMismatch
+from livt_scale.parallel.strategy import Strategy
 from livt_scale.recipe import Recipe, Stage, digest, learnt_from
 
 
 @dataclass
 class TrainState:
-    """Model, optimizer, and how many steps of the stage they have behind them."""
+    """Model and optimizer, as a strategy holds them, and how many steps of the stage they have behind them."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    strategy: Strategy
     facts: dict[str, Any]
     step: int = 0
     sums: dict[str, float] | None = None
@@ -37,9 +33,9 @@ class TrainState:
         self, saver: Saver, position: Position, *, score: float | None, final: bool, sums: dict[str, float]
     ) -> None:
         saver.save(
-            collect(self.model, self.optimizer),
+            self.strategy.state(),
             position=position,
-            facts={**self.facts, "sums": sums},
+            facts={**self.facts, "sums": sums, "scaler": self.strategy.scaler()},
             score=score,
             final=final,
         )
@@ -54,8 +50,10 @@ class TrainState:
         if path is None:
             return None
         saver.peers.all_do(lambda: _check_same(self.facts, store.read_manifest(path).facts, path))
-        live = collect(self.model, self.optimizer)  # the tensors themselves: loading fills model and optimizer
-        manifest = store.load(path, live, check=False, peers=saver.peers)  # newest_whole has read every byte
+        tensors = self.strategy.state()
+        manifest = store.load(path, tensors, check=False, peers=saver.peers)  # newest_whole has read every byte
+        self.strategy.restored(tensors)
+        self.strategy.set_scaler(manifest["facts"].get("scaler"))
         self.step = int(manifest["position"]["step"])
         self.sums = manifest["facts"]["sums"]
         return path.name

@@ -21,7 +21,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from livt_scale.checkpoint import files
-from livt_scale.checkpoint.state import collect
 from livt_scale.checkpoint.store import (
     Peers,
     Position,
@@ -34,6 +33,7 @@ from livt_scale.checkpoint.store import (
     verify,
 )
 from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from livt_scale.parallel.state import collect
 
 
 class Net(nn.Module):

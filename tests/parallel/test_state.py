@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from livt_scale.checkpoint.state import collect, plain_name, restore
 from livt_scale.checkpoint.store import Position, Saver, load
 from livt_scale.errors import CheckpointMismatch
+from livt_scale.parallel.state import collect, plain_name, restore
 
 
 class Net(nn.Module):

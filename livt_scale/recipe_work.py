@@ -1,0 +1,75 @@
+"""How a run's work is done: spread, saved and told about. Nothing here decides what is learnt."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+
+class RecipePart(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Parallel(RecipePart):
+    """How the work is spread. The number of processes is the launcher's to say, never the recipe's."""
+
+    strategy: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+        "auto", description="auto: ddp where weights, gradients and moments fit half of a device's memory, else fsdp"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of matrix products; weights and moments stay fp32. fp16: with a dynamic loss scale"
+    )
+    shard_within: Literal["all", "node"] = Field(
+        "all", description="fsdp: shards over all ranks, or within each node with a copy on every node (hybrid)"
+    )
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="where sharded states wait: the device, its host's memory, or (zero only) a disk"
+    )
+    offload_dir: str | None = Field(None, min_length=1, description="a folder on each node's own disk, for nvme")
+    activation_checkpointing: bool = Field(
+        False, description="keep each block's input alone and compute the block again in the backward pass"
+    )
+    compile: bool = Field(False, description="torch.compile, block by block")
+    adamw: Literal["fused", "foreach"] = Field("fused", description="which of torch's implementations")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads that a process computes with; None: torch's choice (OMP_NUM_THREADS)"
+    )
+    deterministic: bool = Field(
+        False,
+        description="only kernels that repeat bit for bit; on GPUs slower, on CPUs those of this project do anyway",
+    )
+    timeout_s: PositiveInt = Field(600, description="a collective that waits longer than this ends the run")
+
+    @model_validator(mode="after")
+    def _offload_has_an_effect(self) -> Self:
+        sharded = self.strategy in ("fsdp", "zero1", "zero2", "zero3")
+        if self.offload != "none" and not sharded:
+            raise ValueError(
+                f"offload has no effect on strategy {self.strategy!r}: take fsdp or a zero, or leave it out"
+            )
+        if self.offload == "nvme" and not (self.strategy == "zero3" and self.offload_dir):
+            raise ValueError("offload is 'nvme': that needs strategy zero3 and an offload_dir")
+        if self.offload_dir and self.offload != "nvme":
+            raise ValueError(f"offload_dir has no effect on offload {self.offload!r}: leave it out")
+        if self.shard_within == "node" and self.strategy != "fsdp":
+            raise ValueError(f"shard_within 'node' has no effect on strategy {self.strategy!r}: take fsdp")
+        return self
+
+
+class Checkpoint(RecipePart):
+    """When to save, and what to keep. The end of a stage is always saved and never pruned."""
+
+    every_steps: PositiveInt | None = Field(None, description="None: at the end of every epoch")
+    mode: Literal["async", "sync"] = Field("async", description="async: written while training goes on")
+    keep_last: PositiveInt = 2
+    keep_every_epochs: PositiveInt | None = Field(None, description="also keep each nth epoch's; None: none")
+    keep_best: bool = Field(True, description="also keep the one with the best evaluation (fine-tuning)")
+
+
+class Log(RecipePart):
+    """What is written while a run goes on."""
+
+    every_steps: PositiveInt = Field(20, description="steps a line of metrics.jsonl")
+    tensorboard: bool = True
+    num_reconstructions: NonNegativeInt = Field(8, description="images in the pretraining's picture, each save")
