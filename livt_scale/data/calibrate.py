@@ -122,6 +122,11 @@ def cores_for_rank(local_ranks: int) -> int:
     return max(1, usable_cores() // local_ranks) if _own_cores is None else _own_cores
 
 
+def most_workers(data: Data, *, local_ranks: int) -> int:
+    """Loader processes of this rank, at most."""
+    return min(cores_for_rank(local_ranks), MOST_WORKERS) if data.workers == "auto" else data.workers
+
+
 def decode_rate(
     load: Callable[[MicroBatch], object], batch: MicroBatch, *, seconds: float = CALIBRATION_S
 ) -> tuple[float, int]:

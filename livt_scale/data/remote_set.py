@@ -119,16 +119,43 @@ class RemoteFiles:
             there = fetcher.fetch(QUARANTINE, path, most_bytes=MOST_MANIFEST_BYTES, may_miss=True)
             return path.read_bytes() if there else None
 
-    def check_room(self, manifest: Manifest, *, in_view: int, processes: int) -> None:
+    def check_room(
+        self, manifest: Manifest, *, in_view: int, processes: int, beside: int = 0, what: str = "this order"
+    ) -> None:
         """Raises DataError where the limit is below what `processes` loader processes of this node use at a time.
 
-        `in_view`: shards among which they shuffle. Each also fetches some ahead; the whole set always suffices.
+        `in_view`: shards among which they read. Each also fetches some ahead; the whole set always suffices. `beside`:
+        bytes that another set holds in the cache for good.
         """
         sizes = sorted((s.bytes for s in manifest.shards), reverse=True)
-        beside = manifest.index.bytes + manifest.keys.bytes
-        needed = beside + sum(sizes[: in_view + processes * self.data.cache.ahead])
+        needed = beside + held_bytes(manifest) + sum(sizes[: in_view + processes * self.data.cache.ahead])
         if needed > self.cache.limit:
-            raise too_small(self.cache.limit, needed, f"this order, with {processes} loader processes on the node,")
+            raise too_small(self.cache.limit, needed, f"{what}, with {processes} loader processes on the node,")
+
+
+def held_bytes(manifest: Manifest) -> int:
+    """What a set keeps in the cache for as long as it is open."""
+    return manifest.index.bytes + manifest.keys.bytes
+
+
+def check_evaluation_room(
+    shards: ShardSet, *, batch: int, ranks: int, workers: int, train: ShardSet | None = None
+) -> None:
+    """Raises DataError where the limit is below what an evaluation uses of a set at a URL; nothing for one in a folder.
+
+    Each of the node's `ranks` reads a run of samples, its `workers` loader processes a batch each of it, side by side.
+    `train`: the set that stays open meanwhile. Its shards may go: they are fetched again when training goes on.
+    """
+    if shards.remote is None:
+        return
+    workers = max(1, workers)
+    shards.remote.check_room(
+        shards.manifest,
+        in_view=min(len(shards.manifest.shards), ranks * _most_shards(shards.usable_per_shard, workers * batch)),
+        processes=ranks * workers,
+        beside=held_bytes(train.manifest) if train is not None and train.remote else 0,
+        what="an evaluation",
+    )
 
 
 class HasSamples(Protocol):
@@ -184,10 +211,13 @@ def shards_in_view(order: SampleOrder, samples_per_shard: Ints, *, ranks: int, w
         groups += 1  # a node begins inside a group
     in_group = base.steps_per_epoch * base.global_batch // base.lane_groups
     window = math.ceil(in_group / max(1, round(in_group / base.window)))
-    # a run of the row, the samples that the epoch leaves out among them: whole shards, and a part of one at each end
-    run = window + base.num_samples - base.steps_per_epoch * base.global_batch
-    whole = int(np.searchsorted(np.cumsum(np.sort(samples_per_shard)), run, side="right"))
-    return min(len(samples_per_shard), groups * (whole + 2))
+    run = window + base.num_samples - base.steps_per_epoch * base.global_batch  # with those that the epoch leaves out
+    return min(len(samples_per_shard), groups * _most_shards(samples_per_shard, run))
+
+
+def _most_shards(samples_per_shard: Ints, run: int) -> int:
+    """That `run` neighbouring samples can lie in: whole shards, and a part of one at each end."""
+    return int(np.searchsorted(np.cumsum(np.sort(samples_per_shard)), run, side="right")) + 2
 
 
 class _Fetchers:

@@ -25,15 +25,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from livt_scale.data.calibrate import most_workers
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order import eval_positions
+from livt_scale.data.remote_set import check_evaluation_room
 from livt_scale.durable import write_whole
 from livt_scale.errors import DataError, RunError
 from livt_scale.metrics import Tally
 from livt_scale.parallel import precision
 from livt_scale.parallel.strategy import Strategy
-from livt_scale.parallel.topology import World, all_or_none
+from livt_scale.parallel.topology import World, all_do, all_or_none
 from livt_scale.recipe import Recipe
 
 FORMAT = "livt-eval"
@@ -71,6 +73,7 @@ def evaluate(
     """
     classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
     check_same_classes(shards, classes)
+    all_do(world, lambda: check_room(shards, recipe, world=world, batch=batch))
     tally = Tally(shards.num_classes, device=world.device)
     infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
     if not isinstance(model, nn.Module) and model.lockstep:
@@ -111,6 +114,14 @@ def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
         f"{shards.where} and {classes.where} do not have the same classes: {what}",
         remedy="build the evaluation set from the same list of classes as the training set",
     )
+
+
+def check_room(
+    shards: ShardSet, recipe: Recipe, *, world: World, batch: int = BATCH, train: ShardSet | None = None
+) -> None:
+    """Raise DataError where `data.cache.limit_gib` is too small to evaluate on `shards`, with `train` open too."""
+    workers = most_workers(recipe.data, local_ranks=world.local_size)
+    check_evaluation_room(shards, batch=batch, ranks=world.local_size, workers=workers, train=train)
 
 
 def data_lineage(shards: ShardSet) -> dict[str, Any]:

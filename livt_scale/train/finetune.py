@@ -19,7 +19,7 @@ from livt_scale.models.classifier import Classifier, build_classifier, load_enco
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Finetune, Loss, Recipe
-from livt_scale.train.evaluate import TrainingClasses, evaluate, weights_lineage
+from livt_scale.train.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
 from livt_scale.train.loop import Evaluation, Task
 from livt_scale.train.rundir import is_done, read_status
 
@@ -102,6 +102,7 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
 def _evaluator(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
     assert recipe.data.val is not None
     val, classes = ShardSet.open(recipe.data.val, data=recipe.data), TrainingClasses.of(train)
+    check_room(val, recipe, world=world, train=train)  # now, not after the first epoch
 
     def run(strategy: Strategy) -> Evaluation:
         report = evaluate(strategy, val, recipe, world=world, classes=classes)
