@@ -156,6 +156,7 @@ def run_loop(
         steps_per_epoch=schedule.steps_per_epoch,
         global_batch=task.part.global_batch,
         start_step=0,
+        world_size=1,
         sums=None,
         tensorboard=True,
         writes=True,

@@ -15,12 +15,26 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from livt_scale.recipe import Model
 
 MLP_RATIO = 4.0  # hidden width of a block's MLP over the block's width, in every ViT of the sources
-LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # eps of the MAE and LiVT code; torch's default is 1e-5
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, whose weights may lie in a lower precision than its input (a sharded strategy gathers them so).
+
+    The input keeps its precision: the residual stream of a bf16 run is fp32, as autocast has it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)  # no copy where they agree
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+LAYER_NORM = partial(LayerNorm, eps=1e-6)  # eps of the MAE and LiVT code; torch's default is 1e-5
 
 
 def vit_args(model: Model) -> dict[str, Any]:
