@@ -4,6 +4,7 @@
     image.height, image.width                       # as seen: EXIF rotation is applied
     image.pixels()                                  # uint8 [H, W, 3]
     image.pixels(shrink=4)                          # a quarter of each side, decoded so (JPEG alone, see `shrinks`)
+    image.pixels(bottom=200)                        # its first 200 rows or more: most JPEGs are not read further
 
 JPEG goes to libjpeg-turbo through simplejpeg, PNG, BMP and WebP to Pillow. The contents decide, never the file's name:
 ImageNet has a PNG called .JPEG. An image that does not decode to its end is an error, never a half-grey picture; what
@@ -14,6 +15,7 @@ allocation. docs/data.md has the table of what is read how.
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from typing import Protocol
 
@@ -22,7 +24,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from livt_scale.data.jpeg_header import exif_orientation, has_restarts, mended, num_scans, orientation
+from livt_scale.data.jpeg_header import exif_orientation, has_restarts, mended, num_scans, outline, shortened
 from livt_scale.data.png_chunks import SIGNATURE, size_and_exif
 
 Pixels = NDArray[np.uint8]
@@ -34,6 +36,7 @@ FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no s
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
 _READ_TO_THE_END = "before marker 0xd9"  # surplus bytes between the last pixel and the end: nothing is lost
+_ONLY_SURPLUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")  # the first warning, whole
 
 
 class BadImage(ValueError):
@@ -47,10 +50,11 @@ class EncodedImage(Protocol):
     width: int
     shrinks: bool  # does `shrink` save work and keep the geometry?
 
-    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:
+    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
         """uint8 [ceil(height / shrink), ceil(width / shrink), channels]. Raises BadImage.
 
-        With a workspace they may lie in it: valid until the next image is decoded there.
+        With a workspace they may lie in it: valid until the next image is decoded there. `bottom`: rows of the image
+        from there on may be missing, which spares their decoding; those before it are the same to the bit.
         """
         ...
 
@@ -97,11 +101,14 @@ class _JpegImage:
             raise BadImage(f"{width} x {height} pixels in {scans:,} scans, more than {MOST_SCANS}")
         self._channels = channels
         self._stored = height, width
-        self._orientation = orientation(data)
+        self._outline = outline(data)
+        self._orientation = self._outline.orientation
         self.shrinks = self._orientation == 1  # a turned one would count the cut-off edge from the other side
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
-    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:
+    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
+        if bottom is not None and (upper := self._upper_part(bottom, shrink, workspace)) is not None:
+            return upper
         try:
             pixels = self._decoded(self._data, shrink=shrink, workspace=workspace)
         except ValueError as error:
@@ -110,6 +117,29 @@ class _JpegImage:
             inks = Image.frombuffer("CMYK", pixels.shape[1::-1], 255 - pixels)  # as Adobe writes them: inverted
             pixels = np.asarray(inks.convert("RGB" if self._channels == 3 else "L")).reshape(*pixels.shape[:2], -1)
         return pixels if self._orientation == 1 else _upright(pixels, self._orientation)
+
+    def _upper_part(self, bottom: int, shrink: int, workspace: Workspace | None) -> Pixels | None:
+        """The rows down to `bottom` and what their colours need, decoded strictly; None where the whole is as cheap,
+        or where something is wrong: the whole image will tell what.
+
+        A seventh of the decoding of MAE's crops. The data that follow are surplus to libjpeg, which runs over them to
+        the end and says so after all else was well: a cut file or a stray marker in them gives another warning.
+        """
+        block_px, (height, width) = self._outline.block_px, self._stored
+        needed = bottom + 2 * shrink - 1  # whole rows of the small image, and one: the colours of a row reach across
+        rows = -(-needed // block_px) * block_px if block_px else height
+        if rows >= height or self._orientation != 1 or self._colours in _FOUR_INKS or self._data[-2:] != b"\xff\xd9":
+            return None
+        shape = -(-rows // shrink), -(-width // shrink), self._channels
+        num_bytes = shape[0] * shape[1] * shape[2]
+        memory = workspace.room(num_bytes) if workspace else None
+        if memory is None:
+            memory = np.empty(num_bytes, dtype=np.uint8)
+        part = shortened(self._data, self._outline, rows)
+        try:
+            return _simplejpeg(part, rows, width, shrink=shrink, inks=self._inks, buffer=memory)
+        except ValueError as error:
+            return memory[:num_bytes].reshape(shape) if _ONLY_SURPLUS.fullmatch(str(error)) else None
 
     def _decoded_leniently(self, shrink: int, error: ValueError) -> Pixels:
         """After `error`: the pixels if what libjpeg warned of costs none. Raises BadImage."""
@@ -126,16 +156,28 @@ class _JpegImage:
     def _decoded(self, data: bytes, *, shrink: int, strict: bool = True, workspace: Workspace | None = None) -> Pixels:
         height, width = self._stored
         num_bytes = -(-height // shrink) * -(-width // shrink) * 4  # at most four inks
-        pixels: Pixels = simplejpeg.decode_jpeg(
-            data,
-            colorspace="CMYK" if self._colours in _FOUR_INKS else "RGB" if self._channels == 3 else "GRAY",
-            min_height=-(-height // shrink) if shrink > 1 else 0,
-            min_width=-(-width // shrink) if shrink > 1 else 0,
-            min_factor=shrink,
-            buffer=workspace and workspace.room(num_bytes),
-            strict=strict,
-        )
-        return pixels
+        buffer = workspace.room(num_bytes) if workspace else None
+        return _simplejpeg(data, height, width, shrink=shrink, inks=self._inks, buffer=buffer, strict=strict)
+
+    @property
+    def _inks(self) -> str:
+        return "CMYK" if self._colours in _FOUR_INKS else "RGB" if self._channels == 3 else "GRAY"
+
+
+def _simplejpeg(
+    data: bytes, height: int, width: int, *, shrink: int, inks: str, buffer: Pixels | None, strict: bool = True
+) -> Pixels:
+    """uint8 [ceil(height / shrink), ceil(width / shrink), inks]. Raises ValueError."""
+    pixels: Pixels = simplejpeg.decode_jpeg(
+        data,
+        colorspace=inks,
+        min_height=-(-height // shrink) if shrink > 1 else 0,
+        min_width=-(-width // shrink) if shrink > 1 else 0,
+        min_factor=shrink,
+        buffer=buffer,
+        strict=strict,
+    )
+    return pixels
 
 
 _FOUR_INKS = ("CMYK", "YCCK")
@@ -176,7 +218,13 @@ class _PillowImage:
         _check_size(height, width)
         self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
 
-    def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None) -> Pixels:  # noqa: ARG002
+    def pixels(
+        self,
+        *,
+        shrink: int = 1,
+        workspace: Workspace | None = None,  # noqa: ARG002
+        bottom: int | None = None,  # noqa: ARG002
+    ) -> Pixels:
         assert shrink == 1, "shrinks is False"
         try:
             self._image.load()

@@ -1,7 +1,8 @@
 """What stands before the pixels of a JPEG, read without decoding: the EXIF orientation, and harmless oddities.
 
-libjpeg only warns where pixels are lost, so `images` takes each of its warnings for an error. Some mean nothing:
-`mended` gives the same image without their cause, and that is decoded as strictly as any other.
+`shortened` gives the same image with fewer rows: the decoder stops at a crop's lower edge. libjpeg only warns where
+pixels are lost, so `images` takes each of its warnings for an error. Some mean nothing: `mended` gives the same image
+without their cause, and that is decoded as strictly as any other.
 Layout: ITU-T T.81, annex B.
 
     FFD8 | FFE1 length Exif… | FFDB length tables | FFC0 length height width … | FFDA length … pixels | FFD9
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
@@ -20,12 +22,37 @@ _EXIF = b"Exif\0\0"
 _WHOLE_BLOCK = b"\x00\x3f\x00"  # what a sequential scan holds: coefficients 0 to 63, all their bits
 
 
-def orientation(data: bytes) -> int:
-    """The EXIF orientation, 1 to 8; without EXIF, or where it is damaged, 1: as viewers do."""
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """What one walk over the segments finds."""
+
+    orientation: int = 1  # of EXIF, 1 to 8; without EXIF, or where it is damaged, 1: as viewers do
+    height_at: int = 0  # where the height stands; 0: not a JPEG that can be shortened
+    block_px: int = 0  # rows of pixels in one row of blocks, 8 or 16, more in odd chroma subsampling
+
+
+def outline(data: bytes) -> Outline:
+    found, height_at, block_px, components, restarts = 1, 0, 0, 0, False
     for marker, start, end in _segments(data):
-        if marker == _APP1 and data.startswith(_EXIF, start + 4):
-            return exif_orientation(data[start + 4 : end])
-    return 1
+        if marker == _APP1 and found == 1 and data.startswith(_EXIF, start + 4):
+            found = exif_orientation(data[start + 4 : end])
+        elif marker == _RESTARTS:
+            restarts = True
+        elif marker in _SEQUENTIAL and end - start >= 10 + 3 * data[start + 9]:
+            components = data[start + 9]
+            height_at, block_px = start + 5, 8 * max((v & 15 for v in data[start + 11 : end : 3]), default=0)
+        elif marker == _SOS and not restarts and components and data[start + 4] == components:
+            return Outline(found, height_at, block_px)
+    return Outline(found)
+
+
+def shortened(data: bytes, known: Outline, rows: int) -> bytes:
+    """The image of its first `rows` rows alone: its header says so, the data are the same.
+
+    Only where there is one scan, from top to bottom: the decoder then stops there, and passes over what follows.
+    """
+    assert known.height_at
+    return data[: known.height_at] + rows.to_bytes(2, "big") + data[known.height_at + 2 :]
 
 
 def exif_orientation(exif: bytes) -> int:

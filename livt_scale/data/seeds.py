@@ -16,13 +16,27 @@ import hashlib
 import random
 import struct
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 
 def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:
     """The generator for one `purpose` ("crop", "noise", "mix" …) of the sample `key` in `epoch`."""
-    return np.random.Generator(np.random.Philox(key=_digest(seed, epoch, key, purpose)))
+    key_sequence = _Key(_digest(seed, epoch, key, purpose))
+    return np.random.Generator(np.random.Philox(key_sequence))  # type: ignore[arg-type] # NumPy's stub lacks ISeedSequence
+
+
+class _Key(ISeedSequence):
+    """Hands Philox its 128 bits. `Philox(key=…)` gives the same, but asks the system for entropy first: 9 µs, not 3."""
+
+    def __init__(self, digest: bytes) -> None:
+        self._key = np.frombuffer(digest, dtype="<u8")
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        assert (n_words, np.dtype(dtype)) == (2, np.dtype(np.uint64)), "what Philox asks for"
+        return self._key
 
 
 def view_key(key: str, view: int) -> str:
@@ -33,11 +47,11 @@ def view_key(key: str, view: int) -> str:
     return f"{key}\0{view}" if view else key
 
 
-def _digest(seed: int, epoch: int, key: str, purpose: str) -> int:
+def _digest(seed: int, epoch: int, key: str, purpose: str) -> bytes:
     """128 bits of BLAKE2b; lengths go first, so that ("ab", "c") and ("a", "bc") differ."""
     name, use = key.encode("utf-8", "surrogateescape"), purpose.encode()
     head = struct.pack("<QQII", seed & 0xFFFFFFFFFFFFFFFF, epoch, len(name), len(use))
-    return int.from_bytes(hashlib.blake2b(head + name + use, digest_size=16).digest(), "little")
+    return hashlib.blake2b(head + name + use, digest_size=16).digest()
 
 
 @contextlib.contextmanager

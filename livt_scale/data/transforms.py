@@ -138,7 +138,7 @@ def cut(image: EncodedImage, box: Box, *, target_px: int, workspace: Workspace |
     edge moves by at most half of one: a quarter of a percent of the crop at 224 px.
     """
     shrink = next((s for s in SHRINKS if image.shrinks and min(box.height, box.width) >= s * target_px), 1)
-    pixels = image.pixels(shrink=shrink, workspace=workspace)
+    pixels = image.pixels(shrink=shrink, workspace=workspace, bottom=box.top + box.height)
     if shrink == 1:
         return pixels, box
     top, left = round(box.top / shrink), round(box.left / shrink)

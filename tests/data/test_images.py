@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from livt_scale.data.images import MOST_PIXELS, BadImage, decode, open_image
+from livt_scale.data.images import MOST_PIXELS, BadImage, Workspace, decode, open_image
 from tests.data.tiny_sets import encoded, photo
 
 PHOTO = photo(48, 65)
@@ -152,3 +152,63 @@ def test_a_shrunken_jpeg_is_the_picture_made_smaller(shrink):
     assert np.abs(small.astype(int) - reference).mean() < 1.5
     odd = open_image(encoded(photo(250, 331)), channels=3).pixels(shrink=shrink)
     assert odd.shape == (-(-250 // shrink), -(-331 // shrink), 3)
+
+
+WAYS = ({"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_rows": 1})
+
+
+@settings(max_examples=120)
+@given(
+    size=st.tuples(st.integers(17, 90), st.integers(8, 60)),
+    way=st.sampled_from(WAYS),
+    channels=st.sampled_from([1, 3]),
+    shrink=st.sampled_from([1, 2, 4, 8]),
+    share=st.floats(0.01, 1),
+    keeps=st.booleans(),
+)
+def test_the_rows_above_a_crop_s_bottom_are_those_of_the_whole_image(size, way, channels, shrink, share, keeps):
+    image = open_image(encoded(photo(*size), **way), channels=channels)
+    bottom = max(1, round(share * size[0]))
+    upper = image.pixels(shrink=shrink, workspace=Workspace() if keeps else None, bottom=bottom)
+    rows = -(-bottom // shrink)
+    assert len(upper) >= rows
+    np.testing.assert_array_equal(upper[:rows], image.pixels(shrink=shrink)[:rows])
+
+
+def test_what_lies_below_a_crop_is_not_decoded():
+    assert len(open_image(encoded(photo(200, 120)), channels=3).pixels(bottom=31)) == 32
+    assert len(open_image(encoded(photo(200, 120)), channels=3).pixels(bottom=32)) == 48  # its chroma reaches across
+    assert len(open_image(encoded(photo(200, 120)), channels=3).pixels(bottom=60, shrink=2)) == 32
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down: the crop's bottom is the top of what is stored
+    assert len(open_image(encoded(photo(200, 120), exif=exif), channels=3).pixels(bottom=31)) == 200
+
+
+@pytest.mark.parametrize("bottom", [20, 180])
+def test_a_file_cut_below_the_crop_is_an_error_all_the_same(bottom):
+    whole = encoded(photo(200, 120))
+    with pytest.raises(BadImage, match="cut or damaged"):
+        open_image(whole[: len(whole) // 2], channels=3).pixels(bottom=bottom)
+    ended = open_image(whole[: len(whole) // 2] + b"\xff\xd9", channels=3)  # an end mark where it was cut
+    if bottom == 180:
+        with pytest.raises(BadImage, match="cut or damaged"):
+            ended.pixels(bottom=bottom)
+    else:  # nothing that is used was lost
+        np.testing.assert_array_equal(ended.pixels(bottom=bottom)[:bottom], decode(whole)[:bottom])
+
+
+@settings(max_examples=150)
+@given(where=st.floats(0, 1, exclude_max=True), byte=st.integers(1, 255), bottom=st.integers(1, 60))
+@pytest.mark.filterwarnings("ignore:.*EXIF:UserWarning")
+def test_damage_is_met_as_in_the_whole_image_or_lies_below(where, byte, bottom):
+    damaged = bytearray(encoded(photo(64, 48)))
+    damaged[int(where * len(damaged))] ^= byte
+    try:
+        upper = open_image(bytes(damaged), channels=3).pixels(bottom=bottom)
+    except BadImage:
+        with pytest.raises(BadImage):
+            decode(bytes(damaged))
+        return
+    with contextlib.suppress(BadImage):
+        whole = decode(bytes(damaged))
+        np.testing.assert_array_equal(upper[:bottom], whole[:bottom])

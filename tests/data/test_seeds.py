@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
+import struct
 
 import numpy as np
 import pytest
@@ -30,6 +32,15 @@ def test_the_same_four_give_the_same_numbers(seed, epoch, key, purpose):
 def test_any_difference_gives_other_numbers(a, b):
     same = np.array_equal(sample_rng(*a).random(4), sample_rng(*b).random(4))
     assert same == (a == b)
+
+
+def test_the_numbers_are_philox_s_under_the_128_bits_of_the_hash():
+    head = struct.pack("<QQII", 7, 3, 6, 4)
+    key = int.from_bytes(hashlib.blake2b(head + b"img-12crop", digest_size=16).digest(), "little")
+    expected = np.random.Generator(np.random.Philox(key=key))
+    ours = sample_rng(7, 3, "img-12", "crop")
+    np.testing.assert_array_equal(ours.random(5), expected.random(5))
+    np.testing.assert_array_equal(ours.integers(0, 9, size=5), expected.integers(0, 9, size=5))
 
 
 def test_the_border_between_key_and_purpose_counts():
