@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +35,26 @@ def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
 
     Continues by itself from what the run directory holds. Raises LivtError: Preempted where a signal stopped it.
     """
-    run_dir = run_dir_of(recipe)
     if stage is not None and stage not in recipe.stage_names:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
-    plans = {name: _plan(recipe, name, world) for name in recipe.stage_names}  # before anything is allocated
+    for name in recipe.stage_names:
+        _plan(recipe, name, world)  # what cannot be divided is said before anything is allocated
     _set_up_torch(recipe.parallel)
-    group = process_group(world, timeout_s=recipe.parallel.timeout_s)
-    with group, cores.told_to_loader(world), _alone(run_dir, world):
+    with process_group(world, timeout_s=recipe.parallel.timeout_s):
+        train_together(recipe, (stage,) if stage else recipe.stage_names, world=world)
+
+
+def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World) -> None:
+    """`train` in a process group that is up already: all ranks of `world` call it."""
+    run_dir = run_dir_of(recipe)
+    with cores.told_to_loader(world), _alone(run_dir, world):
         agree(world, lambda: rundir.save_resolved(recipe, run_dir))
-        for name in (stage,) if stage else recipe.stage_names:
+        for name in stages:
             if agree(world, lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
                 _say(world, f"{name} is done already in {run_dir}")
             else:
-                _train_stage(recipe, name, run_dir=run_dir, world=world, plan=plans[name])
+                _train_stage(recipe, name, run_dir=run_dir, world=world, plan=_plan(recipe, name, world))
 
 
 def _set_up_torch(parallel: Parallel) -> None:
