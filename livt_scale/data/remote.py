@@ -4,10 +4,10 @@
     fetcher.fetch("train-000003.tar", path, most_bytes=info.bytes, check=lambda path: "" or "what is wrong with it")
 
 Tried again: time-outs, resets, cut and wrong bodies, 408, 425, 429 and 5xx; after a random wait below a bound that
-doubles ("full jitter"), at least as long as Retry-After asks. Given up at once: 404, 403 and the like, a full disk,
-and a body that is wrong in the same way twice. A connection that says nothing for `stall_timeout_s` is cut, and
-`deadline_s` bounds all tries of a file together. Errors name URL, tries and how long it took, and never a secret:
-URLs hold none (`livt_scale.location`), and what libraries say is cleaned.
+doubles ("full jitter"), at least as long as Retry-After asks. Given up at once: 404, 403 and the like, a certificate
+that is not trusted, a full disk, and a body that is wrong in the same way twice. A connection that says nothing for
+`stall_timeout_s` is cut, and `deadline_s` bounds all tries of a file together. Errors name URL, tries and how long it
+took, and never a secret: URLs hold none (`livt_scale.location`), and what libraries say is cleaned.
 
 Transport is fsspec's (http: aiohttp; s3: s3fs). Its file systems do not live through a fork, so each process makes
 its own at first use; only whole files are read by their full name, so no directory listing is ever asked or cached.
@@ -22,6 +22,7 @@ import hashlib
 import itertools
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -40,6 +41,11 @@ CREDENTIALS = (
     "check the URL and your rights; credentials come from the environment or profile files: for s3 AWS_PROFILE, "
     "AWS_ACCESS_KEY_ID or ~/.aws, for http ~/.netrc"
 )
+CERTIFICATES = (
+    "let SSL_CERT_FILE (for s3 AWS_CA_BUNDLE) name a file with the certificate of the authority that signed the "
+    "server's, on every node; if you know of none, do not trust the server"
+)
+_CERTIFICATE = re.compile(r"certificate verify failed(?:: (?P<why>[^\[\]()]+))?", re.IGNORECASE)
 _AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, 520, 521, 522, 523, 524, 529})
 _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "TokenRetrievalError"})
 
@@ -242,10 +248,13 @@ def _judge(error: BaseException, into: Path, needed: int) -> _Verdict:
     if status is not None:
         again = status in _AGAIN or status >= 500
         return _Verdict(f"the server answered {status}", again=again, wait_s=_retry_after(error))
+    if told := _CERTIFICATE.search(str(error).replace("CERTIFICATE_VERIFY_FAILED", "")):  # botocore keeps words alone
+        why = (told["why"] or "no reason is given").strip()
+        return _Verdict(f"the server's certificate is not trusted ({why})", again=False, remedy=CERTIFICATES)
     if isinstance(error, TimeoutError):  # fsspec's, asyncio's and aiohttp's all are
         return _Verdict(f"the connection stalled or could not be made in time ({name})")
-    if name in ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError", "ClientConnectorCertificateError"):
-        return _Verdict(redacted(f"{name}: {error}"), again=False, remedy="check the URL and its certificate")
+    if name in ("InvalidURL", "InvalidUrlClientError", "NonHttpUrlClientError"):
+        return _Verdict(redacted(f"{name}: {error}"), again=False, remedy="check the URL")
     theirs = type(error).__module__.partition(".")[0] in ("aiohttp", "botocore", "aiobotocore")
     if theirs or isinstance(error, OSError | EOFError):
         return _Verdict(redacted(f"{name}: {error}"[:300]))

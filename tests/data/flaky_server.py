@@ -1,8 +1,9 @@
-"""A real HTTP server on 127.0.0.1 that serves a folder and, where told, does it badly."""
+"""A real HTTP or HTTPS server on 127.0.0.1 that serves a folder and, where told, does it badly."""
 
 from __future__ import annotations
 
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -12,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote
 
+from tests.data.certificates import Certificate
+
 FAULTS = ("503", "500", "429", "reset", "cut", "short", "wrong", "long", "nothing")
 Plan = Callable[[str, int], str]  # (name of the file, how many requests for it came before) -> fault, "" for none
 
@@ -19,7 +22,9 @@ Plan = Callable[[str, int], str]  # (name of the file, how many requests for it 
 class FlakyServer:
     """`server.url`; `server.requests`: how often each file was asked for. `plan` may be changed while it runs."""
 
-    def __init__(self, folder: Path, plan: Plan = lambda name, before: "") -> None:
+    def __init__(
+        self, folder: Path, plan: Plan = lambda name, before: "", *, certificate: Certificate | None = None
+    ) -> None:
         self.plan, self.requests, self.folder = plan, Counter[str](), folder
         self.headers: list[dict[str, str]] = []
         self.location = ""  # where "redirect" leads
@@ -44,7 +49,11 @@ class FlakyServer:
                 pass
 
         self._server = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        if certificate:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(certificate.certificate, certificate.key)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+        self.url = f"http{'s' if certificate else ''}://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02})
         self._thread.start()
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.certificates import Certificate
+
 NGINX = """
 daemon off; master_process off; pid {folder}/pid; error_log {folder}/error.log;
 events {{}}
@@ -49,13 +51,14 @@ def nginx(folder: Path, root: Path) -> Iterator[int]:
 
 
 @contextmanager
-def s3(folder: Path) -> Iterator[int]:
-    """moto's S3 server; yields its port. Skips where it, or s3fs, is not installed."""
+def s3(folder: Path, *, certificate: Certificate | None = None) -> Iterator[int]:
+    """moto's S3 server, over TLS with a certificate; yields its port. Skips where it, or s3fs, is not installed."""
     for package in ("moto", "s3fs", "flask"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed (pip install s3fs 'moto[server]')")
     port = free_port()
-    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, cwd=folder):
+    words = ["-c", str(certificate.certificate), "-k", str(certificate.key)] if certificate else []
+    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port), *words], port, cwd=folder):
         yield port
 
 
