@@ -146,6 +146,10 @@ class Model(RecipePart):
     def num_patches(self) -> int:
         return (self.image_px // self.dims[3]) ** 2
 
+    def num_kept(self, mask_ratio: float) -> int:
+        """Patches that pretraining shows its encoder."""
+        return int(self.num_patches * (1 - mask_ratio))
+
 
 class _Policy(RecipePart):
     policy: Literal["instance", "class_balanced", "sqrt", "progressive"] = Field(

@@ -41,7 +41,7 @@ def build_mae(model: Model, *, norm_pix: bool, mask_ratio: float) -> MaskedAutoe
 
     Raises UsageError where `mask_ratio` leaves no patch to see or none to predict.
     """
-    num_kept = int(model.num_patches * (1 - mask_ratio))
+    num_kept = model.num_kept(mask_ratio)
     if not 0 < num_kept < model.num_patches:
         raise UsageError(
             f"mask_ratio {mask_ratio:g} of {model.num_patches} patches keeps {num_kept}",
