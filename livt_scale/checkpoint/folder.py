@@ -18,9 +18,9 @@ from pathlib import Path
 
 from livt_scale.checkpoint.files import remove_folder, sha256_of_all
 from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, read_manifest, step_name, step_of
-from livt_scale.checkpoint.peers import Peers
 from livt_scale.durable import sync_folder
 from livt_scale.errors import CheckpointDamaged, CheckpointError
+from livt_scale.parallel.peers import Peers
 
 LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|pruned)")
 
@@ -124,7 +124,7 @@ def newest_whole(
     With several `peers` it is a collective call: rank 0 picks, the ranks share the hashing, all get the same answer;
     `on_damage` is called on rank 0 alone.
     """
-    peers = peers or Peers()
+    peers = peers or Peers(all_raise=CheckpointError)
     for name in reversed(peers.lead_does(lambda: [path.name for path in _step_folders(folder)])):
         path = folder / name
         wrong = agreed_damages(path, peers)

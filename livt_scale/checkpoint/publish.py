@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from livt_scale.checkpoint import files
 from livt_scale.checkpoint.folder import damages, list_checkpoints, temporary
 from livt_scale.checkpoint.manifest import MANIFEST, FileEntry, Manifest, step_name
-from livt_scale.checkpoint.peers import Peers
 from livt_scale.checkpoint.retention import Retention
 from livt_scale.durable import sync_folder
 from livt_scale.errors import CheckpointError
+from livt_scale.parallel.peers import Peers
 
 if TYPE_CHECKING:
     from livt_scale.checkpoint.tensors import Pieces, WritePlan

@@ -38,11 +38,11 @@ from livt_scale.checkpoint.manifest import (
     plain_score,
     read_manifest,
 )
-from livt_scale.checkpoint.peers import Peers
 from livt_scale.checkpoint.publish import Job, publish
 from livt_scale.checkpoint.retention import Retention
 from livt_scale.durable import sync_folder
 from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from livt_scale.parallel.peers import Peers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,7 +91,7 @@ class Saver:
         self.folder = Path(folder)
         self.mode = mode
         self.retention = retention or Retention()
-        self.peers = Peers.of_world(rank, world_size, timeout_s=timeout_s)
+        self.peers = Peers.of_world(rank, world_size, timeout_s=timeout_s, all_raise=CheckpointError)
         self.known_whole: dict[Path, object] = {}
         self._staging = Staging()
         self._plan: WritePlan | None = None
@@ -194,7 +194,7 @@ def load(
     `check` reads and hashes every byte first (CheckpointDamaged names the file), the ranks of `peers` sharing the work:
     leave it out right after `newest_whole`. With `peers` a collective call: the ranks must agree on the manifest first.
     """
-    peers = peers or Peers()
+    peers = peers or Peers(all_raise=CheckpointError)
     path = Path(path)
     manifest = peers.all_do(lambda: read_manifest(path))
     _agree(manifest, peers)

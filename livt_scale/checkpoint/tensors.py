@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from livt_scale.checkpoint.files import HashedFile
 from livt_scale.checkpoint.manifest import FileEntry
 from livt_scale.checkpoint.metadata import METADATA, Piece, SavedTensor, TensorIndex
-from livt_scale.checkpoint.peers import Peers
 from livt_scale.errors import CheckpointDamaged
+from livt_scale.parallel.peers import Peers
 
 # a piece is a small zip archive: its records are aligned to 64 bytes and its directory is about 1.5 kB
 OVERHEAD_BYTES_A_PIECE = 2048

@@ -12,18 +12,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from livt_scale.errors import UsageError
+from livt_scale.parallel.peers import Peers
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,6 +38,11 @@ class World:
     def is_main(self) -> bool:
         """Rank 0, which writes what one process writes for all."""
         return self.rank == 0
+
+    @property
+    def peers(self) -> Peers:
+        """All ranks, speaking over the process group of the training."""
+        return Peers(self.rank, self.world_size)
 
     @property
     def device(self) -> torch.device:
@@ -87,49 +91,6 @@ def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def agree(world: World, what: Callable[[], T]) -> T:
-    """`what()` on rank 0, its result on every rank; its error too, so that no rank waits for one that stopped."""
-    import torch.distributed as dist
-
-    if world.world_size == 1:
-        return what()
-    result: list[object] = [None, None]
-    if world.is_main:
-        try:
-            result[0] = what()
-        except Exception as error:
-            result[1] = error
-    dist.broadcast_object_list(result, src=0)
-    if isinstance(result[1], Exception):
-        raise result[1]
-    return result[0]  # type: ignore[return-value]
-
-
-def all_do(world: World, work: Callable[[], T]) -> T:
-    """`work()` on each rank, its own result on each; if it fails on one, it fails on all."""
-    try:
-        result = work()
-    except Exception as error:
-        all_or_none(world, error)
-        raise
-    all_or_none(world, None)
-    return result
-
-
-def all_or_none(world: World, error: Exception | None) -> None:
-    """Raise on every rank if any rank has an error: its own, or the first of the others'."""
-    import torch.distributed as dist
-
-    if world.world_size == 1:
-        errors: list[Exception | None] = [error]
-    else:
-        errors = [None] * world.world_size
-        dist.all_gather_object(errors, error)
-    first = next((e for e in errors if e is not None), None)
-    if first is not None:
-        raise error or first
 
 
 def _slurm_master(environ: Mapping[str, str]) -> tuple[str, str]:

@@ -35,7 +35,7 @@ from livt_scale.errors import DataError, RunError
 from livt_scale.metrics import Tally
 from livt_scale.parallel import precision
 from livt_scale.parallel.strategy import Strategy
-from livt_scale.parallel.topology import World, all_do, all_or_none
+from livt_scale.parallel.topology import World
 from livt_scale.recipe import Recipe
 
 FORMAT = "livt-eval"
@@ -73,7 +73,7 @@ def evaluate(
     """
     classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
     check_same_classes(shards, classes)
-    all_do(world, lambda: check_room(shards, recipe, world=world, batch=batch))
+    world.peers.all_do(lambda: check_room(shards, recipe, world=world, batch=batch))
     tally = Tally(shards.num_classes, device=world.device)
     infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
     if not isinstance(model, nn.Module) and model.lockstep:
@@ -87,7 +87,7 @@ def evaluate(
         error = raised
     for _ in range(owed):  # after an error too: the others count to the end
         infer(torch.zeros(1, recipe.model.channels, *[recipe.model.image_px] * 2, device=world.device))
-    all_or_none(world, error)
+    world.peers.all_or_none(error)
     if world.world_size > 1:
         for sums in tally.tensors():
             dist.all_reduce(sums)

@@ -18,7 +18,7 @@ from livt_scale.data.stream import stage_order
 from livt_scale.errors import DataError, UsageError
 from livt_scale.parallel import cores
 from livt_scale.parallel.strategy import make_strategy
-from livt_scale.parallel.topology import World, agree, all_do, all_or_none, detect, process_group
+from livt_scale.parallel.topology import World, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.train import evaluate as evaluation
 from livt_scale.train import pictures, rundir
@@ -49,9 +49,9 @@ def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World) -> 
     """`train` in a process group that is up already: all ranks of `world` call it."""
     run_dir = run_dir_of(recipe)
     with cores.told_to_loader(world), _alone(run_dir, world):
-        agree(world, lambda: rundir.save_resolved(recipe, run_dir))
+        world.peers.lead_does(lambda: rundir.save_resolved(recipe, run_dir))
         for name in stages:
-            if agree(world, lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
+            if world.peers.lead_does(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
                 _say(world, f"{name} is done already in {run_dir}")
             else:
                 _train_stage(recipe, name, run_dir=run_dir, world=world, plan=_plan(recipe, name, world))
@@ -74,15 +74,15 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
 
     Raises DataError where a rank reads another manifest or quarantine than rank 0: it would train on other samples.
     """
-    train_set = all_do(world, lambda: ShardSet.open(recipe.data.train, data=recipe.data))
+    train_set = world.peers.all_do(lambda: ShardSet.open(recipe.data.train, data=recipe.data))
     digest = train_set.digest
     error: DataError | None = None
-    if digest != agree(world, lambda: digest):
+    if digest != world.peers.lead_does(lambda: digest):
         error = DataError(
             f"rank {world.rank} reads another manifest or quarantine in {recipe.data.train} than rank 0",
             remedy="start again when the set is the same for all nodes",
         )
-    all_or_none(world, error)
+    world.peers.all_or_none(error)
     return train_set
 
 
@@ -124,8 +124,8 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
 
 def _make_task(recipe: Recipe, stage: Stage, train_set: ShardSet, *, run_dir: Path, world: World) -> Task:
     if stage == "pretrain":
-        return all_do(world, lambda: pretrain_task(recipe, train_set, world=world))
-    return all_do(world, lambda: finetune_task(recipe, train_set, run_dir=run_dir, world=world))
+        return world.peers.all_do(lambda: pretrain_task(recipe, train_set, world=world))
+    return world.peers.all_do(lambda: finetune_task(recipe, train_set, run_dir=run_dir, world=world))
 
 
 def _batches(
@@ -208,7 +208,7 @@ class _alone:
         self._lock, self._world = rundir.hold(run_dir), world
 
     def __enter__(self) -> None:
-        agree(self._world, self._lock.__enter__)
+        self._world.peers.lead_does(self._lock.__enter__)
 
     def __exit__(self, *error: Any) -> None:
         if self._world.is_main:
