@@ -3,7 +3,7 @@
 A default stands here and nowhere else. Unless a description says otherwise it is the paper's (LiVT, arXiv
 2212.02015, table of hyper-parameters for ImageNet-LT; MAE, arXiv 2111.06377, table 8). `None` means "derived",
 and the description says from what. What the recipe alone decides is checked here; what needs the world size is
-checked by `livt_scale.train.batches`. How the work is done (`parallel`, `checkpoint`, `log`) is
+checked by `livt_scale.train.batches`. How the work is done (`parallel`, `checkpoint`, `faults`, `log`) is
 `livt_scale.recipe_work`'s, reading YAML, `extends:` and `--set` is `livt_scale.recipe_file`'s.
 """
 
@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from livt_scale.location import is_url, url_problem
-from livt_scale.recipe_work import Checkpoint, Log, Parallel, RecipePart
+from livt_scale.recipe_work import Checkpoint, Faults, Log, Parallel, RecipePart
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Stage = Literal["pretrain", "finetune"]
@@ -331,6 +331,7 @@ class Recipe(RecipePart):
     stages: Stages
     parallel: Parallel = Parallel()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     log: Log = Log()
 
     @model_validator(mode="after")
@@ -371,6 +372,7 @@ HARMLESS = (
     "data.remote",
     "parallel",
     "checkpoint",
+    "faults",
     "log",
 )
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 
 class RecipePart(BaseModel):
@@ -65,6 +65,39 @@ class Checkpoint(RecipePart):
     keep_last: PositiveInt = 2
     keep_every_epochs: PositiveInt | None = Field(None, description="also keep each nth epoch's; None: none")
     keep_best: bool = Field(True, description="also keep the one with the best evaluation (fine-tuning)")
+
+
+class Faults(RecipePart):
+    """What a run does when something goes wrong under it. One that meets no fault learns the same whatever stands here.
+
+    So all of it may change when a run goes on: one that a loss of nan has ended is started again with `skip`. What was
+    stepped over is in the facts of every checkpoint that comes after.
+    """
+
+    on_non_finite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="loss or gradient is nan or infinite. skip: the step has no update; rollback: weights and moments "
+        "become those of the last checkpoint again, and the steps since then are stepped over",
+    )
+    on_spike: Literal["none", "warn", "skip", "rollback"] = Field(
+        "warn", description="the loss lies far above those before it; decided before the update"
+    )
+    spike_window: int = Field(100, ge=10, description="losses before it that a loss is compared with; fewer: no spike")
+    spike_deviations: PositiveFloat = Field(
+        10, description="how far above their median: 1.4826 times the median distance from it, at least 1 % of it"
+    )
+    most_in_a_row: PositiveInt = Field(
+        5, description="steps skipped one after the other, or rollbacks between two checkpoints; one more ends the run"
+    )
+    hang_s: PositiveFloat | None = Field(
+        None,
+        description="a rank that ends no step for so long writes its stacks and ends; six times as long for the start, "
+        "the first step, evaluation and saving. None: 0.9 · parallel.timeout_s",
+    )
+    heartbeat_s: PositiveFloat = Field(5, description="how often each rank writes how far it is")
+    digest_every_steps: PositiveInt | None = Field(
+        None, description="compare what all ranks hold alike (weights, moments) bit for bit; None: never"
+    )
 
 
 class Log(RecipePart):
