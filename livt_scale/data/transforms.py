@@ -15,10 +15,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from livt_scale.data.augment import augment, erase, make_augment
+from livt_scale.data.augment import augment, erase, erasing_noise, make_augment
 from livt_scale.data.images import SHRINKS, BadImage, EncodedImage, Pixels, Workspace, decode, open_image
 from livt_scale.data.seeds import sample_rng
 from livt_scale.errors import UsageError
@@ -55,8 +54,7 @@ class TrainTransform:
         self._scale = part.crop_scale
         self._flip = part.flip
         self._erasing = finetune.random_erasing if finetune else 0.0
-        self._mean = np.array(recipe.data.mean, dtype=np.float32)
-        self._std = np.array(recipe.data.std, dtype=np.float32)
+        self._noise = erasing_noise(recipe.data.mean, recipe.data.std)
         self._augment = (
             make_augment(finetune.rand_augment, image_px=recipe.model.image_px, mean=recipe.data.mean)
             if finetune and finetune.rand_augment
@@ -74,8 +72,7 @@ class TrainTransform:
         if self._augment is not None:
             augment(slot, self._augment, sample_rng(self._seed, epoch, key, "augment"))
         if self._erasing:
-            rng = sample_rng(self._seed, epoch, key, "erase")
-            erase(slot, rng, share=self._erasing, mean=self._mean, std=self._std)
+            erase(slot, sample_rng(self._seed, epoch, key, "erase"), share=self._erasing, noise=self._noise)
 
 
 class EvalTransform:

@@ -6,11 +6,13 @@ import random
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
 from livt_scale.data import augment as module
-from livt_scale.data.augment import augment, erase, make_augment
+from livt_scale.data.augment import augment, erase, erasing_noise, make_augment
+from livt_scale.data.colours import COLOURS
 from livt_scale.data.seeds import sample_rng
 from livt_scale.errors import UsageError
 from tests.data.tiny_sets import photo
@@ -66,6 +68,33 @@ def test_shears_and_shifts_are_timm_s_to_within_one_level(name, channels):
             assert (apart > 0).mean() < 0.02 or apart.size < 100
 
 
+SOME_LEVELS = {  # of each kind of operation, as far as timm's strengths go
+    "Invert": [()],
+    "Posterize": [(bits,) for bits in range(1, 9)],
+    "Solarize": [(level,) for level in (0, 1, 55, 128, 255, 256)],
+    "SolarizeAdd": [(level,) for level in (0, 1, 55, 110, 128)],
+    "": [(factor,) for factor in (0.0, 0.1, 0.37, 0.9, 1.0, 1.0001, 1.3, 1.73, 1.9)],
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", sorted(COLOURS))
+def test_colour_operations_are_pillow_s_to_the_bit(name, channels):
+    from timm.data.auto_augment import NAME_TO_OP
+
+    kind = name.removesuffix("Increasing").removesuffix("Original")
+    for height, width in ((48, 48), (31, 57), (1, 1), (2, 9), (9, 3)):
+        noise = np.random.default_rng(height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for pixels in (photo(height, width, seed=height), noise):
+            pixels = pixels[:, :, :channels].copy()
+            image = Image.fromarray(pixels if channels == 3 else pixels[:, :, 0])
+            before = pixels.copy()
+            for level in SOME_LEVELS.get(kind, SOME_LEVELS[""]):
+                expected = np.asarray(NAME_TO_OP[name](image, *level)).reshape(pixels.shape)
+                np.testing.assert_array_equal(COLOURS[name](pixels, *level), expected, err_msg=str(level))
+            np.testing.assert_array_equal(pixels, before)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_posterizing_to_no_bits_is_black_and_not_the_end_of_the_run(channels):
     operations = make_augment("rand-m10-inc1", image_px=16, mean=(0.5,) * channels)  # strength 10: always 0 bits
@@ -87,11 +116,12 @@ def test_an_image_that_nothing_is_applied_to_stays_as_it_is():
 
 
 def test_erasing_fills_a_rectangle_in_its_share_of_images():
-    mean, std, erased = np.float32([0.4, 0.5, 0.6]), np.float32([0.2, 0.2, 0.2]), []
+    mean, std, erased = (0.4, 0.5, 0.6), (0.2, 0.1, 0.15), []
+    noise = erasing_noise(mean, std)
     for k in range(400):
         slot = slot_of(np.zeros((64, 64, 3), dtype=np.uint8))
         slot.fill_(7)
-        erase(slot, sample_rng(0, 0, f"k{k}", "erase"), share=0.25, mean=mean, std=std)
+        erase(slot, sample_rng(0, 0, f"k{k}", "erase"), share=0.25, noise=noise)
         changed = (as_image(slot) != 7).any(axis=2)
         if changed.any():
             rows, columns = changed.any(axis=1).nonzero()[0], changed.any(axis=0).nonzero()[0]
@@ -102,14 +132,22 @@ def test_erasing_fills_a_rectangle_in_its_share_of_images():
     areas = [area for area, _ in erased]
     assert 0.015 < min(areas) < 0.06
     assert 0.28 < max(areas) < 0.35
-    noise = np.concatenate([pixels for _, pixels in erased])
-    np.testing.assert_allclose(noise.mean(axis=0), mean, atol=0.02)
-    np.testing.assert_allclose(noise.std(axis=0), std, atol=0.02)
+    drawn = np.concatenate([pixels for _, pixels in erased])
+    np.testing.assert_allclose(drawn.mean(axis=0), mean, atol=0.02)
+    np.testing.assert_allclose(drawn.std(axis=0), std, atol=0.02)
+
+
+def test_erasing_noise_has_the_levels_of_rounded_normal_numbers():
+    mean, std = 0.45, 0.22
+    counted = np.bincount(erasing_noise((mean,), (std,))[0], minlength=256) / 65536
+    edges = (np.arange(1, 256) - 0.5) / 255
+    exact = np.diff(scipy.stats.norm(mean, std).cdf(edges), prepend=0, append=1)  # all beyond an end is at it
+    assert np.abs(counted - exact).max() <= 1 / 65536
 
 
 def test_no_share_erases_nothing():
     slot = slot_of(np.zeros((16, 16, 3), dtype=np.uint8))
-    erase(slot, sample_rng(0, 0, "k", "erase"), share=0.0, mean=np.zeros(3), std=np.ones(3))
+    erase(slot, sample_rng(0, 0, "k", "erase"), share=0.0, noise=erasing_noise((0.5,) * 3, (0.5,) * 3))
     assert not slot.any()
 
 
