@@ -94,11 +94,11 @@ def final_weights(run_dir: Path, stage: str = "finetune") -> dict[str, Any]:
     return store.read_tensors(last.path)
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    """Bit for bit: the weights of both stages, and each step's loss."""
+def assert_same_run(one: Path, other: Path, *, stages: tuple[str, ...] = ("pretrain", "finetune")) -> None:
+    """Bit for bit: the weights of the stages, and each step's loss."""
     import torch
 
-    for stage in ("pretrain", "finetune"):
+    for stage in stages:
         ours, theirs = final_weights(one, stage), final_weights(other, stage)
         assert ours.keys() == theirs.keys()
         different = [name for name in ours if not torch.equal(ours[name], theirs[name])]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
+import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from livt_scale.data.manifest import ShardSet
 from tests.data.flaky_server import FAULTS, FlakyServer
@@ -16,45 +19,84 @@ from tests.whole_runs import REPO, assert_same_run
 SETS = REPO / "shards" / "fashion-mnist-lt"
 
 
-def sets_for(server: FlakyServer, cache: Path, **more):
-    quick = {"tries": 12, "connect_timeout_s": 5, "stall_timeout_s": 5, "deadline_s": 120}
-    where = {"data__train": f"{server.url}/train-lt", "data__val": f"{server.url}/val"}
-    return where | {"data__cache__dir": cache, "data__remote": quick, **more}
-
-
-def test_a_rank_killed_in_mid_download_leaves_a_cache_that_the_next_start_uses(livt, finished, monkeypatch):
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
     for name in os.environ:
         if "proxy" in name.lower():
             monkeypatch.delenv(name)
-    cache = livt.folder / "a cache"
+
+
+def sets_for(server: FlakyServer, cache: Path):
+    quick = {"tries": 12, "connect_timeout_s": 5, "stall_timeout_s": 5, "deadline_s": 120}
+    where = {"data__train": f"{server.url}/train-lt", "data__val": f"{server.url}/val"}
+    return where | {"data__cache__dir": cache, "data__remote": quick}
+
+
+def fault(name: str, before: int) -> str:
+    """Each file but the small ones fails when it is first asked for."""
+    return FAULTS[len(name) % len(FAULTS)] if before == 0 and not name.endswith(".json") else ""
+
+
+def kill_all(process) -> None:
+    """The launcher, the ranks and their loader processes, none of which gets to tidy up."""
+    for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.communicate(timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("processes", "stages"),
+    [(1, ("pretrain",)), pytest.param(2, ("pretrain", "finetune"), marks=pytest.mark.slow)],
+)
+def test_a_rank_killed_in_mid_download_leaves_a_cache_that_the_next_start_uses(livt, finished, processes, stages):
+    cache, asked = livt.folder / "a cache", threading.Event()
     own = ShardSet.open(SETS / "train-lt").manifest
-    stalled, asked = own.shards[-1].name, threading.Event()
+    stalled = own.shards[-1]
 
     def plan(name: str, before: int) -> str:
-        if name.endswith(stalled) and not before:
+        if name.endswith(stalled.name) and not before:
             asked.set()
             return "stall"
-        return FAULTS[(len(name) + before) % len(FAULTS)] if before == 0 and not name.endswith(".json") else ""
+        return fault(name, before)
+
+    def lying(suffix: str) -> set[str]:
+        return {p.name for p in (cache / "v1").iterdir() if p.name.endswith(suffix)}
 
     with FlakyServer(SETS, plan) as server:
-        sets = sets_for(server, cache)
-        run_dir = livt.folder / "run"
-        process = livt.start(*livt.train_words(run_dir, **sets), processes=2)
+        sets, run_dir = sets_for(server, cache), livt.folder / "run"
+        words = [*livt.train_words(run_dir, **sets), *(["--stage", *stages] if len(stages) == 1 else [])]
+        process = livt.start(*words, processes=processes)
         assert asked.wait(120)
-        for part in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                part.kill()
-        process.communicate(timeout=120)
-        parts = [p for p in (cache / "v1").iterdir() if p.name.endswith(".part")]
-        assert [p for p in parts if p.name.startswith(own.shards[-1].sha256)]  # killed in the midst of this one
-        whole = {p.name for p in (cache / "v1").iterdir() if len(p.name) == 64}
+        give_up = time.monotonic() + 4  # below the time after which the stalled one is tried again
+        while not (whole := lying("") & {s.sha256 for s in own.shards}) and time.monotonic() < give_up:
+            time.sleep(0.01)
+        kill_all(process)
+        assert [name for name in lying(".part") if name.startswith(stalled.sha256)]  # killed in the midst of this one
+        assert whole
         before = dict(server.requests)
 
-        livt.train(run_dir, processes=2, **sets)
-        kept = [s for s in own.shards if s.sha256 in whole]
-        assert kept
-        again = [s.name for s in kept if server.requests[f"train-lt/{s.name}"] > before.get(f"train-lt/{s.name}", 0)]
-        assert again == []  # what had come whole is not fetched twice
-        assert not [p for p in (cache / "v1").iterdir() if p.name.endswith(".part")]
-        livt.train(livt.folder / "one", **sets)
-    assert_same_run(livt.folder / "one", finished)
+        livt.run(*words, processes=processes)
+        kept = [f"train-lt/{s.name}" for s in own.shards if s.sha256 in whole]
+        assert [name for name in kept if server.requests[name] > before.get(name, 0)] == []  # nothing fetched twice
+        assert not lying(".part")
+    if processes > 1:  # sums over ranks round in another order
+        finished = livt.folder / "from files"
+        livt.train(finished, processes=processes)
+    assert_same_run(run_dir, finished, stages=stages)
+
+
+def test_a_run_is_evaluated_on_a_set_at_a_url_as_on_its_files(livt, finished, monkeypatch):
+    """By two ranks that share a cache, through a fault a file: the report is that of the run itself."""
+    monkeypatch.setenv("LIVT_CACHE_DIR", str(livt.folder / "a cache"))
+    with FlakyServer(SETS, fault) as server:
+        url = f"{server.url}/val"
+        report = json.loads(livt.run("eval", str(finished), "--data", url, "--json", processes=2).stdout)
+        val = ShardSet.open(SETS / "val").manifest
+        assert {name for name in server.requests if name.endswith(".tar")} == {f"val/{s.name}" for s in val.shards}
+        assert max(n for name, n in server.requests.items() if not name.endswith(".json")) <= 3
+    own = json.loads((finished / "finetune" / "eval.json").read_text())
+    assert report["data"] == own["data"] | {"folder": url}
+    for field in ("top1", "top5", "per_class", "confusion", "num_samples"):
+        assert report[field] == own[field]
+    assert report["calibration"]["ece"] == pytest.approx(own["calibration"]["ece"], abs=1e-6)
