@@ -12,8 +12,12 @@ LivtError                 exit code 1
 ├── RunError              while a run is opened or trained
 │   ├── RunBusyError      another process works in this run directory
 │   ├── Preempted         not a failure: a signal came, the run is saved (exit code 85)
-│   └── NonFiniteError    loss or gradient is NaN or infinite: the sample keys of the batch
+│   ├── NonFiniteError    loss or gradient is NaN or infinite: the sample keys of the batch
+│   ├── RankLostError     another rank is gone, has failed or comes no further: which, and what it said last
+│   └── DivergedError     ranks hold other weights than the rest: which ranks, and the first tensor
 ├── CheckpointError       while a checkpoint is written or read
+│   ├── SaveFailed        one save came to nothing, on all ranks; the earlier ones are as they were
+│   ├── PruneFailed       it was saved, but an old one could not be removed
 │   ├── CheckpointDamaged a file is missing, changed or cut: which one
 │   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
 └── ExportError           a model cannot be written or read in a foreign layout
@@ -91,7 +95,23 @@ class NonFiniteError(RunError):
     pass
 
 
+class RankLostError(RunError):
+    pass
+
+
+class DivergedError(RunError):
+    pass
+
+
 class CheckpointError(LivtError):
+    pass
+
+
+class SaveFailed(CheckpointError):
+    pass
+
+
+class PruneFailed(CheckpointError):
     pass
 
 

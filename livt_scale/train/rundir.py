@@ -2,7 +2,7 @@
 
 RUN/recipe.yaml          the resolved recipe, written at the first start
 RUN/.lock                held (flock) by rank 0 while it works here; a second start is refused
-RUN/STAGE/status.json    running | preempted | failed | done, why and since when
+RUN/STAGE/status.json    running | preempted | failed | done, why and since when; how far the ranks are
 
 running -> done | preempted | failed;   preempted, failed or a stale running -> running (the next start)
 """
@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -84,11 +85,26 @@ class Status:
         self._path = folder / "status.json"
         self._writes = writes
         self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
+        self._lock = threading.Lock()  # the watchdog's thread adds how far the ranks are
 
     def write(self, state: State, *, why: str = "", **facts: Any) -> None:
-        if state != self._now.get("state"):
-            self._now |= {"state": state, "since": _now()}
-        self._now |= {"why": why, "at": _now(), **facts}
+        with self._lock:
+            if state != self._now.get("state"):
+                self._now |= {"state": state, "since": _now()}
+            self._put(why=why, **facts)
+
+    def add(self, **facts: Any) -> None:
+        """Tell more of the state that is told already; nothing where none is."""
+        with self._lock:
+            if "state" in self._now:
+                self._put(**facts)
+
+    def take_over(self) -> None:
+        """From now on this rank writes: the main one is gone."""
+        self._writes = True
+
+    def _put(self, **facts: Any) -> None:
+        self._now |= {"at": _now(), **facts}
         if self._writes:
             write_whole(self._path, (json.dumps(self._now, indent=2) + "\n").encode())
 

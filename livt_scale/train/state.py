@@ -2,22 +2,25 @@
 
 Tensors: the model's parameters and AdamW's moments, by plain name, whatever the strategy. Facts, as JSON: the stage,
 the recipe, the fields that decide what is learnt, the classes, the sums of the unfinished log interval, fp16's loss
-scale. Random state: none. All that is random is a function of (seed, epoch, sample).
+scale, the steps that were not taken. Random state: none. All that is random is a function of (seed, epoch, sample).
 """
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from livt_scale.checkpoint import store
+from livt_scale.checkpoint.folder import agreed_damages
+from livt_scale.checkpoint.manifest import step_name
 from livt_scale.checkpoint.store import Position, Saver
 from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import CheckpointMismatch
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.recipe import Recipe, Stage, digest, learnt_from
+from livt_scale.train.anomalies import Anomalies
 
 
 @dataclass
@@ -28,6 +31,7 @@ class TrainState:
     facts: dict[str, Any]
     step: int = 0
     sums: dict[str, float] | None = None
+    anomalies: Anomalies = field(default_factory=Anomalies)
 
     def save(
         self, saver: Saver, position: Position, *, score: float | None, final: bool, sums: dict[str, float]
@@ -35,7 +39,12 @@ class TrainState:
         saver.save(
             self.strategy.state(),
             position=position,
-            facts={**self.facts, "sums": sums, "scaler": self.strategy.scaler()},
+            facts={
+                **self.facts,
+                "sums": sums,
+                "scaler": self.strategy.scaler(),
+                "anomalies": self.anomalies.facts(),
+            },
             score=score,
             final=final,
         )
@@ -50,13 +59,36 @@ class TrainState:
         if path is None:
             return None
         saver.peers.all_do(lambda: _check_same(self.facts, store.read_manifest(path).facts, path))
-        tensors = self.strategy.state()
-        manifest = store.load(path, tensors, check=False, peers=saver.peers)  # newest_whole has read every byte
-        self.strategy.restored(tensors)
-        self.strategy.set_scaler(manifest["facts"].get("scaler"))
+        manifest = self._take(path, saver)
         self.step = int(manifest["position"]["step"])
         self.sums = manifest["facts"]["sums"]
+        self.anomalies.restore(manifest["facts"].get("anomalies"))
         return path.name
+
+    def roll_back(self, saver: Saver) -> int | None:
+        """Weights, moments and loss scale as the last checkpoint that was due has them, and how many steps that had.
+
+        A collective call. Where that checkpoint is no longer there or is damaged, the newest whole one; None where
+        there is none. The position stays.
+        """
+        saver.wait()
+        due = self.anomalies.due_step
+        path = None if due is None else saver.folder / step_name(due)
+        if path is None or agreed_damages(path, saver.peers):
+            path = store.newest_whole(saver.folder, on_damage=_warn, peers=saver.peers)
+        if path is None:
+            return None
+        manifest = self._take(path, saver)
+        self.anomalies.restore_losses(manifest["facts"].get("anomalies"))
+        return int(manifest["position"]["step"])
+
+    def _take(self, path: Path, saver: Saver) -> dict[str, Any]:
+        """Fill the strategy from a checkpoint of which every byte has been read; its manifest."""
+        tensors = self.strategy.state()
+        manifest = store.load(path, tensors, check=False, peers=saver.peers)
+        self.strategy.restored(tensors)
+        self.strategy.set_scaler(manifest["facts"].get("scaler"))
+        return manifest
 
 
 def run_facts(

@@ -1,0 +1,106 @@
+"""How far each rank is, in a file of its own, so that a straggler is seen and a rank that is gone is named.
+
+RUN/STAGE/heartbeats/rank-3.json
+    {"rank": 3, "host": "gpu07", "pid": 4711, "state": "running", "phase": "step", "step": 1234,
+     "since": 1764000000.1, "at": 1764000003.0, "why": ""}
+
+`since`: when the rank came into this phase of this step; `at`: when the file was written, by a thread that goes on
+while the rank computes. state: running -> done | stopped (by a request) | failed (its own error: `why`) | bereft (the
+error of another). Nothing here is ever an error of the run: on a full disk the files grow old.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["running", "done", "stopped", "failed", "bereft"]
+FOLDER = "heartbeats"
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """What one rank said last. Times are its host's, in seconds since 1970."""
+
+    rank: int
+    host: str
+    pid: int
+    state: State
+    phase: str
+    step: int
+    since: float
+    at: float
+    why: str = ""
+
+    @property
+    def where(self) -> str:
+        """`step 12 (data), 34 s ago, process 4711 on gpu07`"""
+        return f"step {self.step} ({self.phase}), {max(time.time() - self.at, 0):.0f} s ago, {self.process}"
+
+    @property
+    def process(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether its process is known to be gone: only of a process on this host it can be known."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        with suppress(OSError, IndexError):  # one that ended and was not yet fetched by its launcher
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return False
+
+
+def write(folder: Path, beat: Heartbeat) -> None:
+    """Put `beat` under its rank's name. What goes wrong is not told: the file grows old instead."""
+    path = folder / FOLDER / f"rank-{beat.rank}.json"
+    temporary = path.with_suffix(".writing")
+    with suppress(OSError):  # not synced: after a power cut nobody asks who was how far
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def read(folder: Path, *, world_size: int) -> list[Heartbeat]:
+    """The last heartbeat of each rank below `world_size` that has one which can be read, in rank order."""
+    beats = []
+    for rank in range(world_size):
+        with suppress(OSError, ValueError, TypeError):
+            beats.append(Heartbeat(**json.loads((folder / FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8"))))
+    return beats
+
+
+def slowest(beats: Iterable[Heartbeat]) -> Heartbeat | None:
+    """Who is behind: the lowest step; of those, the one that has been in its phase for longest."""
+    running = [beat for beat in beats if beat.state == "running"]
+    return min(running, key=lambda beat: (beat.step, beat.since, beat.rank), default=None)
+
+
+def summary(beats: list[Heartbeat]) -> dict[str, Any]:
+    """What status.json says of the ranks: how many wrote, lowest and highest step, who is behind and since when."""
+    if not beats:
+        return {"count": 0}
+    behind = slowest(beats)
+    told: dict[str, Any] = {
+        "count": len(beats),
+        "min_step": min(beat.step for beat in beats),
+        "max_step": max(beat.step for beat in beats),
+        "oldest_s": round(max(beat.at for beat in beats) - min(beat.at for beat in beats), 1),
+    }
+    if behind is not None:
+        waits_s = round(behind.at - behind.since, 1)
+        told["slowest"] = {"rank": behind.rank, "host": behind.host, "phase": behind.phase, "for_s": waits_s}
+    return told

@@ -1,0 +1,266 @@
+"""Nothing waits for ever: a thread in each rank tells how far the rank is, and ends it when it gets no further.
+
+    with Watchdog(folder, status, world=world, faults=recipe.faults, timeout_s=600) as watchdog:
+        watchdog.at("evaluation", 1234)          # a phase begins; the next call is a sign of life
+        with watchdog.errors_told():             # what ends the block is told to the other ranks before they miss us
+            …
+
+A phase that lasts longer than its bound (`faults.hang_s`, six times that for SLOW phases) ends the process with exit
+code 1, after the stacks of all its threads were written to RUN/STAGE/stacks/rank-N.txt. The other ranks wait for this
+one, so their watchdogs see no progress either, and each writes its own. Where C code holds the interpreter's lock and
+no thread of Python's runs, faulthandler's, which needs no lock, does both LOCKED_S later.
+
+An error of this rank is in its heartbeat before its connections close. So a rank that misses another (gloo says
+"connection closed", NCCL a time-out) says who is gone and why, instead of what its socket saw.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Literal, Self, TypeVar
+
+from livt_scale.errors import EXIT_FAILED, LivtError, Preempted, RankLostError
+from livt_scale.parallel.topology import World
+from livt_scale.recipe import Faults
+from livt_scale.train import heartbeat
+from livt_scale.train.heartbeat import Heartbeat
+from livt_scale.train.rundir import Status
+
+Phase = Literal["start", "first step", "data", "step", "evaluation", "checkpoint", "ending"]
+SLOW: tuple[Phase, ...] = ("start", "first step", "evaluation", "checkpoint")
+SLOW_TIMES = 6
+HANG_SHARE = 0.9  # of the collectives' time-out: before NCCL's own watchdog ends the process without a stack
+ENDING_S = 60.0  # from an error to the process's end, closing files and connections
+LOCKED_S = 15.0  # after the bound, for what only faulthandler's own thread can end
+LINGER_S = 3.0  # a rank that found itself hanging stays so long: the others are to find the same, not a dead peer
+STATUS_EVERY_S = 15.0
+# What torch says, in plain RuntimeErrors, when another rank is gone or silent (torch 2.11 to 2.14, gloo and NCCL)
+PEER_WORDS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class _Now:
+    phase: Phase
+    step: int
+    since_s: float  # of time.monotonic
+    since: float  # of time.time, for others to read
+
+
+class Watchdog:
+    """Of one rank in one stage. `at` costs a few attributes: the thread does the writing."""
+
+    def __init__(self, folder: Path, status: Status, *, world: World, faults: Faults, timeout_s: float) -> None:
+        self._folder, self._status, self._world = folder, status, world
+        self._hang_s = faults.hang_s or HANG_SHARE * timeout_s
+        self._beat_s = faults.heartbeat_s
+        self._now = _Now("start", 0, time.monotonic(), time.time())  # replaced whole: two threads look at it
+        self._state: heartbeat.State = "running"
+        self._why = ""
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stacks: IO[str] | None = None
+
+    def at(self, phase: Phase, step: int | None = None) -> None:
+        """This rank has come to `phase` of the step after `step` done ones: a sign of life."""
+        self._now = _Now(phase, self._now.step if step is None else step, time.monotonic(), time.time())
+
+    def waits_seen(self, items: Iterator[Item]) -> Iterator[Item]:
+        """`items`; while the next is waited for, this rank is in phase `data` (after its first step)."""
+        while True:
+            phase = self._now.phase
+            if phase == "step":
+                self.at("data")
+            item = next(items)
+            self.at(phase)
+            yield item
+
+    def __enter__(self) -> Self:
+        with suppress(OSError):  # without a file, stderr has the stacks
+            (self._folder / "stacks").mkdir(parents=True, exist_ok=True)
+            self._stacks = self._stacks_path.open("w", encoding="utf-8")
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._ended.set()
+        self._thread.join()
+        faulthandler.cancel_dump_traceback_later()
+        if self._state == "running":
+            self._end("done" if error is None else _state_after(error), error)
+        if self._stacks is not None:
+            empty = self._stacks.tell() == 0
+            self._stacks.close()
+            if empty:
+                self._stacks_path.unlink(missing_ok=True)
+
+    @contextmanager
+    def errors_told(self) -> Iterator[None]:
+        """Around all that has connections to other ranks: RankLostError in place of what a broken one looks like."""
+        try:
+            yield
+        except BaseException as error:
+            lost = self._world.world_size > 1 and _speaks_of_peers(error)
+            self._end("bereft" if lost else _state_after(error), error)
+            if not lost:
+                raise
+            self._keep(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
+            raise self._who_is_lost(error) from error
+
+    def bound_s(self, phase: Phase) -> float:
+        """How long `phase` may last."""
+        if phase == "ending":
+            return ENDING_S
+        return self._hang_s * (SLOW_TIMES if phase in SLOW else 1)
+
+    @property
+    def _stacks_path(self) -> Path:
+        return self._folder / "stacks" / f"rank-{self._world.rank}.txt"
+
+    def _end(self, state: heartbeat.State, error: BaseException | None) -> None:
+        self._state, self._why = state, _said(error) if error is not None else ""
+        self.at("ending")
+        self._write()
+
+    def _watch(self) -> None:
+        tick_s = min(1.0, self._beat_s, self._hang_s / 10)
+        written = told = time.monotonic()
+        while not self._ended.wait(tick_s):
+            now, here = time.monotonic(), self._now
+            left_s = here.since_s + self.bound_s(here.phase) - now
+            if left_s <= 0:
+                self._hangs(here)
+            faulthandler.dump_traceback_later(left_s + LOCKED_S, exit=True, file=self._stacks or sys.stderr)
+            if now - written >= self._beat_s:
+                written = now
+                self._write()
+            if self._world.is_main and now - told >= max(STATUS_EVERY_S, self._beat_s):
+                told = now
+                self._tell_status()
+
+    def _write(self) -> None:
+        with self._lock:
+            here = self._now
+            beat = Heartbeat(
+                rank=self._world.rank, host=socket.gethostname(), pid=os.getpid(), state=self._state,
+                phase=here.phase, step=here.step, since=here.since, at=time.time(), why=self._why,
+            )  # fmt: skip
+            heartbeat.write(self._folder, beat)
+
+    def _tell_status(self) -> None:
+        with suppress(OSError):
+            beats = heartbeat.read(self._folder, world_size=self._world.world_size)
+            self._status.add(step=self._now.step, ranks=heartbeat.summary(beats))
+
+    def _hangs(self, here: _Now) -> None:
+        """Write the stacks, say who is behind, end the process. Runs in the thread; does not return."""
+        lasted_s = time.monotonic() - here.since_s
+        what = f"rank {self._world.rank} came no further for {lasted_s:.0f} s"
+        what += f" in phase {here.phase!r} after step {here.step}"
+        self._keep(f"{what} (bound {self.bound_s(here.phase):.0f} s), {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
+        with suppress(OSError, ValueError):
+            faulthandler.dump_traceback(file=self._stacks or sys.stderr, all_threads=True)
+        self._write()
+        time.sleep(LINGER_S)
+        others = heartbeat.read(self._folder, world_size=self._world.world_size)
+        behind = heartbeat.slowest(others)
+        if behind is not None and behind.rank != self._world.rank:
+            what += f"; behind all others is rank {behind.rank}: {behind.where}"
+        error = RankLostError(what, remedy=f"see {self._folder / 'stacks'}; start again to go on from the last save")
+        self._state, self._why = "failed", what
+        self._write()
+        self._status_failed(str(error), rank_0_is_lost=behind is not None and behind.rank == 0)
+        with suppress(OSError, ValueError):
+            print(f"livt: error on rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)
+
+    def _status_failed(self, why: str, *, rank_0_is_lost: bool) -> None:
+        """status.json is rank 0's to write; where that one is gone, it is everybody's."""
+        if rank_0_is_lost:
+            self._status.take_over()
+        with suppress(OSError):
+            self._status.write("failed", why=why)
+
+    def _keep(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            if self._stacks is not None:
+                self._stacks.write(text)
+                self._stacks.flush()
+
+    def _who_is_lost(self, error: BaseException) -> RankLostError:
+        """Which ranks are gone or have failed, by what their heartbeats say, once they have had time to say it."""
+        first = {beat.rank: beat for beat in self._others()}
+        deadline = time.monotonic() + 2 * self._beat_s + 1
+        while True:
+            others = self._others()
+            lost = [b for b in others if b.state == "failed"] or [
+                b for b in others if b.state == "running" and b.is_dead
+            ]
+            waiting = [b for b in others if b.state == "running"]
+            if lost or not waiting or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        # On another host a process cannot be asked after; one that writes no more is gone as far as anybody can tell.
+        lost = lost or [b for b in waiting if b == first.get(b.rank)]
+        if any(b.rank == 0 for b in lost):
+            self._status.take_over()
+        if not lost:
+            behind = heartbeat.slowest(waiting)
+            told = f"rank {behind.rank} is behind all others: {behind.where}" if behind else "none of them says why"
+            what = f"rank {self._world.rank} lost touch with the others after step {self._now.step}: {told}"
+            return RankLostError(f"{what} ({_first_line(error)})", remedy=_REMEDY)
+        told = "; ".join(
+            f"rank {b.rank} stopped: {b.why}"
+            if b.state == "failed"
+            else f"rank {b.rank} is gone: last seen at {b.where}"
+            for b in lost[:4]
+        )
+        more = f", and {len(lost) - 4} more" if len(lost) > 4 else ""
+        return RankLostError(f"{told}{more}", remedy=_REMEDY)
+
+    def _others(self) -> list[Heartbeat]:
+        beats = heartbeat.read(self._folder, world_size=self._world.world_size)
+        return [beat for beat in beats if beat.rank != self._world.rank]
+
+
+_REMEDY = "start again to go on from the last save; if it happens again, look at that rank's log and node"
+
+
+def _state_after(error: BaseException) -> heartbeat.State:
+    return "stopped" if isinstance(error, Preempted) else "failed"
+
+
+def _speaks_of_peers(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, is torch's word for another rank that is gone or silent."""
+    import torch.distributed as dist
+
+    while error is not None:
+        if isinstance(error, RankLostError):
+            return False  # found out and said already
+        if isinstance(error, dist.DistError):
+            return True
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_WORDS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _said(error: BaseException) -> str:
+    return error.message if isinstance(error, LivtError) else f"{type(error).__name__}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
