@@ -93,7 +93,9 @@ def make_strategy(
         from livt_scale.parallel.fsdp import Fsdp
 
         return Fsdp(model, groups, parallel=parallel, betas=betas, world=world)
-    raise UsageError(f"parallel.strategy {name} is not built yet", remedy="take ddp or fsdp")
+    from livt_scale.parallel.zero import Zero
+
+    return Zero(model, groups, name=name, parallel=parallel, betas=betas, world=world)
 
 
 def choose(parallel: Parallel, model: nn.Module, *, world: World) -> str:
