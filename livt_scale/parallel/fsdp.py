@@ -35,7 +35,8 @@ class Fsdp(TorchUpdates):
         self, model: nn.Module, groups: Groups, *, parallel: Parallel, betas: tuple[float, float], world: World
     ) -> None:
         mesh = _mesh(world, within_node=parallel.shard_within == "node")
-        offload = CPUOffloadPolicy() if parallel.offload == "cpu" else OffloadPolicy()
+        pinned = world.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if parallel.offload == "cpu" else OffloadPolicy()
         # Inputs are not cast: masking noise in 8 bits would tie. Autocast does it, operation by operation.
         low = MixedPrecisionPolicy(
             param_dtype=precision.LOW.get(parallel.precision), reduce_dtype=torch.float32, cast_forward_inputs=False

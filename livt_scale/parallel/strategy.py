@@ -33,11 +33,13 @@ class Update:
 
     grad_norm: over all parameters and ranks, before clipping; inf or nan where a gradient is not finite.
     applied: False: weights and moments are as they were. overflow: fp16's loss scale was too high and is lower now.
+    exchange_s: seconds that a step's backward pass stood still for other ranks' gradients; None: cannot be told.
     """
 
     grad_norm: float
     applied: bool
     overflow: bool = False
+    exchange_s: float | None = None
 
 
 class Strategy(Protocol):
@@ -69,6 +71,9 @@ class Strategy(Protocol):
 
     def restored(self, state: dict[str, Tensor]) -> None:
         """Take `state`, of `state()` and filled since, for the weights and moments."""
+
+    def held_bytes(self) -> int:
+        """Bytes of the weights, gradients and moments that this rank keeps now (gradients: from backward to update)."""
 
     def scaler(self) -> dict[str, float] | None:
         """fp16's dynamic loss scale as JSON values; None where there is none."""

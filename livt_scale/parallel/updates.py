@@ -86,8 +86,16 @@ class TorchUpdates:
     def restored(self, state: dict[str, Tensor]) -> None:
         """Nothing to do: `state()` gave the live tensors, and they have been filled."""
 
+    def held_bytes(self) -> int:
+        gradients = {f"grad.{n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        return sum(_local(tensor).nbytes for tensor in (self.state() | gradients).values())
+
     def scaler(self) -> dict[str, float] | None:
         return self._updates.scaler()
 
     def set_scaler(self, saved: dict[str, float] | None) -> None:
         self._updates.set_scaler(saved)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
