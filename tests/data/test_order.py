@@ -85,26 +85,6 @@ def test_lane_groups_read_shards_of_their_own():
     assert read <= 64 * 1.1
 
 
-WORLDS = (1, 2, 3, 4, 6, 8, 16, 64, 512)
-
-
-@pytest.mark.parametrize("shards", [[40] * 100, [1] * 2000 + [3000], [3500]], ids=["even", "uneven", "one"])
-def test_three_epochs_never_differ_at_any_world_size_and_changes_of_it(shards):
-    """One process changes its world size at random steps, always entering with a memory of other steps."""
-    batch, rng = 1536, np.random.default_rng(len(shards))  # 1536 = 512 · 3: all the worlds divide it
-    alone = Order(shards, batch, seed=7)
-    worlds = {world: Order(shards, batch, seed=7) for world in WORLDS}
-    for epoch in range(3):
-        for step in range(alone.steps_per_epoch):
-            whole = alone.positions(epoch, step)
-            for world in (rng.choice(WORLDS), rng.choice(WORLDS)):
-                slots = batch // world
-                ranks = range(world) if world <= 64 else np.sort(rng.choice(world, 64, replace=False))
-                for rank in ranks:
-                    seen = worlds[world].positions(epoch, step, first_slot=rank * slots, num_slots=slots)
-                    np.testing.assert_array_equal(seen, whole[rank * slots : (rank + 1) * slots])
-
-
 @quick
 @given(shards=SHARDS, batch=st.integers(1, 2000))
 def test_any_manifest_gives_an_order_or_names_the_largest_batch(shards, batch):

@@ -31,10 +31,22 @@ def keys(recipe, *, rank: int, world_size: int, epoch: int = 0) -> list[list[str
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 6, 8, 16])
 def test_ranks_together_see_the_global_batches_of_one_process(recipe, world_size):
-    alone = keys(recipe, rank=0, world_size=1, epoch=1)
-    ranks = [keys(recipe, rank=r, world_size=world_size, epoch=1) for r in range(world_size)]
-    assert [list(itertools.chain(*step)) for step in zip(*ranks, strict=True)] == alone
-    assert len(set(itertools.chain(*alone))) == sum(map(len, alone))  # nobody twice
+    for epoch in range(3):
+        alone = keys(recipe, rank=0, world_size=1, epoch=epoch)
+        ranks = [keys(recipe, rank=r, world_size=world_size, epoch=epoch) for r in range(world_size)]
+        assert [list(itertools.chain(*step)) for step in zip(*ranks, strict=True)] == alone
+        assert len(set(itertools.chain(*alone))) == sum(map(len, alone))  # nobody twice
+
+
+@pytest.mark.parametrize("world_size", [64, 512])
+def test_ranks_of_a_large_world_see_their_slots_of_the_global_batches(world_size):
+    sets = [f"stages.*.{s}" for s in ("global_batch=1536", "epochs=3", "micro_batch=2", "warmup_epochs=1")]
+    recipe, slots = load_recipe(QUICKSTART, sets=sets), 1536 // world_size
+    for epoch in range(3):
+        alone = keys(recipe, rank=0, world_size=1, epoch=epoch)
+        for rank in {0, 1, *range(epoch, world_size, world_size // 8), world_size - 1}:
+            mine = [step[rank * slots : (rank + 1) * slots] for step in alone]
+            assert keys(recipe, rank=rank, world_size=world_size, epoch=epoch) == mine
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (2, 2), (4, 0)])
