@@ -65,6 +65,29 @@ class Checkpoint(RecipePart):
     keep_last: PositiveInt = 2
     keep_every_epochs: PositiveInt | None = Field(None, description="also keep each nth epoch's; None: none")
     keep_best: bool = Field(True, description="also keep the one with the best evaluation (fine-tuning)")
+    retries: NonNegativeInt = Field(1, description="a failed save is tried again so often, from the copy in memory")
+    max_failed_saves: PositiveInt = Field(
+        3,
+        description="failed saves in a row that end the run; fewer are told. 1: the first. The last of a stage always",
+    )
+    max_unsaved_min: PositiveFloat | None = Field(
+        None, description="a failed save also ends the run if nothing was saved for so long; None: however long"
+    )
+    local_dir: str | None = Field(
+        None, pattern="^/", description="a folder on each node's own disk, for quick saves between the shared ones"
+    )
+    local_every_steps: PositiveInt | None = Field(None, description="steps a quick save on the nodes; with local_dir")
+
+    @model_validator(mode="after")
+    def _quick_saves_have_a_place(self) -> Self:
+        if (self.local_dir is None) != (self.local_every_steps is None):
+            raise ValueError("local_dir and local_every_steps go together: give both or neither")
+        if self.local_every_steps and self.every_steps and self.local_every_steps >= self.every_steps:
+            raise ValueError(
+                f"local_every_steps is {self.local_every_steps}, not below every_steps = {self.every_steps}: "
+                "the shared saves would leave it nothing to do"
+            )
+        return self
 
 
 class Faults(RecipePart):

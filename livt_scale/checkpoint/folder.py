@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,16 +117,22 @@ def damages(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1))
 
 
 def newest_whole(
-    folder: Path, *, on_damage: Callable[[Path, list[str]], None] | None = None, peers: Peers | None = None
+    folder: Path,
+    *,
+    on_damage: Callable[[Path, list[str]], None] | None = None,
+    peers: Peers | None = None,
+    steps: Container[int] | None = None,
 ) -> Path | None:
     """The newest checkpoint of which every byte is right, or None; each damaged one on the way goes to `on_damage`.
 
-    With several `peers` it is a collective call: rank 0 picks, the ranks share the hashing, all get the same answer;
-    `on_damage` is called on rank 0 alone.
+    steps: of these steps alone. With several `peers` it is a collective call: rank 0 picks, the ranks share the
+    hashing, all get the same answer; `on_damage` is called on rank 0 alone.
     """
     peers = peers or Peers(all_raise=CheckpointError)
     for name in reversed(peers.lead_does(lambda: [path.name for path in _step_folders(folder)])):
         path = folder / name
+        if steps is not None and step_of(name) not in steps:
+            continue
         wrong = agreed_damages(path, peers)
         if not wrong:
             return path

@@ -86,13 +86,16 @@ class TensorIndex:
         )
 
 
-def read_index(folder: Path, manifest: Manifest) -> TensorIndex:
-    """The tensors in the checkpoint `folder`; CheckpointDamaged where the file is not what our writer writes."""
+def read_index(folder: Path, manifest: Manifest, *, partial: bool = False) -> TensorIndex:
+    """The tensors in the checkpoint `folder`; CheckpointDamaged where the file is not what our writer writes.
+
+    `partial`: a tensor's pieces need not make up all of it, as one node's do not.
+    """
     path = folder / METADATA
     try:
         _want(any(entry.name == METADATA for entry in manifest.files), "the manifest does not list it")
         tree = _Restricted(io.BytesIO(path.read_bytes())).load()
-        index = TensorIndex(dict(_tensors(tree, manifest)))
+        index = TensorIndex(dict(_tensors(tree, manifest, partial=partial)))
     except OSError as error:
         raise CheckpointDamaged(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a hostile or damaged pickle raises whatever it likes
@@ -139,7 +142,7 @@ class _Restricted(pickle.Unpickler):
         raise pickle.UnpicklingError("it asks for a persistent object, which no checkpoint needs")
 
 
-def _tensors(tree: Any, manifest: Manifest) -> list[tuple[str, SavedTensor]]:
+def _tensors(tree: Any, manifest: Manifest, *, partial: bool) -> list[tuple[str, SavedTensor]]:
     root = _fields(tree, "Metadata")
     places = {}
     for key, info in _mapping(root["storage_data"]).items():
@@ -157,7 +160,8 @@ def _tensors(tree: Any, manifest: Manifest) -> list[tuple[str, SavedTensor]]:
         _want(isinstance(fields["chunks"], list), f"the pieces of {name!r} are not a list")
         pieces = tuple(_piece(name, chunk, shape, places, file_bytes) for chunk in fields["chunks"])
         stored = sum(math.prod(p.shape) for p in pieces)
-        _want(stored == math.prod(shape), f"the pieces of {name!r} do not make up the tensor")
+        whole = stored == math.prod(shape) or (partial and stored < math.prod(shape))
+        _want(whole, f"the pieces of {name!r} do not make up the tensor")
         bytes_ = sum(p.bytes for p in pieces)
         _want(stored * dtype.itemsize <= bytes_, f"{name!r} is larger than the bytes stored for it")
         tensors.append((name, SavedTensor(name, shape, dtype, pieces)))

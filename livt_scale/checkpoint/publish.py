@@ -19,7 +19,7 @@ from livt_scale.checkpoint.folder import damages, list_checkpoints, temporary
 from livt_scale.checkpoint.manifest import MANIFEST, FileEntry, Manifest, step_name
 from livt_scale.checkpoint.retention import Retention
 from livt_scale.durable import sync_folder
-from livt_scale.errors import CheckpointError
+from livt_scale.errors import CheckpointError, PruneFailed, SaveFailed
 from livt_scale.parallel.peers import Peers
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Job:
 
 
 def publish(job: Job, peers: Peers) -> None:
-    """Write, publish, prune: a collective call. CheckpointError on every rank if any rank failed."""
+    """Write, publish, prune: a collective call. SaveFailed, or PruneFailed, on every rank if any rank failed."""
     try:
         peers.lead_does(lambda: _start(job))
         _write(job, peers)
@@ -103,7 +103,10 @@ def _commit(job: Job, entries: list[FileEntry]) -> None:
     import torch
 
     entries = sorted(entries, key=lambda entry: (entry.rank, entry.name))
-    manifest = Manifest.model_validate({**job.manifest, "torch": torch.__version__, "files": entries})
+    assert job.plan.metadata is not None
+    num_tensors = len(job.plan.metadata.state_dict_metadata)
+    facts = {**job.manifest, "num_tensors": num_tensors, "torch": torch.__version__, "files": entries}
+    manifest = Manifest.model_validate(facts)
     files.write_synced(job.partial / MANIFEST, manifest.to_bytes())
     sync_folder(job.partial)
     target = job.folder / step_name(job.step)
@@ -141,7 +144,7 @@ def _prune(job: Job) -> None:
                 files.remove_folder(going)
                 job.known_whole.pop(info.path, None)
     except OSError as error:
-        raise CheckpointError(
+        raise PruneFailed(
             f"{step_name(job.step)} was saved, but an old checkpoint could not be removed: {error}",
             remedy="The disk will fill up: check who may write there",
         ) from error
@@ -163,7 +166,7 @@ def _looks(path: Path) -> object:
     return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
 
 
-def _failed(job: Job, error: Exception) -> CheckpointError:
+def _failed(job: Job, error: Exception) -> SaveFailed:
     if isinstance(error, OSError) and error.errno in files.FULL:
         try:
             free = f"{files.readable(files.free_bytes(job.folder))} are free"
@@ -177,11 +180,11 @@ def _failed(job: Job, error: Exception) -> CheckpointError:
         return _full(job, f"{reason}: it needs {files.readable(job.plan.needed_bytes)}, {free}")
     detail = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
     where = f" ({error.filename})" if isinstance(error, OSError) and error.filename else ""
-    return CheckpointError(f"{job.folder}: {step_name(job.step)} was not saved: {detail}{where}")
+    return SaveFailed(f"{job.folder}: {step_name(job.step)} was not saved: {detail}{where}")
 
 
-def _full(job: Job, reason: str) -> CheckpointError:
-    return CheckpointError(
+def _full(job: Job, reason: str) -> SaveFailed:
+    return SaveFailed(
         f"{job.folder}: {step_name(job.step)} was not saved: {reason}",
         remedy="The earlier checkpoints are as they were. Make room, or lower checkpoint.keep_last",
     )

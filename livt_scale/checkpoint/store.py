@@ -13,14 +13,10 @@ the rename, the parent synced. A kill between any two leaves either no new check
 
 from __future__ import annotations
 
-import datetime
 import fnmatch
-import json
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any
 
 from livt_scale.checkpoint.folder import (
     CheckpointInfo,
@@ -35,12 +31,10 @@ from livt_scale.checkpoint.manifest import (
     Manifest,
     Position,
     differences,
-    plain_score,
     read_manifest,
 )
-from livt_scale.checkpoint.publish import Job, publish
 from livt_scale.checkpoint.retention import Retention
-from livt_scale.durable import sync_folder
+from livt_scale.checkpoint.saver import Saver
 from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 from livt_scale.parallel.peers import Peers
 
@@ -68,115 +62,6 @@ __all__ = [
 MOST_NAMES = 8  # listed in one error
 
 
-class Saver:
-    """Writes checkpoints into `folder`. Built on all ranks (a collective call), by the holder of the run's lock.
-
-    `async`: `save` copies the tensors and returns; a thread writes them, one save at a time, and speaks with the other
-    ranks over a process group of its own. `sync`: `save` returns when the checkpoint is published. A save that fails
-    raises CheckpointError (async: from the next `save` or `wait`) and leaves the earlier checkpoints as they were.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        mode: Literal["sync", "async"] = "async",
-        retention: Retention | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        timeout_s: float = 1800,
-    ) -> None:
-        from livt_scale.checkpoint.tensors import Staging, WritePlan
-
-        self.folder = Path(folder)
-        self.mode = mode
-        self.retention = retention or Retention()
-        self.peers = Peers.of_world(rank, world_size, timeout_s=timeout_s, all_raise=CheckpointError)
-        self.known_whole: dict[Path, object] = {}
-        self._staging = Staging()
-        self._plan: WritePlan | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
-        self._in_flight: Future[None] | None = None
-        self.peers.lead_does(self._prepare_folder)
-
-    def save(
-        self,
-        state: dict[str, Tensor],
-        *,
-        position: Position,
-        facts: dict[str, Any],
-        score: float | None = None,
-        final: bool = False,
-    ) -> None:
-        """Save `state` as the checkpoint of `position.step`; one that is there already is replaced.
-
-        state: tensors by name, plain (the same on every rank) or DTensor; the same names on every rank.
-        facts: plain JSON values; `score`: higher is better (for keep_best); `final`: never pruned.
-        """
-        from livt_scale.checkpoint.tensors import Pieces, plan_write, signature_of
-
-        assert state, "nothing to save"
-        self.wait()
-        frozen_facts = json.loads(json.dumps(facts, allow_nan=False))
-        if self._plan is None or self._plan.signature != signature_of(state):
-            self._plan = plan_write(state, self.peers)
-        stage = self._staging.copy if self._thread else Pieces.live
-        job = Job(
-            folder=self.folder,
-            plan=self._plan,
-            pieces=stage(state, self._plan, self.peers),
-            manifest={
-                "saved_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-                "position": {"epoch": position.epoch, "step": position.step},
-                "world_size": self.peers.world_size,
-                "score": plain_score(score),
-                "final": final,
-                "num_tensors": len(state),
-                "facts": frozen_facts,
-            },
-            retention=self.retention,
-            known_whole=self.known_whole,
-        )
-        if self._thread is None:
-            publish(job, self.peers)
-        else:
-            self._in_flight = self._thread.submit(publish, job, self.peers)
-
-    def wait(self) -> None:
-        """Return when nothing is being written; CheckpointError if the save in flight failed."""
-        in_flight, self._in_flight = self._in_flight, None
-        if in_flight is not None:
-            in_flight.result()
-
-    def close(self) -> None:
-        """Wait, then give thread and process group back. The Saver cannot be used again."""
-        try:
-            self.wait()
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown()
-            self.peers.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        try:
-            self.close()
-        except CheckpointError as failed:
-            if error is None:
-                raise
-            error.add_note(f"Besides, the last checkpoint was not saved: {failed}")
-
-    def _prepare_folder(self) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            sync_folder(self.folder.parent)
-            clean_leftovers(self.folder)
-        except OSError as error:
-            raise CheckpointError(f"cannot write checkpoints in {self.folder}: {error.strerror}") from error
-
-
 def load(
     path: Path,
     into: dict[str, Tensor],
@@ -185,6 +70,7 @@ def load(
     allow_unexpected: Iterable[str] = (),
     check: bool = True,
     peers: Peers | None = None,
+    partial: bool = False,
 ) -> dict[str, Any]:
     """Fill the tensors of `into` from the checkpoint `path` and return its manifest.
 
@@ -192,7 +78,8 @@ def load(
     match a pattern (`fnmatch`) of `allow_missing` (absent in the checkpoint, left as they are) or of
     `allow_unexpected` (absent in `into`). Nothing loaded is an error too. Any world size; DTensors fill their own part.
     `check` reads and hashes every byte first (CheckpointDamaged names the file), the ranks of `peers` sharing the work:
-    leave it out right after `newest_whole`. With `peers` a collective call: the ranks must agree on the manifest first.
+    leave it out right after `newest_whole`. `partial`: the checkpoint of one node, of which this rank needs its part.
+    With `peers` a collective call: the ranks must agree on the manifest first.
     """
     peers = peers or Peers(all_raise=CheckpointError)
     path = Path(path)
@@ -203,7 +90,9 @@ def load(
             f"{path}: {'; '.join(wrong)}", remedy="Remove this checkpoint to continue from the one before it"
         )
     may_miss, may_exceed = tuple(allow_missing), tuple(allow_unexpected)
-    index = peers.all_do(lambda: _match(path, manifest, into, may_miss, may_exceed))  # on all ranks before any loads
+    index = peers.all_do(
+        lambda: _match(path, manifest, into, may_miss, may_exceed, partial=partial)
+    )  # on all ranks before any loads
     peers.all_do(lambda: _read(path, into, index))
     return manifest.as_dict()
 
@@ -238,12 +127,19 @@ def _agree(manifest: Manifest, peers: Peers) -> None:
 
 
 def _match(
-    path: Path, manifest: Manifest, into: dict[str, Tensor], may_miss: tuple[str, ...], may_exceed: tuple[str, ...]
+    path: Path,
+    manifest: Manifest,
+    into: dict[str, Tensor],
+    may_miss: tuple[str, ...],
+    may_exceed: tuple[str, ...],
+    *,
+    partial: bool,
 ) -> TensorIndex:
     from livt_scale.checkpoint.metadata import read_index
+    from livt_scale.checkpoint.tensors import not_covered
 
-    index = read_index(path, manifest)
-    missing = [name for name in into if name not in index.tensors]
+    index = read_index(path, manifest, partial=partial)
+    missing = not_covered(into, index) if partial else [name for name in into if name not in index.tensors]
     unexpected = [name for name in index.tensors if name not in into]
     wrong = _list("missing in the checkpoint", [n for n in missing if not _matches(n, may_miss)])
     wrong += _list("in the checkpoint alone", [n for n in unexpected if not _matches(n, may_exceed)])

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner, WriteItem
@@ -55,14 +57,19 @@ def signature_of(state: dict[str, Tensor]) -> tuple[Any, ...]:
     )
 
 
-def plan_write(state: dict[str, Tensor], peers: Peers) -> WritePlan:
-    """Agree with all ranks who writes what (a collective call)."""
+def plan_write(state: dict[str, Tensor], peers: Peers, *, partial: bool = False) -> WritePlan:
+    """Agree with all of `peers` who writes what (a collective call). `partial`: what they hold is not all there is."""
     planner = _save_planner(state, peers)
     locals_ = peers.collect(peers.all_do(planner.create_local_plan))
     plans: list[SavePlan] | None = None
     metadata: Metadata | None = None
     if locals_ is not None:
-        plans, metadata = planner.create_global_plan(locals_)
+        # DCP's planner does these two steps, and then wants each tensor to be there as a whole
+        plans, metadata = (
+            create_default_global_save_plan(dedup_save_plans(locals_))
+            if partial
+            else planner.create_global_plan(locals_)
+        )
         # only names the files, one prefix a rank; the folder is of no account
         plans = FileSystemWriter(os.devnull).prepare_global_plan(plans)
     mine = planner.finish_plan(peers.deal(plans))
@@ -93,6 +100,10 @@ class Staging:
                 torch.cuda.current_stream(device).synchronize()
         self._buffers = copies  # a piece that is no longer saved gives its memory back
         return Pieces(copies)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
 
     def _buffer(self, index: MetadataIndex, source: Tensor) -> Tensor:
         old = self._buffers.get(index)
@@ -159,12 +170,20 @@ class FolderWriter:
         ]
 
 
+def not_covered(into: dict[str, Tensor], index: TensorIndex) -> list[str]:
+    """The tensors of `into` of whose part on this rank not everything is among the pieces of a partial `index`."""
+    _, items = _plan_read({name: tensor for name, tensor in into.items() if name in index.tensors}, index)
+    found = dict.fromkeys(into, 0)
+    for item in items:
+        found[item.dest_index.fqn] += math.prod(item.lengths)  # pieces do not overlap
+    return [name for name, tensor in into.items() if found[name] != _local(tensor).numel()]
+
+
 def read_into(folder: Path, into: dict[str, Tensor], index: TensorIndex) -> None:
     """Fill this rank's tensors `into` from the pieces in `folder`. Names, shapes and types must have been checked."""
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(into, index.as_dcp(into))
+    planner, items = _plan_read(into, index)
     by_file: dict[str, list[tuple[Piece, ReadItem]]] = {}
-    for item in planner.create_local_plan().items:
+    for item in items:
         piece = index.piece(item.storage_index.fqn, tuple(item.storage_index.offset or ()))
         by_file.setdefault(piece.file, []).append((piece, item))
     for name, wanted in sorted(by_file.items()):
@@ -173,6 +192,12 @@ def read_into(folder: Path, into: dict[str, Tensor], index: TensorIndex) -> None
                 saved = _read_piece(file, piece, index.tensors[item.storage_index.fqn], folder / name)
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(_narrow(saved, item.storage_offsets, item.lengths))
+
+
+def _plan_read(into: dict[str, Tensor], index: TensorIndex) -> tuple[DefaultLoadPlanner, list[ReadItem]]:
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(into, index.as_dcp(into))
+    return planner, planner.create_local_plan().items
 
 
 def _read_piece(file: io.BufferedReader, piece: Piece, of: SavedTensor, path: Path) -> Tensor:
@@ -214,7 +239,7 @@ def _needed_bytes(metadata: Metadata) -> int:
     total = 64 * 1024
     for saved in metadata.state_dict_metadata.values():
         assert isinstance(saved, TensorStorageMetadata)
-        total += math.prod(saved.size) * saved.properties.dtype.itemsize
+        total += sum(math.prod(c.sizes) for c in saved.chunks) * saved.properties.dtype.itemsize
         total += OVERHEAD_BYTES_A_PIECE * len(saved.chunks)
     return total
 

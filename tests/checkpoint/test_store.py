@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from livt_scale.checkpoint import files, publish, store
+from livt_scale.checkpoint import files, publish
+from livt_scale.checkpoint import saver as saver_module
 from livt_scale.checkpoint.store import (
     Position,
     Retention,
@@ -15,6 +16,7 @@ from livt_scale.checkpoint.store import (
     list_checkpoints,
     load,
     newest_whole,
+    read_manifest,
     read_tensors,
     verify,
 )
@@ -62,8 +64,8 @@ def test_both_modes_write_the_same_bytes_and_no_path_of_the_writer(tmp_path, sta
 
 def test_a_later_step_cannot_change_what_an_async_save_writes(tmp_path, state, monkeypatch):
     go = threading.Event()
-    real = store.publish
-    monkeypatch.setattr(store, "publish", lambda job, peers: (go.wait(60), real(job, peers)))
+    real = saver_module.publish
+    monkeypatch.setattr(saver_module, "publish", lambda job, peers: (go.wait(60), real(job, peers)))
     live = state(1)
     with Saver(tmp_path, mode="async") as saver:
         saver.save(live, position=ONLY, facts={})
@@ -110,7 +112,7 @@ def test_a_failed_rename_brings_the_replaced_one_back(tmp_path, state, monkeypat
 
 
 def test_one_save_is_in_flight_at_most(tmp_path, state, monkeypatch):
-    real = store.publish
+    real = saver_module.publish
     running, most = [], []
 
     def counted(job, peers):
@@ -119,7 +121,7 @@ def test_one_save_is_in_flight_at_most(tmp_path, state, monkeypatch):
         real(job, peers)
         running.remove(job)
 
-    monkeypatch.setattr(store, "publish", counted)
+    monkeypatch.setattr(saver_module, "publish", counted)
     with Saver(tmp_path, mode="async", retention=Retention(keep_last=9)) as saver:
         for step in range(5):
             saver.save(state(step), position=Position(0, step), facts={})
@@ -281,7 +283,7 @@ def test_a_save_does_not_depend_on_the_facts_after_it_was_asked_for(tmp_path, st
     with Saver(tmp_path, mode="async") as saver:
         saver.save(state(1), position=ONLY, facts=facts)
         facts["sums"]["loss"] = 2.0
-    assert store.read_manifest(tmp_path / "step-00000001").facts == {"sums": {"loss": 1.0}}
+    assert read_manifest(tmp_path / "step-00000001").facts == {"sums": {"loss": 1.0}}
 
 
 def test_names_and_forms_that_differ_are_listed(save, state):
