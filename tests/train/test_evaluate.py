@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +21,9 @@ from torch import nn
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import DataError, RunError, SampleError
+from livt_scale.parallel.strategy import Strategy, make_strategy
 from livt_scale.parallel.topology import World, process_group
-from livt_scale.recipe import Recipe
+from livt_scale.recipe import Parallel, Recipe
 from livt_scale.train import evaluate as evaluation
 from livt_scale.train.evaluate import TrainingClasses, evaluate, write_eval
 from tests.tiny_run import tiny_recipe, tiny_shards
@@ -71,8 +76,30 @@ def test_one_process_gives_what_counting_by_hand_gives(shards: ShardSet) -> None
     assert model.training
 
 
+def _sharded(world: World) -> Strategy:
+    def groups(model: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(model.parameters()), "lr_scale": 1.0}]
+
+    return make_strategy(Parallel(strategy="fsdp"), a_model(), groups, betas=(0.9, 0.95), world=world)
+
+
+def _cut(batches: Callable[..., Any], *, after: int) -> Callable[..., Any]:
+    """`eval_batches` of a set whose sample `after` is broken."""
+
+    @contextmanager
+    def cut(*args: Any, **named: Any) -> Iterator[Iterator[Any]]:
+        def until_broken(whole: Iterator[Any]) -> Iterator[Any]:
+            yield from islice(whole, after)
+            raise SampleError("this image is broken")
+
+        with batches(*args, **named) as whole:
+            yield until_broken(iter(whole))
+
+    return cut
+
+
 def _rank(rank: int, port: str, folder: str, out: str) -> None:
-    """One of two ranks: an evaluation, then one in which rank 1 fails."""
+    """One of two ranks: an evaluation, then one in which rank 1 fails; the same with the model sharded over both."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     shards, recipe, world, model = ShardSet.open(folder), tiny_recipe(train=folder), World(rank, 2), a_model()
@@ -81,13 +108,22 @@ def _rank(rank: int, port: str, folder: str, out: str) -> None:
         raise SampleError("this image is broken")
 
     with process_group(world, timeout_s=60):
-        result = {"report": evaluate(model, shards, recipe, world=world, classes=CLASSES, batch=1), "error": ""}
+        options = {"world": world, "classes": CLASSES, "batch": 1}
+        result = {"report": evaluate(model, shards, recipe, **options), "error": ""}
         if rank == 1:
             model.register_forward_pre_hook(fail)
         try:
             evaluate(model, shards, recipe, world=world, classes=CLASSES, batch=1)
         except SampleError as error:
             result["error"] = str(error)
+        sharded = _sharded(world)
+        result["sharded"] = {"report": evaluate(sharded, shards, recipe, **options), "error": ""}
+        if rank == 1:
+            evaluation.eval_batches = _cut(eval_batches, after=2)
+        try:
+            evaluate(sharded, shards, recipe, **options)
+        except SampleError as error:
+            result["sharded"]["error"] = str(error)
         dist.barrier()
     Path(out, f"{rank}.json").write_text(json.dumps(result))
 
@@ -102,8 +138,9 @@ def test_two_ranks_give_the_report_of_one_process_and_fail_together(shards: Shar
     mp.spawn(_rank, args=(port, str(shards.folder), str(tmp_path)), nprocs=2)  # 11 samples: 6 and 5 batches of one
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert result["report"] == json.loads(json.dumps(alone))
-        assert result["error"] == "this image is broken"
+        for told in (result, result["sharded"]):
+            assert told["report"] == json.loads(json.dumps(alone))
+            assert told["error"].endswith("this image is broken")
 
 
 def test_more_ranks_than_samples_count_each_once(shards: ShardSet) -> None:
