@@ -103,6 +103,7 @@ class Anomalies:
             first = min(first, self.not_taken.pop()[0])
         self.not_taken.append((first, last))
         if rolled_back:
+            self.due_step = last  # the weights rolled back to are saved anew, with this position
             self._rollbacks_in_a_row += 1
             return self._rollbacks_in_a_row
         self._skips_in_a_row += 1

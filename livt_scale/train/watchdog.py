@@ -105,7 +105,9 @@ class Watchdog:
             empty = self._stacks.tell() == 0
             self._stacks.close()
             if empty:
-                self._stacks_path.unlink(missing_ok=True)
+                with suppress(OSError):  # the folder goes with the last file
+                    self._stacks_path.unlink()
+                    self._stacks_path.parent.rmdir()
 
     @contextmanager
     def errors_told(self) -> Iterator[None]:
@@ -113,6 +115,8 @@ class Watchdog:
         try:
             yield
         except BaseException as error:
+            if self._state != "running":  # told where it was met, further inside
+                raise
             lost = self._world.world_size > 1 and _speaks_of_peers(error)
             self._end("bereft" if lost else _state_after(error), error)
             if not lost:
