@@ -36,6 +36,7 @@ from livt_scale import recipe
 from livt_scale.data.manifest import FileInfo
 from livt_scale.data.remote import Cancelled
 from livt_scale.errors import DataError, UsageError
+from livt_scale.location import one_line
 
 GIB = 2**30
 VERSION = "v1"
@@ -93,12 +94,13 @@ class Cache:
         is too small; and what `fetch` raises.
         """
         if info.bytes > self.limit:
-            raise too_small(self.limit, info.bytes, f"{info.name} alone")
+            raise too_small(self.limit, info.bytes, f"{one_line(info.name)} alone")
         try:
             return self._hold(info, fetch, wait_s=wait_s, stop=cancelled or threading.Event())
         except OSError as error:
             raise DataError(
-                f"{self.folder}: the cache of shards cannot be used for {info.name}: {error.strerror or error}",
+                f"{self.folder}: the cache of shards cannot be used for {one_line(info.name)}: "
+                f"{error.strerror or error}",
                 remedy="look at the disk and at whose files lie there, or choose another data.cache.dir",
             ) from error
 
@@ -238,12 +240,13 @@ class Cache:
         if why == "full":
             in_use = self.used()
             return DataError(
-                f"{self.folder}: no room for {info.name} ({info.bytes:,} bytes) within {wait_s:.0f} s: all of the "
-                f"{self.limit:,} bytes are in use",
+                f"{self.folder}: no room for {one_line(info.name)} ({info.bytes:,} bytes) within {wait_s:.0f} s: "
+                f"all of the {self.limit:,} bytes are in use",
                 remedy=f"raise data.cache.limit_gib to at least {_gib_up(in_use + info.bytes)}",
             )
         return DataError(
-            f"{self.folder}: {info.name} was not there after {wait_s:.0f} s: another process fetches it without end",
+            f"{self.folder}: {one_line(info.name)} was not there after {wait_s:.0f} s: another process fetches it "
+            "without end",
             remedy="look for a stopped process of this run on the node",
         )
 

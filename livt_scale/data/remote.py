@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.errors import DataError, RemoteError
-from livt_scale.location import below, redacted
+from livt_scale.location import below, one_line, redacted
 from livt_scale.recipe import Remote
 
 FIRST_WAIT_S = 0.5  # the bound of the first wait; it doubles from try to try
@@ -115,7 +115,8 @@ class Fetcher:
             if not verdict.again or tries >= self.remote.tries or took_s + wait_s >= self.remote.deadline_s:
                 count = "1 try" if tries == 1 else f"{tries} tries"
                 raise RemoteError(
-                    f"{name} cannot be fetched from {url}: {count} in {took_s:.1f} s, the last: {verdict.what}",
+                    f"{one_line(name)} cannot be fetched from {one_line(url)}: {count} in {took_s:.1f} s, "
+                    f"the last: {verdict.what}",
                     remedy=verdict.remedy,
                 ) from None  # the cause's own words may hold a signed URL
             if stop.wait(wait_s):

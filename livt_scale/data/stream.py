@@ -32,6 +32,7 @@ from livt_scale.data.policy import order_for
 from livt_scale.data.remote_set import fetched_ahead
 from livt_scale.data.seeds import view_key
 from livt_scale.errors import ManifestError, SampleError, ShardError, UsageError
+from livt_scale.location import one_line
 from livt_scale.recipe import Recipe, Stage
 
 MOST_OPEN_SHARDS = 128  # files a process keeps open; a set may have thousands
@@ -162,7 +163,8 @@ class SampleReader:
         names = shards.keys(samples) if keys is None else keys
         for k in shards.impossible_rows(rows, in_shard):
             raise ManifestError(
-                f"{_shown(shards.where)}: the index has an impossible row for sample {names[k]!r}: {rows[k].tolist()}",
+                f"{one_line(shards.where)}: the index has an impossible row for sample {names[k]!r}: "
+                f"{rows[k].tolist()}",
                 remedy="copy the index again, or make it again",
             )
         for row, shard, key in zip(rows.tolist(), in_shard.tolist(), names, strict=True):
@@ -201,12 +203,12 @@ class SampleReader:
                 block = os.pread(self._file(shard, path), nbytes, start)
         except OSError as error:
             raise ShardError(
-                f"shard {_shown(path)} cannot be read at byte {start} (sample {key!r}): {error.strerror}",
+                f"shard {one_line(path)} cannot be read at byte {start} (sample {key!r}): {error.strerror}",
                 remedy="check the disk or the mount, then start again: the run goes on where it was saved",
             ) from error
         if len(block) < nbytes:
             raise ShardError(
-                f"shard {_shown(path)} is cut: sample {key!r} lies at bytes {start} to {start + nbytes}, "
+                f"shard {one_line(path)} is cut: sample {key!r} lies at bytes {start} to {start + nbytes}, "
                 f"the file ends at {start + len(block)}",
                 remedy="copy it again, or build the set again",
             )
@@ -279,11 +281,6 @@ def this_worker() -> tuple[int, int]:
 def _sample_error(shard: str, offset: int, key: str, what: str) -> SampleError:
     folder = shard.rpartition("/")[0]
     return SampleError(
-        f"shard {_shown(shard)}, byte {offset}, sample {key!r}: {what}",
-        remedy=f"`livt shards verify {_shown(folder)} --decode --quarantine` lists what is bad and leaves it out",
+        f"shard {one_line(shard)}, byte {offset}, sample {key!r}: {what}",
+        remedy=f"`livt shards verify {one_line(folder)} --decode --quarantine` lists what is bad and leaves it out",
     )
-
-
-def _shown(path: str) -> str:
-    """The path on one line: a name with a newline in it is quoted."""
-    return path if path.isprintable() else repr(path)

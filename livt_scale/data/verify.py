@@ -37,7 +37,7 @@ from livt_scale.data.manifest import (
 from livt_scale.data.processes import in_processes, usable_cores
 from livt_scale.durable import write_whole
 from livt_scale.errors import DataError, ManifestError, RemoteError, UsageError
-from livt_scale.location import is_url
+from livt_scale.location import is_url, one_line
 
 CHUNK = 1 << 20
 CHANGED = "changed since it was written (CRC-32)"
@@ -57,7 +57,7 @@ class Fault:
 
     def __str__(self) -> str:
         place = f", offset {self.offset}" if self.offset is not None else ""
-        return f"{self.shard}{place}{f', key {self.key!r}' if self.key is not None else ''}: {self.what}"
+        return f"{one_line(self.shard)}{place}{f', key {self.key!r}' if self.key is not None else ''}: {self.what}"
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,13 @@ def adam7(pixels: np.ndarray) -> bytes:
     return png(ihdr(pixels.shape[1], pixels.shape[0], interlace=1), chunk(b"IDAT", zlib.compress(data)))
 
 
+def bmp(width: int, height: int, *, packed: bytes = b"") -> bytes:
+    """A BMP header, and nothing behind it; or 8-bit pixels run-length coded in `packed`."""
+    depth, compression = (8, 1) if packed else (24, 0)
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, depth, compression, len(packed), 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + len(packed), 0, 0, 54) + info + packed
+
+
 def segment(marker: int, body: bytes) -> bytes:
     return bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body
 

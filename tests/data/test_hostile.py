@@ -99,6 +99,9 @@ READ = {
     "a newline in the name": (named("a\nb"), ["a\nb"]),
     "quotes and a dollar in the name": (named("'a' \"b\" $(touch x); `y` \\"), ["'a' \"b\" $(touch x); `y` \\"]),
     "an emoji in the name": (named("🦊"), ["🦊"]),
+    **{f"the name {n!r}": (named(n), [n]) for n in ("-rf", "~root/a", "%s{}%n", " ", "C:\\a", "./a", "a//b")},
+    **{f"the name {n!r}": (named(n), [n]) for n in ("a\u202egpj", "a\u2028b", "\ufeffa", "e\u0301")},
+    "an empty file beside the image": (entry("a.png", PNG) + entry("a.txt", b"") + CLS, ["a"]),
     "an escape sequence in the name": (named("\x1b]0;x\x07"), ["\x1b]0;x\x07"]),
     "a PAX size": (entry("a.png", PNG, before=pax({"size": b"%d" % len(PNG)}), claimed=0) + CLS, ["a"]),
     "a size in base 256": (entry("a.png", PNG, claimed=BASE_256) + CLS, ["a"]),
@@ -238,6 +241,14 @@ def test_a_hostile_tar_is_refused_in_one_line_with_shard_offset_and_key(case, tm
     ):
         open_tars("s", folder)
     assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("data", "said"), [(b"", "offset 0: not a tar: it has 0 bytes"), (END, "no sample in its tars")]
+)
+def test_a_shard_of_nothing_is_refused(data, said, tmp_path):
+    with pytest.raises((ShardError, SampleError), match=said):
+        index_tars(write(tmp_path / "tars", a=data), workers=1)
 
 
 def test_a_key_that_two_tars_hold_is_refused(tmp_path):

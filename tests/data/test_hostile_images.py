@@ -24,14 +24,17 @@ from livt_scale.data.transforms import EvalTransform
 from tests.data.hostile import (
     PNG_SIGNATURE,
     adam7,
+    bmp,
     chunk,
     endless_jpeg,
     flat_jpeg,
     ihdr,
     png,
     png_of,
+    sample,
     saved,
     segment,
+    tar,
     webp,
 )
 from tests.data.tiny_sets import encoded, photo, tiny_recipe
@@ -249,6 +252,12 @@ REFUSED = {
     "a PSD": (b"8BPS\0\1" + bytes(200), "not an image"),
     "SVG": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
     "a pickle": (b"\x80\x04\x95", "not an image"),
+    "a tar": (tar(sample("a", PNG)), "not an image"),
+    "a zip": (b"PK\3\4" + bytes(100), "not an image"),
+    "a BMP of 65,500 x 65,500": (bmp(65500, 65500), "not an image"),
+    "a BMP of 9,000 x 9,000": (bmp(9000, 9000), "67,108,864"),
+    "a BMP of less than no width": (bmp(-4, 4), "not an image"),
+    "a packed BMP of 64 million pixels with 2,000 bytes": (bmp(8000, 8000, packed=b"\xff\0" * 1000), "cut or damaged"),
 }  # fmt: skip
 
 
