@@ -75,6 +75,9 @@ class Data(RecipePart):
         2, description="loader processes a rank; 0 decodes in the training process; auto: measured at the start"
     )
     prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready; with auto, at most")
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu", description="who decodes training JPEGs; gpu: nvJPEG, but for fine-tuning with RandAugment or erasing"
+    )
     lane_groups: PositiveInt | None = Field(
         None, description="groups of slots with shards of their own; None: the most that leave each 12 shards"
     )
@@ -348,6 +351,23 @@ class Recipe(RecipePart):
                     f"data.{name} has {len(getattr(self.data, name))} values for model.channels = {self.model.channels}"
                 )
         return self
+
+    @model_validator(mode="after")
+    def _a_gpu_has_something_to_decode(self) -> Self:
+        if self.data.decode == "gpu" and not any(self.decodes_on_gpu(stage) for stage in self.stage_names):
+            raise ValueError(
+                "data.decode = gpu has no effect: RandAugment and erasing change pixels on the CPU, so fine-tuning "
+                "with them decodes there; leave it out, or set stages.finetune.rand_augment: null, random_erasing: 0"
+            )
+        if self.data.decode == "gpu" and self.model.channels != 3:
+            raise ValueError(f"data.decode = gpu reads colour alone, and model.channels is {self.model.channels}")
+        return self
+
+    def decodes_on_gpu(self, stage: Stage) -> bool:
+        """Does `data.decode: gpu` reach this stage?"""
+        part = self.stage(stage)
+        augments = isinstance(part, Finetune) and bool(part.rand_augment or part.random_erasing)
+        return self.data.decode == "gpu" and not augments
 
     def stage(self, name: Stage) -> Pretrain | Finetune:
         part = self.stages.pretrain if name == "pretrain" else self.stages.finetune

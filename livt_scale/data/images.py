@@ -49,6 +49,7 @@ class EncodedImage(Protocol):
     height: int
     width: int
     shrinks: bool  # does `shrink` save work and keep the geometry?
+    is_plain: bool  # a JPEG that every decoder reads alike: in colour, upright, of one scan, with its end mark
 
     def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
         """uint8 [ceil(height / shrink), ceil(width / shrink), channels]. Raises BadImage.
@@ -104,6 +105,9 @@ class _JpegImage:
         self._outline = outline(data)
         self._orientation = self._outline.orientation
         self.shrinks = self._orientation == 1  # a turned one would count the cut-off edge from the other side
+        has_end = data[-2:] == b"\xff\xd9"
+        self._can_stop = self.shrinks and has_end and self._outline.height_at > 0 and self._colours not in _FOUR_INKS
+        self.is_plain = self._can_stop and self._colours == "YCbCr" and self._data is data
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
     def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
@@ -127,8 +131,8 @@ class _JpegImage:
         """
         block_px, (height, width) = self._outline.block_px, self._stored
         needed = bottom + 2 * shrink - 1  # whole rows of the small image, and one: the colours of a row reach across
-        rows = -(-needed // block_px) * block_px if block_px else height
-        if rows >= height or self._orientation != 1 or self._colours in _FOUR_INKS or self._data[-2:] != b"\xff\xd9":
+        rows = -(-needed // block_px) * block_px if self._can_stop else height
+        if rows >= height:
             return None
         shape = -(-rows // shrink), -(-width // shrink), self._channels
         num_bytes = shape[0] * shape[1] * shape[2]
@@ -193,6 +197,7 @@ def _jpeg_facts(data: bytes) -> tuple[int, int, str]:
 
 class _PillowImage:
     shrinks = False
+    is_plain = False
 
     def __init__(self, data: bytes, channels: int) -> None:
         self._channels = channels
