@@ -45,6 +45,7 @@ ENDING_S = 60.0  # from an error to the process's end, closing files and connect
 LOCKED_S = 15.0  # after the bound, for what only faulthandler's own thread can end
 LINGER_S = 3.0  # a rank that found itself hanging stays so long: the others are to find the same, not a dead peer
 STATUS_EVERY_S = 15.0
+MOST_TOLD = 4  # ranks in one message
 # What torch says, in plain RuntimeErrors, when another rank is gone or silent (torch 2.11 to 2.14, gloo and NCCL)
 PEER_WORDS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
 Item = TypeVar("Item")
@@ -173,20 +174,19 @@ class Watchdog:
         """Write the stacks, say who is behind, end the process. Runs in the thread; does not return."""
         lasted_s = time.monotonic() - here.since_s
         what = f"rank {self._world.rank} came no further for {lasted_s:.0f} s"
-        what += f" in phase {here.phase!r} after step {here.step}"
+        what += f" in phase {here.phase!r} after step {here.step}, at {_main_thread_is_at()}"
         self._keep(f"{what} (bound {self.bound_s(here.phase):.0f} s), {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
         with suppress(OSError, ValueError):
             faulthandler.dump_traceback(file=self._stacks or sys.stderr, all_threads=True)
-        self._write()
-        time.sleep(LINGER_S)
-        others = heartbeat.read(self._folder, world_size=self._world.world_size)
-        behind = heartbeat.slowest(others)
-        if behind is not None and behind.rank != self._world.rank:
-            what += f"; behind all others is rank {behind.rank}: {behind.where}"
-        error = RankLostError(what, remedy=f"see {self._folder / 'stacks'}; start again to go on from the last save")
         self._state, self._why = "failed", what
         self._write()
-        self._status_failed(str(error), rank_0_is_lost=behind is not None and behind.rank == 0)
+        time.sleep(LINGER_S)
+        others = self._others()
+        silent = [beat for beat in others if beat.state == "running"]
+        told = [what, *(b.why for b in others if b.state == "failed"), *(f"rank {b.rank}: {b.where}" for b in silent)]
+        remedy = f"see {self._folder / 'stacks'}; start again to go on from the last save"
+        error = RankLostError("; ".join(told[:MOST_TOLD]), remedy=remedy)
+        self._status_failed(str(error), rank_0_is_lost=any(beat.rank == 0 for beat in silent))
         with suppress(OSError, ValueError):
             print(f"livt: error on rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_FAILED)
@@ -230,9 +230,9 @@ class Watchdog:
             f"rank {b.rank} stopped: {b.why}"
             if b.state == "failed"
             else f"rank {b.rank} is gone: last seen at {b.where}"
-            for b in lost[:4]
+            for b in lost[:MOST_TOLD]
         )
-        more = f", and {len(lost) - 4} more" if len(lost) > 4 else ""
+        more = f", and {len(lost) - MOST_TOLD} more" if len(lost) > MOST_TOLD else ""
         return RankLostError(f"{told}{more}", remedy=_REMEDY)
 
     def _others(self) -> list[Heartbeat]:
@@ -260,6 +260,13 @@ def _speaks_of_peers(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def _main_thread_is_at() -> str:
+    """`loop.py:214 in _agree`: a hint at what is waited for; the whole stack is in the file."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    code = frame.f_code if frame else None
+    return f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}" if frame and code else "an unknown line"
 
 
 def _said(error: BaseException) -> str:
