@@ -1,0 +1,135 @@
+"""Which steps are not taken, and that a run that is continued decides the same."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from livt_scale.errors import NonFiniteError
+from livt_scale.parallel.strategy import Update
+from livt_scale.parallel.topology import World
+from livt_scale.recipe import Faults
+from livt_scale.train.anomalies import MOST_OVERFLOWS, Anomalies, Anomaly, step_over
+
+
+def judged(anomalies: Anomalies, losses: list[float]) -> list[bool]:
+    """Whether each loss is one to skip; those that are not are taken."""
+    found = []
+    for step, loss in enumerate(losses, 1):
+        anomaly = anomalies.in_loss(loss, step=step, say=lambda text: None)
+        found.append(anomaly is not None)
+        if anomaly is None:
+            anomalies.taken(loss)
+        else:
+            anomalies.skipped(step, step, rolled_back=False)
+    return found
+
+
+def spikes(window: int = 10, **more) -> Anomalies:
+    return Anomalies(Faults(on_spike="skip", spike_window=window, **more))
+
+
+def test_a_spike_is_far_above_the_losses_before_and_only_with_enough_of_them():
+    usual = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.02, 0.98, 1.01, 0.99]
+    assert judged(spikes(), [*usual, 1.2, 9.0, 1.0]) == [False] * 11 + [True, False]
+    assert judged(spikes(), [*usual[:9], 9.0]) == [False] * 10  # nine before it
+    assert judged(spikes(), [*usual, 0.001]) == [False] * 11  # a low loss is no harm
+    assert judged(spikes(spike_deviations=1e3), [*usual, 9.0]) == [False] * 11
+
+
+def test_losses_that_hardly_differ_do_not_make_a_small_step_a_spike():
+    assert judged(spikes(), [1.0] * 10 + [1.05, 1.2]) == [False] * 11 + [True]  # 10 deviations of 1 %
+
+
+def test_one_spike_does_not_hide_the_next():
+    assert judged(spikes(), [1.0] * 10 + [50.0] * 5) == [False] * 10 + [True] * 5
+
+
+@given(st.lists(st.floats(0.1, 50), min_size=12, max_size=40), st.integers(0, 40))
+def test_a_continued_run_decides_as_the_unbroken_one(losses, cut):
+    unbroken = judged(spikes(), losses)
+    first, second = spikes(), spikes()
+    begun = judged(first, losses[:cut])
+    second.restore(json.loads(json.dumps(first.facts())))
+    assert begun + judged(second, losses[cut:]) == unbroken
+
+
+def test_a_warned_spike_is_said_and_taken():
+    said = []
+    anomalies = Anomalies(Faults(on_spike="warn", spike_window=10))
+    for _ in range(10):
+        anomalies.taken(1.0)
+    assert anomalies.in_loss(8.0, step=11, say=said.append) is None
+    assert said == ["step 11: the loss is 8, 700 deviations above 1, the median before it"]
+    assert Anomalies(Faults(on_spike="none")).in_loss(8.0, step=11, say=said.append) is None
+
+
+def test_overflows_are_counted_and_only_many_in_a_row_are_an_anomaly():
+    anomalies = Anomalies()
+    overflow = Update(math.inf, applied=False, overflow=True)
+    assert [anomalies.in_update(overflow) for _ in range(MOST_OVERFLOWS)] == [None] * MOST_OVERFLOWS
+    assert anomalies.in_update(Update(1.0, applied=True)) is None
+    assert [anomalies.in_update(overflow) for _ in range(MOST_OVERFLOWS)] == [None] * MOST_OVERFLOWS
+    again = Anomalies()
+    again.restore(json.loads(json.dumps(anomalies.facts())))
+    for met in (anomalies, again):
+        assert "loss scale in a row" in met.in_update(overflow).what
+    assert "the loss is finite" in anomalies.in_update(Update(math.nan, applied=False)).what
+
+
+def test_steps_that_were_not_taken_are_kept_as_ranges():
+    anomalies = Anomalies()
+    for first, last, back in ((7, 7, False), (8, 8, False), (20, 20, False), (19, 24, True)):
+        anomalies.skipped(first, last, rolled_back=back)
+    assert anomalies.not_taken == [(7, 8), (19, 24)]
+
+
+def over(anomalies: Anomalies, policy: str, folder, *, step: int = 38, back_to: int | None = 30) -> list[str]:
+    said: list[str] = []
+    step_over(
+        Anomaly("the loss is nan", policy), anomalies, step=step, samples=(False, ["a", "b"]), world=World(),
+        roll_back=lambda: back_to, folder=folder, say=said.append,
+    )  # fmt: skip
+    return said
+
+
+def test_policies(tmp_path):
+    anomalies = Anomalies()
+    with pytest.raises(NonFiniteError, match=r"step 38: the loss is nan\. Samples of the batch: a, b"):
+        over(anomalies, "stop", tmp_path)
+    assert over(anomalies, "skip", tmp_path) == [
+        "step 38: the loss is nan: skip, weights as after step 37, no update for steps 38 to 38"
+    ]
+    assert over(anomalies, "rollback", tmp_path, step=40) == [
+        "step 40: the loss is nan: rollback, weights as after step 30, no update for steps 31 to 40"
+    ]
+    assert anomalies.not_taken == [(31, 40)]
+    assert anomalies.due_step == 40
+    lines = [json.loads(line) for line in (tmp_path / "anomalies.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["policy"], line["not_taken"]) for line in lines] == [
+        (38, "skip", [38, 38]),
+        (40, "rollback", [31, 40]),
+    ]
+    assert lines[0]["samples"] == ["a", "b"]
+    with pytest.raises(NonFiniteError, match="there is no checkpoint yet to roll back to"):
+        over(anomalies, "rollback", tmp_path, back_to=None)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_too_many_in_a_row_end_the_run(tmp_path, policy):
+    anomalies = Anomalies(Faults(most_in_a_row=2))
+    for step in (38, 39):
+        over(anomalies, policy, tmp_path, step=step)
+    with pytest.raises(NonFiniteError, match="it would be the 3th"):
+        over(anomalies, policy, tmp_path, step=40)
+    anomalies.taken(1.0)
+    anomalies.checkpoint_due(45)
+    over(anomalies, policy, tmp_path, step=46)
+
+
+def test_a_record_that_cannot_be_written_is_no_error(tmp_path):
+    assert over(Anomalies(), "skip", tmp_path / "nowhere")
