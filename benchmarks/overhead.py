@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from livt_scale import optim
-from livt_scale.checkpoint.store import Saver
+from livt_scale.checkpoint.tiers import Tiers
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.parallel.strategy import make_strategy
@@ -39,7 +39,7 @@ from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.batches import plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.loop import Schedule, Task, fit, retention
+from livt_scale.train.loop import Schedule, Task, fit
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.rundir import Status
 from livt_scale.train.state import TrainState, run_facts
@@ -162,7 +162,7 @@ def run_loop(
         writes=True,
     )
     plan = plan_batches(task.part.global_batch, task.part.micro_batch, world_size=1, pairs=False)
-    with Saver(folder / "checkpoints", mode="async", retention=retention(saving)) as saver, telemetry:
+    with Tiers(folder / "checkpoints", saving=saving) as saver, telemetry:
 
         def settle() -> None:
             saver.wait()

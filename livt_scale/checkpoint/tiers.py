@@ -55,13 +55,13 @@ class Tiers:
         timeout_s: float = 1800,
         local_dir: Path | None = None,
     ) -> None:
-        self._world = world or Peers()
+        self.world = world or Peers()
         self.shared = Saver(
             folder,
             mode=saving.mode,
             retention=Retention(saving.keep_last, saving.keep_every_epochs, saving.keep_best),
-            rank=self._world.rank,
-            world_size=self._world.world_size,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
             timeout_s=timeout_s,
             failures=Failures(saving.max_failed_saves, saving.max_unsaved_min and saving.max_unsaved_min * 60),
             retries=saving.retries,
@@ -70,7 +70,7 @@ class Tiers:
         self._quick: Saver | None = None
         root = local_dir or (Path(saving.local_dir) if saving.local_dir else None)
         if root is not None:
-            self._place = local.open_place(root, folder, world=self._world, timeout_s=timeout_s)
+            self._place = local.open_place(root, folder, world=self.world, timeout_s=timeout_s)
             self._quick = Saver(
                 self._place.folder,
                 mode=saving.mode,
@@ -83,6 +83,11 @@ class Tiers:
     @property
     def folder(self) -> Path:
         return self.shared.folder
+
+    @property
+    def longest_save_s(self) -> float | None:
+        """Of a shared one, from the call to its name; None: none has ended yet."""
+        return self.shared.longest_save_s
 
     @property
     def durable_step(self) -> int | None:
@@ -110,7 +115,7 @@ class Tiers:
         """As `save`, each node in its own folder. Does not wait for a shared save in flight."""
         assert self._quick is not None
         assert self._place is not None
-        self._world.all_do(self._quick.wait)  # else a node could prune what another has not followed yet
+        self.world.all_do(self._quick.wait)  # else a node could prune what another has not followed yet
         self._quick.save(state, position=position, facts=facts | {local.SAVE: self._place.start})
 
     def newest(
@@ -128,17 +133,17 @@ class Tiers:
 
     def _newest(self, wanted: dict[str, Tensor], on_damage: Callable[[Path, list[str]], None] | None) -> Found | None:
         above = _NO_STEP  # shared ones of this step and later were looked at
-        saves = local.readable_by_all(self._place, wanted, world=self._world) if self._place else []
+        saves = local.readable_by_all(self._place, wanted, world=self.world) if self._place else []
         for save in reversed(saves):
             assert self._place is not None
             if path := self._newest_shared(range(save.step, above), on_damage):
                 return Found(path, self.shared.peers)
             above = save.step
-            wrong = local.is_whole(self._place, save, world=self._world)
+            wrong = local.is_whole(self._place, save, world=self.world)
             if not wrong:
                 return Found(self._place.folder / step_name(save.step), self._place.peers, save)
             for place, lines in wrong.items():
-                if on_damage is not None and self._world.leads:
+                if on_damage is not None and self.world.leads:
                     on_damage(place, lines)
         path = self._newest_shared(range(above), on_damage)
         return Found(path, self.shared.peers) if path else None
@@ -149,9 +154,7 @@ class Tiers:
     def load(self, found: Found, into: dict[str, Tensor]) -> dict[str, Any]:
         """Fill this rank's tensors from what `newest` has found (and read); its manifest. A collective call."""
         is_local = found.local is not None
-        return self._world.all_do(
-            lambda: store.load(found.path, into, check=False, peers=found.peers, partial=is_local)
-        )
+        return self.world.all_do(lambda: store.load(found.path, into, check=False, peers=found.peers, partial=is_local))
 
     def wait(self) -> None:
         """Return when nothing is being written; CheckpointError if a failed save ends the run."""

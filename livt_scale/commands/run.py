@@ -9,6 +9,9 @@ from typing import Annotated
 import typer
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+ALLOW_HELP = (
+    "A field of the recipe that may have changed in mid-stage, e.g. stages.pretrain.base_lr. Can be given again."
+)
 SETS_HELP = "Lay a value over the recipe's: a.b=c. Can be given again."
 
 
@@ -21,6 +24,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, e.g. recipes/fashion_mnist_lt/quickstart.yaml.")],
     stage: Annotated[StageName | None, typer.Option(help="One stage alone; without it, all that are not done.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SETS_HELP)] = None,
+    allow: Annotated[list[str] | None, typer.Option("--allow", metavar="FIELD", help=ALLOW_HELP)] = None,
 ) -> None:
     """Train what a recipe says, and go on by itself where it stopped.
 
@@ -35,7 +39,7 @@ def train(
     loaded = load_recipe(recipe, sets=sets or [])
     from livt_scale.train.run import train as run  # torch comes with it: not before the recipe is known to be right
 
-    run(loaded, stage=stage.value if stage else None)
+    run(loaded, stage=stage.value if stage else None, allow=allow or ())
 
 
 def quickstart(

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from livt_scale import optim
-from livt_scale.checkpoint.store import Position, Retention, Saver
+from livt_scale.checkpoint.store import Position
+from livt_scale.checkpoint.tiers import Tiers
 from livt_scale.data.loader import Batch
-from livt_scale.errors import NonFiniteError, Preempted
+from livt_scale.errors import NonFiniteError
 from livt_scale.parallel.strategy import Groups, Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Checkpoint, StagePart
@@ -84,6 +85,10 @@ class Schedule:
         kept = self.saving.keep_every_epochs
         return done == self.total or due or (kept is not None and done % (kept * self.steps_per_epoch) == 0)
 
+    def saves_locally(self, done: int) -> bool:
+        every = self.saving.local_every_steps
+        return every is not None and done % every == 0
+
 
 def fit(
     task: Task,
@@ -92,7 +97,7 @@ def fit(
     state: TrainState,
     schedule: Schedule,
     plan: BatchPlan,
-    saver: Saver,
+    saver: Tiers,
     telemetry: Telemetry,
     status: Status,
     world: World,
@@ -129,15 +134,10 @@ def fit(
             )
             evaluation = _after_step(task, state, schedule, saver, telemetry, status, folder, stop=agreed.stop)
             if agreed.stop and state.step < schedule.total:
-                saver.wait()
                 why = preemption.requested or "a signal on another rank"
-                raise Preempted(f"stopped by {why} after step {state.step} of {schedule.total}; all of it is saved")
+                raise state.stopped(saver, why=why, total=schedule.total)
     saver.wait()
     return evaluation
-
-
-def retention(saving: Checkpoint) -> Retention:
-    return Retention(keep_last=saving.keep_last, keep_every_epochs=saving.keep_every_epochs, keep_best=saving.keep_best)
 
 
 def _learning_rate(part: StagePart, schedule: Schedule, step: int) -> float:
@@ -205,7 +205,7 @@ def _after_step(
     task: Task,
     state: TrainState,
     schedule: Schedule,
-    saver: Saver,
+    saver: Tiers,
     telemetry: Telemetry,
     status: Status,
     folder: Path,
@@ -220,7 +220,9 @@ def _after_step(
     if schedule.saves(done) or stop or evaluation is not None:
         score = evaluation.score if evaluation is not None else None
         state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=telemetry.sums)
-        status.write("running", step=done, total_steps=schedule.total)
+        status.write("running", step=done, total_steps=schedule.total, **saver.report())
         if task.draw is not None:
             task.draw(state.strategy, folder / "samples" / f"step-{done:08d}.png")
+    elif schedule.saves_locally(done):
+        state.save_locally(saver, schedule.position(done), sums=telemetry.sums)
     return evaluation

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from livt_scale.checkpoint.manifest import step_name
-from livt_scale.checkpoint.store import Saver
+from livt_scale.checkpoint.tiers import Tiers
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.stream import stage_order
-from livt_scale.errors import DataError, UsageError
+from livt_scale.errors import CheckpointMismatch, DataError, UsageError
 from livt_scale.parallel import cores
 from livt_scale.parallel.strategy import make_strategy
 from livt_scale.parallel.topology import World, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.train import evaluate as evaluation
 from livt_scale.train import pictures, rundir
+from livt_scale.train.allowed import check_allowable
 from livt_scale.train.batches import BatchPlan, plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.loop import Schedule, Task, fit, retention
+from livt_scale.train.loop import Schedule, Task, fit
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.state import TrainState, run_facts
 from livt_scale.train.telemetry import Telemetry, measured_demand
 
 
-def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
+def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = ()) -> None:
     """Run `recipe`, or one of its stages, to the end: under nothing, torchrun or srun alike.
 
-    Continues by itself from what the run directory holds. Raises LivtError: Preempted where a signal stopped it.
+    Continues by itself from what the run directory holds. allow: fields of the recipe that may have changed in
+    mid-stage (`train.allowed`). Raises LivtError: Preempted where a signal stopped it.
     """
+    allowed = check_allowable(allow)
     if stage is not None and stage not in recipe.stage_names:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
@@ -42,10 +45,10 @@ def train(recipe: Recipe, *, stage: Stage | None = None) -> None:
         _plan(recipe, name, world)  # what cannot be divided is said before anything is allocated
     _set_up_torch(recipe.parallel)
     with process_group(world, timeout_s=recipe.parallel.timeout_s):
-        train_together(recipe, (stage,) if stage else recipe.stage_names, world=world)
+        train_together(recipe, (stage,) if stage else recipe.stage_names, world=world, allow=allowed)
 
 
-def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World) -> None:
+def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, allow: tuple[str, ...] = ()) -> None:
     """`train` in a process group that is up already: all ranks of `world` call it."""
     run_dir = run_dir_of(recipe)
     with cores.told_to_loader(world), _alone(run_dir, world):
@@ -54,7 +57,8 @@ def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World) -> 
             if world.peers.lead_does(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
                 _say(world, f"{name} is done already in {run_dir}")
             else:
-                _train_stage(recipe, name, run_dir=run_dir, world=world, plan=_plan(recipe, name, world))
+                plan = _plan(recipe, name, world)
+                _train_stage(recipe, name, run_dir=run_dir, world=world, plan=plan, allow=allow)
 
 
 def _set_up_torch(parallel: Parallel) -> None:
@@ -86,7 +90,9 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
     return train_set
 
 
-def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, plan: BatchPlan) -> None:
+def _train_stage(
+    recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, plan: BatchPlan, allow: tuple[str, ...]
+) -> None:
     folder = run_dir / stage
     status = rundir.Status(folder, stage=stage, writes=world.is_main)
     with status.told():
@@ -98,15 +104,11 @@ def _train_stage(recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, p
         )
         strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=task.part.betas, world=world)
         facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
-        state = TrainState(strategy, facts)
-        with Saver(
-            folder / "checkpoints",
-            mode=recipe.checkpoint.mode,
-            retention=retention(recipe.checkpoint),
-            rank=world.rank,
-            world_size=world.world_size,
-        ) as saver:
+        state = TrainState(strategy, facts, allow=allow)
+        with Tiers(folder / "checkpoints", saving=recipe.checkpoint, world=world.peers) as saver:
             resumed = state.resume(saver)
+            if state.step > schedule.total:  # only where --allow has made the stage shorter
+                raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
             status.write("running", step=state.step, total_steps=schedule.total)
             _announce(stage, task, plan, strategy.name, world, resumed)
             with _telemetry(recipe, stage, folder, schedule, state, world) as telemetry:

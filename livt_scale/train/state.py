@@ -7,85 +7,116 @@ scale, the steps that were not taken. Random state: none. All that is random is 
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from livt_scale.checkpoint import store
+from livt_scale.checkpoint.failures import warn
 from livt_scale.checkpoint.folder import agreed_damages
 from livt_scale.checkpoint.manifest import step_name
-from livt_scale.checkpoint.store import Position, Saver
+from livt_scale.checkpoint.store import Position
+from livt_scale.checkpoint.tiers import Found, Tiers
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import CheckpointMismatch
+from livt_scale.errors import LivtError, Preempted, SaveFailed
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.recipe import Recipe, Stage, digest, learnt_from
+from livt_scale.train.allowed import check_same
 from livt_scale.train.anomalies import Anomalies
 
 
 @dataclass
 class TrainState:
-    """Model and optimizer, as a strategy holds them, and how many steps of the stage they have behind them."""
+    """Model and optimizer, as a strategy holds them, and how many steps of the stage they have behind them.
+
+    allow: fields of the recipe that may differ from the checkpoint's.
+    """
 
     strategy: Strategy
     facts: dict[str, Any]
     step: int = 0
     sums: dict[str, float] | None = None
     anomalies: Anomalies = field(default_factory=Anomalies)
+    allow: tuple[str, ...] = ()
 
     def save(
-        self, saver: Saver, position: Position, *, score: float | None, final: bool, sums: dict[str, float]
+        self, saver: Tiers, position: Position, *, score: float | None, final: bool, sums: dict[str, float]
     ) -> None:
-        saver.save(
-            self.strategy.state(),
-            position=position,
-            facts={
-                **self.facts,
-                "sums": sums,
-                "scaler": self.strategy.scaler(),
-                "anomalies": self.anomalies.facts(),
-            },
-            score=score,
-            final=final,
-        )
+        tensors, facts = self._saved(sums)
+        saver.save(tensors, position=position, facts=facts, score=score, final=final)
 
-    def resume(self, saver: Saver) -> str | None:
-        """Go on from the newest whole checkpoint of `saver`'s folder: its name, or None where there is none.
+    def save_locally(self, saver: Tiers, position: Position, *, sums: dict[str, float]) -> None:
+        tensors, facts = self._saved(sums)
+        saver.save_locally(tensors, position=position, facts=facts)
+
+    def resume(self, saver: Tiers) -> str | None:
+        """Go on from the newest checkpoint that all ranks can read: what to say of it, or None where there is none.
 
         A collective call. A damaged one is named on stderr, and the one before it taken. Raises CheckpointMismatch
-        where the recipe learns something else than the checkpoint's did.
+        where the recipe learns something else than the checkpoint's did, but for what `allow` names.
         """
-        path = store.newest_whole(saver.folder, on_damage=_warn, peers=saver.peers)
-        if path is None:
+        found = saver.newest(self.strategy.state(), on_damage=_warn)
+        if found is None:
             return None
-        saver.peers.all_do(lambda: _check_same(self.facts, store.read_manifest(path).facts, path))
-        manifest = self._take(path, saver)
+        theirs = store.read_manifest(found.path).facts
+        changed = saver.world.all_do(lambda: check_same(self.facts, theirs, found.path, allow=self.allow))
+        manifest = self._take(found, saver)
         self.step = int(manifest["position"]["step"])
-        self.sums = manifest["facts"]["sums"]
+        self.sums = manifest["facts"].get("sums")
         self.anomalies.restore(manifest["facts"].get("anomalies"))
-        return path.name
+        allowed = [*theirs.get("allowed", []), *({"after_step": self.step, "change": line} for line in changed)]
+        if allowed:
+            self.facts["allowed"] = allowed
+        where = f" on the nodes ({found.path.parent})" if found.local else ""
+        return f"{found.path.name}{where}" + (f", changed as allowed: {'; '.join(changed)}" if changed else "")
 
-    def roll_back(self, saver: Saver) -> int | None:
+    def stopped(self, saver: Tiers, *, why: str, total: int) -> LivtError:
+        """What ends a run that was asked to stop, when its last save has ended: a collective call.
+
+        A save that failed loses the steps since the one before, and the run can still be requeued: if it has saved any
+        since it was started. If it has not, another start would do the same steps and end here again, for ever.
+        """
+        saver.wait()
+        stopped = f"stopped by {why} after step {self.step} of {total}"
+        if saver.durable_step == self.step:
+            return Preempted(f"{stopped}; all of it is saved")
+        failed = saver.report().get("last_failed_save", "")
+        if saver.durable_step is not None:
+            return Preempted(
+                f"{stopped}, which could not be saved: it goes on from step {saver.durable_step}. {failed}"
+            )
+        return SaveFailed(
+            f"{stopped}, which could not be saved, nor anything since the start: {failed}",
+            remedy="when the cause is gone, start the run again; it goes on from where this start began",
+        )
+
+    def roll_back(self, saver: Tiers) -> int | None:
         """Weights, moments and loss scale as the last checkpoint that was due has them, and how many steps that had.
 
         A collective call. Where that checkpoint is no longer there or is damaged, the newest whole one; None where
         there is none. The position stays.
         """
         saver.wait()
-        due = self.anomalies.due_step
+        due, peers = self.anomalies.due_step, saver.shared.peers
         path = None if due is None else saver.folder / step_name(due)
-        if path is None or agreed_damages(path, saver.peers):
-            path = store.newest_whole(saver.folder, on_damage=_warn, peers=saver.peers)
+        if path is None or agreed_damages(path, peers):
+            path = store.newest_whole(saver.folder, on_damage=_warn, peers=peers)
         if path is None:
             return None
-        manifest = self._take(path, saver)
+        manifest = self._take(Found(path, peers), saver)
         self.anomalies.restore_losses(manifest["facts"].get("anomalies"))
         return int(manifest["position"]["step"])
 
-    def _take(self, path: Path, saver: Saver) -> dict[str, Any]:
+    def _saved(self, sums: dict[str, float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        facts = {"sums": sums, "scaler": self.strategy.scaler(), "anomalies": self.anomalies.facts()}
+        return self.strategy.state(), {**self.facts, **facts}
+
+    def _take(self, found: Found, saver: Tiers) -> dict[str, Any]:
         """Fill the strategy from a checkpoint of which every byte has been read; its manifest."""
         tensors = self.strategy.state()
-        manifest = store.load(path, tensors, check=False, peers=saver.peers)
+        manifest = saver.load(found, tensors)
         self.strategy.restored(tensors)
         self.strategy.set_scaler(manifest["facts"].get("scaler"))
         return manifest
@@ -110,16 +141,5 @@ def run_facts(
     }
 
 
-def _check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> None:
-    if ours["stage"] != theirs["stage"]:
-        raise CheckpointMismatch(f"{path} is of stage {theirs['stage']}, not {ours['stage']}")
-    changed = store.differences(theirs["learnt_from"], ours["learnt_from"])
-    if changed:
-        raise CheckpointMismatch(
-            f"{path} was trained by another recipe: {'; '.join(changed)}",
-            remedy="set these fields back, or give the changed run a run_dir of its own",
-        )
-
-
 def _warn(path: Path, wrong: list[str]) -> None:
-    print(f"livt: warning: {path} is damaged and not used: {'; '.join(wrong)}", file=sys.stderr, flush=True)
+    warn(f"{path} is damaged and not used: {'; '.join(wrong)}")
