@@ -40,6 +40,8 @@ _RECORDS = {
         "BytesStorageMetadata",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "pathlib": {"PosixPath"},  # others' storage_meta tells where it was
+    "pathlib._local": {"PosixPath"},
 }
 
 
@@ -95,7 +97,9 @@ def read_index(folder: Path, manifest: Manifest, *, partial: bool = False) -> Te
     try:
         _want(any(entry.name == METADATA for entry in manifest.files), "the manifest does not list it")
         tree = _Restricted(io.BytesIO(path.read_bytes())).load()
-        index = TensorIndex(dict(_tensors(tree, manifest, partial=partial)))
+        tensors, others = _tensors(tree, {f.name: f.bytes for f in manifest.files}, partial=partial)
+        _want(not others, f"{', '.join(others[:1])!r} is an item of bytes, not a tensor")
+        index = TensorIndex(tensors)
     except OSError as error:
         raise CheckpointDamaged(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a hostile or damaged pickle raises whatever it likes
@@ -105,6 +109,24 @@ def read_index(folder: Path, manifest: Manifest, *, partial: bool = False) -> Te
     if len(index.tensors) != manifest.num_tensors:
         raise CheckpointDamaged(f"{path} holds {len(index.tensors)} tensors, the manifest {manifest.num_tensors}")
     return index
+
+
+def read_foreign_index(folder: Path) -> tuple[TensorIndex, list[str]]:
+    """The tensors in a folder of torch.distributed.checkpoint that livt did not write, and what else it has.
+
+    The other items are pickles of their own: named, never opened. CheckpointDamaged as for `read_index`.
+    """
+    path = folder / METADATA
+    try:
+        sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and file != path}
+        tensors, others = _tensors(_Restricted(io.BytesIO(path.read_bytes())).load(), sizes, partial=False)
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read ({error.strerror})") from error
+    except Exception as error:  # a hostile or damaged pickle raises whatever it likes
+        raise CheckpointDamaged(
+            f"{path} was refused: {error}", remedy="Nothing in it was executed. Take one written by dcp.save"
+        ) from error
+    return TensorIndex(tensors), others
 
 
 class _Record:
@@ -142,18 +164,22 @@ class _Restricted(pickle.Unpickler):
         raise pickle.UnpicklingError("it asks for a persistent object, which no checkpoint needs")
 
 
-def _tensors(tree: Any, manifest: Manifest, *, partial: bool) -> list[tuple[str, SavedTensor]]:
+def _tensors(tree: Any, file_bytes: dict[str, int], *, partial: bool) -> tuple[dict[str, SavedTensor], list[str]]:
+    """The tensors by name, and the names of the items that are none."""
     root = _fields(tree, "Metadata")
     places = {}
     for key, info in _mapping(root["storage_data"]).items():
         index, place = _fields(key, "MetadataIndex"), _fields(info, "_StorageInfo")
+        if index.get("offset") is None:  # of an item of bytes
+            continue
         _want(place.get("transform_descriptors") is None, "a piece is transformed")
         places[_text(index["fqn"]), _sizes(index["offset"])] = place
-    file_bytes = {f.name: f.bytes for f in manifest.files}
-    tensors = []
+    tensors, others = {}, []
     for key, saved in _mapping(root["state_dict_metadata"]).items():
         name = _text(key)
-        _want(_kind(saved) != "BytesStorageMetadata", f"{name!r} is an item of bytes, not a tensor")
+        if _kind(saved) == "BytesStorageMetadata":
+            others.append(name)
+            continue
         fields = _fields(saved, "TensorStorageMetadata")
         dtype = _dtype(fields["properties"])
         shape = _sizes(fields["size"])
@@ -164,8 +190,8 @@ def _tensors(tree: Any, manifest: Manifest, *, partial: bool) -> list[tuple[str,
         _want(whole, f"the pieces of {name!r} do not make up the tensor")
         bytes_ = sum(p.bytes for p in pieces)
         _want(stored * dtype.itemsize <= bytes_, f"{name!r} is larger than the bytes stored for it")
-        tensors.append((name, SavedTensor(name, shape, dtype, pieces)))
-    return tensors
+        tensors[name] = SavedTensor(name, shape, dtype, pieces)
+    return tensors, others
 
 
 def _piece(name: str, chunk: Any, shape: tuple[int, ...], places: dict[Any, Any], file_bytes: dict[str, int]) -> Piece:

@@ -1,7 +1,8 @@
-"""`livt ckpt`: which checkpoints a run has, and whether every byte of them is right. Reads only; needs no torch.
+"""`livt ckpt`: which checkpoints a run has, whether every byte of them is right, and into another layout and back.
 
 livt ckpt ls runs/demo               a line a checkpoint: step, epoch, size, age, whole or damaged and why
 livt ckpt verify runs/demo           exit 1 if any byte of any checkpoint differs, naming the file
+livt ckpt convert PATH --to FILE     one safetensors file, or a checkpoint of ours from what others write
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from livt_scale.checkpoint.convert import Converted
     from livt_scale.checkpoint.folder import CheckpointInfo
 
-app = typer.Typer(help="List and verify the checkpoints of a run.", no_args_is_help=True)
+app = typer.Typer(help="List, verify and convert checkpoints.", no_args_is_help=True)
 STAGE_FOLDERS = ("pretrain", "finetune")
 UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -71,6 +73,71 @@ def verify(
             typer.echo(f"{name}: {'; '.join(wrong) if wrong else 'whole'}")
     if any(damaged.values()):
         raise typer.Exit(1)
+
+
+@app.command("convert")
+def convert(
+    path: Annotated[
+        Path, typer.Argument(help="a checkpoint: of livt, safetensors, DeepSpeed or torch, file or folder")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="NAME.safetensors, or the folder of a checkpoint; must be new")],
+    recipe: Annotated[Path | None, typer.Option(help="what it was trained by, so that `livt train` goes on")] = None,
+    stage: Annotated[str, typer.Option(help="of the recipe: pretrain or finetune")] = "pretrain",
+    step: Annotated[int | None, typer.Option(min=0, help="steps of the stage that it has; without it, its own")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="over the recipe's values")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Into one safetensors file, or into a checkpoint of livt; no tensor changes by a bit, nothing read is executed.
+
+    From a checkpoint of livt or its safetensors file, DeepSpeed's own (ZeRO 1, 2, 3), a folder of
+    torch.distributed.checkpoint, a file of torch.save (pytorch_model.bin, checkpoint.pth).
+    """
+    from livt_scale.checkpoint import convert as converting
+    from livt_scale.errors import UsageError
+
+    if recipe is None and (step is not None or sets):
+        raise UsageError("--step and --set say more of a --recipe", remedy="give the recipe, or leave them out")
+    found = converting.read(path)
+    if recipe is not None:
+        found = _with_recipe(found, recipe, stage, step, sets or [])
+    write = converting.write_safetensors if to.suffix == ".safetensors" else converting.write_checkpoint
+    write(found, to)
+    told = {"from": found.kind, "to": str(to), "used": found.used, "left": found.left, "made": found.made}
+    if as_json:
+        typer.echo(json.dumps(told, indent=1))
+    else:
+        for name, said in told.items():
+            typer.echo(f"{name:5} {said if isinstance(said, str) else '; '.join(said) or 'nothing'}")
+
+
+def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, sets: list[str]) -> Converted:
+    """`found` with the facts that `livt train` asks of a checkpoint. UsageError where the recipe has no such stage."""
+    from livt_scale.checkpoint.convert import Position, trained_by
+    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.stream import stage_order
+    from livt_scale.errors import UsageError
+    from livt_scale.recipe_file import load_recipe
+    from livt_scale.train.state import run_facts
+
+    if found.facts is not None:
+        raise UsageError("this checkpoint says itself what it was trained by", remedy="leave --recipe out")
+    loaded = load_recipe(recipe, sets=sets)
+    name = next((name for name in loaded.stage_names if name == stage), None)
+    if name is None:
+        raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(loaded.stage_names)}")
+    if name == "finetune" and loaded.stages.finetune and loaded.stages.finetune.init == "pretrain":
+        raise UsageError(
+            "a fine-tuning that begins with a pretraining of its own run cannot be taken over",
+            remedy="set stages.finetune.init=scratch",
+        )
+    if step is None and found.position is None:
+        raise UsageError("how many steps it has behind it stands nowhere in it", remedy="give --step")
+    train = ShardSet.open(loaded.data.train, data=loaded.data)
+    done = step if step is not None or found.position is None else found.position.step
+    assert done is not None
+    epoch = done // stage_order(train, loaded, name).steps_per_epoch
+    facts = run_facts(loaded, name, train, strategy="converted", origin=None)
+    return trained_by(found, facts, Position(epoch, done))
 
 
 def checkpoint_folders(path: Path) -> list[Path]:

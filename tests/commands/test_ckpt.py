@@ -8,9 +8,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from livt_scale.checkpoint.store import Position, Retention, Saver
+from livt_scale.checkpoint.store import Position, Retention, Saver, read_manifest
 from livt_scale.commands.ckpt import app
 from livt_scale.errors import CheckpointError, UsageError
+from livt_scale.models.classifier import build_classifier
+from livt_scale.recipe_file import save_recipe
+from livt_scale.train.allowed import check_same
+from livt_scale.train.state import run_facts
+from tests.tiny_run import tiny_recipe, tiny_shards
 
 
 def livt_ckpt(*arguments: object):
@@ -108,6 +113,56 @@ def test_a_run_without_checkpoints_lists_none_and_cannot_be_verified(tmp_path):
     assert "No checkpoints" in livt_ckpt("ls", tmp_path).stdout
     assert json.loads(livt_ckpt("ls", tmp_path, "--json").stdout) == {"checkpoints": []}
     assert isinstance(livt_ckpt("verify", tmp_path).exception, CheckpointError)
+
+
+def test_convert_there_and_back_and_what_it_says(run, tmp_path):
+    path, file, back = run / "finetune" / "checkpoints" / "step-00000005", tmp_path / "a.safetensors", tmp_path / "b"
+    result = livt_ckpt("convert", path, "--to", file)
+    assert result.exit_code == 0
+    said = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert said["from"] == "a checkpoint of livt, step-00000005, by 1 ranks"
+    assert said["used"].startswith("1 tensors of the model, 0 of its AdamW")
+    told = json.loads(livt_ckpt("convert", file, "--to", back, "--json").stdout)
+    assert (told["left"], told["made"], told["to"]) == ([], [], str(back))
+    assert livt_ckpt("verify", back).exit_code == 0
+    assert isinstance(livt_ckpt("convert", file, "--to", back).exception, UsageError)
+
+
+def test_convert_with_a_recipe_gives_what_train_asks_for(tmp_path):
+    shards = tiny_shards(tmp_path, {"a": 9, "b": 7})
+    recipe = tiny_recipe(train=tmp_path / "set")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    model = build_classifier(recipe.model, num_classes=2, drop_path=0.0)
+    torch.save({"model": model.state_dict(), "epoch": 2}, tmp_path / "checkpoint.pth")
+    words = ("convert", tmp_path / "checkpoint.pth", "--recipe", tmp_path / "recipe.yaml", "--stage", "finetune")
+    assert "give --step" in livt_ckpt(*words, "--to", tmp_path / "x").exception.remedy
+    result = livt_ckpt(*words, "--to", tmp_path / "step-00000004", "--step", "4")
+    assert result.exit_code == 0, result.exception
+    assert "left  epoch" in result.stdout
+    manifest = read_manifest(tmp_path / "step-00000004")
+    assert manifest.position == Position(2, 4)  # 16 images, 8 a batch
+    facts = run_facts(recipe, "finetune", shards, strategy="ddp", origin=None)
+    assert check_same(facts, manifest.facts, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--step", "3"), "say more of a --recipe"),
+        (("--recipe", "RECIPE", "--stage", "pretrain"), "no stage pretrain"),
+        (("--recipe", "RECIPE", "--stage", "finetune"), "says itself what it was trained by"),
+    ],
+)
+def test_options_of_convert_that_cannot_be(run, tmp_path, words, says):
+    save_recipe(tiny_recipe(train=tmp_path / "set"), tmp_path / "recipe.yaml")
+    path = run / "finetune" / "checkpoints" / "step-00000005"
+    if says.startswith("no stage"):
+        torch.save({"a": torch.ones(1)}, path := tmp_path / "x.pth")
+    words = [str(tmp_path / "recipe.yaml") if word == "RECIPE" else word for word in words]
+    error = livt_ckpt("convert", path, "--to", tmp_path / "out", *words).exception
+    assert isinstance(error, UsageError)
+    assert says in str(error)
+    assert not (tmp_path / "out").exists()
 
 
 def test_neither_command_imports_torch(run):

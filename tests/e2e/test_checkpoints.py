@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -163,25 +162,7 @@ def test_a_change_is_refused_until_it_is_allowed_and_then_kept_on_record(livt, h
     ]
 
 
-def test_what_cannot_be_allowed_is_said_before_anything_starts(livt, half_done):
-    for field, hint in (
-        ("stages.pretrain.mask_ratio", "valid names"),
-        ("stages.pretrain.weight_deca", "'stages.pretrain.weight_decay'"),
-        ("seed", "a run_dir of its own"),
-    ):
-        said = livt.run(*livt.train_words(half_done, seed=4), f"--allow={field}", expect=2).stderr
-        assert f"--allow {field}: this change cannot be allowed" in said
-        assert hint in said or field != "stages.pretrain.weight_deca"
-    said = livt.run(*livt.train_words(half_done, seed=4, stages__pretrain__min_lr=1e-5), expect=1).stderr
-    assert "seed: 0 in the checkpoint, 4 here" in said
-    assert "--allow" not in said  # allowing a part would not help
-
-
 def test_a_stage_made_shorter_than_it_is_long_already_is_refused(livt, half_done):
     words = livt.train_words(half_done, stages__pretrain__epochs=1, stages__pretrain__warmup_epochs=0)
     allowed = ["--allow=stages.pretrain.epochs", "--allow=stages.pretrain.warmup_epochs"]
     assert "the stage would end at step 9" in livt.run(*words, *allowed, expect=1).stderr
-
-
-def test_status_is_plain_json_for_scripts(finished):
-    assert "failed_saves" not in json.loads((finished / "pretrain" / "status.json").read_text())
