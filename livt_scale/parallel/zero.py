@@ -14,6 +14,7 @@ Source: ZeRO, arXiv 1910.02054; ZeRO-Infinity, arXiv 2104.07857; deepspeed 0.19.
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from typing import Any
 
@@ -57,6 +58,8 @@ class Zero:
         self._zero = self._engine.optimizer  # DeepSpeed's, around AdamW
         mesh = init_device_mesh(world.device.type, (world.world_size,)) if world.world_size > 1 else None
         self._state = ZeroState(deepspeed, self._engine, mesh=mesh)
+        # Its hooks hold engine and model where no garbage collector looks, and the next stage wants the room.
+        weakref.finalize(self, _end, self._engine, self._state).atexit = False
         self._scale = DynamicScale() if parallel.precision == "fp16" else None
         self._tell_scale()
 
@@ -110,18 +113,7 @@ class Zero:
 
     def held_bytes(self) -> int:
         """Bytes of weights, gradients and moments that this rank holds now: call it before `update`."""
-        held = [getattr(p, "ds_tensor", p.data) for p in self.model.parameters()]
-        held += [p.data for p in self.model.parameters()]
-        held += [p.grad for p in self.model.parameters() if p.grad is not None]
-        for flat in self._state.flats():
-            held += [flat, *(t for t in self._adamw.state[flat].values() if t.ndim)]
-            held += [flat.grad] if flat.grad is not None else []
-        if self.lockstep:
-            held.append(self._zero.grad_partitions_flat_buffer)
-        else:
-            held += [g for group in self._zero.averaged_gradients.values() for g in group or ()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
-        return sum(storages.values())
+        return sum(storage.nbytes() for storage in self._state.storages())
 
     def _tell_scale(self) -> None:
         if self._scale is not None:
@@ -131,3 +123,10 @@ class Zero:
 def _under_autocast(forward: Any, device: torch.device, kind: str, *inputs: Any, **named: Any) -> Any:
     with precision.autocast(device, kind):
         return forward(*inputs, **named)
+
+
+def _end(engine: Any, state: ZeroState) -> None:
+    storages = state.storages() if engine.zero_optimization_stage() == 3 else []
+    engine.destroy()
+    for storage in storages:  # stage 3's engine stays alive for all that
+        storage.resize_(0)

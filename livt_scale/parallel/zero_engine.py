@@ -67,6 +67,7 @@ def start_engine(
     """The engine that holds `model` and `optimizer` from now on. A collective call."""
     _process_group_of_one(world, timeout_s=parallel.timeout_s)
     config = engine_config(model, stage=stage, parallel=parallel, world=world)
+    _name_device(world)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     # DeepSpeed speaks over a copy of the process group, which has torch's own time-out.
     group = deepspeed.utils.groups._get_data_parallel_group()
@@ -127,6 +128,13 @@ def _usable_disk(folder: str) -> str:
             f"parallel.offload_dir {folder} cannot be written: {error.strerror}", remedy="name a folder on a local disk"
         ) from error
     return folder
+
+
+def _name_device(world: World) -> None:
+    """DeepSpeed takes the device of LOCAL_RANK, now and later; srun sets none, and a task may see one GPU alone."""
+    index = world.device.index
+    os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it would have to be the same
 
 
 def _process_group_of_one(world: World, *, timeout_s: int) -> None:

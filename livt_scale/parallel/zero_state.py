@@ -66,6 +66,21 @@ class ZeroState:
         for flat in self.flats():
             self._zero.optimizer.state[flat]["step"].fill_(steps.copy().pop())
 
+    def storages(self) -> list[torch.UntypedStorage]:
+        """Of all weights, gradients and moments that this rank has now, each once."""
+        held: list[Tensor] = []
+        for parameter in self._model.parameters():
+            held += [parameter.data, getattr(parameter, "ds_tensor", parameter.data)]
+            held += [parameter.grad] if parameter.grad is not None else []
+        for flat in self.flats():
+            held += [flat, *(t for t in self._zero.optimizer.state[flat].values() if t.ndim)]
+            held += [flat.grad] if flat.grad is not None else []
+        if self._sharded:
+            held.append(self._zero.grad_partitions_flat_buffer)
+        else:
+            held += [grad for group in self._zero.averaged_gradients.values() for grad in group or ()]
+        return list({storage.data_ptr(): storage for storage in (t.untyped_storage() for t in held)}.values())
+
     def _make_moments(self) -> None:
         """Zero moments before the first step, as `parallel.state.collect` makes them; the engine makes them in it."""
         for index, flat in enumerate(self.flats()):
