@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -121,8 +121,7 @@ def _moved(pixels: np.ndarray, moved_px: np.ndarray, fill: np.ndarray, *, axis: 
     padded[:, 2:-2] = pixels
     padded[:, :2], padded[:, -2:] = pixels[:, :1], pixels[:, -1:]
     taps = _like(pixels, width + 3)  # [y, x + k]: the k-th pixel that (y, x) needs
-    starts = np.flatnonzero(np.diff(whole, prepend=whole[0] - 1)).tolist()
-    for first, last in zip(starts, [*starts[1:], height], strict=True):
+    for first, last in _runs(whole):
         move = int(whole[first]) + 1
         left, right = max(0, -move), min(width + 3, width + 4 - move)
         if left < right:  # else all of these lines come from outside
@@ -134,13 +133,22 @@ def _moved(pixels: np.ndarray, moved_px: np.ndarray, fill: np.ndarray, *, axis: 
 
 def _fill_outside(moved: np.ndarray, moved_px: np.ndarray, fill: np.ndarray) -> None:
     """Pixel x of line k comes from x + 1/2 + moved_px[k]: what is not within [0, W) becomes `fill`."""
-    height, width, _ = moved.shape
+    width = moved.shape[1]
     lefts = np.ceil(-0.5 - moved_px).clip(0, width).astype(np.int64)
     rights = np.ceil(width - 0.5 - moved_px).clip(0, width).astype(np.int64)
-    starts = np.flatnonzero((np.diff(lefts, prepend=-1) != 0) | (np.diff(rights, prepend=-1) != 0)).tolist()
-    for first, last in zip(starts, [*starts[1:], height], strict=True):
-        moved[first:last, : lefts[first]] = fill
-        moved[first:last, rights[first] :] = fill
+    line = np.tile(fill, (width, 1))  # a row to copy from: spreading three bytes at a time takes twice as long
+    for first, last in _runs(lefts * (width + 1) + rights):
+        left, right = int(lefts[first]), int(rights[first])
+        if left:
+            moved[first:last, :left] = line[:left]
+        if right < width:
+            moved[first:last, right:] = line[right:]
+
+
+def _runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(first, past the last) of each run of equal neighbours."""
+    starts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist()]
+    return zip(starts, [*starts[1:], len(values)], strict=True)
 
 
 def _like(pixels: np.ndarray, width: int) -> np.ndarray:
