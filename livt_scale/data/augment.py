@@ -115,7 +115,7 @@ def _moved(pixels: np.ndarray, moved_px: np.ndarray, fill: np.ndarray, *, axis: 
     """
     if axis == 0:  # the same on views with the axes exchanged: the memory stays in its order
         return _moved(pixels.transpose(1, 0, 2), moved_px, fill, axis=1).transpose(1, 0, 2)
-    height, width, _ = pixels.shape
+    width = pixels.shape[1]
     whole = np.floor(moved_px).astype(np.int64)
     padded = _like(pixels, width + 4)  # beyond an edge, the pixel of the edge
     padded[:, 2:-2] = pixels
