@@ -5,11 +5,12 @@
     python benchmarks/overhead.py --quick                   # a few steps: does it run?
 
 Ours is `livt_scale.train.loop.fit` with everything on: schedule, gradient norm, agreement on loss and signals,
-metrics.jsonl, TensorBoard, status.json. The bare loop is forward, backward, step, zero_grad on a model of its own with
-the same weights. Both get the same batches of real images, loaded before. Steps are taken in turn, one of the loop, one
-bare, so that a busy machine slows both; times are summed over the 20 steps of a log interval, so that the line written
-once in an interval counts, and the overhead is the median over intervals of loop / bare - 1. With --checkpoints the
-loop also pays for the writing: the bare step waits until a save has ended.
+metrics.jsonl, TensorBoard, status.json, heartbeat, watchdog, the clock before a time limit, the look for spikes of the
+loss. The bare loop is forward, backward, step, zero_grad on a model of its own with the same weights. Both get the same
+batches of real images, loaded before. Steps are taken in turn, one of the loop, one bare, so that a busy machine slows
+both; times are summed over the 20 steps of a log interval, so that the line written once in an interval counts, and the
+overhead is the median over intervals of loop / bare - 1. With --checkpoints the loop also pays for the writing: the
+bare step waits until a save has ended.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.batches import plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.loop import Schedule, Task, fit
+from livt_scale.train.loop import Guard, Schedule, Task, fit
+from livt_scale.train.preempt import Preemption
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.rundir import Status
 from livt_scale.train.state import TrainState, run_facts
 from livt_scale.train.telemetry import Telemetry
+from livt_scale.train.watchdog import Watchdog
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
 NUM_BATCHES = 8  # held in memory, used in turn
@@ -162,7 +165,10 @@ def run_loop(
         writes=True,
     )
     plan = plan_batches(task.part.global_batch, task.part.micro_batch, world_size=1, pairs=False)
-    with Tiers(folder / "checkpoints", saving=saving) as saver, telemetry:
+    status = Status(folder, stage=stage, writes=True)
+    watchdog = Watchdog(folder, status, world=World(), faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
+    guard = Guard(Preemption(time.time() + 1e6), watchdog, recipe.faults)
+    with Tiers(folder / "checkpoints", saving=saving) as saver, telemetry, guard.preemption, watchdog:
 
         def settle() -> None:
             saver.wait()
@@ -171,7 +177,7 @@ def run_loop(
         turns = TakenInTurn(batches, bare_step=make_bare_step(twin), settle=settle)
         fit(
             task, turns, state=state, schedule=schedule, plan=plan, saver=saver,
-            telemetry=telemetry, status=Status(folder, stage=stage, writes=True), world=World(), folder=folder,
+            telemetry=telemetry, status=status, guard=guard, world=World(), folder=folder,
         )  # fmt: skip
     return turns
 

@@ -1,8 +1,8 @@
 """The one loop, for both stages and every strategy. A stage comes as a `Task`, its features at named points.
 
-A step: take the rank's micro-batches, add up gradients, agree (mean loss, is somebody asked to stop, is it finite),
-update. The learning rate, the samples, their augmentation and masks are functions of the step: nothing drifts when
-a run is continued.
+A step: take the rank's micro-batches, add up gradients, agree (mean loss, is somebody asked to stop), update, unless
+loss or gradient forbid it. The learning rate, the samples, their augmentation and masks are functions of the step:
+nothing drifts when a run is continued.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from livt_scale import optim
 from livt_scale.checkpoint.store import Position
 from livt_scale.checkpoint.tiers import Tiers
 from livt_scale.data.loader import Batch
-from livt_scale.errors import NonFiniteError
-from livt_scale.parallel.strategy import Groups, Strategy
+from livt_scale.parallel.strategy import Groups, Strategy, Update
 from livt_scale.parallel.topology import World
-from livt_scale.recipe import Checkpoint, StagePart
+from livt_scale.recipe import Checkpoint, Faults, StagePart
+from livt_scale.train.anomalies import Anomaly, step_over
 from livt_scale.train.batches import BatchPlan
+from livt_scale.train.digest import check_alike
 from livt_scale.train.preempt import Preemption
 from livt_scale.train.rundir import Status
 from livt_scale.train.state import TrainState
 from livt_scale.train.telemetry import Telemetry
+from livt_scale.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,15 @@ class Schedule:
         return every is not None and done % every == 0
 
 
+@dataclass(frozen=True)
+class Guard:
+    """What looks after a run: who asks it to stop, who sees that it goes on, what it does about faults."""
+
+    preemption: Preemption
+    watchdog: Watchdog
+    faults: Faults
+
+
 def fit(
     task: Task,
     batches: Iterator[Batch],
@@ -100,6 +111,7 @@ def fit(
     saver: Tiers,
     telemetry: Telemetry,
     status: Status,
+    guard: Guard,
     world: World,
     folder: Path,
 ) -> Evaluation | None:
@@ -108,22 +120,25 @@ def fit(
     Returns the evaluation of the final weights; None where the stage has none, or nothing was left to train.
     """
     evaluation: Evaluation | None = None
-    strategy = state.strategy
-    with Preemption() as preemption:
-        while state.step < schedule.total:
-            started = time.perf_counter()
-            lr = _learning_rate(task.part, schedule, state.step)
-            loss, keys, data_wait_s = _accumulate(
-                task, batches, strategy=strategy, count=plan.accumulation, world=world
-            )
-            agreed = _agree(loss, preemption.requested is not None, world=world)
-            if not math.isfinite(agreed.loss):
-                _stop_on_non_finite(f"the loss is {agreed.loss}", loss, keys, state.step, world=world)
-            update = strategy.update(lr, max_norm=task.part.clip_grad)
-            if not update.applied and not update.overflow:
-                what = f"the gradient norm is {update.grad_norm} (the loss is finite)"
-                _stop_on_non_finite(what, loss, keys, state.step, world=world)
-            state.step += 1
+    guard.preemption.begins()
+    guard.watchdog.at("first step", state.step)
+    batches = guard.watchdog.waits_seen(batches)
+    while state.step < schedule.total:
+        started = time.perf_counter()
+        lr = _learning_rate(task.part, schedule, state.step)
+        loss, keys, data_wait_s = _accumulate(
+            task, batches, strategy=state.strategy, count=plan.accumulation, world=world
+        )
+        agreed = _agree(loss, guard.preemption.wanted(save_s=saver.longest_save_s), world=world)
+        update, anomaly = _update(task, state, lr, agreed.loss, telemetry)
+        if anomaly is not None:
+            samples = (not bool(torch.isfinite(loss)), keys)
+            step_over(
+                anomaly, state.anomalies, step=state.step + 1, samples=samples, world=world, folder=folder,
+                roll_back=lambda: state.roll_back(saver), say=telemetry.say,
+            )  # fmt: skip
+        state.step += 1
+        if update.applied:  # the loss of a step that was not taken is in no mean
             telemetry.step(
                 state.step,
                 loss=agreed.loss,
@@ -132,10 +147,13 @@ def fit(
                 step_s=time.perf_counter() - started,
                 data_wait_s=data_wait_s,
             )
-            evaluation = _after_step(task, state, schedule, saver, telemetry, status, folder, stop=agreed.stop)
-            if agreed.stop and state.step < schedule.total:
-                why = preemption.requested or "a signal on another rank"
-                raise state.stopped(saver, why=why, total=schedule.total)
+        save = agreed.stop or (anomaly is not None and anomaly.policy == "rollback")
+        evaluation = _after_step(task, state, schedule, saver, telemetry, status, guard, world, folder, save=save)
+        if agreed.stop and state.step < schedule.total:
+            why = guard.preemption.requested or "a request to another rank"
+            raise state.stopped(saver, why=why, total=schedule.total)
+        guard.watchdog.at("step", state.step)
+    guard.watchdog.at("checkpoint")
     saver.wait()
     return evaluation
 
@@ -171,6 +189,21 @@ def _accumulate(
     return total, keys, data_wait_s
 
 
+def _update(
+    task: Task, state: TrainState, lr: float, loss: float, telemetry: Telemetry
+) -> tuple[Update, Anomaly | None]:
+    """The optimizer's step, unless the mean loss over the ranks forbids it: then the gradients are forgotten."""
+    anomalies, strategy = state.anomalies, state.strategy
+    anomaly = anomalies.in_loss(loss, step=state.step + 1, say=telemetry.say)
+    if anomaly is not None:
+        strategy.discard()
+        return Update(math.nan, applied=False), anomaly
+    update = strategy.update(lr, max_norm=task.part.clip_grad)
+    if update.applied:
+        anomalies.taken(loss)
+    return update, anomalies.in_update(update)
+
+
 @dataclass(frozen=True)
 class _Agreed:
     loss: float
@@ -186,21 +219,6 @@ def _agree(loss: Tensor, stop: bool, *, world: World) -> _Agreed:
     return _Agreed(sum_loss / world.world_size, stops > 0)
 
 
-def _stop_on_non_finite(what: str, loss: Tensor, keys: list[str], step: int, *, world: World) -> None:
-    """Every rank raises the same error; the weights are those before this step, the checkpoints untouched."""
-    mine = (not bool(torch.isfinite(loss)), keys)
-    ranks: list[Any] = [mine]
-    if world.world_size > 1:
-        ranks = [None] * world.world_size
-        dist.all_gather_object(ranks, mine)
-    guilty = [k for bad, rank_keys in ranks for k in rank_keys if bad]
-    named = guilty or [k for _, rank_keys in ranks for k in rank_keys]
-    raise NonFiniteError(
-        f"step {step + 1}: {what}. Samples of the batch: {', '.join(named)}",
-        remedy="the checkpoints before it are kept; look at these images, lower base_lr, or set clip_grad",
-    )
-
-
 def _after_step(
     task: Task,
     state: TrainState,
@@ -208,21 +226,34 @@ def _after_step(
     saver: Tiers,
     telemetry: Telemetry,
     status: Status,
+    guard: Guard,
+    world: World,
     folder: Path,
     *,
-    stop: bool,
+    save: bool,
 ) -> Evaluation | None:
-    """What is due after a step: evaluation (returned), checkpoint and picture, the word on how the run stands."""
+    """What is due after a step: comparison of the ranks, evaluation (returned), checkpoint and picture, the status.
+
+    `save`: a checkpoint is asked for, due or not.
+    """
     done, evaluation = state.step, None
+    if guard.faults.digest_every_steps and done % guard.faults.digest_every_steps == 0:
+        check_alike(state.strategy.state(), step=done, world=world)
     if task.evaluate is not None and schedule.evaluates(done):
+        guard.watchdog.at("evaluation", done)
         evaluation = task.evaluate(state.strategy)
         telemetry.note(done, **evaluation.values)
-    if schedule.saves(done) or stop or evaluation is not None:
+    if schedule.saves(done):
+        state.anomalies.checkpoint_due(done)
+    if schedule.saves(done) or save or evaluation is not None:
+        guard.watchdog.at("checkpoint", done)
         score = evaluation.score if evaluation is not None else None
-        state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=telemetry.sums)
+        sums = telemetry.sums
+        state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=sums)
         status.write("running", step=done, total_steps=schedule.total, **saver.report())
         if task.draw is not None:
             task.draw(state.strategy, folder / "samples" / f"step-{done:08d}.png")
     elif schedule.saves_locally(done):
+        guard.watchdog.at("checkpoint", done)
         state.save_locally(saver, schedule.position(done), sums=telemetry.sums)
     return evaluation

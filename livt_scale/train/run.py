@@ -23,12 +23,15 @@ from livt_scale.recipe import Parallel, Recipe, Stage
 from livt_scale.train import evaluate as evaluation
 from livt_scale.train import pictures, rundir
 from livt_scale.train.allowed import check_allowable
+from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.batches import BatchPlan, plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.loop import Schedule, Task, fit
+from livt_scale.train.loop import Guard, Schedule, Task, fit
+from livt_scale.train.preempt import Preemption, time_limit
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.state import TrainState, run_facts
 from livt_scale.train.telemetry import Telemetry, measured_demand
+from livt_scale.train.watchdog import Watchdog
 
 
 def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = ()) -> None:
@@ -51,14 +54,19 @@ def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = 
 def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, allow: tuple[str, ...] = ()) -> None:
     """`train` in a process group that is up already: all ranks of `world` call it."""
     run_dir = run_dir_of(recipe)
-    with cores.told_to_loader(world), _alone(run_dir, world):
+    limit = world.peers.lead_does(time_limit)
+    with (
+        cores.told_to_loader(world),
+        _alone(run_dir, world),
+        Preemption(limit if world.is_main else None) as preemption,
+    ):
         world.peers.lead_does(lambda: rundir.save_resolved(recipe, run_dir))
         for name in stages:
             if world.peers.lead_does(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
                 _say(world, f"{name} is done already in {run_dir}")
             else:
                 plan = _plan(recipe, name, world)
-                _train_stage(recipe, name, run_dir=run_dir, world=world, plan=plan, allow=allow)
+                _train_stage(recipe, name, preemption, run_dir=run_dir, world=world, plan=plan, allow=allow)
 
 
 def _set_up_torch(parallel: Parallel) -> None:
@@ -91,11 +99,19 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
 
 
 def _train_stage(
-    recipe: Recipe, stage: Stage, *, run_dir: Path, world: World, plan: BatchPlan, allow: tuple[str, ...]
+    recipe: Recipe,
+    stage: Stage,
+    preemption: Preemption,
+    *,
+    run_dir: Path,
+    world: World,
+    plan: BatchPlan,
+    allow: tuple[str, ...],
 ) -> None:
     folder = run_dir / stage
     status = rundir.Status(folder, stage=stage, writes=world.is_main)
-    with status.told():
+    watchdog = Watchdog(folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
+    with status.told(), watchdog, watchdog.errors_told():
         train_set = open_alike(recipe, world=world)
         order = stage_order(train_set, recipe, stage)
         task = _make_task(recipe, stage, train_set, run_dir=run_dir, world=world)
@@ -104,8 +120,11 @@ def _train_stage(
         )
         strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=task.part.betas, world=world)
         facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
-        state = TrainState(strategy, facts, allow=allow)
-        with Tiers(folder / "checkpoints", saving=recipe.checkpoint, world=world.peers) as saver:
+        state = TrainState(strategy, facts, anomalies=Anomalies(recipe.faults), allow=allow)
+        with (
+            Tiers(folder / "checkpoints", saving=recipe.checkpoint, world=world.peers) as saver,
+            watchdog.errors_told(),
+        ):
             resumed = state.resume(saver)
             if state.step > schedule.total:  # only where --allow has made the stage shorter
                 raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
@@ -115,9 +134,11 @@ def _train_stage(
                 batches = _batches(recipe, stage, train_set, plan, schedule, state, world)
                 ended = fit(
                     task, batches, state=state, schedule=schedule, plan=plan, saver=saver,
-                    telemetry=telemetry, status=status, world=world, folder=folder,
+                    telemetry=telemetry, status=status, guard=Guard(preemption, watchdog, recipe.faults), world=world,
+                    folder=folder,
                 )  # fmt: skip
         if task.evaluate is not None:
+            watchdog.at("evaluation", state.step)
             ended = ended or task.evaluate(strategy)  # a run that was killed between its last checkpoint and here
             if world.is_main:
                 _write_evaluation(ended.report, train_set, folder, facts, schedule)

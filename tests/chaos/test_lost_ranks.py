@@ -1,0 +1,118 @@
+"""A rank that dies, hangs or fails alone ends the run within a stated bound, and the others say which rank and why."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from livt_scale.train import heartbeat
+from livt_scale.train.rundir import read_status
+from livt_scale.train.watchdog import LINGER_S, LOCKED_S
+from tests.chaos.ranks import Ranks, assert_same_pretraining
+
+GONE_S = 15.0  # on top of a bound: what ending takes where many others compute; alone it is 1 s
+HANG_S = 3.0
+
+
+def first_steps_done(run_dir, steps: int = 3) -> bool:
+    path = run_dir / "pretrain" / "metrics.jsonl"
+    return path.exists() and path.read_bytes().count(b"\n") >= steps
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_other_at_once_and_the_run_goes_on_exactly(livt, unbroken, victim):
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "slow:0.05") as ranks:
+        ranks.wait_for(lambda: first_steps_done(run_dir, 5))
+        ranks.kill(victim)
+        codes, took_s = ranks.ended(1 - victim, within_s=30)
+    assert codes == [1]
+    assert took_s < GONE_S  # parallel.timeout_s is 600
+    said = ranks.said(1 - victim)
+    assert f"livt: error on rank {1 - victim}: rank {victim} is gone: last seen at step" in said
+    assert f"process {ranks.processes[victim].pid} on " in said
+    assert "Traceback" not in said
+    status = read_status(run_dir, "pretrain")
+    assert status["state"] == "failed"
+    assert f"rank {victim} is gone" in status["why"]
+    with Ranks(livt, run_dir) as ranks:
+        assert ranks.ended(within_s=120)[0] == [0, 0], ranks.said(0)
+    assert_same_pretraining(run_dir, unbroken)
+
+
+def test_an_error_of_one_rank_alone_ends_the_others_at_once_with_its_words(livt):
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "error:5:1") as ranks:
+        codes, _ = ranks.ended(within_s=60)
+        assert codes == [1, 1]
+    assert "livt: error on rank 1: shard x.tar, offset 512, key a-key: not an image" in ranks.said(1)
+    assert "livt: error on rank 0: rank 1 stopped: shard x.tar, offset 512, key a-key: not an image" in ranks.said(0)
+    assert "Traceback" not in ranks.said(0) + ranks.said(1)
+    assert "rank 1 stopped: shard x.tar" in read_status(run_dir, "pretrain")["why"]
+    beats = heartbeat.read(run_dir / "pretrain", world_size=2)
+    assert [beat.state for beat in beats] == ["bereft", "failed"]
+    assert beats[1].step == 4
+
+
+def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(livt):
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "hang:5:1", faults__hang_s=HANG_S) as ranks:
+        ranks.wait_for(lambda: first_steps_done(run_dir, 4))
+        codes, took_s = ranks.ended(within_s=60)
+    assert codes == [1, 1]
+    assert HANG_S / 2 < took_s < HANG_S + LINGER_S + GONE_S
+    stacks = [(run_dir / "pretrain" / "stacks" / f"rank-{rank}.txt").read_text() for rank in (0, 1)]
+    assert "sabotage.py" in stacks[1]
+    assert "all_reduce" in stacks[0] or "backward" in stacks[0]
+    assert all("came no further for" in text for text in stacks)
+    why = read_status(run_dir, "pretrain")["why"]
+    assert why.startswith("rank 0 came no further")
+    assert "rank 1 came no further for 3 s in phase 'step' after step 4, at sabotage.py" in why
+    for rank in (0, 1):
+        assert f"livt: error on rank {rank}: rank {rank} came no further" in ranks.said(rank)
+
+
+def test_a_rank_whose_interpreter_is_locked_ends_too_and_leaves_its_stack(livt):
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "lock:4:0", world=1, faults__hang_s=HANG_S) as ranks:
+        ranks.wait_for(lambda: first_steps_done(run_dir, 3))
+        codes, took_s = ranks.ended(within_s=60)
+    assert codes == [1]
+    assert took_s < HANG_S + LOCKED_S + GONE_S
+    assert "sabotage.py" in (run_dir / "pretrain" / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_stopped_rank_is_named_as_the_one_behind_and_ends_when_it_wakes(livt):
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "slow:0.05", faults__hang_s=HANG_S) as ranks:
+        ranks.wait_for(lambda: first_steps_done(run_dir, 5))
+        ranks.kill(1, signal.SIGSTOP)
+        codes, took_s = ranks.ended(0, within_s=60)
+        assert codes == [1]
+        assert took_s < HANG_S + LINGER_S + GONE_S
+        ranks.kill(1, signal.SIGCONT)
+        codes, took_s = ranks.ended(1, within_s=60)
+        assert codes == [1]
+        assert took_s < HANG_S + LINGER_S + GONE_S
+    assert (run_dir / "pretrain" / "stacks" / "rank-0.txt").stat().st_size > 0
+    assert read_status(run_dir, "pretrain")["state"] == "failed"
+
+
+def test_a_flipped_bit_of_one_rank_ends_the_run_and_names_rank_and_tensor(livt):
+    """Of two ranks nobody knows which one is right: both are named."""
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "flip:5:1", faults__digest_every_steps=2) as ranks:
+        codes, _ = ranks.ended(within_s=60)
+    assert codes == [1, 1]
+    for rank in (0, 1):
+        assert "after step 6 ranks 0, 1 hold another" in ranks.said(rank)
+    saved = [p.name for p in (run_dir / "pretrain" / "checkpoints").glob("step-*")]
+    assert saved == ["step-00000003"]  # not the one of step 6
+
+
+def test_status_tells_how_far_the_ranks_are(livt, unbroken):
+    beats = heartbeat.read(unbroken / "pretrain", world_size=2)
+    assert [(beat.rank, beat.state, beat.step) for beat in beats] == [(0, "done", 18), (1, "done", 18)]
+    assert json.dumps(heartbeat.summary(beats))
