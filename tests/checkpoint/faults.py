@@ -4,6 +4,7 @@ faults.py kill FOLDER new|same      a child is killed before each call that touc
 faults.py loop FOLDER               a child that saves without end is killed at random moments
 faults.py limit FOLDER              files may not grow beyond what half a checkpoint needs
 faults.py full FOLDER               FOLDER lies on a small file system: save until it is full
+faults.py readonly FOLDER           FOLDER is a file system of its own, which turns read-only between two saves
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -179,6 +181,28 @@ def on_a_full_disk(folder: Path) -> dict:
     return {"said": said}
 
 
+def on_a_read_only_disk(folder: Path) -> dict:
+    """As a file system does that has met an error."""
+
+    def remount(how: str) -> None:
+        subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+
+    with Saver(folder / "c", mode="async", retention=Retention(keep_last=1)) as saver:
+        save(saver, 1, step=1)
+        saver.wait()
+        remount("ro")
+        said = [failure(saver, 2, size=1000)]
+        assert check(folder / "c", {1.0}) == 1
+        try:
+            Saver(folder / "d", mode="sync")
+        except CheckpointError as error:
+            said.append(str(error))
+        remount("rw")
+        save(saver, 3, step=3)
+    assert check(folder / "c", {3.0}) == 3
+    return {"said": said}
+
+
 def failure(saver: Saver, value: float, *, size: int) -> str:
     try:
         save(saver, value, step=int(value), size=size)
@@ -197,6 +221,7 @@ def main() -> None:
             "loop": kill_at_random_moments,
             "limit": under_a_file_size_limit,
             "full": on_a_full_disk,
+            "readonly": on_a_read_only_disk,
         }[what](folder)
     print(json.dumps(result))
 

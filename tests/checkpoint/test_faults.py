@@ -58,3 +58,18 @@ def test_a_full_file_system_leaves_the_old_ones_and_no_half_written_folder(tmp_p
         subprocess.run(["umount", str(tmp_path)], check=True)
     assert re.search(r"it needs 7\.7 MiB, (1\.9|2\.0) MiB are free", before)
     assert "the disk is full: it needs 7.7 MiB" in half_way
+
+
+def test_a_disk_that_turns_read_only_is_told_and_what_is_there_stays(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    try:
+        saved, opened = run_faults("readonly", tmp_path)["said"]
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+    assert "step-00000002 was not saved: Read-only file system" in saved
+    assert "cannot write checkpoints" in opened
+    assert "Read-only file system" in opened
