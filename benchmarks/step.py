@@ -1,6 +1,7 @@
 """One training step of the masked autoencoder: ours against the published forward pass, written out plainly.
 
     python benchmarks/step.py --json step.json          # ViT-B, batch 8, some minutes on two cores
+    python benchmarks/step.py --compile                 # ours with torch.compile by block
     python benchmarks/step.py --quick                   # ViT-Ti, a few steps: does it run?
 
 Both start from the same weights and see the same images and noise. The reference embeds all patches and drops most of
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from livt_scale.models.mae import MaskedAutoencoder, build_mae
 from livt_scale.optim import make_adamw, param_groups, set_lr
+from livt_scale.parallel.blocks import prepare_blocks
 from livt_scale.recipe import MODEL_SIZES, Model
 
 MASK_RATIO = 0.75
@@ -132,10 +134,11 @@ class Contender:
             torch.cuda.synchronize()
 
 
-def contenders(model: Model, *, device: torch.device, precision: str) -> dict[str, Contender]:
+def contenders(model: Model, *, device: torch.device, precision: str, compiled: bool = False) -> dict[str, Contender]:
     """Both, from the same weights. Ours with fused attention and AdamW, the reference with neither."""
     torch.manual_seed(0)
     ours: MaskedAutoencoder = build_mae(model, norm_pix=True, mask_ratio=MASK_RATIO).to(device)
+    prepare_blocks(ours, recompute=False, compiled=compiled)
     plain = PlainAutoencoder(model).to(device)
     plain.load_state_dict(ours.state_dict(), strict=True)
     groups = [
@@ -209,6 +212,7 @@ def conditions(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "device": torch.cuda.get_device_name() if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "compiled": args.compile,
         "quick": args.quick,
     }
 
@@ -242,6 +246,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="images a step; default 8, quick 2")
     parser.add_argument("--steps", type=int, help="timed steps of each; default 15, quick 3")
     parser.add_argument("--precision", choices=sorted(TOLERANCE), default="fp32")
+    parser.add_argument("--compile", action="store_true", help="ours with torch.compile by block, as parallel.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     for name, usual, quick in (("size", "vit_b", "vit_ti"), ("batch", 8, 2), ("steps", 15, 3)):
@@ -256,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     device = torch.device(args.device)
     model = Model(size=args.size)
-    runners = contenders(model, device=device, precision=args.precision)
+    runners = contenders(model, device=device, precision=args.precision, compiled=args.compile)
     generator = torch.Generator().manual_seed(1)
 
     def draw() -> tuple[Tensor, Tensor]:

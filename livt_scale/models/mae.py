@@ -6,7 +6,8 @@ the pixels of the others. With L = 4, noise (.9, .1, .5, .7) and a mask ratio of
 
 The numbers are the official ones; the work is less. Kept patches are picked before they are projected (a quarter of the
 patch embedding), the decoder takes its tokens as they come (kept first, then masked: attention does not mind the
-order, positions say the place), and norm, prediction and target are computed for masked patches alone.
+order, positions say the place), and the last block's answers, norm, prediction and target are computed for masked
+patches alone.
 
 Source: arXiv 2111.06377, sections 3 and A.1; layout and initialisation of facebookresearch/mae.
 """
@@ -74,7 +75,7 @@ class MaskedAutoencoder(nn.Module):
         self.patch_embed = PatchEmbed(model.image_px, patch_px, model.channels, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_patches, width), requires_grad=False)
-        self.blocks = _blocks(width, depth, heads)
+        self.blocks = _blocks(Block, width, depth, heads)
         self.norm = LAYER_NORM(width)
         self._add_decoder(model.decoder, width, num_values=patch_px**2 * model.channels)
         self.reset_parameters()
@@ -84,7 +85,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(1, 1, decoder.width))
         positions = torch.empty(1, 1 + self.num_patches, decoder.width)
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
-        self.decoder_blocks = _blocks(decoder.width, decoder.depth, decoder.heads)
+        self.decoder_blocks = _blocks(DecoderBlock, decoder.width, decoder.depth, decoder.heads)
         self.decoder_norm = LAYER_NORM(decoder.width)
         self.decoder_pred = nn.Linear(decoder.width, num_values)
 
@@ -156,9 +157,11 @@ class MaskedAutoencoder(nn.Module):
         unseen = self.mask_token.expand(len(seen), masking.masked.shape[1], -1)
         place = torch.cat((torch.zeros_like(masking.kept[:, :1]), masking.kept + 1, masking.masked + 1), dim=1)
         tokens = torch.cat((seen, unseen), dim=1) + self.decoder_pos_embed[0][place]  # [B, 1 + K + M, D']
-        for block in self.decoder_blocks:
+        num_masked = masking.masked.shape[1]
+        for block in self.decoder_blocks[:-1]:
             tokens = block(tokens)
-        return self.decoder_pred(self.decoder_norm(tokens[:, -masking.masked.shape[1] :]))
+        tokens = self.decoder_blocks[-1](tokens, num_masked)
+        return self.decoder_pred(self.decoder_norm(tokens))
 
     def _target(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(target `[B, M, p·p·C]`, mean, deviation) of the masked patches, at least float32. Plain pixels: 0 and 1."""
@@ -204,7 +207,24 @@ def reset_encoder(model: MaskedAutoencoder | VisionTransformer) -> None:
         model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], grid))
 
 
-def _blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
+class DecoderBlock(Block):
+    """timm's block, which can leave out what nobody reads: after the last block only masked tokens are predicted."""
+
+    def forward(self, tokens: Tensor, wanted: int | None = None) -> Tensor:
+        """`[B, N, D]` to `[B, N, D]`; with `wanted` to the last `wanted` tokens alone, the others being looked at."""
+        if wanted is None:
+            return super().forward(tokens)
+        attention, width = self.attn, tokens.shape[2]
+        normed, tokens = self.norm1(tokens), tokens[:, -wanted:]
+        weight, bias = attention.qkv.weight, attention.qkv.bias  # [3 D, D]: query, key, value
+        query = F.linear(normed[:, -wanted:], weight[:width], bias[:width])
+        key, value = F.linear(normed, weight[width:], bias[width:]).chunk(2, dim=2)
+        heads = [t.unflatten(2, (attention.num_heads, -1)).transpose(1, 2) for t in (query, key, value)]
+        tokens = tokens + attention.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+def _blocks(kind: type[Block], width: int, depth: int, heads: int) -> nn.ModuleList:
     return nn.ModuleList(
-        Block(width, heads, mlp_ratio=MLP_RATIO, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth)
+        kind(width, heads, mlp_ratio=MLP_RATIO, qkv_bias=True, norm_layer=LAYER_NORM) for _ in range(depth)
     )

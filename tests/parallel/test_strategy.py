@@ -80,7 +80,7 @@ def test_recomputed_blocks_give_the_same_gradients_and_names() -> None:
     prepare_blocks(recomputed, recompute=True, compiled=False)
     calls = []
     for block in blocks_of(recomputed):
-        block.attn.register_forward_hook(lambda *_: calls.append(1))
+        block.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     loss, gradients = loss_and_gradients(recomputed)
     assert len(calls) == 2 * 3  # each of three blocks forward twice
     assert list(recomputed.state_dict()) == names

@@ -79,4 +79,4 @@ def test_the_numbers_of_the_docstring():
     classifier = flops.classifier_flops(vit_b, num_classes=1000)
     mae = flops.mae_flops(vit_b, mask_ratio=0.75)
     assert (round(classifier.forward / 1e9), round(classifier.train / 1e9)) == (35, 105)
-    assert (round(mae.forward / 1e9), round(mae.train / 1e9)) == (19, 58)
+    assert (round(mae.forward / 1e9), round(mae.train / 1e9)) == (19, 57)
