@@ -1,9 +1,9 @@
 """Floating-point operations of a training step, by formula: what MFU divides by the device's peak.
 
 Matrix products alone are counted, 2·m·n·k each; norms, softmax and the optimizer are a few per cent beside them. They
-are counted as this code computes them: pretraining embeds the kept patches alone; its decoder takes all tokens, but its
-last block answers for the masked ones alone, and they alone are predicted. The backward pass is two products for each one forward, but one for the patch
-embedding, whose input needs no gradient.
+are counted as this code computes them: pretraining embeds the kept patches alone; its decoder takes all tokens, but
+its last block answers for the masked ones alone, and they alone are predicted. The backward pass is two products for
+each one forward, but one for the patch embedding, whose input needs no gradient.
 
     ViT-B/16 at 224 px: classifier 35 GFLOP forward, 105 a training step an image; MAE with 75 % masked 19 and 57
 
