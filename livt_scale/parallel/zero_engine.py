@@ -25,7 +25,7 @@ from livt_scale.errors import UsageError
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Parallel
 
-OLDEST = Version("0.19.8")  # older ones take a step on a gradient norm that is not finite
+OLDEST = Version("0.19.8")  # the one tried: that its step changes nothing on a norm that is not finite is not promised
 BUCKET = 50_000_000  # elements exchanged at a time, at most: 200 MB of gradients
 
 
@@ -38,13 +38,13 @@ def import_deepspeed(world: World) -> Any:
     except ImportError as error:
         raise UsageError(
             f"the zero strategies need deepspeed, which cannot be imported: {error}",
-            remedy=f"pip install 'deepspeed>={OLDEST}', or set parallel.strategy: fsdp, which shards as zero3 does",
+            remedy=f"run pip install 'deepspeed>={OLDEST}', or set parallel.strategy: fsdp, which shards as zero3 does",
         ) from error
     found = Version(Version(deepspeed.__version__).base_version)
     if found < OLDEST:
         raise UsageError(
             f"the zero strategies need deepspeed {OLDEST} or newer, and {deepspeed.__version__} is installed",
-            remedy=f"pip install 'deepspeed>={OLDEST}', or set parallel.strategy: fsdp",
+            remedy=f"run pip install 'deepspeed>={OLDEST}', or set parallel.strategy: fsdp",
         )
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     warnings.filterwarnings(  # names that torch 2.14 has renamed, used by deepspeed 0.19.8

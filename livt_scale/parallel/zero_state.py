@@ -25,6 +25,8 @@ class ZeroState:
         self._deepspeed, self._zero, self._mesh = deepspeed, engine.optimizer, mesh
         self._model: nn.Module = engine.module
         self._sharded = engine.zero_optimization_stage() == 3
+        if self._sharded and not self._zero.offload_optimizer:
+            self._hold_weights_once()
         self._make_moments()
 
     def flats(self) -> list[Tensor]:
@@ -80,6 +82,12 @@ class ZeroState:
         else:
             held += [grad for group in self._zero.averaged_gradients.values() for grad in group or ()]
         return list({storage.data_ptr(): storage for storage in (t.untyped_storage() for t in held)}.values())
+
+    def _hold_weights_once(self) -> None:
+        """Let AdamW step on what is gathered: deepspeed 0.19.8 means to, but compares a device with its name."""
+        for flat, gathered in zip(self.flats(), self._zero.fp16_partitioned_groups_flat, strict=True):
+            assert flat.shape == gathered.shape
+            flat.data = gathered.data
 
     def _make_moments(self) -> None:
         """Zero moments before the first step, as `parallel.state.collect` makes them; the engine makes them in it."""
