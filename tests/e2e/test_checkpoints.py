@@ -11,7 +11,7 @@ import pytest
 
 from livt_scale.checkpoint.store import list_checkpoints
 from livt_scale.train.rundir import read_status
-from tests.whole_runs import assert_same_run, metrics
+from tests.whole_runs import assert_same_run, final_weights, metrics
 
 FULL_DISK = """
 import errno, os, re
@@ -166,3 +166,18 @@ def test_a_stage_made_shorter_than_it_is_long_already_is_refused(livt, half_done
     words = livt.train_words(half_done, stages__pretrain__epochs=1, stages__pretrain__warmup_epochs=0)
     allowed = ["--allow=stages.pretrain.epochs", "--allow=stages.pretrain.warmup_epochs"]
     assert "the stage would end at step 9" in livt.run(*words, *allowed, expect=1).stderr
+
+
+def test_a_run_goes_on_from_a_converted_checkpoint_as_from_the_one_that_it_was(livt, finished):
+    """Through one safetensors file into a run directory that has nothing else: the same weights at the end."""
+    run_dir, file = livt.folder / "run", livt.folder / "one.safetensors"
+    target = run_dir / "pretrain" / "checkpoints" / "step-00000015"
+    target.parent.mkdir(parents=True)
+    livt.run("ckpt", "convert", str(finished / "pretrain" / "checkpoints" / target.name), "--to", str(file))
+    livt.run("ckpt", "convert", str(file), "--to", str(target))
+    assert "goes on from step-00000015" in livt.train(run_dir)
+    for stage in ("pretrain", "finetune"):
+        ours, theirs = final_weights(run_dir, stage), final_weights(finished, stage)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert metrics(run_dir, "pretrain")[-1]["loss"] == metrics(finished, "pretrain")[-1]["loss"]
