@@ -89,6 +89,8 @@ class Status:
 
     def write(self, state: State, *, why: str = "", **facts: Any) -> None:
         with self._lock:
+            if state == "done":
+                self._now.pop("ranks", None)  # how far they were on the way
             if state != self._now.get("state"):
                 self._now |= {"state": state, "since": _now()}
             self._put(why=why, **facts)

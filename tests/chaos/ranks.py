@@ -62,7 +62,7 @@ class Ranks:
     def running(self) -> bool:
         return all(process.poll() is None for process in self.processes)
 
-    def wait_for(self, condition: Callable[[], object], *, limit_s: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], object], *, limit_s: float = 240) -> None:
         """Until `condition`, as long as all ranks run."""
         deadline = time.monotonic() + limit_s
         while not condition():

@@ -21,7 +21,7 @@ def first_steps_done(run_dir, steps: int = 3) -> bool:
     return path.exists() and path.read_bytes().count(b"\n") >= steps
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_by_the_other_at_once_and_the_run_goes_on_exactly(livt, unbroken, victim):
     run_dir = livt.folder / "run"
     with Ranks(livt, run_dir, "slow:0.05") as ranks:
@@ -56,6 +56,7 @@ def test_an_error_of_one_rank_alone_ends_the_others_at_once_with_its_words(livt)
     assert beats[1].step == 4
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(livt):
     run_dir = livt.folder / "run"
     with Ranks(livt, run_dir, "hang:5:1", faults__hang_s=HANG_S) as ranks:
@@ -74,6 +75,7 @@ def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(
         assert f"livt: error on rank {rank}: rank {rank} came no further" in ranks.said(rank)
 
 
+@pytest.mark.slow
 def test_a_rank_whose_interpreter_is_locked_ends_too_and_leaves_its_stack(livt):
     run_dir = livt.folder / "run"
     with Ranks(livt, run_dir, "lock:4:0", world=1, faults__hang_s=HANG_S) as ranks:
@@ -100,6 +102,7 @@ def test_a_stopped_rank_is_named_as_the_one_behind_and_ends_when_it_wakes(livt):
     assert read_status(run_dir, "pretrain")["state"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_of_one_rank_ends_the_run_and_names_rank_and_tensor(livt):
     """Of two ranks nobody knows which one is right: both are named."""
     run_dir = livt.folder / "run"

@@ -12,10 +12,11 @@ from livt_scale.train.rundir import read_status
 from tests.chaos.ranks import Ranks, assert_same_pretraining
 from tests.chaos.test_lost_ranks import first_steps_done
 
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGUSR1)]
 STOP_S = 30.0  # a step, a save, a picture, the process's end where many others compute; alone it is 3 s
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGUSR2, *SLOW])
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(livt, unbroken, number):
     run_dir = livt.folder / "run"
     with Ranks(livt, run_dir, "slow:0.05", checkpoint__every_steps=1000) as ranks:
@@ -32,6 +33,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(livt, unbroken, num
     assert_same_pretraining(run_dir, unbroken)
 
 
+@pytest.mark.slow
 def test_the_clock_stops_a_run_before_its_time_limit(livt, unbroken):
     """A save is measured after the third step; until then one is taken for 30 s, twice that is within this limit."""
     run_dir, limit = livt.folder / "run", time.time() + 100
