@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from livt_scale import __version__
-from livt_scale.commands import ckpt, doctor, model, recipe, run, shards
+from livt_scale.commands import ckpt, doctor, model, recipe, run, shards, submit
 from livt_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
 
 EPILOG = """
@@ -21,6 +21,8 @@ Examples:
     livt train recipes/fashion_mnist_lt/quickstart.yaml --set run_dir=runs/try --set stages.pretrain.epochs=2
 
     torchrun --nproc-per-node 2 -m livt_scale train recipes/fashion_mnist_lt/quickstart.yaml
+
+    livt submit recipes/fashion_mnist_lt/quickstart.yaml --set slurm.time_min=60 --dry-run
 
     livt ckpt ls runs/try
 
@@ -61,6 +63,7 @@ def _print_version() -> None:
 
 app.command()(run.quickstart)
 app.command()(run.train)
+app.command()(submit.submit)
 app.command(name="eval")(model.eval_)
 app.command()(model.export)
 app.add_typer(shards.app, name="shards")

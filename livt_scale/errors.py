@@ -20,6 +20,7 @@ LivtError                 exit code 1
 │   ├── PruneFailed       it was saved, but an old one could not be removed
 │   ├── CheckpointDamaged a file is missing, changed or cut: which one
 │   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
+├── ClusterError          Slurm is not there, or refuses: in its own words
 └── ExportError           a model cannot be written or read in a foreign layout
 """
 
@@ -120,6 +121,10 @@ class CheckpointDamaged(CheckpointError):
 
 
 class CheckpointMismatch(CheckpointError):
+    pass
+
+
+class ClusterError(LivtError):
     pass
 
 

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from livt_scale.location import is_url, url_problem
+from livt_scale.recipe_slurm import Slurm
 from livt_scale.recipe_work import Checkpoint, Faults, Log, Parallel, RecipePart
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -336,6 +337,7 @@ class Recipe(RecipePart):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     log: Log = Log()
+    slurm: Slurm = Slurm()
 
     @model_validator(mode="after")
     def _name_is_one_folder(self) -> Self:
@@ -394,6 +396,7 @@ HARMLESS = (
     "checkpoint",
     "faults",
     "log",
+    "slurm",
 )
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs")
 

@@ -1,0 +1,151 @@
+"""Slurm's own commands: what the cluster says of itself, and jobs submitted, listed and taken back.
+
+    facts = cluster_facts()             None where there is no scontrol; else partitions, accounts, PreemptMode
+    sbatch(script, chdir=run, …)  ->  "1234"
+    alive("livt 5f3a…")           ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
+
+Commands are started from lists, never through a shell. One that fails raises ClusterError with what it said.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from livt_scale.cluster.sites import Preempt
+from livt_scale.errors import ClusterError
+
+TIMEOUT_S = 120.0  # a controller under load answers late; one that is gone, never
+
+
+@dataclass(frozen=True)
+class PartitionFacts:
+    """One partition, as the controller tells of it."""
+
+    name: str
+    is_default: bool
+    time_min: float | None  # None: no limit
+    preempt: Preempt
+    nodes: int | None = None  # most of one job; None: no limit
+    up: bool = True
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """A cluster, as its controller tells of it."""
+
+    partitions: dict[str, PartitionFacts]
+    requeues_by_default: bool  # JobRequeue
+    accounts: frozenset[str] | None = None  # that this user may charge; None: nobody says
+    kill_wait_s: int | None = None
+    said: list[str] = field(default_factory=list)
+
+    def partition(self, name: str | None) -> PartitionFacts | None:
+        """The one called `name`, or the default one; None where there is none."""
+        if name is not None:
+            return self.partitions.get(name)
+        return next((p for p in self.partitions.values() if p.is_default), None)
+
+
+def cluster_facts() -> ClusterFacts | None:
+    """What scontrol and sacctmgr say; None where scontrol is not there. Raises ClusterError if it fails."""
+    try:
+        config = _run("scontrol", "show", "config")
+    except FileNotFoundError:
+        return None
+    partitions = _run("scontrol", "--oneliner", "show", "partition")
+    try:
+        who = ("user=" + getpass.getuser(), "format=account", "--noheader", "--parsable2")
+        accounts = frozenset(_run("sacctmgr", "show", "associations", *who).split())
+    except (FileNotFoundError, ClusterError, KeyError):
+        accounts = frozenset()  # no accounting here
+    return read_facts(config, partitions, accounts or None)
+
+
+def read_facts(config: str, partitions: str, accounts: frozenset[str] | None) -> ClusterFacts:
+    """The facts in the output of `scontrol show config` and `scontrol --oneliner show partition`."""
+    found = [_partition(line) for line in partitions.splitlines() if line.startswith("PartitionName=")]
+    wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
+    return ClusterFacts(
+        {p.name: p for p in found},
+        requeues_by_default=re.search(r"^JobRequeue\s*=\s*0", config, re.MULTILINE) is None,
+        accounts=accounts,
+        kill_wait_s=int(wait[1]) if wait else None,
+    )
+
+
+def _partition(line: str) -> PartitionFacts:
+    values = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    modes = values.get("PreemptMode", "OFF").upper().split(",")
+    preempt: Preempt = "cancel" if "CANCEL" in modes else "requeue" if "REQUEUE" in modes else "off"
+    nodes = values.get("MaxNodes", "")
+    return PartitionFacts(
+        values["PartitionName"],
+        is_default=values.get("Default") == "YES",
+        time_min=minutes(values.get("MaxTime", "UNLIMITED")),
+        preempt=preempt,
+        nodes=int(nodes) if nodes.isdecimal() else None,
+        up=values.get("State", "UP") == "UP",
+    )
+
+
+def minutes(text: str) -> float | None:
+    """A time limit as Slurm writes it, "1-12:00:00" -> 2160; None for UNLIMITED."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, mins, seconds = (int(group or 0) for group in match.groups())
+    return (days * 24 + hours) * 60 + mins + seconds / 60
+
+
+def sbatch(script: Path, *, chdir: Path, comment: str, dependency: str | None = None, extra: Sequence[str] = ()) -> str:
+    """Submit `script`; the job's id. Raises ClusterError with sbatch's own words."""
+    words = ["--parsable", f"--chdir={chdir}", f"--comment={comment}"]
+    if dependency:
+        words += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
+    try:
+        told = _run("sbatch", *words, *extra, str(script))
+    except FileNotFoundError:
+        raise no_slurm("sbatch") from None
+    job = told.strip().split(";")[0]  # "12;cluster" on a federation
+    if not job.isdecimal():
+        raise ClusterError(f"sbatch gave no job id, but said: {told.strip()!r}")
+    return job
+
+
+def no_slurm(command: str) -> ClusterError:
+    return ClusterError(
+        f"there is no {command} here", remedy="submit from a login node of the cluster; --dry-run shows what would be"
+    )
+
+
+def alive(comment: str) -> dict[str, str]:
+    """State by id of this user's jobs that carry `comment` and have not ended. Raises ClusterError."""
+    try:
+        told = _run("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%k")
+    except FileNotFoundError:
+        raise no_slurm("squeue") from None
+    rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
+    return {job: state for job, state, said in rows if said.strip() == comment}
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """End the jobs, also those that wait. Raises ClusterError."""
+    if jobs:
+        _run("scancel", *jobs)
+
+
+def _run(*words: str) -> str:
+    """The output of a command. FileNotFoundError where it is not there; ClusterError where it fails or is silent."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"{words[0]} did not answer within {TIMEOUT_S:.0f} s", remedy="try again later") from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or "nothing"
+        raise ClusterError(f"{words[0]} failed with exit code {done.returncode} and said: {said}")
+    return done.stdout
