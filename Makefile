@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_OUT ?= build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow lint format golden compare bench peers clean
+.PHONY: help install quickstart test test-slow test-slurm lint format golden compare bench peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,10 +29,13 @@ quickstart: $(READY)  ## both stages of LiVT on the real images that ship here, 
 	$(BIN)/livt quickstart
 
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm" $(TEST_FLAGS)
 
 test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
-	$(BIN)/python -m pytest -m slow $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m "slow and not slurm" $(TEST_FLAGS)
+
+test-slurm: $(READY)  ## the tests on a real Slurm of two nodes, started for them; as root
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(TEST_FLAGS)
 
 lint: $(READY)  ## ruff, mypy and the one-way imports
 	$(BIN)/ruff check .
