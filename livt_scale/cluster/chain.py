@@ -23,8 +23,10 @@ from livt_scale.errors import UsageError, nearest
 from livt_scale.recipe import Recipe, Stage
 from livt_scale.recipe_slurm import Slurm
 from livt_scale.train.batches import plan_batches
+from livt_scale.train.preempt import lead
 
 Mode = Literal["requeue", "segments"]
+SIGNAL_EARLY_S = 60  # "due to the resolution of event handling by Slurm, the signal may be sent so much earlier"
 MOST_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
 SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing to do ends in seconds
 
@@ -165,11 +167,11 @@ def check_times(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> list
             f"{save_s or 0:.1f} s of {stage}: a job could be ended in the middle of its last save",
             remedy=f"--set slurm.lead_s={math.ceil(needed)}",
         )
-    least_s = slurm.start_s + slurm.lead_s + (step_s or 0) + (save_s or 0)
+    least_s = slurm.start_s + end_s(slurm, known) + (step_s or 0) + (save_s or 0)
     if asked.time_min * 60 <= least_s:
         raise UsageError(
             f"{stage}: a job of {asked.time_min} min makes no progress: {slurm.start_s:.0f} s to start, a step and a "
-            f"save, and lead_s = {slurm.lead_s} before the end take {least_s:.0f} s",
+            f"save, and being stopped {end_s(slurm, known):.0f} s before its end take {least_s:.0f} s",
             remedy=f"ask for more than {math.ceil(least_s / 60)} min, or shorten slurm.lead_s or slurm.start_s",
         )
     unknown = [name for name, value in (("step", step_s), ("save", save_s)) if value is None]
@@ -179,6 +181,12 @@ def check_times(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> list
             f"checked against it; {' and '.join(f'slurm.{name}_s' for name in unknown)} would say"
         ]
     return []
+
+
+def end_s(slurm: Slurm, known: Measured) -> float:
+    """How long before its time limit a job may stop training: by Slurm's signal, or by the run's own clock."""
+    turn_s = slurm.step_s or known.longest_step_s or 0.0
+    return max(slurm.lead_s + SIGNAL_EARLY_S, lead(turn_s=turn_s, save_s=slurm.save_s or known.save_s))
 
 
 def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tuple[int, str]:
@@ -194,7 +202,7 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tup
     if measured and known.world_size is not None:
         step_s *= known.world_size / asked.world_size
     left = max(known.total - known.step, 0)
-    useful_s = asked.time_min * 60 - slurm.start_s - slurm.lead_s
+    useful_s = asked.time_min * 60 - slurm.start_s - end_s(slurm, known)
     count = math.ceil(left * step_s / useful_s) + SPARE_SEGMENTS
     how = (
         f"{count} segments = {left} steps · {step_s:.3g} s ({'measured' if measured else 'slurm.step_s'}) / "

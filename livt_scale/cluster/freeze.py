@@ -30,6 +30,7 @@ class Frozen:
 
     folder: Path
     sha256: str  # of SHA256SUMS
+    runs: str  # SHA-256 of what is run alone, package and recipe: git's view may differ where these do not
     git: dict[str, object]
 
 
@@ -56,6 +57,7 @@ def freeze(recipe_yaml: str, run_dir: Path, *, package: Path = PACKAGE) -> Froze
     files, git = contents(recipe_yaml, package=package)
     sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()).encode()
     sha256 = hashlib.sha256(sums).hexdigest()
+    runs = _digest_of_what_runs(files)
     folder = run_dir / "code" / sha256[:16]
     if folder.is_dir():
         changed = [n for n, data in {**files, SUMS: sums}.items() if not _holds(folder / n, data)]
@@ -64,14 +66,22 @@ def freeze(recipe_yaml: str, run_dir: Path, *, package: Path = PACKAGE) -> Froze
                 f"{folder} is not what was frozen there: {', '.join(changed[:3])} changed",
                 remedy="remove that folder and submit again",
             )
-        return Frozen(folder, sha256, git)
+        return Frozen(folder, sha256, runs, git)
     with new_folder(folder) as temporary:
         for name, data in {**files, SUMS: sums}.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             path.chmod(0o444)
-    return Frozen(folder, sha256, git)
+    return Frozen(folder, sha256, runs, git)
+
+
+def _digest_of_what_runs(files: dict[str, bytes]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        if name.startswith("livt_scale/") or name == "recipe.yaml":
+            digest.update(f"{name}\0{hashlib.sha256(files[name]).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _holds(path: Path, data: bytes) -> bool:

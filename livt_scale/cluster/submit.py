@@ -14,6 +14,7 @@ nobody knows of: all jobs of a chain carry its name as their comment, and that i
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -63,6 +64,10 @@ def prepare(recipe: Recipe) -> Prepared:
     facts, unseen = _look_at_cluster()
     plan = plan_chain(recipe, site, facts, measured, exported=made.is_file())
     plan.notes += unseen
+    for name in ("train", "val"):
+        place = getattr(recipe.data, name)
+        if place and not is_url(place) and not (Path(place) / "manifest.json").is_file():
+            plan.notes.append(f"data.{name}: there are no shards in {place}, seen from here; the nodes need them there")
     return Prepared(recipe, run_dir, site, plan)
 
 
@@ -123,7 +128,7 @@ def submit(prepared: Prepared) -> dict[str, Any]:
         earlier = read_chain(run_dir)
         waiting = slurm.alive(earlier["chain"]) if earlier else {}
         if earlier and waiting:
-            return _join(earlier, waiting, frozen, run_dir)
+            return _join(earlier, waiting, _code(frozen, prepared), run_dir)
         if frozen is None:
             write_whole(run_dir / "slurm" / "recipe.yaml", to_yaml(recipe).encode("utf-8", "surrogateescape"))
         written = _write_scripts(prepared, frozen)
@@ -154,10 +159,18 @@ def _describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any]
         "submitted_at": _now(),
         "mode": prepared.plan.mode,
         "why": prepared.plan.why,
-        "code": {"folder": str(frozen.folder), "sha256": frozen.sha256, "git": frozen.git} if frozen else None,
+        "code": _code(frozen, prepared),
         "jobs": [],
         "earlier": [*(earlier or {}).get("earlier", []), *([_short(earlier)] if earlier else [])],
     }
+
+
+def _code(frozen: Frozen | None, prepared: Prepared) -> dict[str, Any]:
+    """`runs` tells whether two submissions are of the same: of package and recipe, or the recipe alone."""
+    if frozen is None:
+        recipe = to_yaml(prepared.recipe).encode("utf-8", "surrogateescape")
+        return {"folder": str(PACKAGE.parent), "sha256": None, "runs": hashlib.sha256(recipe).hexdigest()}
+    return {"folder": str(frozen.folder), "sha256": frozen.sha256, "runs": frozen.runs, "git": frozen.git}
 
 
 def _short(chain: dict[str, Any]) -> dict[str, Any]:
@@ -216,11 +229,10 @@ def _take_back(run_dir: Path, chain: dict[str, Any], ids: list[str], error: Base
         ) from error
 
 
-def _join(chain: dict[str, Any], waiting: dict[str, str], frozen: Frozen | None, run_dir: Path) -> dict[str, Any]:
+def _join(chain: dict[str, Any], waiting: dict[str, str], code: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """The chain that is in the queue, if it runs the same; else the second one is refused."""
     told = ", ".join(f"{job} {state.lower()}" for job, state in waiting.items())
-    same = (chain["code"] or {}).get("sha256") == (frozen.sha256 if frozen else None)
-    if same and not chain.get("taken_back"):
+    if chain["code"]["runs"] == code["runs"] and not chain.get("taken_back"):
         return {**chain, "joined": waiting}
     raise ClusterError(
         f"this run's jobs of {chain.get('submitted_at')} are in the queue still ({told}), with other code or another "

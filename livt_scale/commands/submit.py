@@ -76,7 +76,7 @@ def _print_dry_run(prepared: Prepared, *, as_json: bool) -> None:
     from livt_scale.cluster.submit import scripts
 
     plan = prepared.plan
-    place = Frozen(prepared.run_dir / "code" / "SHA256", "SHA256", {})  # known when it is frozen
+    place = Frozen(prepared.run_dir / "code" / "SHA256", "SHA256", "", {})  # known when it is frozen
     texts = scripts(prepared, place if prepared.recipe.slurm.code == "frozen" else None)
     if as_json:
         jobs = [
