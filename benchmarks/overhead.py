@@ -44,8 +44,10 @@ from livt_scale.train.loop import Guard, Schedule, Task, fit
 from livt_scale.train.preempt import Preemption
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.rundir import Status
+from livt_scale.train.speed import speed_of
 from livt_scale.train.state import TrainState, run_facts
 from livt_scale.train.telemetry import Telemetry
+from livt_scale.train.trackers import open_trackers
 from livt_scale.train.watchdog import Watchdog
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
@@ -161,8 +163,10 @@ def run_loop(
         start_step=0,
         world_size=1,
         sums=None,
-        tensorboard=True,
         writes=True,
+        speed=speed_of(recipe, stage, num_classes=shards.num_classes, device=World().device, world_size=1),
+        trackers=open_trackers(recipe, stage, run_dir=folder, start_step=0, sent_to=0, say=print),
+        device=World().device,
     )
     plan = plan_batches(task.part.global_batch, task.part.micro_batch, world_size=1, pairs=False)
     status = Status(folder, stage=stage, writes=True)

@@ -371,6 +371,15 @@ class Recipe(RecipePart):
         augments = isinstance(part, Finetune) and bool(part.rand_augment or part.random_erasing)
         return self.data.decode == "gpu" and not augments
 
+    @model_validator(mode="after")
+    def _layer_groups_can_be_seen(self) -> Self:
+        if self.log.layer_groups and self.parallel.strategy.startswith("zero"):
+            raise ValueError(
+                f"log.layer_groups has no effect on strategy {self.parallel.strategy!r}, whose engine keeps the "
+                "gradients to itself: take ddp or fsdp, or leave it out"
+            )
+        return self
+
     def stage(self, name: Stage) -> Pretrain | Finetune:
         part = self.stages.pretrain if name == "pretrain" else self.stages.finetune
         if part is None:

@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+MOST_PROFILED_STEPS = 20
+
 
 class RecipePart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -128,4 +130,40 @@ class Log(RecipePart):
 
     every_steps: PositiveInt = Field(20, description="steps a line of metrics.jsonl")
     tensorboard: bool = True
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (), description="besides TensorBoard; each needs its extra, as pip install 'livt-scale[wandb]'"
+    )
+    tracker_project: str = Field("livt", min_length=1, description="wandb's project, mlflow's experiment")
+    layer_groups: bool = Field(
+        False, description="in each line, norms of gradient, weights and update by layer; not with zero1 to zero3"
+    )
+    peak_tflops: PositiveFloat | None = Field(
+        None, description="of one device, for mfu; None: a known GPU's data sheet, else mfu is null"
+    )
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="first and last step of a stage, from 1, that torch.profiler traces; None: none"
+    )
+    profile_ranks: Literal["main", "all"] = Field("main", description="which ranks write a trace")
     num_reconstructions: NonNegativeInt = Field(8, description="images in the pretraining's picture, each save")
+
+    @model_validator(mode="after")
+    def _profile_is_short(self) -> Self:
+        if self.profile_steps is None:
+            if self.profile_ranks != "main":
+                raise ValueError("profile_ranks has no effect without profile_steps: leave it out")
+            return self
+        first, last = self.profile_steps
+        if not first <= last < first + MOST_PROFILED_STEPS:
+            raise ValueError(
+                f"profile_steps is [{first}, {last}]: give the first and the last step, at most "
+                f"{MOST_PROFILED_STEPS} of them; a trace of more is too large to open"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trackers_have_an_effect(self) -> Self:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers is {list(self.trackers)}: name each once")
+        if self.tracker_project != "livt" and not self.trackers:
+            raise ValueError("tracker_project has no effect without trackers: leave it out")
+        return self

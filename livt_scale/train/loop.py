@@ -32,6 +32,7 @@ from livt_scale.train.preempt import Preemption
 from livt_scale.train.rundir import Status
 from livt_scale.train.state import TrainState
 from livt_scale.train.telemetry import Telemetry
+from livt_scale.train.timing import StepClock
 from livt_scale.train.watchdog import Watchdog
 
 
@@ -125,11 +126,13 @@ def fit(
     batches = guard.watchdog.waits_seen(batches)
     while state.step < schedule.total:
         started = time.perf_counter()
+        telemetry.begin(state.step + 1)
         lr = _learning_rate(task.part, schedule, state.step)
-        loss, keys, data_wait_s = _accumulate(
-            task, batches, strategy=state.strategy, count=plan.accumulation, world=world
+        loss, keys = _accumulate(
+            task, batches, strategy=state.strategy, count=plan.accumulation, world=world, clock=telemetry.clock
         )
-        agreed = _agree(loss, guard.preemption.wanted(save_s=saver.longest_save_s), world=world)
+        with telemetry.clock.part("agree"):
+            agreed = _agree(loss, guard.preemption.wanted(save_s=saver.longest_save_s), world=world)
         update, anomaly = _update(task, state, lr, agreed.loss, telemetry)
         if anomaly is not None:
             samples = (not bool(torch.isfinite(loss)), keys)
@@ -138,15 +141,15 @@ def fit(
                 roll_back=lambda: state.roll_back(saver), say=telemetry.say,
             )  # fmt: skip
         state.step += 1
-        if update.applied:  # the loss of a step that was not taken is in no mean
-            telemetry.step(
-                state.step,
-                loss=agreed.loss,
-                grad_norm=update.grad_norm,
-                lr=lr,
-                step_s=time.perf_counter() - started,
-                data_wait_s=data_wait_s,
-            )
+        telemetry.step(
+            state.step,
+            loss=agreed.loss,
+            grad_norm=update.grad_norm,
+            lr=lr,
+            step_s=time.perf_counter() - started,
+            applied=update.applied,
+            exchange_s=update.exchange_s,
+        )
         save = agreed.stop or (anomaly is not None and anomaly.policy == "rollback")
         evaluation = _after_step(task, state, schedule, saver, telemetry, status, guard, world, folder, save=save)
         if agreed.stop and state.step < schedule.total:
@@ -170,23 +173,23 @@ def _learning_rate(part: StagePart, schedule: Schedule, step: int) -> float:
 
 
 def _accumulate(
-    task: Task, batches: Iterator[Batch], strategy: Strategy, *, count: int, world: World
-) -> tuple[Tensor, list[str], float]:
-    """Forward and backward of a rank's micro-batches: their mean loss, their keys, the seconds without data."""
+    task: Task, batches: Iterator[Batch], strategy: Strategy, *, count: int, world: World, clock: StepClock
+) -> tuple[Tensor, list[str]]:
+    """Forward and backward of a rank's micro-batches: their mean loss and their keys."""
     total = torch.zeros((), device=world.device)
     keys: list[str] = []
-    data_wait_s = 0.0
     for index in range(count):
         last = index == count - 1
-        asked = time.perf_counter()
-        batch = next(batches)
-        data_wait_s += time.perf_counter() - asked
+        with clock.host("data_wait"):
+            batch = next(batches)
         batch = batch.to(total.device)
-        loss = task.objective(lambda *inputs, last=last: strategy.call(*inputs, last=last), batch) / count
-        strategy.backward(loss, last=last)
+        with clock.part("forward"):
+            loss = task.objective(lambda *inputs, last=last: strategy.call(*inputs, last=last), batch) / count
+        with clock.part("backward"):
+            strategy.backward(loss, last=last)
         total += loss.detach()
         keys += batch.keys
-    return total, keys, data_wait_s
+    return total, keys
 
 
 def _update(
@@ -198,7 +201,9 @@ def _update(
     if anomaly is not None:
         strategy.discard()
         return Update(math.nan, applied=False), anomaly
-    update = strategy.update(lr, max_norm=task.part.clip_grad)
+    telemetry.before_update(state.step + 1, loss_scale=(strategy.scaler() or {}).get("scale", 1.0))
+    with telemetry.clock.part("optimizer"):
+        update = strategy.update(lr, max_norm=task.part.clip_grad)
     if update.applied:
         anomalies.taken(loss)
     return update, anomalies.in_update(update)
@@ -241,7 +246,8 @@ def _after_step(
         check_alike(state.strategy.state(), step=done, world=world)
     if task.evaluate is not None and schedule.evaluates(done):
         guard.watchdog.at("evaluation", done)
-        evaluation = task.evaluate(state.strategy)
+        with telemetry.clock.host("evaluation"):
+            evaluation = task.evaluate(state.strategy)
         telemetry.note(done, **evaluation.values)
     if schedule.saves(done):
         state.anomalies.checkpoint_due(done)
@@ -249,11 +255,13 @@ def _after_step(
         guard.watchdog.at("checkpoint", done)
         score = evaluation.score if evaluation is not None else None
         sums = telemetry.sums
-        state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=sums)
+        with telemetry.clock.host("checkpoint_stall"):
+            state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=sums)
         status.write("running", step=done, total_steps=schedule.total, **saver.report())
         if task.draw is not None:
             task.draw(state.strategy, folder / "samples" / f"step-{done:08d}.png")
     elif schedule.saves_locally(done):
         guard.watchdog.at("checkpoint", done)
-        state.save_locally(saver, schedule.position(done), sums=telemetry.sums)
+        with telemetry.clock.host("checkpoint_stall"):
+            state.save_locally(saver, schedule.position(done), sums=telemetry.sums)
     return evaluation

@@ -26,11 +26,14 @@ from livt_scale.train.allowed import check_allowable
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.batches import BatchPlan, plan_batches
 from livt_scale.train.finetune import finetune_task
+from livt_scale.train.layers import LayerGroups
 from livt_scale.train.loop import Guard, Schedule, Task, fit
 from livt_scale.train.preempt import Preemption, time_limit
 from livt_scale.train.pretrain import pretrain_task
+from livt_scale.train.speed import speed_of
 from livt_scale.train.state import TrainState, run_facts
-from livt_scale.train.telemetry import Telemetry, measured_demand
+from livt_scale.train.telemetry import Telemetry, last_step_written, measured_demand
+from livt_scale.train.trackers import Trackers, check_installed, open_trackers
 from livt_scale.train.watchdog import Watchdog
 
 
@@ -60,6 +63,7 @@ def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, all
         _alone(run_dir, world),
         Preemption(limit if world.is_main else None) as preemption,
     ):
+        world.peers.lead_does(lambda: check_installed(recipe.log))
         world.peers.lead_does(lambda: rundir.save_resolved(recipe, run_dir))
         for name in stages:
             if world.peers.lead_does(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
@@ -130,7 +134,7 @@ def _train_stage(
                 raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
             status.write("running", step=state.step, total_steps=schedule.total)
             _announce(stage, task, plan, strategy.name, world, resumed)
-            with _telemetry(recipe, stage, folder, schedule, state, world) as telemetry:
+            with _telemetry(recipe, stage, folder, schedule, state, train_set, world) as telemetry:
                 batches = _batches(recipe, stage, train_set, plan, schedule, state, world)
                 ended = fit(
                     task, batches, state=state, schedule=schedule, plan=plan, saver=saver,
@@ -187,21 +191,43 @@ def _write_evaluation(
 
 
 def _telemetry(
-    recipe: Recipe, stage: Stage, folder: Path, schedule: Schedule, state: TrainState, world: World
+    recipe: Recipe,
+    stage: Stage,
+    folder: Path,
+    schedule: Schedule,
+    state: TrainState,
+    train_set: ShardSet,
+    world: World,
 ) -> Telemetry:
+    log = recipe.log
+    speed = speed_of(recipe, stage, num_classes=train_set.num_classes, device=world.device, world_size=world.world_size)
     return Telemetry(
         folder,
         label=stage,
-        every_steps=recipe.log.every_steps,
+        every_steps=log.every_steps,
         total_steps=schedule.total,
         steps_per_epoch=schedule.steps_per_epoch,
         global_batch=recipe.stage(stage).global_batch,
         world_size=world.world_size,
         start_step=state.step,
         sums=state.sums,
-        tensorboard=recipe.log.tensorboard,
         writes=world.is_main,
+        speed=speed,
+        trackers=world.peers.all_do(lambda: _trackers(recipe, stage, folder, state, world)),
+        device=world.device,
+        profile_steps=log.profile_steps if world.is_main or log.profile_ranks == "all" else None,
+        rank=world.rank,
+        layers=LayerGroups(state.strategy.model) if log.layer_groups else None,
     )
+
+
+def _trackers(recipe: Recipe, stage: Stage, folder: Path, state: TrainState, world: World) -> Trackers | None:
+    if not world.is_main:
+        return None
+    return open_trackers(
+        recipe, stage, run_dir=folder.parent, start_step=state.step, sent_to=last_step_written(folder),
+        say=lambda text: _say(world, f"{stage}: {text}"),
+    )  # fmt: skip
 
 
 def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:

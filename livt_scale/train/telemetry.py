@@ -1,8 +1,8 @@
-"""What a run writes while it goes on: metrics.jsonl, TensorBoard, a bar on a terminal or a plain line in a log.
+"""What a run writes while it goes on: metrics.jsonl, trackers, a bar on a terminal or a plain line in a log.
 
 A line of metrics.jsonl covers `log.every_steps` steps: their mean loss, their images a second. A run that is
 continued drops the lines behind the checkpoint that it goes on from and takes up the sums that were saved with
-it, so the file of a killed run holds the same losses as that of one never killed.
+it, so the file of a killed run holds the same losses as that of one never killed. Each field: docs/telemetry.md.
 """
 
 from __future__ import annotations
@@ -11,20 +11,33 @@ import json
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from livt_scale.durable import write_whole
+from livt_scale.train.layers import LayerGroups
+from livt_scale.train.profile import Profiler
+from livt_scale.train.speed import Speed, memory_peak_gib
+from livt_scale.train.timing import DEVICE_PARTS, PARTS, StepClock
+from livt_scale.train.trackers import Trackers
 
 PLAIN_LINE_EVERY_S = 10.0
 METRICS = "metrics.jsonl"
+CPU = torch.device("cpu")
+MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
+SUMS = (*MEANS, *(f"{name}_steps" for name in MEANS), "steps", "skipped_steps", "step_s", *(f"{p}_s" for p in PARTS))
 
 
 class Telemetry:
-    """The main rank's record of one stage; on other ranks (`writes` False) it counts and writes nothing."""
+    """The main rank's record of one stage; on other ranks (`writes` False) it counts and writes nothing.
+
+    `clock` is for the loop to time its parts with.
+    """
 
     def __init__(
         self,
@@ -38,18 +51,34 @@ class Telemetry:
         world_size: int,
         start_step: int,
         sums: dict[str, float] | None,
-        tensorboard: bool,
         writes: bool,
+        speed: Speed | None = None,
+        trackers: Trackers | None = None,
+        device: torch.device = CPU,
+        profile_steps: tuple[int, int] | None = None,
+        rank: int = 0,
+        layers: LayerGroups | None = None,
     ) -> None:
+        """`sums`: what `sums` gave at the checkpoint that the run goes on from. `speed` None: no tflops, no mfu."""
         self._path = folder / METRICS
         self._label, self._every, self._total = label, every_steps, total_steps
         self._per_epoch, self._images, self._start = steps_per_epoch, global_batch, start_step
-        self._world_size = world_size
-        self._sums = {"loss": 0.0, "grad_norm": 0.0, "step_s": 0.0, "data_wait_s": 0.0, "steps": 0.0, **(sums or {})}
-        self._tracker = _tensorboard(folder, purge_step=start_step + 1) if tensorboard and writes else None
+        self._world_size, self._device = world_size, device
+        self._sums = {**dict.fromkeys(SUMS, 0.0), **(sums or {})}
+        self._speed, self._layers, self._trackers = speed, layers, trackers or Trackers([])
         self._writes = writes
         self._progress: Progress | None = None
         self._last_line_s = -math.inf
+        self._told_of_disk = False
+        self.clock = StepClock(device)
+        self._profiler = Profiler(
+            folder / "profile",
+            steps=profile_steps,
+            rank=rank,
+            device=device,
+            say=lambda text: self.say(text, always=True),
+        )
+        self._done = start_step
 
     def __enter__(self) -> Self:
         if self._writes:
@@ -60,72 +89,112 @@ class Telemetry:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._profiler.end(self._done)
         if self._progress is not None:
             self._progress.stop()
-        if self._tracker is not None:
-            self._tracker.finish()
+        self._trackers.finish()
         if self._writes:
-            self._file.close()
+            with suppress(OSError):  # a line that the full disk refused was told of
+                self._file.close()
 
     @property
     def sums(self) -> dict[str, float]:
         """The unfinished interval, to be saved with a checkpoint."""
+        self._add_parts()
         return dict(self._sums)
 
-    def step(self, done: int, *, loss: float, grad_norm: float, lr: float, step_s: float, data_wait_s: float) -> None:
-        """Note the step that made `done` steps of the stage."""
-        for name, value in (("loss", loss), ("grad_norm", grad_norm), ("step_s", step_s), ("data_wait_s", data_wait_s)):
-            self._sums[name] += value
+    def begin(self, step: int) -> None:
+        """Step `step`, counted from 1, begins."""
+        self._profiler.before(step)
+
+    def before_update(self, step: int, *, loss_scale: float) -> None:
+        """The gradients of step `step` are complete, multiplied by `loss_scale`; the weights are not yet changed."""
+        if self._layers is not None and self._has_line(step):
+            self._layers.before(scale=loss_scale)
+
+    def step(
+        self,
+        done: int,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        step_s: float,
+        applied: bool = True,
+        exchange_s: float | None = None,
+    ) -> None:
+        """Note the step that made `done` steps of the stage. `applied` False: it left the weights as they were.
+
+        `exchange_s`: what the backward pass waited for other ranks' gradients, as far as the strategy can tell.
+        """
+        self._done = done
+        self._profiler.after(done)
+        for name, value in (("loss", loss), ("grad_norm", grad_norm), ("communication_s", exchange_s)):
+            if applied and value is not None and math.isfinite(value):  # a step not taken is in no mean
+                self._sums[name] += value
+                self._sums[f"{name}_steps"] += 1
+        self._sums["step_s"] += step_s
         self._sums["steps"] += 1
+        self._sums["skipped_steps"] += not applied
         if self._progress is not None:
             self._progress.update(self._bar, completed=done, loss=f"loss {loss:.4f}")
-        if done % self._every == 0 or done == self._total:
+        if self._has_line(done):
             self._line(done, lr)
 
     def note(self, done: int, **values: Any) -> None:
-        """Put values that come now and then (an evaluation) on TensorBoard and on the terminal."""
-        if self._tracker is not None:
-            self._tracker.log(values, step=done)
+        """Put values that come now and then (an evaluation) on the trackers and on the terminal."""
+        self._trackers.log(values, step=done)
         if self._writes:
             self.say(f"step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
-    def say(self, text: str) -> None:
-        if not self._writes:
+    def say(self, text: str, *, always: bool = False) -> None:
+        """On the terminal, from the main rank; `always`: from any."""
+        if not (self._writes or always):
             return
         if self._progress is not None:
             self._progress.console.print(f"{self._label}  {text}", highlight=False, markup=False)
         else:
             print(f"{self._label}  {text}", file=sys.stderr, flush=True)
 
+    def _has_line(self, done: int) -> bool:
+        return done % self._every == 0 or done == self._total
+
+    def _add_parts(self) -> None:
+        for part, seconds in self.clock.take().items():
+            self._sums[f"{part}_s"] += seconds
+
     def _line(self, done: int, lr: float) -> None:
-        steps = self._sums["steps"]
-        mean = {k: v / steps for k, v in self._sums.items() if k != "steps"}
-        self._sums = dict.fromkeys(self._sums, 0.0)
+        self._add_parts()
+        sums, self._sums = self._sums, dict.fromkeys(SUMS, 0.0)
+        layers = None if self._layers is None else self._layers.after()  # a collective call where weights are sharded
         if not self._writes:
             return
-        line = {
+        line: dict[str, Any] = {
             "step": done,
             "epoch": round(done / self._per_epoch, 4),
-            "loss": mean["loss"],
-            "lr": lr,
-            "images_per_s": round(self._images / mean["step_s"], 2),
-            "data_wait_s": round(mean["data_wait_s"], 6),
-            "step_s": round(mean["step_s"], 6),
-            "grad_norm": mean["grad_norm"],
+            **_figures(sums, lr=lr, global_batch=self._images, speed=self._speed),
+            "memory_peak_gib": memory_peak_gib(self._device),
             "world_size": self._world_size,
         }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        if self._tracker is not None:
-            self._tracker.log({k: v for k, v in line.items() if k not in ("step", "world_size")}, step=done)
+        if layers is not None:
+            line["layers"] = {group: {k: _finite(v) for k, v in row.items()} for group, row in layers.items()}
+        self._write(line)
+        self._trackers.log({k: v for k, v in line.items() if k not in ("step", "world_size")}, step=done)
         if self._progress is None and (
             time.monotonic() - self._last_line_s > PLAIN_LINE_EVERY_S or done == self._total
         ):
             self._last_line_s = time.monotonic()
-            self.say(
-                f"epoch {line['epoch']:.2f}  step {done}/{self._total}  loss {line['loss']:.4f}  lr {lr:.3g}  "
-                f"{line['images_per_s']:.0f} images/s  waits for data {mean['data_wait_s'] / mean['step_s']:.0%}"
-            )
+            self.say(_told(line, total=self._total))
+
+    def _write(self, line: dict[str, Any]) -> None:
+        """Into metrics.jsonl. A disk that is full costs the line and not the run."""
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            if not self._told_of_disk:
+                self._told_of_disk = True
+                self.say(f"{self._path} cannot be written: {error.strerror}; training goes on, lines are missing")
 
     def _start_bar(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -136,15 +205,49 @@ class Telemetry:
         self._progress.start()
 
 
-def _tensorboard(folder: Path, *, purge_step: int) -> Any:
-    """accelerate's tracker, writing into `folder`/tensorboard; events of steps that are done again are dropped."""
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker
+def _figures(
+    sums: dict[str, float], *, lr: float, global_batch: int, speed: Speed | None
+) -> dict[str, float | int | None]:
+    """Means over the steps of an interval, in the order of the line. Seconds are those of a step."""
+    steps = sums["steps"]
+    seconds = {f"{part}_s": sums[f"{part}_s"] / steps for part in PARTS}
+    step_s = sums["step_s"] / steps
+    parts = sum(seconds[f"{part}_s"] for part in ("data_wait", *DEVICE_PARTS))
+    images_per_s = global_batch / step_s
+    return {
+        "loss": _mean(sums, "loss"),
+        "lr": lr,
+        "images_per_s": round(images_per_s, 2),
+        "data_wait_s": round(seconds.pop("data_wait_s"), 6),
+        "step_s": round(step_s, 6),
+        "grad_norm": _mean(sums, "grad_norm"),
+        "skipped_steps": int(sums["skipped_steps"]),
+        **{name: round(value, 6) for name, value in seconds.items()},
+        "other_s": round(max(step_s - parts, 0.0), 6),
+        "communication_s": _mean(sums, "communication_s"),
+        **(speed.figures(images_per_s) if speed is not None else {}),
+    }
 
-    PartialState(cpu=True)  # the tracker asks it who the main process is; the process group is up already
-    tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=purge_step)
-    tracker.start()
-    return tracker
+
+def _mean(sums: dict[str, float], name: str) -> float | None:
+    count = sums[f"{name}_steps"]
+    return sums[name] / count if count else None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _told(line: dict[str, Any], *, total: int) -> str:
+    """The plain line of a log file."""
+    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
+    text = (
+        f"epoch {line['epoch']:.2f}  step {line['step']}/{total}  loss {loss}  lr {line['lr']:.3g}  "
+        f"{line['images_per_s']:.0f} images/s  waits for data {line['data_wait_s'] / line['step_s']:.0%}"
+    )
+    if line.get("mfu") is not None:
+        text += f"  mfu {line['mfu']:.1%}"
+    return text + (f"  {line['skipped_steps']} steps skipped" if line["skipped_steps"] else "")
 
 
 def measured_demand(folder: Path) -> float | None:
@@ -174,3 +277,15 @@ def _drop_lines_after(path: Path, step: int) -> None:
             break
         kept.append(line)
     write_whole(path, b"".join(kept))
+
+
+def last_step_written(folder: Path) -> int:
+    """The step of the last whole line of metrics.jsonl, as an earlier start left it; 0 without one."""
+    try:
+        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        with suppress(ValueError, LookupError, TypeError):
+            return int(json.loads(line)["step"])
+    return 0

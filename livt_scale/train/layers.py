@@ -1,0 +1,76 @@
+"""How each layer of the network learns, at the steps that a line is written for: `log.layer_groups`.
+
+For each group of weights (the embedding, each block, the head; in pretraining the decoder's too):
+
+    grad_norm       of its gradient, before clipping
+    weight_norm     of its weights after the step
+    update_ratio    norm of what the step changed, over weight_norm: around 1e-3 learns, 1e-6 stands still, 1e-1 is wild
+
+A ViT has one loss, at its end: a loss of a layer does not exist without heads that the method does not have. These
+three say what one asks it for: which layer the loss reaches, and which moves.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.")
+NAMES = ("grad_norm", "weight_norm", "update_ratio")
+
+
+def group_of(name: str) -> str:
+    """The layer group of a parameter of either network, by its plain name."""
+    if block := BLOCK.match(name):
+        return f"{block[1] or ''}block_{int(block[2]):02d}"
+    if name.startswith(("decoder_embed.", "mask_token")):
+        return "decoder_embed"
+    if name.startswith(("decoder_norm.", "decoder_pred.")):
+        return "decoder_pred"
+    if name.startswith(("fc_norm.", "head.")):
+        return "head"
+    return "norm" if name.startswith("norm.") else "embed"
+
+
+class LayerGroups:
+    """Of one model, its parameters plain or sharded. Both calls are collective where it is sharded.
+
+    Between the two a copy of the (own shard of the) weights is held.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._groups: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                self._groups.setdefault(group_of(name), []).append(parameter)
+        self._gradients: Tensor | None = None
+        self._before: list[list[Tensor]] = []
+
+    @torch.no_grad()
+    def before(self, *, scale: float) -> None:
+        """Gradients are there, the step is not yet taken. `scale`: what fp16 multiplied the loss by."""
+        groups = self._groups.values()
+        self._gradients = _norms([[p.grad for p in group if p.grad is not None] for group in groups]) / scale
+        self._before = [[p.detach().clone() for p in group] for group in groups]
+
+    @torch.no_grad()
+    def after(self) -> dict[str, dict[str, float]]:
+        """By group, the numbers of the step since `before`; nothing where a bad loss ended the step before it."""
+        if self._gradients is None:
+            return {}
+        groups = self._groups.values()
+        weights = _norms([[p.detach() for p in group] for group in groups])
+        pairs = zip(groups, self._before, strict=True)
+        changes = _norms([[p.detach() - old for p, old in zip(group, olds, strict=True)] for group, olds in pairs])
+        table = torch.stack((self._gradients, weights, changes / weights), dim=1).tolist()  # [groups, 3]
+        self._gradients, self._before = None, []
+        return {group: dict(zip(NAMES, row, strict=True)) for group, row in zip(self._groups, table, strict=True)}
+
+
+def _norms(groups: list[list[Tensor]]) -> Tensor:
+    """The norm of each list of tensors, over all shards: float32 `[groups]`."""
+    totals = (nn.utils.get_total_norm(tensors, foreach=True) for tensors in groups)
+    return torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in totals]).float()
