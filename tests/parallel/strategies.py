@@ -85,9 +85,15 @@ class Job:
 
 
 def train_all(jobs: list[Job], folder: Path, *, timeout_s: float = 240) -> None:
-    """Train `jobs`, those of one world size in one set of processes; their output on failure."""
-    for processes, local in sorted({(job.kind.processes, job.kind.local or job.kind.processes) for job in jobs}):
-        mine = [j for j in jobs if (j.kind.processes, j.kind.local or j.kind.processes) == (processes, local)]
+    """Train `jobs`, those of one world size in one set of processes; their output on failure.
+
+    DeepSpeed has processes of its own: it changes torch's functions for good, and with them how sums round.
+    """
+    sets: dict[tuple[int, int, bool], list[Job]] = {}
+    for job in jobs:
+        local, is_zero = job.kind.local or job.kind.processes, job.kind.strategy.startswith("zero")
+        sets.setdefault((job.kind.processes, local, is_zero), []).append(job)
+    for (processes, local, _), mine in sets.items():
         _train(mine, folder, processes=processes, local=local, timeout_s=timeout_s)
 
 
