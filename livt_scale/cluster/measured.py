@@ -51,11 +51,21 @@ def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
 
 def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
     """Steps of the stage by recipe and manifest; None where the shards are not to be seen from here."""
+    import numpy as np
+
     from livt_scale.data.manifest import ShardSet
-    from livt_scale.data.stream import stage_order
+    from livt_scale.data.policy import order_for  # not data.stream, which would bring torch
 
     try:
-        order = stage_order(ShardSet.open(recipe.data.train, data=recipe.data), recipe, stage)
+        shards = ShardSet.open(recipe.data.train, data=recipe.data)
+        order = order_for(
+            recipe.stage(stage),
+            shards.usable_per_shard,
+            lambda: shards.labels(shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64))),
+            seed=recipe.seed,
+            lane_groups=recipe.data.lane_groups,
+            window=recipe.data.shuffle_window,
+        )
     except (LivtError, OSError):
         return None
     return recipe.stage(stage).epochs * order.steps_per_epoch

@@ -1,7 +1,7 @@
 """Slurm's own commands: what the cluster says of itself, and jobs submitted, listed and taken back.
 
     facts = cluster_facts()             None where there is no scontrol; else partitions, accounts, PreemptMode
-    sbatch(script, chdir=run, …)  ->  "1234"
+    sbatch(script, chdir=RUN, …)  ->  "1234"
     alive("livt 5f3a…")           ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
 
 Commands are started from lists, never through a shell. One that fails raises ClusterError with what it said.
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from livt_scale.cluster.sites import Preempt
-from livt_scale.errors import ClusterError
+from livt_scale.errors import ClusterError, UsageError
 
 TIMEOUT_S = 120.0  # a controller under load answers late; one that is gone, never
 
@@ -102,13 +102,20 @@ def minutes(text: str) -> float | None:
     return (days * 24 + hours) * 60 + mins + seconds / 60
 
 
-def sbatch(script: Path, *, chdir: Path, comment: str, dependency: str | None = None, extra: Sequence[str] = ()) -> str:
-    """Submit `script`; the job's id. Raises ClusterError with sbatch's own words."""
-    words = ["--parsable", f"--chdir={chdir}", f"--comment={comment}"]
+def sbatch(script: Path, *, chdir: Path, log: str, comment: str, dependency: str | None = None) -> str:
+    """Submit `script`, to write into `log` beneath `chdir`; the job's id. Raises ClusterError with sbatch's own words.
+
+    What holds a user's path comes as an argument of its own, in which nothing needs quoting; but a % in a log's path
+    has to be doubled, also where it stands in the folder that a relative one is beneath (seen with Slurm 22.05).
+    """
+    if "\\" in str(chdir):  # Slurm would then take %j as it stands, and one log for all
+        raise UsageError(f"run_dir is {str(chdir)!r}: Slurm cannot write logs beneath a name with a backslash")
+    output = f"{chdir}/".replace("%", "%%") + log
+    words = ["--parsable", f"--chdir={chdir}", f"--output={output}", f"--comment={comment}"]
     if dependency:
         words += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
     try:
-        told = _run("sbatch", *words, *extra, str(script))
+        told = _run("sbatch", *words, str(script))
     except FileNotFoundError:
         raise no_slurm("sbatch") from None
     job = told.strip().split(";")[0]  # "12;cluster" on a federation

@@ -37,6 +37,7 @@ from livt_scale.errors import ClusterError, UsageError
 from livt_scale.location import is_url
 from livt_scale.recipe import Recipe
 from livt_scale.recipe_file import to_yaml
+from livt_scale.recipe_yaml import shown
 
 CHAIN = "slurm/chain.json"
 VERSION = 1
@@ -147,7 +148,9 @@ def read_chain(run_dir: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise ClusterError(f"{run_dir / CHAIN} cannot be read: {error}", remedy="see squeue, then remove it") from error
+        raise ClusterError(
+            f"{shown(run_dir / CHAIN)} cannot be read: {error}", remedy="see squeue, then remove it"
+        ) from error
     return chain
 
 
@@ -189,7 +192,8 @@ def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, An
         for number, (job, script) in enumerate(zip(jobs, written, strict=True)):
             waits = dependency(jobs, number)
             after = f"{waits[0]}:{ids[waits[1]]}" if waits else None
-            ids.append(slurm.sbatch(script, chdir=run_dir, comment=chain["chain"], dependency=after))
+            log, name = f"{LOGS}/{job.name}-%j.log", chain["chain"]
+            ids.append(slurm.sbatch(script, chdir=run_dir, log=log, comment=name, dependency=after))
             chain["jobs"].append(
                 {
                     "stage": job.job,
@@ -198,7 +202,7 @@ def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, An
                     "id": ids[-1],
                     "name": job.name,
                     "script": str(script.relative_to(run_dir)),
-                    "log": f"{LOGS}/{job.name}-{ids[-1]}.log",
+                    "log": log.replace("%j", ids[-1]),
                     "dependency": after,
                     "submitted_at": _now(),
                     "ask": asdict(job.ask),
@@ -218,7 +222,7 @@ def _take_back(run_dir: Path, chain: dict[str, Any], ids: list[str], error: Base
     except ClusterError as second:
         raise ClusterError(
             f"{error}. And jobs {', '.join(ids)}, submitted before, could not be cancelled: {second}",
-            remedy=f"scancel {' '.join(ids)}",
+            remedy=f"end them: scancel {' '.join(ids)}",
         ) from error
     chain["taken_back"] = f"{error}"
     with suppress(OSError):
@@ -236,7 +240,7 @@ def _join(chain: dict[str, Any], waiting: dict[str, str], code: dict[str, Any], 
         return {**chain, "joined": waiting}
     raise ClusterError(
         f"this run's jobs of {chain.get('submitted_at')} are in the queue still ({told}), with other code or another "
-        f"recipe: {run_dir}",
+        f"recipe: {shown(run_dir)}",
         remedy=f"end them first (scancel {' '.join(waiting)}), or set another run_dir",
     )
 
@@ -262,14 +266,14 @@ def _alone(run_dir: Path) -> Iterator[None]:
         handle = os.open(run_dir / "slurm" / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise ClusterError(
-            f"the run directory {run_dir} cannot be written: {error.strerror}",
+            f"the run directory {shown(run_dir)} cannot be written: {error.strerror}",
             remedy="set run_dir to a folder that all nodes can write to",
         ) from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise ClusterError(f"another livt submit is at work in {run_dir}", remedy="wait for it") from None
+        raise ClusterError(f"another livt submit is at work in {shown(run_dir)}", remedy="wait for it") from None
     finally:
         os.close(handle)
 

@@ -1,0 +1,202 @@
+"""Which jobs a run needs: pure functions of recipe, site, cluster and what is measured."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from livt_scale.cluster.chain import MOST_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
+from livt_scale.cluster.measured import Measured
+from livt_scale.cluster.sites import Ask, ask, load_site
+from livt_scale.cluster.slurm import minutes, read_facts
+from livt_scale.errors import UsageError
+from livt_scale.recipe import Recipe
+from livt_scale.recipe_slurm import Slurm
+from tests.cluster.fake_slurm import CONFIG, PARTITIONS
+
+FACTS = read_facts(CONFIG, PARTITIONS, frozenset({"lab", "other"}))
+NOTHING = Measured()
+
+
+def recipe(**slurm):
+    tree = {"name": "r", "data": {"train": "t"}, "stages": {"pretrain": {}, "finetune": {}}, "slurm": slurm}
+    return Recipe.model_validate(tree)
+
+
+def plan(of, site=None, facts=FACTS, **measured):
+    known = {"pretrain": NOTHING, "finetune": NOTHING} | measured
+    return plan_chain(of, load_site(site) if site else None, facts, known)
+
+
+def asked(time_min, *, nodes=1, tasks=1, partition=None):
+    return Ask(nodes, tasks, 0, None, time_min, partition)
+
+
+# --- what the controller says ---
+
+
+def test_facts_are_read_as_slurm_writes_them():
+    assert {name: (p.preempt, p.time_min, p.is_default, p.nodes, p.up) for name, p in FACTS.partitions.items()} == {
+        "normal": ("off", 1440, True, None, True),
+        "spare": ("requeue", 720, False, None, True),
+        "scrap": ("cancel", None, False, 4, False),
+    }
+    assert FACTS.kill_wait_s == 30
+    assert FACTS.requeues_by_default
+    assert FACTS.partition(None).name == "normal"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1-12:00:00", 2160), ("30:00", 30), ("02:00:30", 120.5), ("UNLIMITED", None), ("NONE", None)],
+)
+def test_time_limits_are_read_as_slurm_writes_them(text, expected):
+    assert minutes(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("slurm", "said"),
+    [
+        ({"partition": "sparse"}, "no partition 'sparse' on this cluster. Did you mean 'spare'"),
+        ({"account": "lap"}, "'lap', which you cannot charge here. Did you mean 'lab'"),
+        ({"partition": "spare", "time_min": 721}, "partition spare allows 720"),
+        ({"partition": "scrap", "nodes": 8, "pretrain": {"segments": 1}}, "partition scrap allows 4"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused(slurm, said):
+    with pytest.raises(UsageError, match=said):
+        plan(recipe(**slurm))
+
+
+def test_a_partition_that_is_down_is_told():
+    notes = plan(recipe(partition="scrap", pretrain={"segments": 1}, finetune={"segments": 1})).notes
+    assert any("partition scrap is not up" in note for note in notes)
+
+
+def test_a_profile_that_says_other_than_the_cluster_is_told():
+    site = load_site("two_cpu_nodes")
+    notes = plan_chain(recipe(), site, FACTS, {"pretrain": NOTHING, "finetune": NOTHING}).notes
+    assert "partition spare: the site profile says time_min 1440, the cluster 720" in notes
+    assert "partition scrap: the site profile says nodes 2, the cluster 4" in notes
+    lost = plan(recipe(account="lab"), site="h100_infiniband", facts=None).notes
+    assert not any("this cluster" in note for note in lost)
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job():
+    with pytest.raises(UsageError, match="4096"):
+        plan(recipe(nodes=3, tasks_per_node=1))
+
+
+# --- the mode ---
+
+
+@pytest.mark.parametrize(
+    ("slurm", "site", "facts", "mode"),
+    [
+        ({}, None, FACTS, "requeue"),
+        ({"partition": "spare"}, None, FACTS, "requeue"),
+        ({"partition": "scrap"}, None, FACTS, "segments"),
+        ({"partition": "scrap", "mode": "requeue"}, None, FACTS, "requeue"),
+        ({"mode": "segments"}, None, FACTS, "segments"),
+        ({}, "a100_slingshot", None, "segments"),  # forbids requeue
+        ({}, "h100_infiniband", None, "requeue"),
+        ({"partition": "scavenge"}, "a100_slingshot", None, "segments"),
+        ({"partition": "scrap"}, "two_cpu_nodes", None, "segments"),  # by the profile, without a controller
+        ({}, None, None, "requeue"),
+    ],
+)
+def test_the_mode_follows_recipe_then_profile_then_preempt_mode(slurm, site, facts, mode):
+    slurm, site = Slurm.model_validate(slurm), load_site(site) if site else None
+    assert choose_mode(slurm, site, facts, {"pretrain": ask(slurm, site, "pretrain")})[0] == mode
+
+
+# --- time ---
+
+
+@pytest.mark.parametrize(
+    ("lead_s", "step_s", "save_s", "fits"),
+    [(60, 10, 20, True), (59, 10, 20, False), (60, 30, None, True), (59, 30, None, False)],
+)
+def test_the_lead_is_at_least_twice_a_step_and_a_save(lead_s, step_s, save_s, fits):
+    slurm = Slurm(lead_s=lead_s)
+    known = Measured(longest_step_s=step_s, save_s=save_s)
+    if fits:
+        check_times(slurm, "pretrain", asked(600), known)
+    else:
+        with pytest.raises(UsageError, match=r"--set slurm\.lead_s=60"):
+            check_times(slurm, "pretrain", asked(600), known)
+
+
+def test_a_planned_step_and_save_win_over_measured_ones():
+    slurm = Slurm(lead_s=60, step_s=1, save_s=2)
+    assert check_times(slurm, "pretrain", asked(600), Measured(longest_step_s=100, save_s=500)) == []
+
+
+def test_what_is_not_known_is_told():
+    (note,) = check_times(Slurm(save_s=3), "finetune", asked(600), NOTHING)
+    assert "how long a step takes is not known yet" in note
+
+
+@pytest.mark.parametrize(("time_min", "fits"), [(8, False), (9, True)])
+def test_a_job_too_short_for_any_progress_is_refused(time_min, fits):
+    slurm = Slurm(start_s=120, lead_s=300, step_s=2, save_s=10)  # 120 + 300 + 60 (the signal may be early) + 12 = 492 s
+    if fits:
+        check_times(slurm, "pretrain", asked(time_min), NOTHING)
+    else:
+        with pytest.raises(UsageError, match=r"makes no progress.*Ask for more than 9 min"):
+            check_times(slurm, "pretrain", asked(time_min), NOTHING)
+
+
+def test_the_runs_own_clock_may_stop_it_before_slurm_does():
+    slurm = Slurm(
+        start_s=0, lead_s=10, step_s=1
+    )  # a save not yet measured is taken for 30 s: 2 · (1 + 30) = 62, under 70
+    with pytest.raises(UsageError, match="stopped 70 s"):
+        check_times(slurm, "pretrain", asked(1), NOTHING)
+    with pytest.raises(UsageError, match="stopped 200 s"):
+        check_times(Slurm(start_s=0, lead_s=140, step_s=10, save_s=60), "pretrain", asked(3), NOTHING)
+
+
+# --- segments ---
+
+
+def test_segments_are_what_is_left_over_what_a_job_trains_and_one_to_spare():
+    slurm = Slurm(start_s=120, lead_s=300)
+    known = Measured(step=1000, total=11_000, step_s=2.0, save_s=5.0, longest_step_s=3.0, world_size=8)
+    count, how = num_segments(slurm, "pretrain", asked(128, nodes=1, tasks=8), known)
+    assert count == 4  # 20000 s over 7200 s a job is 2.8
+    assert "10000 steps · 2 s (measured) / 7200 s" in how
+
+
+def test_a_step_measured_on_fewer_ranks_is_taken_to_shrink_with_more():
+    known = Measured(total=10_000, step_s=4.0, world_size=4)
+    assert num_segments(Slurm(), "pretrain", asked(128, tasks=8), known)[0] == 4
+
+
+def test_a_given_number_of_segments_holds():
+    assert num_segments(Slurm(pretrain={"segments": 7}), "pretrain", asked(60), NOTHING)[0] == 7
+
+
+def test_an_unknown_step_time_gives_one_segment_and_says_so():
+    count, how = num_segments(Slurm(), "pretrain", asked(60), Measured(total=5))
+    assert count == 1
+    assert "a step's time is not known" in how
+
+
+def test_too_many_segments_are_a_mistake():
+    with pytest.raises(UsageError, match=f"more than {MOST_SEGMENTS}"):
+        num_segments(Slurm(step_s=1000), "pretrain", asked(60), Measured(total=100_000))
+
+
+@given(
+    left=st.integers(0, 10**6), step_s=st.floats(0.01, 60), time_min=st.integers(20, 2880), lead_s=st.integers(10, 600)
+)
+def test_the_planned_segments_are_enough_and_no_more_than_one_too_many(left, step_s, time_min, lead_s):
+    slurm = Slurm(step_s=step_s, lead_s=lead_s, save_s=1)
+    useful_s = time_min * 60 - slurm.start_s - max(lead_s + 60, 2 * (step_s + 1), 10)
+    try:
+        count, _ = num_segments(slurm, "pretrain", asked(time_min), Measured(total=left))
+    except UsageError:
+        assert left * step_s / useful_s > MOST_SEGMENTS - 2
+        return
+    assert (count - 1) * useful_s >= left * step_s * (1 - 1e-9)
+    assert (count - 2) * useful_s < left * step_s or left == 0
