@@ -1,7 +1,7 @@
 """A real Slurm of two nodes on this machine, all of it in one folder: what the tests of the chain run on.
 
 munged, mariadbd, slurmdbd, slurmctld and two slurmd, each on a port or socket of its own, none of them reading
-anything beneath /etc. The nodes say that they have 4 CPUs and 2 GPUs each, whatever this machine has. Needs root, and
+anything beneath /etc. The nodes say that they have 16 CPUs and 2 GPUs each, whatever this machine has. Needs root, and
 Debian's slurm-wlm, slurmdbd, munge and mariadb-server. Beside the tests a person can look around in it:
 
     python -m tests.slurm.cluster /tmp/little      # starts it, prints what to export, ends with Ctrl-C
@@ -13,6 +13,7 @@ both). Where a site waits two minutes before it starts a requeued job again, thi
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -23,11 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 NODES = ("livt-n1", "livt-n2")
 PARTITIONS = ("normal", "spare", "scrap", "urgent")
-CPUS, GPUS = 4, 2  # of each node, as it says
+CPUS, GPUS = (
+    16,
+    2,
+)  # of each node, as it says: more than there are, so that chains whose steps mostly sleep run beside each other
 REQUEUE_S = (
     6  # cred_expire: how long a requeued job waits, and how long a credential holds: long enough to start a step
 )
@@ -59,6 +64,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
 JobRequeue=1
+MinJobAge=3600
 KillWait={kill_wait_s}
 ReturnToService=2
 SchedulerType=sched/backfill
@@ -152,14 +158,17 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends every job and daemon; nothing of the cluster is left running. To be called as often as one likes."""
-        if any(name == "slurmctld" and process.poll() is None for name, process in self._daemons):
-            self.cancel_all()
-        for _, process in reversed(self._daemons):
-            end(process)
-        self._daemons.clear()
-        for pid in self._strays():
-            os.kill(pid, signal.SIGKILL)
-        forget_hosts(self.folder)
+        try:
+            if any(name == "slurmctld" and process.poll() is None for name, process in self._daemons):
+                self.cancel_all()
+        finally:  # where Slurm does not answer, its processes end all the same
+            for _, process in reversed(self._daemons):
+                end(process)
+            self._daemons.clear()
+            for pid in self._strays():
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            forget_hosts(self.folder)
 
     def cancel_all(self) -> None:
         """Ends all jobs and waits until their processes are gone."""
@@ -258,7 +267,13 @@ class Cluster:
         with log.open("wb") as out:
             command = [which(name) or name, *words]
             process = subprocess.Popen(
-                command, env=self.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+                command,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=ends_with_us,
             )
         self._daemons.append((name, process))
 
@@ -318,6 +333,12 @@ def short_folder() -> Path:
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 512 * 2**20
     return Path(tempfile.mkdtemp(prefix="livt-slurm-", dir=memory if roomy else None))
+
+
+def ends_with_us() -> None:
+    """In a daemon, before it is one: SIGTERM when who started it is gone, even by SIGKILL."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def free_ports(num: int) -> list[int]:
