@@ -64,10 +64,10 @@ def copy_set(source: Path, target: Path, manifest: Manifest) -> None:
             while data := file.read(CHUNK):
                 digest.update(data)
                 copy.write(data)
-        if digest.hexdigest() != info.sha256:
-            raise ShardError(
-                f"{source / info.name} is not what the manifest says (SHA-256)", remedy="see livt shards verify"
-            )
+            if digest.hexdigest() != info.sha256:
+                raise ShardError(
+                    f"{source / info.name} is not what the manifest says (SHA-256)", remedy="see livt shards verify"
+                )
     for name in (QUARANTINE, MANIFEST):
         if (source / name).exists():
             shutil.copyfile(source / name, target / name)

@@ -257,7 +257,9 @@ def _after_step(
         sums = telemetry.sums
         with telemetry.clock.host("checkpoint_stall"):
             state.save(saver, schedule.position(done), score=score, final=done == schedule.total, sums=sums)
-        status.write("running", step=done, total_steps=schedule.total, **saver.report())
+        longest_s = saver.longest_save_s  # what `livt submit` plans with
+        took: dict[str, Any] = {} if longest_s is None else {"longest_save_s": round(longest_s, 3)}
+        status.write("running", step=done, total_steps=schedule.total, **took, **saver.report())
         if task.draw is not None:
             task.draw(state.strategy, folder / "samples" / f"step-{done:08d}.png")
     elif schedule.saves_locally(done):
