@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from livt_scale import __version__
-from livt_scale.commands import ckpt, doctor, model, recipe, run, shards, submit
+from livt_scale.commands import cancel, ckpt, doctor, logs, model, recipe, run, shards, status, submit
 from livt_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
 
 EPILOG = """
@@ -23,6 +23,8 @@ Examples:
     torchrun --nproc-per-node 2 -m livt_scale train recipes/fashion_mnist_lt/quickstart.yaml
 
     livt submit recipes/fashion_mnist_lt/quickstart.yaml --set slurm.time_min=60 --dry-run
+
+    livt status runs/try --watch
 
     livt ckpt ls runs/try
 
@@ -64,6 +66,9 @@ def _print_version() -> None:
 app.command()(run.quickstart)
 app.command()(run.train)
 app.command()(submit.submit)
+app.command()(status.status)
+app.command()(cancel.cancel)
+app.command()(logs.logs)
 app.command(name="eval")(model.eval_)
 app.command()(model.export)
 app.add_typer(shards.app, name="shards")

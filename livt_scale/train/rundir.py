@@ -2,7 +2,8 @@
 
 RUN/recipe.yaml          the resolved recipe, written at the first start
 RUN/.lock                held (flock) by rank 0 while it works here; a second start is refused
-RUN/STAGE/status.json    running | preempted | failed | done, why and since when; how far the ranks are
+RUN/STAGE/status.json    running | preempted | failed | done, why and since when; how far the ranks are;
+                         starts, and how the earlier ones ended (`history`, the oldest first)
 
 running -> done | preempted | failed;   preempted, failed or a stale running -> running (the next start)
 """
@@ -26,6 +27,8 @@ from livt_scale.recipe import Recipe, Stage
 from livt_scale.recipe_file import to_yaml
 
 State = Literal["running", "preempted", "failed", "done"]
+MOST_HISTORY = 20  # earlier starts that status.json keeps
+MOST_WHY = 400  # characters of why each of them ended
 
 
 @contextmanager
@@ -86,6 +89,8 @@ class Status:
         self._writes = writes
         self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
         self._lock = threading.Lock()  # the watchdog's thread adds how far the ranks are
+        if writes:
+            self._now |= _earlier_starts(self._path)
 
     def write(self, state: State, *, why: str = "", **facts: Any) -> None:
         with self._lock:
@@ -102,8 +107,11 @@ class Status:
                 self._put(**facts)
 
     def take_over(self) -> None:
-        """From now on this rank writes: the main one is gone."""
+        """From now on this rank writes: the main one is gone, and has left how often the stage was started."""
         self._writes = True
+        with suppress(OSError, ValueError, TypeError):
+            written = json.loads(self._path.read_bytes())
+            self._now |= {name: written[name] for name in ("starts", "history") if name in written}
 
     def _put(self, **facts: Any) -> None:
         self._now |= {"at": _now(), **facts}
@@ -123,6 +131,18 @@ class Status:
             with suppress(OSError):  # the disk that failed the run fails this too; the first error is the one to tell
                 self.write("failed", why=why)
             raise
+
+
+def _earlier_starts(path: Path) -> dict[str, Any]:
+    """Which start this is, and how the ones before it ended; `running` where one ended without a word."""
+    try:
+        before = json.loads(path.read_bytes())
+        ended = {name: before[name] for name in ("state", "since", "at", "step", "host") if name in before}
+        ended["why"] = str(before.get("why", ""))[:MOST_WHY]
+        history = [*before.get("history", []), ended][-MOST_HISTORY:]
+        return {"starts": int(before.get("starts", 1)) + 1, "history": history}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {"starts": 1, "history": []}  # the first, or nobody can say
 
 
 def _now() -> str:

@@ -69,6 +69,33 @@ def test_since_is_when_the_state_changed(tmp_path, monkeypatch):
     assert rundir.is_done(tmp_path, "finetune")
 
 
+def test_each_start_keeps_how_the_ones_before_it_ended(tmp_path):
+    for state, why in (("preempted", "SIGUSR2 came"), ("running", ""), ("failed", "x" * 1000)):
+        rundir.Status(tmp_path, stage="pretrain", writes=True).write(state, why=why, step=3)
+    survivor = rundir.Status(tmp_path, stage="pretrain", writes=False)
+    survivor.take_over()
+    survivor.write("failed", why="rank 0 is gone")
+    written = json.loads((tmp_path / "status.json").read_text())
+    assert written["starts"] == 3  # the rank that takes over is of the same start
+    assert [(h["state"], h["why"], h["step"]) for h in written["history"]] == [
+        ("preempted", "SIGUSR2 came", 3),
+        ("running", "", 3),
+    ]
+    for _ in range(rundir.MOST_HISTORY + 5):
+        rundir.Status(tmp_path, stage="pretrain", writes=True).write("failed", why="x" * 1000)
+    written = json.loads((tmp_path / "status.json").read_text())
+    assert len(written["history"]) == rundir.MOST_HISTORY
+    assert written["starts"] == rundir.MOST_HISTORY + 8
+    assert len(written["history"][-1]["why"]) == rundir.MOST_WHY
+
+
+def test_a_status_that_is_no_record_starts_a_new_one(tmp_path):
+    for damaged in ("[1, 2]", "{", '{"starts": "two", "state": "failed"}', '{"history": 3}'):
+        (tmp_path / "status.json").write_text(damaged)
+        rundir.Status(tmp_path, stage="pretrain", writes=True).write("running")
+        assert json.loads((tmp_path / "status.json").read_text())["starts"] == 1
+
+
 def test_other_ranks_write_nothing(tmp_path):
     rundir.Status(tmp_path / "pretrain", stage="pretrain", writes=False).write("running")
     assert list(tmp_path.iterdir()) == []

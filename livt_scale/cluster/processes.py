@@ -1,0 +1,67 @@
+"""Processes that a run's files name: is one still there, and is it the same one, so that it may be signalled.
+
+A number alone says nothing: it is given again, on another host it is somebody else's. The process that wrote a file
+started before it did; one that has the number now and started later is another.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+SLACK_S = 2.0  # btime has whole seconds, and moves when a clock is set
+
+
+def started_at(pid: int) -> float | None:
+    """When process `pid` of this host started, seconds since 1970; None: it is gone, or has ended as a zombie."""
+    try:
+        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
+        if state in ("Z", "X") or booted is None:
+            return None
+        return int(booted[1]) + int(rest[18]) / os.sysconf("SC_CLK_TCK")  # the 22nd field of proc(5)
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_there(pid: int, host: str, *, wrote_at: float | None) -> bool | None:
+    """Whether the process that wrote something at `wrote_at` is there still; None: it is of another host."""
+    if host != socket.gethostname():
+        return None
+    began = started_at(pid)
+    return began is not None and (wrote_at is None or began <= wrote_at + SLACK_S)
+
+
+def may_be_signalled(pid: int, host: str, *, wrote_at: float) -> bool:
+    """Whether it is there, the same one, and this user's."""
+    if pid <= 1 or not is_there(pid, host, wrote_at=wrote_at):
+        return False
+    with suppress(OSError):
+        return Path(f"/proc/{pid}").stat().st_uid == os.geteuid()
+    return False
+
+
+def command_of(pid: int) -> str:
+    """Its command line, for people; empty where it cannot be read."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    return ""
+
+
+def lock_is_held(run_dir: Path) -> bool:
+    """Whether a process of this host works in the run. The lock is only looked at: taking it could refuse a start."""
+    try:
+        with (run_dir / ".lock").open(errors="replace") as file:
+            found = re.fullmatch(r"process (\d{1,10}) on (\S+)\s*", file.read(300))
+            told = os.fstat(file.fileno())
+    except OSError:
+        return False
+    if found is None or not is_there(int(found[1]), found[2], wrote_at=told.st_mtime):
+        return False
+    try:  # a process may have gone on to something else since
+        return re.search(rf":{told.st_ino} \d+ ", Path("/proc/locks").read_text()) is not None
+    except OSError:
+        return True
