@@ -8,12 +8,15 @@ training then reads the copy in place. Sets at a URL have no need of this: their
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, Manifest, ShardSet, plain_disk_errors
@@ -24,14 +27,42 @@ from livt_scale.recipe import Recipe
 from livt_scale.recipe_file import load_recipe
 
 CHUNK = 1 << 22
+WHOLE = ".whole"  # which start of a job has copied all of it
 
 
 def stage_in(recipe: Recipe, target: Path, *, stage: str) -> int:
     """Copy the sets that `stage` reads to `target`/train and `target`/val; the bytes copied.
 
-    What an earlier start of the same job left in `target` is taken away first. Raises DataError: no room, or a file
-    that is not what the manifest says.
+    Where two nodes share the folder after all, one copies and the other waits for it. What an earlier start of the
+    job left there is taken away first. Raises DataError: no room, or a file that is not what the manifest says.
     """
+    with _one_at_a_time(target), plain_disk_errors(target):
+        whole = target / WHOLE
+        if whole.is_file() and whole.read_text() == this_start():
+            return 0
+        copied = _copy_all(recipe, target, stage=stage)
+        whole.write_text(this_start())
+        return copied
+
+
+def this_start(environ: Mapping[str, str] = os.environ) -> str:
+    """What tells this start of a job from the ones before it; outside Slurm, this process from all others."""
+    return f"{environ.get('SLURM_JOB_ID') or os.getpid()}.{environ.get('SLURM_RESTART_COUNT', '0')}"
+
+
+@contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    with plain_disk_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # srun ends the step, and so this wait, when any task fails
+        yield
+    finally:
+        os.close(handle)
+
+
+def _copy_all(recipe: Recipe, target: Path, *, stage: str) -> int:
     sets = {"train": recipe.data.train}
     if stage == "finetune" and recipe.data.val and not is_url(recipe.data.val):
         sets["val"] = recipe.data.val

@@ -265,14 +265,14 @@ def test_staged_shards_are_copied_once_a_node_read_there_and_removed(job):
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in copy
     assert "livt_scale.cluster.stage_in /scratch/x y/livt-shards-77 pretrain" in copy
     assert train.endswith("--set data.train=/scratch/x y/livt-shards-77/train")
-    assert remove.endswith("rm -rf -- /scratch/x y/livt-shards-77")
+    assert remove.endswith("rm -rf -- /scratch/x y/livt-shards-77 /scratch/x y/livt-shards-77.lock")
 
 
 @pytest.mark.parametrize(("fails", "code"), [("stage_in", 1), ("train", 1)])
 def test_staged_shards_are_removed_where_something_fails(job, fails, code):
     job.program("srun", f"case $* in *{fails}*) exit 3 ;; esac")
     assert job(slurm={"stage_in": True, "stage_in_dir": "/scratch"})[0] == code
-    assert job.calls("srun")[-1].endswith("rm -rf -- /scratch/livt-shards-77")
+    assert job.calls("srun")[-1].endswith("rm -rf -- /scratch/livt-shards-77 /scratch/livt-shards-77.lock")
 
 
 def test_staged_shards_are_removed_before_the_job_is_put_back(job):

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def test_a_copy_is_the_set_to_the_byte_and_can_be_read(tmp_path, recipe):
 
 def test_pretraining_has_no_use_for_evaluation_shards(tmp_path, recipe):
     stage_in(recipe, tmp_path / "node", stage="pretrain")
-    assert [p.name for p in (tmp_path / "node").iterdir()] == ["train"]
+    assert {p.name for p in (tmp_path / "node").iterdir()} == {"train", ".whole"}
 
 
 def test_what_a_start_before_left_half_copied_is_taken_away(tmp_path, recipe):
@@ -46,6 +47,16 @@ def test_what_a_start_before_left_half_copied_is_taken_away(tmp_path, recipe):
     (half / "stray.tar").write_bytes(b"half")
     stage_in(recipe, tmp_path / "node", stage="pretrain")
     assert not (half / "stray.tar").exists()
+
+
+def test_two_nodes_that_share_the_folder_after_all_make_one_copy(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with ThreadPoolExecutor(2) as pool:
+        copied = list(pool.map(lambda _: stage_in(recipe, tmp_path / "node", stage="pretrain"), range(2)))
+    assert sorted(c > 0 for c in copied) == [False, True]
+    assert files(tmp_path / "node" / "train") == files(tmp_path / "one" / "set")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert stage_in(recipe, tmp_path / "node", stage="pretrain") > 0  # another start trusts no old copy
 
 
 def test_a_changed_byte_is_found_and_named_and_the_manifest_does_not_come(tmp_path, recipe):
