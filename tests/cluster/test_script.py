@@ -104,6 +104,19 @@ def test_an_old_record_of_a_preemption_does_not_hide_a_failure(job):
     assert job()[0] == 1
 
 
+@pytest.mark.parametrize("when_stopped", ["requeue", "next"])
+def test_a_job_that_somebody_cancelled_does_not_come_back(job, when_stopped):
+    """scancel tells the tasks first, by SIGTERM: they save and leave with 85, as at a preemption."""
+    job.program("srun", "exit 85")
+    job.program("scontrol", 'case $* in *show*) echo "JobId=77 JobState=CANCELLED Reason=None" ;; esac')
+    code, said = job(when_stopped=when_stopped, segments=2)
+    assert code == 1
+    assert "was cancelled" in said
+    assert not job.calls("scontrol requeue")
+    job.program("scontrol", "exit 0")
+    assert job(when_stopped="last", segment=2, segments=2)[0] == (1 if when_stopped == "next" else 85)
+
+
 def test_a_job_that_cannot_be_put_back_says_so(job):
     job.program("srun", "exit 85")
     job.program("scontrol", "exit 1")
