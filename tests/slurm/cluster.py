@@ -184,6 +184,20 @@ class Cluster:
             raise ClusterError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
+    def lose(self, node: str) -> None:
+        """The node is down, as after a broken cable: what ran there is lost."""
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """The node takes jobs again. It may have come back by itself: its slurmd is alive and calls the controller."""
+        seen = ("sinfo", "--noheader", "--Node", f"--nodes={node}", "--partition=normal", "--format=%t")
+
+        def up() -> bool:
+            self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+            return "down" not in self.run(*seen).stdout
+
+        wait_for(up, f"{node} to come back", seconds=START_S)
+
     def show(self, job: str) -> dict[str, str]:
         """What `scontrol show job` says of it, by name. Values with spaces keep their first word."""
         told = self.run("scontrol", "--oneliner", "show", "job", job).stdout

@@ -27,7 +27,7 @@ def cluster(_running_cluster):
     yield _running_cluster
     _running_cluster.cancel_all()
     for node in slurm.NODES:
-        _running_cluster.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
+        _running_cluster.bring_back(node)
 
 
 @pytest.fixture

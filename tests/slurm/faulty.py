@@ -3,7 +3,7 @@
     pace    "6 2": each step takes 6 s longer in the first 2 starts of the pretraining
     bug     "5": an error in the 5th step of pretraining, on rank 1
     hang    "5": rank 1 sleeps for ever in that step
-    leave   exit code 85 before anything is done: a run that is told to stop and comes no further, for ever
+    leave   stopped before anything is done, as `livt train` says it, with exit code 85: so it comes no further, ever
     starts  is written: "JOB RESTART" a line, for each start of the pretraining
     steps   is written: a line for each of its steps, "START STEP"
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from livt_scale import cli
 from livt_scale.train import loop
+from livt_scale.train.rundir import Status
 
 FAULTS = Path(os.environ["FAULTS"])
 RANK = int(os.environ["SLURM_PROCID"])
@@ -57,10 +58,20 @@ def install() -> None:
     loop._learning_rate, loop._accumulate = learning_rate, accumulates
 
 
+def leave() -> None:
+    """Rank 0 says so and goes; srun then ends the other one, and gives that one's code."""
+    note("starts", os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if RANK == 1:
+        time.sleep(1e6)
+    folder = FAULTS.parent / "run" / "pretrain"
+    folder.mkdir(exist_ok=True)
+    Status(folder, stage="pretrain", writes=True).write("preempted", why="stopped before the first step")
+    os._exit(85)
+
+
 if __name__ == "__main__":
     if "pretrain" in sys.argv:
         if (FAULTS / "leave").exists():
-            note("starts", os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"))
-            os._exit(85)
+            leave()
         install()
     cli.main()

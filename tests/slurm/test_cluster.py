@@ -164,9 +164,9 @@ def test_who_is_preempted_on_a_partition_that_cancels_is_gone_whatever_requeue_s
 def test_a_lost_node_puts_the_job_back(cluster, sbatch, tmp_path):
     job = sbatch('echo "start ${SLURM_RESTART_COUNT:-0}"; srun sleep 600', *TWO_NODES, "--requeue")
     said(tmp_path, job, "start 0")
-    cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=down", "reason=lost")
+    cluster.lose(NODES[1])
     cluster.wait(job, "PENDING")
-    cluster.run("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
+    cluster.bring_back(NODES[1])
     said(tmp_path, job, "start 1", seconds=90)
 
 
