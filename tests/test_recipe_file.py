@@ -317,7 +317,8 @@ def test_text_that_looks_like_something_else_survives_saving(name):
 
 
 BOTH = {"pretrain": {}, "finetune": {"loss": {"name": "ce"}}}
-FULL = Recipe.model_validate({"name": "r", "data": {"train": "/t"}, "run_dir": "r", "stages": BOTH})
+INSIDE = {"container": {"by": "pyxis", "image": "i"}}
+FULL = Recipe.model_validate({"name": "r", "data": {"train": "/t"}, "run_dir": "r", "stages": BOTH, "slurm": INSIDE})
 
 
 @given(data=st.data())
