@@ -249,7 +249,7 @@ def _history_rows(stage: Stage) -> list[tuple[str, str]]:
 
 
 def _ended(entry: dict[str, Any]) -> str:
-    state, why = str(entry.get("state", "?")), shortened(str(entry.get("why") or ""), 120)
+    state, why = str(entry.get("ended", "?")), shortened(str(entry.get("why") or ""), 120)
     word = "ended without a word" if state == "running" else state
     step = f" at step {entry['step']}" if "step" in entry else ""
     return f"{word}{step}, {str(entry.get('at', '?'))[:19].replace('T', ' ')}" + (f" ({why})" if why else "")

@@ -137,11 +137,12 @@ def _earlier_starts(path: Path) -> dict[str, Any]:
     """Which start this is, and how the ones before it ended; `running` where one ended without a word."""
     try:
         before = json.loads(path.read_bytes())
-        ended = {name: before[name] for name in ("state", "since", "at", "step", "host") if name in before}
+        ended = {"ended": before["state"]}  # the only `state` in the file is the stage's own: batch scripts look for it
+        ended |= {name: before[name] for name in ("since", "at", "step", "host") if name in before}
         ended["why"] = str(before.get("why", ""))[:MOST_WHY]
         history = [*before.get("history", []), ended][-MOST_HISTORY:]
         return {"starts": int(before.get("starts", 1)) + 1, "history": history}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {"starts": 1, "history": []}  # the first, or nobody can say
 
 
