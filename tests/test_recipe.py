@@ -75,7 +75,7 @@ def test_pixel_statistics_have_one_value_a_channel():
 def test_moving_files_and_work_leaves_the_digest_alone():
     moved = {"name": "other", "run_dir": "/elsewhere", "data": {"train": "/copy/t", "workers": 9}}
     moved |= {"parallel": {"strategy": "ddp"}, "checkpoint": {"every_steps": 3}, "log": {"every_steps": 1}}
-    moved |= {"stages": {"pretrain": {"micro_batch": 8}, "finetune": {"eval_every_epochs": 1}}}
+    moved |= {"stages": {"pretrain": {"micro_batch": 8}, "finetune": {"eval_every_epochs": 1}}, "slurm": {"nodes": 4}}
     for stage in ("pretrain", "finetune"):
         assert digest(learnt_from(recipe(**moved), stage)) == digest(learnt_from(recipe(), stage))
 
