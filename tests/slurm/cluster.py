@@ -14,6 +14,7 @@ both). Where a site waits two minutes before it starts a requeued job again, thi
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import shutil
 import signal
@@ -373,17 +374,24 @@ def listens(port: int) -> bool:
 
 def remember_hosts(folder: Path) -> None:
     """The nodes' names resolve, as they do on any cluster: tasks meet at the first node's name."""
-    forget_hosts(folder)
-    with HOSTS.open("a") as file:
-        file.write(f"127.0.0.1 {' '.join(NODES)} {HOSTS_MARK} {folder}\n")
+    _rewrite_hosts(folder, [f"127.0.0.1 {' '.join(NODES)} {HOSTS_MARK} {folder}\n"])
 
 
 def forget_hosts(folder: Path) -> None:
-    """Written in place: a container's /etc/hosts is mounted, it cannot be replaced."""
-    lines = HOSTS.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if not line.endswith(f"{HOSTS_MARK} {folder}\n")]
-    if kept != lines:
-        HOSTS.write_text("".join(kept))
+    """A cluster takes its own line away; another that runs beside it keeps its own."""
+    _rewrite_hosts(folder, [])
+
+
+def _rewrite_hosts(folder: Path, own: list[str]) -> None:
+    """Written in place, locked: a container's /etc/hosts is mounted, it cannot be replaced."""
+    with HOSTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        lines = file.readlines()
+        wanted = [line for line in lines if not line.endswith(f"{HOSTS_MARK} {folder}\n")] + own
+        if wanted != lines:
+            file.seek(0)
+            file.writelines(wanted)
+            file.truncate()
 
 
 def main() -> None:
