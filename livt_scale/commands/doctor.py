@@ -17,12 +17,15 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
+
+from livt_scale.commands.findings import Finding
+from livt_scale.errors import UsageError
 
 GIB = 2**30
 # What `make test` runs with: constraints.txt, which an installed package does not have beside it.
@@ -41,28 +44,47 @@ TESTED = {
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "sacct", "scancel")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    name: str
-    status: Literal["ok", "note", "problem"]
-    message: str
-    fix: str = ""
-
-
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False) -> None:
+def doctor(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also measure network, disks and decoding, on all ranks: a minute.")
+    ] = False,
+    dirs: Annotated[
+        list[Path] | None, typer.Option("--dir", help="With --bench: a folder whose disk is measured; again for more.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="With --bench: its run directory, cache and images are measured.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: how long, about.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
     """Tell what this machine has, and what would not work here. Exit code 1 if something essential is missing."""
-    findings = examine()
+    measured: dict[str, Any] = {}
+    findings: list[Finding] = []
+    if bench:
+        found = _bench(dirs or [], recipe, seconds=seconds)
+        if found is None:
+            return  # the first rank speaks for all
+        measured, findings = {"bench": found[0]}, found[1]
+    elif dirs or recipe:
+        raise UsageError("--dir and --recipe say what --bench measures", remedy="give --bench too")
+    findings = examine() + findings
     failed = any(f.status == "problem" for f in findings)
     if as_json:
-        typer.echo(json.dumps({"ok": not failed, "checks": [asdict(f) for f in findings]}, indent=2))
+        typer.echo(json.dumps({"ok": not failed, "checks": [asdict(f) for f in findings], **measured}, indent=2))
     else:
         for finding in findings:
             typer.echo(f"{finding.status:<9}{finding.name:<16}{finding.message}")
             if finding.fix:
                 typer.echo(f"{'':<9}fix: {finding.fix}")
     raise typer.Exit(1 if failed else 0)
+
+
+def _bench(dirs: list[Path], recipe: Path | None, *, seconds: float) -> tuple[dict[str, Any], list[Finding]] | None:
+    from livt_scale.commands import doctor_bench
+    from livt_scale.recipe_file import load_recipe
+
+    loaded = None if recipe is None else load_recipe(recipe)
+    return doctor_bench.bench(doctor_bench.folders_to_measure(dirs, loaded), loaded, seconds=seconds)
 
 
 def examine() -> list[Finding]:

@@ -1,0 +1,16 @@
+"""One line of `livt doctor`: what was looked at, how it is, and what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Finding:
+    """ok; note: works, but know this; problem: something would fail."""
+
+    name: str
+    status: Literal["ok", "note", "problem"]
+    message: str
+    fix: str = ""
