@@ -238,7 +238,7 @@ def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
 
 def _announce(stage: Stage, task: Task, plan: BatchPlan, strategy: str, world: World, resumed: str | None) -> None:
     part = task.part
-    weights = sum(p.numel() for p in task.model.parameters())
+    weights = sum(getattr(p, "ds_numel", p.numel()) for p in task.model.parameters())  # DeepSpeed leaves 0 in place
     _say(world, f"{stage}: {weights / 1e6:.1f} M weights, {strategy}, {plan}")
     _say(world, f"{stage}: peak lr {part.peak_lr:.3g} = {part.base_lr:.3g} · {part.global_batch} / 256")
     if resumed:
