@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_held_memory_falls_as_one_over_the_world_size(benchmark, strategy: str) 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_one_command_measures_all_and_joins_it(tmp_path: Path) -> None:
-    environ = {**os.environ, "QUICK": "1", "SIZES": "vit_ti", "PRECISION": "fp32"}
+    environ = {**os.environ, "QUICK": "1", "SIZES": "vit_ti", "PRECISION": "fp32", "PYTHON": sys.executable}
     done = subprocess.run(
         [BENCHMARKS / "gpu.sh", tmp_path / "an out folder"], env=environ, capture_output=True, text=True, timeout=1100
     )

@@ -34,10 +34,11 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(livt, unbroken, num
 
 
 @pytest.mark.slow
-def test_the_clock_stops_a_run_before_its_time_limit(livt, unbroken):
+def test_the_clock_stops_a_run_before_its_time_limit(livt):
     """A save is measured after the third step; until then one is taken for 30 s, twice that is within this limit."""
     run_dir, limit = livt.folder / "run", time.time() + 100
-    with Ranks(livt, run_dir, "slow:3", env={"SLURM_JOB_END_TIME": f"{limit:.0f}"}) as ranks:
+    ends_at = {"SLURM_JOB_END_TIME": f"{limit:.0f}"}
+    with Ranks(livt, run_dir, "slow:3", env=ends_at, stages__pretrain__epochs=8) as ranks:  # 216 s of it
         codes, _ = ranks.ended(within_s=100)
         assert codes == [85, 85], ranks.said(0)
         assert "stopped by the clock, " in ranks.said(0)
