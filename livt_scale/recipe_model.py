@@ -1,0 +1,72 @@
+"""The Vision Transformer that a run trains, and the MAE's decoder: the recipe's part `model`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from livt_scale.recipe_work import RecipePart
+
+# width, depth, heads, patch size in px. vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
+MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "vit_micro": (96, 4, 3, 4),
+    "vit_ti": (192, 12, 3, 16),
+    "vit_s": (384, 12, 6, 16),
+    "vit_b": (768, 12, 12, 16),
+    "vit_l": (1024, 24, 16, 16),
+    "vit_h": (1280, 32, 16, 14),
+}
+
+
+class Decoder(RecipePart):
+    """The MAE's decoder, thrown away after pretraining."""
+
+    width: PositiveInt = 512
+    depth: PositiveInt = 8
+    heads: PositiveInt = 16
+
+
+class Model(RecipePart):
+    """The Vision Transformer. A size gives width, depth, heads and patch; each can be set on its own."""
+
+    size: Literal["vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h"] = "vit_b"
+    width: PositiveInt | None = Field(None, description="None: from the size")
+    depth: PositiveInt | None = Field(None, description="None: from the size")
+    heads: PositiveInt | None = Field(None, description="None: from the size")
+    patch_px: PositiveInt | None = Field(None, description="None: from the size")
+    image_px: PositiveInt = 224
+    channels: PositiveInt = 3
+    decoder: Decoder = Decoder()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        width, _, heads, patch_px = self.dims
+        if width % heads:
+            raise ValueError(f"heads is {heads} and does not divide the width {width}")
+        if self.decoder.width % self.decoder.heads:
+            raise ValueError(f"decoder.heads is {self.decoder.heads} and does not divide {self.decoder.width}")
+        if self.image_px % patch_px:
+            lower = max(self.image_px // patch_px, 1) * patch_px
+            raise ValueError(
+                f"image_px is {self.image_px}, not a multiple of patch_px = {patch_px}: "
+                f"the nearest are {lower} and {lower + patch_px}"
+            )
+        for name, dim in (("width", width), ("decoder.width", self.decoder.width)):
+            if dim % 4:
+                raise ValueError(f"{name} is {dim}: sine-cosine positions need a multiple of 4")
+        return self
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """(width, depth, heads, patch_px), what is set over what the size gives."""
+        width, depth, heads, patch_px = MODEL_SIZES[self.size]
+        return self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_px // self.dims[3]) ** 2
+
+    def num_kept(self, mask_ratio: float) -> int:
+        """Patches that pretraining shows its encoder."""
+        return int(self.num_patches * (1 - mask_ratio))

@@ -1,0 +1,177 @@
+"""What each stage learns from and how: the recipe's parts `stages.pretrain` and `stages.finetune`.
+
+Defaults are the paper's, as `livt_scale.recipe` says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
+
+from livt_scale.recipe_work import RecipePart
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Policy = Literal["instance", "class_balanced", "sqrt"]
+LOSS_NAMES = ("ce", "bce", "bal_ce", "bal_bce")
+
+
+class _Policy(RecipePart):
+    policy: Literal["instance", "class_balanced", "sqrt", "progressive"] = Field(
+        "instance", description="instance: each image once an epoch; the others draw by class, see docs/order.md"
+    )
+
+
+# `from` is a word of Python's, so these two fields cannot be written as the others are
+_FromTo: Any = create_model(  # type: ignore[call-overload]
+    "_FromTo",
+    __base__=_Policy,
+    **{
+        "from": (Policy | None, Field(None, description="progressive: the policy that the stage begins with")),
+        "to": (Policy | None, Field(None, description="progressive: the policy that it moves towards")),
+    },
+)
+
+
+class Sampling(_FromTo):
+    """How likely each class is drawn: by images, evenly, by the root of its images, or moving between two of them."""
+
+    @model_validator(mode="after")
+    def _ends_go_with_progressive(self) -> Self:
+        given = [name for name in ("from", "to") if getattr(self, name) is not None]
+        if self.policy == "progressive" and len(given) < 2:
+            raise ValueError("policy is 'progressive': give both from and to, as {from: instance, to: class_balanced}")
+        if self.policy != "progressive" and given:
+            raise ValueError(f"{' and '.join(given)} has no effect on policy {self.policy!r}: leave it out")
+        return self
+
+    @property
+    def ends(self) -> tuple[Policy, Policy]:
+        """The policies of the first epoch and towards the last: twice the same but for progressive."""
+        if self.policy == "progressive":
+            begin, end = (getattr(self, name) for name in ("from", "to"))
+            return begin, end
+        return self.policy, self.policy
+
+
+class StagePart(RecipePart):
+    """What both stages have."""
+
+    epochs: PositiveInt
+    global_batch: PositiveInt = Field(description="images an optimizer step, over all ranks")
+    micro_batch: PositiveInt = Field(
+        64, description="images a forward pass on one rank, at most: a rank with fewer slots takes them all"
+    )
+    base_lr: PositiveFloat = Field(description="learning rate for a global batch of 256; scaled linearly")
+    min_lr: NonNegativeFloat = Field(description="where the cosine ends")
+    warmup_epochs: NonNegativeFloat = Field(description="epochs of linear warm-up")
+    weight_decay: NonNegativeFloat = Field(
+        0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either"
+    )
+    betas: tuple[Fraction, Fraction]
+    clip_grad: PositiveFloat | None = Field(None, description="largest global gradient norm; None: not clipped")
+    crop_scale: tuple[Fraction, Fraction] = Field(description="share of the image's area in a random resized crop")
+    flip: bool = Field(True, description="mirror half of the images")
+    sampling: Sampling = Sampling()
+    repeats: PositiveInt = Field(
+        1, description="views of an image in one batch, neighbours; an epoch keeps its steps and sees 1/repeats of them"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, more than epochs = {self.epochs}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {self.crop_scale}: give 0 < smallest <= largest <= 1")
+        if self.micro_batch > self.global_batch:
+            raise ValueError(f"micro_batch is {self.micro_batch}, more than global_batch = {self.global_batch}")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether neighbouring slots (2k, 2k + 1) are mixed with each other."""
+        return False
+
+    @model_validator(mode="after")
+    def _views_fill_the_batch(self) -> Self:
+        unit = self.repeats * (2 if self.mixes and self.repeats > 1 else 1)
+        if self.global_batch % unit:
+            pairs = "; with mixup or cutmix the views of two images share 2 · repeats slots" if self.mixes else ""
+            near = max(1, round(self.global_batch / unit)) * unit
+            raise ValueError(
+                f"repeats is {self.repeats}: global_batch must be a multiple of {unit}, not {self.global_batch}"
+                f"{pairs}. The nearest is {near}"
+            )
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """`base_lr` · `global_batch` / 256, the linear rule of both papers."""
+        return self.base_lr * self.global_batch / 256
+
+
+class Pretrain(StagePart):
+    """Stage 1, masked generative pretraining (MAE, arXiv 2111.06377). No labels, so no imbalance."""
+
+    epochs: PositiveInt = 800
+    global_batch: PositiveInt = 4096
+    base_lr: PositiveFloat = 1.5e-4
+    min_lr: NonNegativeFloat = 0.0
+    warmup_epochs: NonNegativeFloat = 40
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of patches left out")
+    norm_pix: bool = Field(True, description="the target: each patch less its mean, over its deviation")
+
+
+class Loss(RecipePart):
+    """Which loss, from `livt_scale.losses`."""
+
+    name: Literal["ce", "bce", "bal_ce", "bal_bce"] = "bal_bce"
+    tau: NonNegativeFloat | None = Field(None, description="strength of the margin, bal_* only; None: 1")
+
+    @model_validator(mode="after")
+    def _tau_has_an_effect(self) -> Self:
+        if self.tau is not None and not self.name.startswith("bal_"):
+            raise ValueError(f"tau has no effect on the loss {self.name!r}: leave it out, or take bal_ce or bal_bce")
+        return self
+
+
+class Finetune(StagePart):
+    """Stage 2, balanced fine-tuning. Defaults: the paper's table for ImageNet-LT."""
+
+    epochs: PositiveInt = 100
+    global_batch: PositiveInt = 1024
+    base_lr: PositiveFloat = 1e-3
+    min_lr: NonNegativeFloat = 1e-6
+    warmup_epochs: NonNegativeFloat = 10
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    init: Literal["pretrain", "scratch"] = Field("pretrain", description="where the encoder's weights come from")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's notation; None: none")
+    random_erasing: Fraction = Field(0.25, description="share of images with a rectangle of noise")
+    mixup: NonNegativeFloat = Field(0.8, description="a of Beta(a, a); 0: no mixup")
+    cutmix: NonNegativeFloat = Field(1.0, description="a of Beta(a, a); 0: no cutmix. With mixup: half and half")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
+    loss: Loss = Loss()
+    eval_every_epochs: PositiveInt | None = Field(None, description="None: at the end alone")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    @model_validator(mode="after")
+    def _pairs_stay_on_one_rank(self) -> Self:
+        for name in ("micro_batch", "global_batch"):
+            if self.mixes and getattr(self, name) % 2:
+                raise ValueError(f"{name} is {getattr(self, name)}: mixup and cutmix pair neighbours, so make it even")
+        return self
