@@ -99,6 +99,8 @@ def choose_mode(
         return slurm.mode, "slurm.mode says so"
     if site is not None and not site.requeue:
         return "segments", "the site profile forbids requeue"
+    if facts is not None and facts.preempts_by_qos:
+        return _mode_by_qos(slurm, facts)
     for asked in asks.values():
         known = facts.partition(asked.partition) if facts else None
         offered = site.partitions.get(str(asked.partition)) if site else None
@@ -107,6 +109,15 @@ def choose_mode(
             name = known.name if known else asked.partition
             return "segments", f"partition {name} cancels the jobs that it preempts (PreemptMode=CANCEL)"
     return "requeue", "no partition of the chain cancels what it preempts"
+
+
+def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
+    """Where PreemptType=preempt/qos, the job's QOS decides; for one that says nothing, the cluster's PreemptMode."""
+    own = facts.qos.get(slurm.qos) if slurm.qos else None
+    of = f"QOS {slurm.qos}" if own else "this cluster, whose QOS decide,"
+    if (own or facts.preempt) == "cancel":
+        return "segments", f"{of} cancels the jobs that it preempts (PreemptMode=CANCEL)"
+    return "requeue", f"{of} does not cancel what it preempts"
 
 
 def check_cluster(slurm: Slurm, site: Site | None, facts: ClusterFacts, asks: Mapping[str, Ask]) -> list[str]:
@@ -135,6 +146,12 @@ def check_cluster(slurm: Slurm, site: Site | None, facts: ClusterFacts, asks: Ma
             f"slurm.account is {slurm.account!r}, which you cannot charge here",
             remedy=nearest(slurm.account, facts.accounts),
         )
+    if slurm.qos and facts.qos and slurm.qos not in facts.qos:
+        raise UsageError(
+            f"slurm.qos is {slurm.qos!r}, which this cluster does not have", remedy=nearest(slurm.qos, facts.qos)
+        )
+    if facts.preempts_by_qos and not slurm.qos and "cancel" in facts.qos.values():
+        notes.append("jobs are preempted by QOS here, some of which cancel, and slurm.qos does not say which is yours")
     return [*notes, *(profile_differs(site, facts) if site else [])]
 
 

@@ -43,6 +43,9 @@ class ClusterFacts:
     accounts: frozenset[str] | None = None  # that this user may charge; None: nobody says
     kill_wait_s: int | None = None
     said: list[str] = field(default_factory=list)
+    preempts_by_qos: bool = False  # PreemptType=preempt/qos: the partition's PreemptMode is not looked at
+    preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that has none of its own
+    qos: dict[str, Preempt | None] = field(default_factory=dict)  # None: it has no PreemptMode of its own
 
     def partition(self, name: str | None) -> PartitionFacts | None:
         """The one called `name`, or the default one; None where there is none."""
@@ -63,31 +66,45 @@ def cluster_facts() -> ClusterFacts | None:
         accounts = frozenset(_run("sacctmgr", "show", "associations", *who).split())
     except (FileNotFoundError, ClusterError, KeyError):
         accounts = frozenset()  # no accounting here
-    return read_facts(config, partitions, accounts or None)
+    try:
+        qos = _run("sacctmgr", "show", "qos", "format=name,preemptmode", "--noheader", "--parsable2")
+    except (FileNotFoundError, ClusterError):
+        qos = ""
+    return read_facts(config, partitions, accounts or None, qos=qos)
 
 
-def read_facts(config: str, partitions: str, accounts: frozenset[str] | None) -> ClusterFacts:
-    """The facts in the output of `scontrol show config` and `scontrol --oneliner show partition`."""
+def read_facts(config: str, partitions: str, accounts: frozenset[str] | None, *, qos: str = "") -> ClusterFacts:
+    """The facts in the output of `scontrol show config`, `scontrol --oneliner show partition`, `sacctmgr show qos`."""
     found = [_partition(line) for line in partitions.splitlines() if line.startswith("PartitionName=")]
     wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
+    cluster_wide = re.search(r"^PreemptMode\s*=\s*(\S+)", config, re.MULTILINE)
+    rows = [line.split("|") for line in qos.splitlines() if line.count("|") == 1]
     return ClusterFacts(
         {p.name: p for p in found},
         requeues_by_default=re.search(r"^JobRequeue\s*=\s*0", config, re.MULTILINE) is None,
         accounts=accounts,
         kill_wait_s=int(wait[1]) if wait else None,
+        preempts_by_qos=re.search(r"^PreemptType\s*=\s*preempt/qos\b", config, re.MULTILINE) is not None,
+        preempt=_preempt(cluster_wide[1]) if cluster_wide else "off",
+        # sacctmgr says "cluster" for a QOS without a mode of its own
+        qos={name: None if mode in ("", "cluster") else _preempt(mode) for name, mode in rows},
     )
+
+
+def _preempt(words: str) -> Preempt:
+    """What a PreemptMode, "REQUEUE" or "GANG,CANCEL", does to a job that it ends."""
+    modes = words.upper().split(",")
+    return "cancel" if "CANCEL" in modes else "requeue" if "REQUEUE" in modes else "off"
 
 
 def _partition(line: str) -> PartitionFacts:
     values = dict(word.split("=", 1) for word in line.split() if "=" in word)
-    modes = values.get("PreemptMode", "OFF").upper().split(",")
-    preempt: Preempt = "cancel" if "CANCEL" in modes else "requeue" if "REQUEUE" in modes else "off"
     nodes = values.get("MaxNodes", "")
     return PartitionFacts(
         values["PartitionName"],
         is_default=values.get("Default") == "YES",
         time_min=minutes(values.get("MaxTime", "UNLIMITED")),
-        preempt=preempt,
+        preempt=_preempt(values.get("PreemptMode", "OFF")),
         nodes=int(nodes) if nodes.isdecimal() else None,
         up=values.get("State", "UP") == "UP",
     )

@@ -49,7 +49,7 @@ if sys.argv[1:] == ["show", "config"]:
 elif sys.argv[1:] == ["--oneliner", "show", "partition"]:
     print(settings["partitions"])
 """,
-    "sacctmgr": "print(settings['accounts'])\n",
+    "sacctmgr": "print(settings['qos' if sys.argv[2] == 'qos' else 'accounts'])\n",
 }
 PARTITIONS = (
     "PartitionName=normal AllowGroups=ALL Default=YES MaxNodes=UNLIMITED MaxTime=1-00:00:00 PreemptMode=OFF State=UP\n"
@@ -67,7 +67,7 @@ class FakeSlurm:
         folder.mkdir(parents=True)
         self.settings = {
             "accepted": 99, "queue": [], "squeue_fails": False, "scancel_fails": False,
-            "config": CONFIG, "partitions": PARTITIONS, "accounts": "lab\nother\n",
+            "config": CONFIG, "partitions": PARTITIONS, "accounts": "lab\nother\n", "qos": "",
         }  # fmt: skip
         self._save()
         (folder / "calls.jsonl").write_text("")

@@ -109,6 +109,46 @@ def test_the_mode_follows_recipe_then_profile_then_preempt_mode(slurm, site, fac
     assert choose_mode(slurm, site, facts, {"pretrain": ask(slurm, site, "pretrain")})[0] == mode
 
 
+BY_QOS = "\nPreemptMode             = {mode}\nPreemptType             = preempt/qos"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "qos", "mode"),
+    [
+        ("REQUEUE", "long", "requeue"),  # it says "cluster"
+        ("CANCEL", "long", "segments"),
+        ("GANG,CANCEL", None, "segments"),
+        ("REQUEUE", "scavenge", "segments"),
+        ("CANCEL", "kept", "requeue"),
+        ("OFF", None, "requeue"),
+    ],
+)
+def test_where_qos_decide_who_is_preempted_the_mode_follows_the_qos_and_not_the_partition(cluster, qos, mode):
+    said = "long|cluster\nscavenge|cancel\nkept|requeue\n"
+    facts = read_facts(CONFIG + BY_QOS.format(mode=cluster), PARTITIONS, None, qos=said)
+    for partition in ("normal", "scrap"):
+        slurm = Slurm(partition=partition, qos=qos)
+        assert choose_mode(slurm, None, facts, {"pretrain": ask(slurm, None, "pretrain")})[0] == mode
+
+
+def test_without_preemption_by_qos_the_partition_decides_whatever_the_qos_says():
+    facts = read_facts(CONFIG, PARTITIONS, None, qos="scavenge|cancel\n")
+    slurm = Slurm(partition="normal", qos="scavenge")
+    assert choose_mode(slurm, None, facts, {"pretrain": ask(slurm, None, "pretrain")})[0] == "requeue"
+
+
+def test_a_qos_that_the_cluster_does_not_have_is_refused_with_the_nearest():
+    facts = read_facts(CONFIG, PARTITIONS, None, qos="normal|cluster\nscavenge|cancel\n")
+    with pytest.raises(UsageError, match=r"'scavange'.*") as told:
+        plan(recipe(qos="scavange"), facts=facts)
+    assert "scavenge" in told.value.remedy
+
+
+def test_a_qos_that_is_not_given_where_some_cancel_is_told():
+    facts = read_facts(CONFIG + BY_QOS.format(mode="REQUEUE"), PARTITIONS, None, qos="scavenge|cancel\n")
+    assert any("slurm.qos does not say" in note for note in plan(recipe(), facts=facts).notes)
+
+
 # --- time ---
 
 
