@@ -80,6 +80,12 @@ class Slurm(RecipePart):
         3,
         description="restarts in a row that find no new checkpoint; one more, and the stage ends with its reason",
     )
+    check_nodes: Literal["no", "report", "exclude"] = Field(
+        "report",
+        description="a quick look at each node before its tasks start. report: a bad one ends the job and is named; "
+        "exclude: the job also goes on without it, by itself",
+    )
+    check_min: PositiveInt = Field(5, description="a node that has not answered after so many minutes is bad")
     code: Literal["frozen", "checkout"] = Field(
         "frozen",
         description="frozen: package and recipe as they were submitted, kept in RUN/code; checkout: as they lie",
@@ -104,6 +110,8 @@ class Slurm(RecipePart):
             raise ValueError("stage_in_dir has no effect without stage_in: leave it out, or set stage_in: true")
         if self.container and self.python:
             raise ValueError("python has no effect beside a container: set container.python")
+        if self.check_nodes == "no" and "check_min" in self.model_fields_set:
+            raise ValueError("check_min has no effect on check_nodes 'no': leave it out")
         given = [name for name in ("pretrain", "finetune") if getattr(self, name).segments is not None]
         if given and self.mode == "requeue":
             raise ValueError(f"{given[0]}.segments has no effect on mode 'requeue': leave it out, or take segments")

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.cluster import slurm
+from livt_scale.cluster.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.cluster.chain import Plan, dependency, plan_chain
 from livt_scale.cluster.freeze import PACKAGE, Frozen, freeze
 from livt_scale.cluster.measured import measure
@@ -65,6 +66,9 @@ def prepare(recipe: Recipe) -> Prepared:
     facts, unseen = _look_at_cluster()
     plan = plan_chain(recipe, site, facts, measured, exported=made.is_file())
     plan.notes += unseen
+    for node in read_bad_nodes(run_dir):
+        then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"
+        plan.notes.append(f"node {node.name} was bad at {node.at} ({node.why}): {then}; see RUN/{BAD_NODES}")
     for name in ("train", "val"):
         place = getattr(recipe.data, name)
         if place and not is_url(place) and not (Path(place) / "manifest.json").is_file():
@@ -110,7 +114,7 @@ def shared_by_all(prepared: Prepared, frozen: Frozen | None) -> Shared:
         python=recipe.slurm.python or sys.executable,
         code=str(code),
         code_sha256=frozen.sha256 if frozen else "",
-        slurm=recipe.slurm,
+        slurm=excluding(recipe.slurm, read_bad_nodes(prepared.run_dir)),
         site=prepared.site,
         data=local,
         evaluation_data=data.val,

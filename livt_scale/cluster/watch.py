@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from livt_scale.cluster import processes, progress
+from livt_scale.cluster.bad_nodes import read_bad_nodes
 from livt_scale.cluster.progress import Plan, Record
 from livt_scale.cluster.queue import FAILS, JobState, Queue, look, seconds
 from livt_scale.cluster.submit import CHAIN, read_chain
@@ -266,6 +267,7 @@ def _warnings(view: View, plan: Plan, chain: dict[str, Any]) -> list[str]:
         if old and len(old) < len(running):
             told.append(f"no heartbeat of ranks {', '.join(map(str, old[:8]))} for more than {span(plan.fresh_s)}")
     told += [_waits(job) for job in view.jobs if job.now.never_starts]
+    told += [f"node {n.name} failed the check of job {n.job} at {n.at}: {n.why}" for n in read_bad_nodes(view.run_dir)]
     if chain.get("taken_back"):
         told.append(f"the chain was taken back when it was submitted: {chain['taken_back']}")
     return told

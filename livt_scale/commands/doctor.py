@@ -16,7 +16,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -54,10 +54,15 @@ def doctor(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="With --bench: its run directory, cache and images are measured.")
     ] = None,
+    node: Annotated[
+        Path | None, typer.Option("--node", help="A batch job's quick look at this node, written to FOLDER/NODE.")
+    ] = None,
     seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: how long, about.")] = 60.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Tell what this machine has, and what would not work here. Exit code 1 if something essential is missing."""
+    if node is not None:
+        _look_at_node(node)
     measured: dict[str, Any] = {}
     findings: list[Finding] = []
     if bench:
@@ -79,6 +84,12 @@ def doctor(
     raise typer.Exit(1 if failed else 0)
 
 
+def _look_at_node(folder: Path) -> None:
+    from livt_scale.commands.doctor_node import look_at_node
+
+    raise typer.Exit(1 if look_at_node(folder) else 0)
+
+
 def _bench(dirs: list[Path], recipe: Path | None, *, seconds: float) -> tuple[dict[str, Any], list[Finding]] | None:
     from livt_scale.commands import doctor_bench
     from livt_scale.recipe_file import load_recipe
@@ -87,10 +98,10 @@ def _bench(dirs: list[Path], recipe: Path | None, *, seconds: float) -> tuple[di
     return doctor_bench.bench(doctor_bench.folders_to_measure(dirs, loaded), loaded, seconds=seconds)
 
 
-def examine() -> list[Finding]:
-    """Every check in turn; one that fails in a way that nobody foresaw is a problem of its own, not a traceback."""
+def examine(checks: Sequence[Callable[[], list[Finding]]] | None = None) -> list[Finding]:
+    """Each check in turn; without `checks`, all. One that fails as nobody foresaw is a problem too, not a traceback."""
     findings: list[Finding] = []
-    for check in CHECKS:
+    for check in CHECKS if checks is None else checks:
         try:
             with warnings.catch_warnings():  # a driver's complaint belongs into the finding, not between the lines
                 warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from livt_scale.cluster.bad_nodes import read_bad_nodes
 from livt_scale.cluster.freeze import freeze
 from livt_scale.cluster.render import JobPlan, render
 from livt_scale.cluster.sites import ask
@@ -331,3 +332,74 @@ def test_the_time_limit_is_told_where_slurm_does_not_and_another_launchers_rank_
 def test_the_sum_in_the_script_is_that_of_the_list(frozen):
     assert hashlib.sha256((frozen.folder / "SHA256SUMS").read_bytes()).hexdigest() == frozen.sha256
     assert json.loads((frozen.folder / "git.json").read_text())["commit"] is None
+
+
+# --- bad nodes ---
+
+HOSTNAMES = 'if [ "$1 $2" = "show hostnames" ]; then printf "n1\\nn2\\nn3\\n"; fi'
+
+
+def answers(job, **told):
+    """srun leaves what each node's `livt doctor` would; a node that is not named says nothing. Training ends with 0."""
+    job.environ["SLURM_JOB_NODELIST"] = "n[1-3]"
+    job.program("scontrol", HOSTNAMES)
+    written = "; ".join(f"printf '%s\\n' '{said}' >\"${{!#}}/{node}\"" for node, said in told.items())
+    job.program("srun", f'case "$*" in *doctor*) {written};; esac')
+
+
+def test_a_node_that_fails_its_check_or_does_not_answer_ends_the_job_and_is_named(job):
+    answers(job, n1="ok", n2="gpus: Slurm gave this job 8 GPUs here, and torch sees 7")
+    returned, said = job()
+    assert returned == 1
+    assert "node n2 is bad: gpus: Slurm gave this job 8 GPUs here, and torch sees 7" in said
+    assert "node n3 is bad: no answer within 5 min" in said
+    assert "--set slurm.exclude=n2,n3" in said
+    assert [node.name for node in read_bad_nodes(job.run)] == ["n2", "n3"]
+    assert not [call for call in job.calls("srun") if " train " in call]
+    assert not job.calls("scontrol requeue")
+
+
+def test_good_nodes_train(job):
+    answers(job, n1="ok", n2="ok", n3="ok")
+    assert job()[0] == 0
+    check, train = job.calls("srun")
+    assert "--kill-on-bad-exit=0 --time=5" in check
+    assert " train " in train
+    assert not (job.run / "slurm" / "bad-nodes").exists()
+
+
+def test_where_no_node_passes_it_is_not_for_the_nodes(job):
+    answers(job, n1="jpeg: none")
+    returned, said = job(slurm={"check_nodes": "exclude"})
+    assert returned == 1
+    assert "none of the 3 nodes passes the check" in said
+    assert not (job.run / "slurm" / "bad-nodes").exists()
+
+
+def test_the_job_comes_back_without_its_bad_nodes_and_what_waits_leaves_them_out_too(job):
+    answers(job, n1="ok", n3="ok")
+    job.program(
+        "squeue", """case "$*" in *--jobs=77*) echo "livt abc";; *) printf '78|livt abc\n79|another\n';; esac"""
+    )
+    returned, said = job(slurm={"check_nodes": "exclude", "exclude": "old[1-2]"})
+    assert returned == 85
+    assert "goes on without n2" in said
+    assert [call for call in job.calls("scontrol") if " show " not in call] == [
+        "scontrol update JobId=78 ExcNodeList=n2,old[1-2]",
+        "scontrol requeue 77",
+        "scontrol update JobId=77 ExcNodeList=n2,old[1-2]",
+    ]
+
+
+def test_a_signal_during_the_check_is_no_bad_node(job):
+    answers(job)
+    job.program("srun", 'case "$*" in *doctor*) kill -USR2 $PPID; sleep 1; exit 1;; esac')
+    assert job()[0] == 85
+    assert not (job.run / "slurm" / "bad-nodes").exists()
+    assert job.calls("scontrol requeue")
+
+
+def test_without_the_check_nobody_is_asked(job):
+    answers(job)
+    assert job(slurm={"check_nodes": "no"})[0] == 0
+    assert len(job.calls("srun")) == 1

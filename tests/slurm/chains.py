@@ -22,6 +22,10 @@ if [ "$1 $2 $3 $4" = "-P -m livt_scale train" ]; then
   shift 3
   exec '{python}' -P '{faulty}' "$@"
 fi
+if [ "$5" = --node ] && [ -e "$FAULTS/bad-$SLURMD_NODENAME" ]; then
+  echo "planted: no doctor on $SLURMD_NODENAME" >&2
+  exit 1
+fi
 exec '{python}' "$@"
 """
 
@@ -38,6 +42,7 @@ class Chain:
         python.write_text(PYTHON.format(python=sys.executable, faulty=FAULTY))
         python.chmod(0o755)
         slurm = {"nodes": 2, "time_min": 10, "lead_s": 60, "start_s": 20, "evaluate.time_min": 10, "python": python}
+        slurm["check_nodes"] = "no"  # but for the tests of it: it takes seconds at each start
         slurm["environment"] = {"FAULTS": str(self.faults), "OMP_NUM_THREADS": "1"}
         self.sets = {**RECIPE, "run_dir": self.run_dir, **{f"slurm.{name}": value for name, value in slurm.items()}}
         self.sets |= {name.replace("__", "."): value for name, value in sets.items()}
