@@ -110,7 +110,7 @@ class Slurm(RecipePart):
             raise ValueError("stage_in_dir has no effect without stage_in: leave it out, or set stage_in: true")
         if self.container and self.python:
             raise ValueError("python has no effect beside a container: set container.python")
-        if self.check_nodes == "no" and "check_min" in self.model_fields_set:
+        if self.check_nodes == "no" and self.check_min != type(self).model_fields["check_min"].default:
             raise ValueError("check_min has no effect on check_nodes 'no': leave it out")
         given = [name for name in ("pretrain", "finetune") if getattr(self, name).segments is not None]
         if given and self.mode == "requeue":

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ASK_S = 15.0  # a screen that waits longer is no use; --watch asks again
+JOB_ID = r"[0-9]+(_[0-9]+)?"  # 12, or 12_3 of an array
 SQUEUE = "--format=%i|%T|%r|%M|%L|%S|%N|%k"
 SACCT = "--format=JobID,State,ExitCode,Start,End,NodeList,Reason"
 EARLIER_S = 120.0  # clocks of login node and controller may differ so much
@@ -70,11 +71,11 @@ class Queue:
 
 def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
     """Ask for the jobs of each chain.json: squeue first, sacct for those that it does not show any more."""
-    ids = [[job for job in (str(job.get("id")) for job in c.get("jobs", [])) if job.isdecimal()] for c in chains]
+    ids = [[job for job in (str(j.get("id")) for j in c.get("jobs", [])) if re.fullmatch(JOB_ID, job)] for c in chains]
     queues, wanted = [Queue() for _ in chains], list(dict.fromkeys(job for jobs in ids for job in jobs))
     if not wanted:
         return queues
-    told, why = ask("squeue", "--noheader", f"--jobs={','.join(wanted)}", SQUEUE)
+    told, why = ask("squeue", "--noheader", "--array", f"--jobs={','.join(wanted)}", SQUEUE)
     if "Invalid job id" in why:  # squeue's word for a single one that is gone already
         why = ""
     for queue, chain, jobs in zip(queues, chains, ids, strict=True):

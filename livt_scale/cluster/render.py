@@ -59,8 +59,19 @@ class Shared:
     evaluation_data: str | None = None
 
 
-def render(template: str, job: JobPlan, shared: Shared) -> str:
-    """The batch script of `job`. Raises UsageError for a value that cannot stand where it has to."""
+@dataclass(frozen=True)
+class Array:
+    """Runs that are submitted together: element k of each array job is the k-th one's."""
+
+    runs: tuple[Shared, ...]
+    at_once: int  # of the runs, in each stage
+
+
+def render(template: str, job: JobPlan, shared: Shared, *, array: Array | None = None) -> str:
+    """The batch script of `job`. Raises UsageError for a value that cannot stand where it has to.
+
+    array: the same job for several runs; `shared` is the first of them, and the others differ in `own` alone.
+    """
     lines = template.splitlines()
     try:
         first = next(i for i, line in enumerate(lines) if line.startswith(_FIRST))
@@ -70,11 +81,12 @@ def render(template: str, job: JobPlan, shared: Shared) -> str:
             f"the template of {job.job} has no settings to replace", remedy=f"between '{_FIRST}' and '{_LAST}'"
         ) from None
     head = [line for line in lines[1:first] if not line.startswith("#SBATCH")]
-    script = [lines[0], *directives(job, shared), *head, "# --- settings of this run ---", *settings(job, shared)]
+    script = [lines[0], *directives(job, shared, array=array), *head, "# --- settings of this run ---"]
+    script += [*settings(job, shared), *_by_element(array)]
     return "\n".join([*script, *lines[last:]]) + "\n"
 
 
-def directives(job: JobPlan, shared: Shared) -> list[str]:
+def directives(job: JobPlan, shared: Shared, *, array: Array | None = None) -> list[str]:
     """The #SBATCH lines."""
     ask, slurm = job.ask, shared.slurm
     wanted = {
@@ -92,10 +104,16 @@ def directives(job: JobPlan, shared: Shared) -> list[str]:
         "exclude": slurm.exclude,
         "signal": f"B:USR2@{slurm.lead_s}",
         "open-mode": "append",
-        "output": f"{LOGS}/{job.name}-%j.log",
+        "output": f"{LOGS}/{log_name(job, array=array is not None)}",
+        "array": f"0-{len(array.runs) - 1}%{array.at_once}" if array else None,
     }
     lines = [f"#SBATCH --{name}={_word(name, str(value))}" for name, value in wanted.items() if value is not None]
     return [*lines, "#SBATCH --requeue" if job.when_stopped == "requeue" else "#SBATCH --no-requeue"]
+
+
+def log_name(job: JobPlan, *, array: bool) -> str:
+    """As Slurm takes it: %j the job's id, %A_%a those of an array and its element."""
+    return f"{job.name}-{'%A_%a' if array else '%j'}.log"
 
 
 def _word(name: str, value: str) -> str:
@@ -114,15 +132,12 @@ def settings(job: JobPlan, shared: Shared) -> list[str]:
     return [
         f"cd -- {shlex.quote(shared.work_dir)} || exit 1",
         f"stage={job.job}",
-        f"recipe={shlex.quote(shared.recipe)}",
+        *_own(shared),
         _array("options", shared.options),
         _array("python", (in_image,)),
-        f"run_dir={shlex.quote(shared.run_dir)}",
         f"when_stopped={job.when_stopped}",
         f"segment={job.segment} segments={job.segments}",
         f"most_idle_restarts={slurm.most_idle_restarts}",
-        f"code={shlex.quote(shared.code)}",
-        f"code_sha256={shlex.quote(shared.code_sha256)}",
         _array("modules", (*(site.modules if site else ()), *slurm.modules)),
         "set_environment() {",
         "  :",
@@ -134,10 +149,29 @@ def settings(job: JobPlan, shared: Shared) -> list[str]:
         _array("srun_options", srun_options),
         _array("container", container),
         f"stage_in_dir={shlex.quote(staged)}" if staged or not slurm.stage_in else "stage_in_dir=${TMPDIR:-/tmp}",
+    ]
+
+
+def _own(shared: Shared) -> list[str]:
+    """What differs between the runs of an array."""
+    return [
+        f"recipe={shlex.quote(shared.recipe)}",
+        f"run_dir={shlex.quote(shared.run_dir)}",
+        f"code={shlex.quote(shared.code)}",
+        f"code_sha256={shlex.quote(shared.code_sha256)}",
         f"evaluates={'yes' if shared.evaluation_data else 'no'}",
         f"evaluation_data={shlex.quote(shared.evaluation_data or '')}",
-        "",
     ]
+
+
+def _by_element(array: Array | None) -> list[str]:
+    """The settings of the run that an element of an array is for, laid over those of the first one."""
+    if array is None:
+        return [""]
+    cases = [
+        line for k, run in enumerate(array.runs) for line in (f"  {k})", *(f"    {o}" for o in _own(run)), "    ;;")
+    ]
+    return ["case ${SLURM_ARRAY_TASK_ID:?} in", *cases, "esac", ""]
 
 
 def environment(slurm: Slurm, site: Site | None) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
     facts = cluster_facts()             None where there is no scontrol; else partitions, accounts, PreemptMode
     sbatch(script, chdir=RUN, …)  ->  "1234"
-    alive("livt 5f3a…")           ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
+    alive(chain.json)             ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
 
 Commands are started from lists, never through a shell. One that fails raises ClusterError with what it said.
 """
@@ -12,9 +12,10 @@ from __future__ import annotations
 import getpass
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from livt_scale.cluster.sites import Preempt
 from livt_scale.errors import ClusterError, UsageError
@@ -147,14 +148,18 @@ def no_slurm(command: str) -> ClusterError:
     )
 
 
-def alive(comment: str) -> dict[str, str]:
-    """State by id of this user's jobs that carry `comment` and have not ended. Raises ClusterError."""
+def alive(chain: Mapping[str, Any]) -> dict[str, str]:
+    """State by id of this user's jobs that carry the comment of a chain.json and have not ended. Raises ClusterError.
+
+    Runs that were submitted as an array share the comment: of those, the elements of this run.
+    """
     try:
-        told = _run("squeue", "--noheader", f"--user={getpass.getuser()}", "--format=%i|%T|%k")
+        told = _run("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%k")
     except FileNotFoundError:
         raise no_slurm("squeue") from None
     rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
-    return {job: state for job, state, said in rows if said.strip() == comment}
+    element = f"_{chain['array']['index']}" if chain.get("array") else ""
+    return {job: state for job, state, said in rows if said.strip() == chain["chain"] and job.endswith(element)}
 
 
 def cancel(jobs: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from livt_scale.cluster.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.cluster.chain import Plan, dependency, plan_chain
 from livt_scale.cluster.freeze import PACKAGE, Frozen, freeze
 from livt_scale.cluster.measured import measure
-from livt_scale.cluster.render import LOGS, JobPlan, Shared, render
+from livt_scale.cluster.render import LOGS, JobPlan, Shared, log_name, render
 from livt_scale.cluster.sites import SLURM_FOLDER, Site, load_site
 from livt_scale.durable import write_whole
 from livt_scale.errors import ClusterError, UsageError
@@ -128,20 +128,25 @@ def submit(prepared: Prepared) -> dict[str, Any]:
     still in the queue.
     """
     run_dir, recipe = prepared.run_dir, prepared.recipe
-    with _alone(run_dir):
+    with alone(run_dir):
         frozen = freeze(to_yaml(recipe), run_dir) if recipe.slurm.code == "frozen" else None
         earlier = read_chain(run_dir)
-        waiting = slurm.alive(earlier["chain"]) if earlier else {}
+        waiting = slurm.alive(earlier) if earlier else {}
         if earlier and waiting:
-            return _join(earlier, waiting, _code(frozen, prepared), run_dir)
-        if frozen is None:
-            write_whole(run_dir / "slurm" / "recipe.yaml", to_yaml(recipe).encode("utf-8", "surrogateescape"))
-        written = _write_scripts(prepared, frozen)
-        for old in (*(run_dir / "slurm").glob("starts-*"), *(run_dir / "slurm").glob("failed-*")):
-            old.unlink()  # who submits anew has seen why it stopped
-        (run_dir / LOGS).mkdir(parents=True, exist_ok=True)
-        chain = _describe(prepared, frozen, earlier)
+            return _join(earlier, waiting, code_of(frozen, prepared), run_dir)
+        start_anew(prepared, frozen)
+        written = write_scripts(run_dir, prepared.plan.jobs, scripts(prepared, frozen))
+        chain = describe(prepared, frozen, earlier)
         return _submit_all(prepared, written, chain)
+
+
+def start_anew(prepared: Prepared, frozen: Frozen | None) -> None:
+    """What the jobs of a new chain expect in the run directory, and nothing that would end them at once."""
+    folder = prepared.run_dir / "slurm"
+    if frozen is None:
+        write_whole(folder / "recipe.yaml", to_yaml(prepared.recipe).encode("utf-8", "surrogateescape"))
+    for old in (*folder.glob("starts-*"), *folder.glob("failed-*")):
+        old.unlink()  # who submits anew has seen why it stopped
 
 
 def read_chain(run_dir: Path) -> dict[str, Any] | None:
@@ -158,7 +163,8 @@ def read_chain(run_dir: Path) -> dict[str, Any] | None:
     return chain
 
 
-def _describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any] | None) -> dict[str, Any]:
+def describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """chain.json before its first job."""
     return {
         "version": VERSION,
         "chain": f"livt {secrets.token_hex(8)}",
@@ -166,13 +172,13 @@ def _describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any]
         "submitted_at": _now(),
         "mode": prepared.plan.mode,
         "why": prepared.plan.why,
-        "code": _code(frozen, prepared),
+        "code": code_of(frozen, prepared),
         "jobs": [],
         "earlier": [*(earlier or {}).get("earlier", []), *([_short(earlier)] if earlier else [])],
     }
 
 
-def _code(frozen: Frozen | None, prepared: Prepared) -> dict[str, Any]:
+def code_of(frozen: Frozen | None, prepared: Prepared) -> dict[str, Any]:
     """`runs` tells whether two submissions are of the same: of package and recipe, or the recipe alone."""
     if frozen is None:
         recipe = to_yaml(prepared.recipe).encode("utf-8", "surrogateescape")
@@ -192,34 +198,38 @@ def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, An
     run_dir, jobs = prepared.run_dir, prepared.plan.jobs
     ids: list[str] = []
     try:
-        _write(run_dir, chain)
+        write_chain(run_dir, chain)
         for number, (job, script) in enumerate(zip(jobs, written, strict=True)):
             waits = dependency(jobs, number)
             after = f"{waits[0]}:{ids[waits[1]]}" if waits else None
-            log, name = f"{LOGS}/{job.name}-%j.log", chain["chain"]
-            ids.append(slurm.sbatch(script, chdir=run_dir, log=log, comment=name, dependency=after))
-            chain["jobs"].append(
-                {
-                    "stage": job.job,
-                    "segment": job.segment,
-                    "segments": job.segments,
-                    "id": ids[-1],
-                    "name": job.name,
-                    "script": str(script.relative_to(run_dir)),
-                    "log": log.replace("%j", ids[-1]),
-                    "dependency": after,
-                    "submitted_at": _now(),
-                    "ask": asdict(job.ask),
-                }
-            )
-            _write(run_dir, chain)
+            log = f"{LOGS}/{log_name(job, array=False)}"
+            ids.append(slurm.sbatch(script, chdir=run_dir, log=log, comment=chain["chain"], dependency=after))
+            paths = {"script": str(script.relative_to(run_dir)), "log": log.replace("%j", ids[-1])}
+            chain["jobs"].append(entry(job, id=ids[-1], dependency=after, **paths))
+            write_chain(run_dir, chain)
     except BaseException as error:
-        _take_back(run_dir, chain, ids, error)
+        take_back([(run_dir, chain)], ids, error)
         raise
     return chain
 
 
-def _take_back(run_dir: Path, chain: dict[str, Any], ids: list[str], error: BaseException) -> None:
+def entry(job: JobPlan, *, id: str, script: str, log: str, dependency: str | None) -> dict[str, Any]:
+    """A job of chain.json. script, log: beneath the run directory, or absolute."""
+    return {
+        "stage": job.job,
+        "segment": job.segment,
+        "segments": job.segments,
+        "id": id,
+        "name": job.name,
+        "script": script,
+        "log": log,
+        "dependency": dependency,
+        "submitted_at": _now(),
+        "ask": asdict(job.ask),
+    }
+
+
+def take_back(chains: Sequence[tuple[Path, dict[str, Any]]], ids: list[str], error: BaseException) -> None:
     """Nothing stays half submitted: cancel what was, and say so; if that fails too, say which jobs are left."""
     try:
         slurm.cancel(ids)
@@ -228,9 +238,10 @@ def _take_back(run_dir: Path, chain: dict[str, Any], ids: list[str], error: Base
             f"{error}. And jobs {', '.join(ids)}, submitted before, could not be cancelled: {second}",
             remedy=f"end them: scancel {' '.join(ids)}",
         ) from error
-    chain["taken_back"] = f"{error}"
-    with suppress(OSError):
-        _write(run_dir, chain)
+    for run_dir, chain in chains:
+        chain["taken_back"] = f"{error}"
+        with suppress(OSError):
+            write_chain(run_dir, chain)
     if isinstance(error, ClusterError) and ids:
         raise ClusterError(
             f"{error.message}; jobs {', '.join(ids)}, submitted before it, were taken back", remedy=error.remedy
@@ -249,21 +260,23 @@ def _join(chain: dict[str, Any], waiting: dict[str, str], code: dict[str, Any], 
     )
 
 
-def _write_scripts(prepared: Prepared, frozen: Frozen | None) -> list[Path]:
+def write_scripts(folder: Path, jobs: Sequence[JobPlan], texts: Sequence[str]) -> list[Path]:
+    """FOLDER/slurm/scripts/01-pretrain.sbatch and so on, and the folder of the logs."""
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, (job, text) in enumerate(zip(prepared.plan.jobs, scripts(prepared, frozen), strict=True), start=1):
-        path = prepared.run_dir / "slurm" / "scripts" / f"{number:02}-{job.name}.sbatch"
+    for number, (job, text) in enumerate(zip(jobs, texts, strict=True), start=1):
+        path = folder / "slurm" / "scripts" / f"{number:02}-{job.name}.sbatch"
         write_whole(path, text.encode("utf-8", "surrogateescape"))
         paths.append(path)
     return paths
 
 
-def _write(run_dir: Path, chain: dict[str, Any]) -> None:
+def write_chain(run_dir: Path, chain: dict[str, Any]) -> None:
     write_whole(run_dir / CHAIN, (json.dumps(chain, indent=2) + "\n").encode())
 
 
 @contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
+def alone(run_dir: Path) -> Iterator[None]:
     """One submission at a time for a run. Raises ClusterError: another is at work, or nothing can be written there."""
     try:
         (run_dir / "slurm").mkdir(parents=True, exist_ok=True)

@@ -156,7 +156,7 @@ def test_a_queue_that_cannot_be_asked_stops_a_second_submission(tmp_path, fake):
 
 def test_two_submissions_at_once_are_not_possible(tmp_path, fake):
     of = recipe(tmp_path)
-    with chains._alone(Path(of.run_dir)), pytest.raises(ClusterError, match="another livt submit"):
+    with chains.alone(Path(of.run_dir)), pytest.raises(ClusterError, match="another livt submit"):
         submit(of)
 
 
