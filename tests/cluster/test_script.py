@@ -105,17 +105,40 @@ def test_an_old_record_of_a_preemption_does_not_hide_a_failure(job):
     assert job()[0] == 1
 
 
+# what `scontrol --oneliner show job` said to the script of a job that was ended, by Slurm 22.05
+CANCELLED = (
+    "JobId=77 JobState=CANCELLED Reason=None Dependency=(null) Requeue=1 Restarts=0 BatchFlag=1",
+    "JobId=77 JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=0 BatchFlag=1",
+)
+ENDED_OTHERWISE = (
+    "JobId=77 JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1",  # scontrol requeue
+    "JobId=77 JobState=COMPLETING Reason=TimeLimit Dependency=(null) Requeue=0 Restarts=0 BatchFlag=1",
+    "JobId=77 JobState=COMPLETING Reason=None Restarts=0 BatchFlag=1 PreemptTime=2026-11-26T12:21:04",
+    "JobId=77 JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=0 BatchFlag=1",
+)
+
+
+@pytest.mark.parametrize("told", CANCELLED)
 @pytest.mark.parametrize("when_stopped", ["requeue", "next"])
-def test_a_job_that_somebody_cancelled_does_not_come_back(job, when_stopped):
+def test_a_job_that_somebody_cancelled_does_not_come_back(job, when_stopped, told):
     """scancel tells the tasks first, by SIGTERM: they save and leave with 85, as at a preemption."""
     job.program("srun", "exit 85")
-    job.program("scontrol", 'case $* in *show*) echo "JobId=77 JobState=CANCELLED Reason=None" ;; esac')
+    job.program("scontrol", f'case $* in *show*) echo "{told}" ;; esac')
     code, said = job(when_stopped=when_stopped, segments=2)
     assert code == 1
     assert "was cancelled" in said
     assert not job.calls("scontrol requeue")
     job.program("scontrol", "exit 0")
     assert job(when_stopped="last", segment=2, segments=2)[0] == (1 if when_stopped == "next" else 85)
+
+
+@pytest.mark.parametrize("told", ENDED_OTHERWISE)
+def test_a_job_that_slurm_ends_for_another_reason_was_not_cancelled(job, told):
+    job.program("srun", "exit 85")
+    job.program("scontrol", f'case $* in *show*) echo "{told}" ;; esac')
+    assert job(when_stopped="next", segments=2)[0] == 0
+    assert job()[0] == 85
+    assert job.calls("scontrol requeue")
 
 
 def test_a_job_that_cannot_be_put_back_says_so(job):
