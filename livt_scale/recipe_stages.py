@@ -5,7 +5,7 @@ Defaults are the paper's, as `livt_scale.recipe` says.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     Field,
@@ -20,7 +20,8 @@ from livt_scale.recipe_work import RecipePart
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Policy = Literal["instance", "class_balanced", "sqrt"]
-LOSS_NAMES = ("ce", "bce", "bal_ce", "bal_bce")
+LossName = Literal["ce", "ls_ce", "bce", "bal_ce", "bal_bce", "cb_ce", "ldam", "mislas", "lade", "focal"]
+LOSS_NAMES: tuple[LossName, ...] = get_args(LossName)
 
 
 class _Policy(RecipePart):
@@ -131,17 +132,59 @@ class Pretrain(StagePart):
     norm_pix: bool = Field(True, description="the target: each patch less its mean, over its deviation")
 
 
-class Loss(RecipePart):
-    """Which loss, from `livt_scale.losses`."""
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
-    name: Literal["ce", "bce", "bal_ce", "bal_bce"] = "bal_bce"
-    tau: NonNegativeFloat | None = Field(None, description="strength of the margin, bal_* only; None: 1")
+
+class Loss(RecipePart):
+    """Which loss, from `livt_scale.losses`, and what it takes; docs/losses.md tells them apart."""
+
+    name: LossName = "bal_bce"
+    tau: NonNegativeFloat | None = Field(None, description="bal_ce, bal_bce: strength of the margin; None: 1")
+    smoothing: BelowOne | None = Field(None, description="ls_ce: ε of its own smoothing; None: 0.1")
+    beta: BelowOne | None = Field(
+        None, description="cb_ce: how slowly more images of a class stop counting; None: 0.9999"
+    )
+    max_margin: NonNegativeFloat | None = Field(None, description="ldam: margin of the smallest class; None: 0.5")
+    scale: PositiveFloat | None = Field(None, description="ldam: what logits are multiplied by; None: 30")
+    head_smoothing: BelowOne | None = Field(None, description="mislas: ε of the largest class; None: 0.3")
+    tail_smoothing: BelowOne | None = Field(None, description="mislas: ε of the smallest class; None: 0")
+    dv_weight: NonNegativeFloat | None = Field(None, description="lade: weight of its regulariser; None: 0.1")
+    dv_penalty: NonNegativeFloat | None = Field(None, description="lade: λ within its regulariser; None: 0.1")
+    gamma: NonNegativeFloat | None = Field(None, description="focal: how little the easy terms weigh; None: 2")
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What the recipe gives of `make_loss`'s options."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
 
     @model_validator(mode="after")
-    def _tau_has_an_effect(self) -> Self:
-        if self.tau is not None and not self.name.startswith("bal_"):
-            raise ValueError(f"tau has no effect on the loss {self.name!r}: leave it out, or take bal_ce or bal_bce")
+    def _options_have_an_effect(self) -> Self:
+        for option in self.options:
+            takers = LOSS_OPTIONS[option]
+            if self.name not in takers:
+                instead = " or ".join(takers)
+                raise ValueError(f"{option} has no effect on the loss {self.name!r}: leave it out, or take {instead}")
         return self
+
+
+LOSS_OPTIONS: dict[str, tuple[LossName, ...]] = {  # which losses take it
+    "tau": ("bal_ce", "bal_bce"),
+    "smoothing": ("ls_ce",),
+    "beta": ("cb_ce",),
+    "max_margin": ("ldam",),
+    "scale": ("ldam",),
+    "head_smoothing": ("mislas",),
+    "tail_smoothing": ("mislas",),
+    "dv_weight": ("lade",),
+    "dv_penalty": ("lade",),
+    "gamma": ("focal",),
+}
+# What the targets of these must not have been through, and why.
+LOSS_REFUSES: dict[LossName, tuple[tuple[str, ...], str]] = {
+    "ls_ce": (("smoothing",), "smooths its targets itself (loss.smoothing)"),
+    "mislas": (("smoothing",), "smooths its targets itself (loss.head_smoothing, loss.tail_smoothing)"),
+    "lade": (("mixup", "cutmix", "smoothing"), "needs to know which class an image is of"),
+}
 
 
 class Finetune(StagePart):
@@ -174,4 +217,14 @@ class Finetune(StagePart):
         for name in ("micro_batch", "global_batch"):
             if self.mixes and getattr(self, name) % 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: mixup and cutmix pair neighbours, so make it even")
+        return self
+
+    @model_validator(mode="after")
+    def _the_loss_takes_these_targets(self) -> Self:
+        refused, why = LOSS_REFUSES.get(self.loss.name, ((), ""))
+        given = {name: getattr(self, name) for name in refused if getattr(self, name)}
+        if given:
+            values = ", ".join(f"{name} is {value:g}" for name, value in given.items())
+            zeros = ", ".join(f"{name}: 0" for name in given)
+            raise ValueError(f"{values}, but the loss {self.loss.name!r} {why}: set {zeros}")
         return self

@@ -18,7 +18,7 @@ from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import Classifier, build_classifier, load_encoder
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
-from livt_scale.recipe import Finetune, Loss, Recipe
+from livt_scale.recipe import Finetune, Recipe
 from livt_scale.train.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
 from livt_scale.train.loop import Evaluation, Task
 from livt_scale.train.rundir import is_done, read_status
@@ -81,12 +81,8 @@ def final_pretraining(run_dir: Path) -> Path:
     return final[-1]
 
 
-def loss_options(loss: Loss) -> dict[str, float]:
-    return {} if loss.tau is None else {"tau": loss.tau}
-
-
 def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[..., Tensor]:
-    criterion = make_loss(part.loss.name, train.class_counts, **loss_options(part.loss))
+    criterion = make_loss(part.loss.name, train.class_counts, **part.loss.options)
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
         images = normalise(batch.images, recipe.data.mean, recipe.data.std, torch.float32)
