@@ -145,18 +145,19 @@ def train_batches(
 
 
 def eval_batches(
-    shards: ShardSet, recipe: Recipe, *, rank: int, world_size: int, batch: int, local_ranks: int = 1
+    shards: ShardSet, recipe: Recipe, *, rank: int, world_size: int, batch: int, local_ranks: int = 1, crops: int = 1
 ) -> Batches:
     """The evaluation images of one rank, `batch` at a time, the last one smaller: over all ranks each exactly once.
 
-    A rank without any (more ranks than samples) gets no batch.
+    `crops` 5: of each image the centre and the four corners, neighbours in `images` [5 · B, C, T, T]. A rank without
+    any image (more ranks than samples) gets no batch.
     """
     positions = eval_positions(shards.num_samples, rank=rank, world_size=world_size)
     samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
-    dataset = _EvalDataset(shards, recipe, samples, batch)
+    dataset = _EvalDataset(shards, recipe, samples, batch, crops=crops)
     told = recipe.data.workers  # auto: nothing to measure for so few images
     workers = min(calibrate.cores_for_rank(local_ranks), calibrate.MOST_WORKERS) if told == "auto" else told
-    size = calibrate.batch_bytes(recipe, batch)
+    size = calibrate.batch_bytes(recipe, batch * crops)
     return Batches(dataset, Loading(min(workers, dataset.num_batches), recipe.data.prefetch, size, "evaluation"))
 
 
@@ -235,6 +236,7 @@ class _Dataset(IterableDataset[Any]):
         self.shards = shards
         self.recipe = recipe
         self.blocks = Blocks(keep=0)
+        self.crops = 1  # of each sample
 
     def __iter__(self) -> Iterator[Packed | _Failed]:
         try:
@@ -252,16 +254,19 @@ class _Dataset(IterableDataset[Any]):
         """What else the batch holds: random numbers, each from its own sample's seeds."""
         raise NotImplementedError
 
-    def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:
+    def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:
+        """Fill `slots`, uint8 [crops, C, T, T]."""
         raise NotImplementedError
 
     def load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
         keys = self.shards.keys(batch.samples)
         seed_keys = batch.seed_keys(keys)
-        slots, sent = self.room(batch, keys, self.draw(batch, seed_keys), num_images=len(keys))
-        for slot, raw, key in zip(slots, reader.read(batch.samples, keys), seed_keys, strict=True):
+        slots, sent = self.room(batch, keys, self.draw(batch, seed_keys), num_images=len(keys) * self.crops)
+        # [B · crops, C, T, T] -> [B, crops, C, T, T]
+        places = slots.unflatten(0, (len(keys), self.crops))
+        for place, raw, key in zip(places, reader.read(batch.samples, keys), seed_keys, strict=True):
             with _named(raw):
-                self.transform(raw.image, slot, epoch=batch.epoch, key=key)
+                self.transform(raw.image, place, epoch=batch.epoch, key=key)
         return sent
 
     def room(
@@ -305,8 +310,8 @@ class _TrainDataset(_Dataset):
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
         return self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers)
 
-    def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:
-        self._transform(data, slot, epoch=epoch, key=key)
+    def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:
+        self._transform(data, slots[0], epoch=epoch, key=key)
 
     def load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
         if not self.hands_on:
@@ -349,8 +354,9 @@ class _TrainDataset(_Dataset):
 
 
 class _EvalDataset(_Dataset):
-    def __init__(self, shards: ShardSet, recipe: Recipe, samples: Ints, batch: int) -> None:
+    def __init__(self, shards: ShardSet, recipe: Recipe, samples: Ints, batch: int, *, crops: int) -> None:
         super().__init__(shards, recipe)
+        self.crops = crops
         self._samples = samples
         self._batch = batch
         self._transform = EvalTransform(recipe)
@@ -361,8 +367,8 @@ class _EvalDataset(_Dataset):
             first = number * self._batch
             yield MicroBatch(0, number, 0, self._samples[first : first + self._batch])
 
-    def transform(self, data: bytes, slot: Tensor, *, epoch: int, key: str) -> None:  # noqa: ARG002 - no randomness
-        self._transform(data, slot)
+    def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:  # noqa: ARG002 - no randomness
+        self._transform.crops(data, slots)
 
     def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:  # noqa: ARG002
         return {}

@@ -102,13 +102,20 @@ class EvalTransform:
 
     def __call__(self, data: bytes, slot: torch.Tensor) -> None:
         """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
+        self.crops(data, slot[None])
+
+    def crops(self, data: bytes, slots: torch.Tensor) -> None:
+        """Fill `slots`, uint8 [n, C, T, T]: the centre crop; with n = 5 then the corners of the resized image too, left
+        before right, top before bottom. Raises BadImage."""
         pixels = _centre(open_image(data, channels=self._channels).pixels(workspace=self._workspace))
         height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
         resized = _channels_last(height, width, self._channels)
         resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
-        target_px = slot.shape[-1]  # torchvision's CenterCrop rounds half to even, so do we
-        top, left = round((height - target_px) / 2), round((width - target_px) / 2)
-        slot.copy_(resized[:, top : top + target_px, left : left + target_px])
+        px = slots.shape[-1]  # torchvision's CenterCrop rounds half to even, so do we
+        centre = round((height - px) / 2), round((width - px) / 2)
+        corners = [(top, left) for top in (0, height - px) for left in (0, width - px)]
+        for slot, (top, left) in zip(slots, [centre, *corners], strict=False):
+            slot.copy_(resized[:, top : top + px, left : left + px])
 
 
 def image_channels(recipe: Recipe) -> int:

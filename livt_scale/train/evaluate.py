@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from livt_scale.data.calibrate import most_workers
-from livt_scale.data.loader import eval_batches, normalise
+from livt_scale.data.loader import eval_batches
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order import eval_positions
 from livt_scale.data.remote_set import check_evaluation_room
@@ -37,6 +37,7 @@ from livt_scale.parallel import precision
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Recipe
+from livt_scale.train.views import Views
 
 FORMAT = "livt-eval"
 VERSION = 1
@@ -65,11 +66,14 @@ def evaluate(
     world: World,
     classes: TrainingClasses | None = None,
     batch: int = BATCH,
+    views: Views = Views(),  # noqa: B008 - frozen
+    keep: list[Tensor] | None = None,
 ) -> dict[str, Any]:
     """The report of `model` (a Classifier on `world.device`, or a strategy that holds one) on `shards`, on every rank.
 
-    classes: None: those of the recipe's training set. batch: images a forward pass. The model is left in the mode it
-    was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
+    classes: None: those of the recipe's training set. batch: images a forward pass, which sees one view of each. keep:
+    gets this rank's logits, float [B, C] on the CPU, in the order of the set (`train.outputs`). The model is left in
+    the mode it was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
     """
     classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
     check_same_classes(shards, classes)
@@ -77,12 +81,20 @@ def evaluate(
     tally = Tally(shards.num_classes, device=world.device)
     infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
     if not isinstance(model, nn.Module) and model.lockstep:
-        owed = _most_batches(shards, world, batch)  # forward passes, at least
+        owed = _most_batches(shards, world, batch) * views.number  # forward passes, at least
+
+    def counted(images: Tensor) -> Tensor:
+        nonlocal owed
+        logits = infer(images)
+        owed -= 1
+        return logits
+
     error: Exception | None = None
     try:
-        for logits, labels in _answers(infer, shards, recipe, world=world, batch=batch):
-            owed -= 1
+        for logits, labels in _answers(counted, shards, recipe, world=world, batch=batch, views=views):
             tally.update(logits, labels)
+            if keep is not None:
+                keep.append(logits.float().cpu())
     except Exception as raised:
         error = raised
     for _ in range(owed):  # after an error too: the others count to the end
@@ -94,7 +106,8 @@ def evaluate(
     report = tally.report(classes.counts, many_over=recipe.data.many_over, few_under=recipe.data.few_under)
     if report["num_samples"] != shards.num_samples:
         raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
-    return {**report, "precision": recipe.parallel.precision, "data": data_lineage(shards)}
+    facts = {"precision": recipe.parallel.precision, "views": views.facts(), "data": data_lineage(shards)}
+    return {**report, **facts}
 
 
 def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
@@ -162,15 +175,14 @@ def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
 
 
 def _answers(
-    infer: Callable[[Tensor], Tensor], shards: ShardSet, recipe: Recipe, *, world: World, batch: int
+    infer: Callable[[Tensor], Tensor], shards: ShardSet, recipe: Recipe, *, world: World, batch: int, views: Views
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of this rank's batches."""
-    mean, std = recipe.data.mean, recipe.data.std
     ranks = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
-    with eval_batches(shards, recipe, **ranks, batch=batch) as batches:
+    with eval_batches(shards, recipe, **ranks, batch=batch, crops=views.crops) as batches:
         for own in batches:
             on_device = own.to(world.device)
-            yield infer(normalise(on_device.images, mean, std, torch.float32)), on_device.labels
+            yield views.logits(infer, on_device.images, recipe.data), on_device.labels
 
 
 def _most_batches(shards: ShardSet, world: World, batch: int) -> int:
