@@ -51,7 +51,7 @@ def reconstructions(
     made = torch.where(masked, made.float() * scale + offset, original)
     hidden = torch.where(masked, torch.full_like(original, MASKED_GREY), original)
     columns = {"original": original, "masked": hidden, "reconstruction": made}
-    _save(_rows({name: _to_uint8(column) for name, column in columns.items()}), path)
+    save_png(_rows({name: _to_uint8(column) for name, column in columns.items()}), path)
 
 
 def confusion(report: dict[str, Any], class_names: Sequence[str], path: Path) -> None:
@@ -66,7 +66,8 @@ def confusion(report: dict[str, Any], class_names: Sequence[str], path: Path) ->
     assert counts.shape == (len(class_names), len(class_names)), counts.shape
     # a class without samples has an empty row
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    _save(_named_matrix(shares, class_names) if len(class_names) <= NUMBERED_CLASSES else _plain_matrix(shares), path)
+    is_named = len(class_names) <= NUMBERED_CLASSES
+    save_png(_named_matrix(shares, class_names) if is_named else _plain_matrix(shares), path)
 
 
 def _pixels_masked(is_masked: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
@@ -92,7 +93,7 @@ def _rows(columns: dict[str, np.ndarray]) -> Image.Image:
     draw = ImageDraw.Draw(picture)
     for column, (name, panels) in enumerate(columns.items()):
         left = GAP_PX + column * (panel_w + GAP_PX)
-        draw.text((left, 2), name, fill="black", font=_font(11))
+        draw.text((left, 2), name, fill="black", font=font_of(11))
         for row, panel in enumerate(panels):
             enlarged = panel.repeat(factor, axis=0).repeat(factor, axis=1)
             picture.paste(Image.fromarray(enlarged), (left, top + row * (panel_h + GAP_PX)))
@@ -100,18 +101,18 @@ def _rows(columns: dict[str, np.ndarray]) -> Image.Image:
 
 
 def _named_matrix(shares: np.ndarray, class_names: Sequence[str]) -> Image.Image:
-    font, cell = _font(12), 34
-    names = [_spelt(name) for name in class_names]
+    font, cell = font_of(12), 34
+    names = [spelt(name) for name in class_names]
     margin = 12 + max(int(font.getlength(name)) for name in names)
     left, top, side = margin + 18, margin + 18, cell * len(names)
     picture = Image.new("RGB", (left + side + 8, top + side + 8), "white")
     draw = ImageDraw.Draw(picture)
     draw.text((4, 4), "% of the true class", fill="black", font=font)
     draw.text((left + side // 2, 4), "predicted", fill="black", font=font, anchor="ma")
-    _paste_turned(picture, "true", font, right=16, bottom=top + side // 2 + 12)
+    paste_turned(picture, "true", font, right=16, bottom=top + side // 2 + 12)
     for k, name in enumerate(names):
         draw.text((left - 6, top + k * cell + cell // 2), name, fill="black", font=font, anchor="rm")
-        _paste_turned(picture, name, font, right=left + k * cell + cell // 2 + 8, bottom=top - 6)
+        paste_turned(picture, name, font, right=left + k * cell + cell // 2 + 8, bottom=top - 6)
         for j, share in enumerate(shares[k]):
             box = (left + j * cell, top + k * cell, left + (j + 1) * cell - 1, top + (k + 1) * cell - 1)
             draw.rectangle(box, fill=_blue(share))
@@ -135,13 +136,13 @@ def _plain_matrix(shares: np.ndarray) -> Image.Image:
     pixels = ramp[(shares.clip(0, 1) * 255).round().astype(np.uint8)].repeat(factor, axis=0).repeat(factor, axis=1)
     picture = Image.new("RGB", (pixels.shape[1] + 24, pixels.shape[0] + 24), "white")
     picture.paste(Image.fromarray(pixels), (20, 20))
-    font = _font(12)
+    font = font_of(12)
     ImageDraw.Draw(picture).text((20, 3), "predicted, share of the true class", fill="black", font=font)
-    _paste_turned(picture, "true", font, right=17, bottom=20 + pixels.shape[0] // 2)
+    paste_turned(picture, "true", font, right=17, bottom=20 + pixels.shape[0] // 2)
     return picture
 
 
-def _paste_turned(picture: Image.Image, text: str, font: Any, *, right: int, bottom: int) -> None:
+def paste_turned(picture: Image.Image, text: str, font: Any, *, right: int, bottom: int) -> None:
     """Text that reads upwards, its lower right corner there."""
     left, top, width, height = font.getbbox(text)
     box = Image.new("RGB", (int(width - left) + 2, int(height - top) + 2), "white")
@@ -157,17 +158,17 @@ def _blue(share: float) -> tuple[int, int, int]:
     return tuple(round(w + (d - w) * t) for w, d in zip(white, dark, strict=True))  # type: ignore[return-value]
 
 
-def _spelt(name: str) -> str:
+def spelt(name: str) -> str:
     """A class name fit for one line of a picture: control characters and line ends shown as spaces, cut at 24."""
     plain = "".join(c if c.isprintable() else " " for c in name).strip() or "?"
     return plain if len(plain) <= 24 else plain[:23] + "…"
 
 
-def _font(size_px: int) -> Any:
+def font_of(size_px: int) -> Any:
     return ImageFont.load_default(size=size_px)
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def save_png(picture: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     write_whole(path, buffer.getvalue())
