@@ -14,6 +14,7 @@ of the live model. It replaces an older export; it never replaces a folder that 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -35,6 +36,8 @@ from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Sta
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.evaluate import BATCH, TrainingClasses, evaluate
 from livt_scale.train.finished import Trained, is_run, load_trained
+from livt_scale.train.outputs import About, Outputs, gather
+from livt_scale.train.views import Views
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -47,6 +50,14 @@ TIMM_NAMES = {
     "vit_l": "vit_large_patch16_224",
     "vit_h": "vit_huge_patch14_224",
 }
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """outputs: on rank 0, where they were to be kept."""
+
+    report: dict[str, Any]
+    outputs: Outputs | None
 
 
 class WeightsFile(BaseModel):
@@ -228,27 +239,48 @@ def evaluate_path(
     data: str | Path | None = None,
     which: str | None = None,
     batch: int = BATCH,
+    views: Views = Views(),  # noqa: B008 - frozen
+    keep: bool = False,
     world: World = World(),  # noqa: B008 - frozen
-) -> dict[str, Any]:
+) -> Evaluated:
     """Evaluate a run or an export on the shards in `data`, a folder or URL (None: the run's own evaluation set).
 
     A collective call of the ranks of `world`. The report of `train.evaluate.evaluate`, with `weights`: what was
-    evaluated, and from where it was read.
+    evaluated, and from where it was read; with `keep` the logits of every image too.
     """
     trained = open_trained(path, which=which)
     folder = data or _own_data(path, trained)
     if folder is None:
         why = "an export does not know any" if not is_run(path) else "its recipe has no data.val"
         raise UsageError(f"no evaluation set for {path}: {why}", remedy="give a folder of shards with --data")
+    shards = ShardSet.open(folder, data=trained.recipe.data)
+    kept: list[Tensor] | None = [] if keep else None
     report = evaluate(
         trained.model.to(world.device),
-        ShardSet.open(folder, data=trained.recipe.data),
+        shards,
         trained.recipe,
         world=world,
         classes=trained.classes,
         batch=batch,
+        views=views,
+        keep=kept,
     )
-    return {**report, "weights": {**trained.weights, "read_from": str(path)}}
+    report |= {"weights": {**trained.weights, "read_from": str(path)}}
+    outputs = None if kept is None else gather(kept, shards, _about(trained, report), world=world)
+    return Evaluated(report, outputs)
+
+
+def _about(trained: Trained, report: dict[str, Any]) -> About:
+    finetune, data = trained.recipe.stages.finetune, trained.recipe.data
+    assert finetune is not None
+    return About(
+        class_names=trained.classes.names,
+        class_counts=trained.classes.counts,
+        many_over=data.many_over,
+        few_under=data.few_under,
+        loss=finetune.loss.name,
+        facts={name: report[name] for name in ("precision", "views", "data", "weights")},
+    )
 
 
 def _own_data(path: Path, trained: Trained) -> str | None:

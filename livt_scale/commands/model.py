@@ -12,7 +12,10 @@ From = Annotated[
     str | None,
     typer.Option("--from", metavar="CHECKPOINT", help="best, newest or a step; without it, the final checkpoint."),
 ]
-TIMEOUT_S = 1800  # ranks wait so long for the slowest
+VIEWS_HELP = "Views of each image that are averaged: 1 centre crop, 2 and its mirror image, 5 crops, 10 both."
+AVERAGE_HELP = "What of the views is averaged; logits by default."
+REPORTS_HELP = "Write per_class.csv, per_class.png and reliability.png there."
+TAU_HELP = "Take the training prior out of the logits, so strongly; several: a table; auto: chosen on half of the set."
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -41,10 +44,28 @@ def export(
 
 
 def eval_(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory, or an export.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory, an export, or a file of --save-logits.")
+    ],
     data: Annotated[str | None, typer.Option("--data", help="Shards; without it, the run's own data.val.")] = None,
     which: From = None,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 64,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images a forward pass; 64 by default.")] = None,
+    views: Annotated[int | None, typer.Option("--views", metavar="1|2|5|10", help=VIEWS_HELP)] = None,
+    average: Annotated[str | None, typer.Option("--average", metavar="logits|probs", help=AVERAGE_HELP)] = None,
+    tau: Annotated[str | None, typer.Option("--tau", metavar="T[,T...]|auto", help=TAU_HELP)] = None,
+    temperature: Annotated[
+        bool, typer.Option("--temperature", help="Fit a temperature on one half of the set, report it on the other.")
+    ] = False,
+    reports: Annotated[
+        Path | None,
+        typer.Option("--reports", metavar="DIR", help=REPORTS_HELP),
+    ] = None,
+    gallery: Annotated[
+        Path | None, typer.Option("--gallery", metavar="FILE", help="Write the worst confusions as one HTML file.")
+    ] = None,
+    save_logits: Annotated[
+        Path | None, typer.Option("--save-logits", metavar="FILE", help="Write all logits, for further reports.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Also write the report there, as eval.json.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -55,29 +76,20 @@ def eval_(
     livt eval runs/try
 
     livt eval exports/try --data shards/fashion-mnist-lt/val --json
+
+    livt eval runs/try --views 10 --save-logits logits.safetensors
+
+    livt eval logits.safetensors --tau 0,0.5,1 --reports reports/try
     """
-    from livt_scale.export import evaluate_path
-    from livt_scale.parallel.cores import told_to_loader
-    from livt_scale.parallel.topology import detect, process_group
-    from livt_scale.train.evaluate import write_eval
+    from livt_scale.commands.evaluation import Wanted, evaluated, print_report
 
-    world = detect()
-    with process_group(world, timeout_s=TIMEOUT_S), told_to_loader(world):
-        report = evaluate_path(path, data=data, which=which, batch=batch, world=world)
-    if not world.is_main:
+    wanted = Wanted(tau, temperature, reports, gallery, save_logits, out)
+    typed = {"which": which, "batch": batch, "views": views, "average": average}
+    run = {name: value for name, value in typed.items() if value is not None}
+    done = evaluated(path, data=data, run=run, wanted=wanted)
+    if done is None:  # not the main rank
         return
-    if out is not None:
-        weights = report["weights"]
-        write_eval({k: v for k, v in report.items() if k != "weights"}, out, weights=weights)
     if as_json:
-        typer.echo(json.dumps(report))
-        return
-    from rich.console import Console
-
-    from livt_scale.train.results import accuracy_table
-
-    Console().print(accuracy_table(report))
-    weights = report["weights"]
-    typer.echo(f"calibration error {100 * report['calibration']['ece']:.1f} %")
-    typer.echo(f"weights: {weights['checkpoint']} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}")
-    typer.echo(f"data: {report['data']['folder']}, manifest {report['data']['manifest_digest'][:12]}")
+        typer.echo(json.dumps(done.report))
+    else:
+        print_report(done)

@@ -36,6 +36,20 @@ def accuracy_table(report: dict[str, Any]) -> Table:
     return table
 
 
+def sweep_table(report: dict[str, Any]) -> Table:
+    """Top-1 by τ, in per cent: a row for each of `report["tau_sweep"]`."""
+    chosen = report.get("adjustment", {}).get("chosen_on")
+    where = f"{chosen} images that τ is chosen on" if chosen else f"{report['num_samples']} evaluation images"
+    table = Table(title=f"{where}, top-1 accuracy in %")
+    groups = ("all", "mean_class", "many", "medium", "few")
+    for name in ("τ", "all", "mean of classes", "many", "medium", "few"):
+        table.add_column(name, justify="right")
+    for row in report["tau_sweep"]:
+        values = [row["top1"][group] for group in groups]
+        table.add_row(f"{row['tau']:g}", *("-" if v is None else f"{100 * v:.1f}" for v in values))
+    return table
+
+
 def read_eval(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "finetune" / "eval.json"
     try:

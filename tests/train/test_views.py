@@ -107,8 +107,10 @@ def _rank(rank: int, port: str, folder: str, out: str) -> None:
     shards, recipe, world = ShardSet.open(folder), tiny_recipe(train=folder), World(rank, 2)
     options = {"world": world, "classes": CLASSES, "batch": 1, "views": Views(10)}
     with process_group(world, timeout_s=60):
-        result = {}
-        for name, model in (("plain", a_model()), ("sharded", _sharded(world))):
+        result, passes, sharded = {}, [], _sharded(world)
+        infer = sharded.infer
+        sharded.infer = lambda images: passes.append(len(images)) or infer(images)
+        for name, model in (("plain", a_model()), ("sharded", sharded)):
             kept: list[torch.Tensor] = []
             report = evaluate(model, shards, recipe, keep=kept, **options)
             gathered = gather(kept, shards, ABOUT, world=world)
@@ -119,6 +121,7 @@ def _rank(rank: int, port: str, folder: str, out: str) -> None:
             gather(spoilt, shards, ABOUT, world=world)
         except RunError as error:
             result["error"] = str(error)
+        result["passes"] = len(passes)
         dist.barrier()
     Path(out, f"{rank}.json").write_text(json.dumps(result))
 
@@ -140,6 +143,7 @@ def test_two_ranks_give_the_report_and_the_logits_of_one(shards: ShardSet, tmp_p
             assert result[name]["report"] == json.loads(json.dumps(alone))
             if rank == 0:
                 assert result[name]["logits"] == outputs.logits.tolist()
+        assert result["passes"] == 60  # rank 0 has 5 images and calls the sharded model for the sixth of rank 1 too
         assert "not finite for 6 of 11 images" in result["error"]
 
 
