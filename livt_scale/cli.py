@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from livt_scale import __version__
-from livt_scale.commands import cancel, ckpt, doctor, logs, model, recipe, run, shards, status, submit
+from livt_scale.commands import cancel, ckpt, doctor, logs, model, predict, recipe, run, shards, status, submit
 from livt_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
 
 EPILOG = """
@@ -29,6 +29,8 @@ Examples:
     livt ckpt ls runs/try
 
     livt export runs/try --out exports/try
+
+    livt predict exports/try photos --out photos.csv
 
 Exit codes: 0 done, 1 failed, 2 wrong usage, 85 preempted (saved; start again to go on).
 """
@@ -71,6 +73,7 @@ app.command()(cancel.cancel)
 app.command()(logs.logs)
 app.command(name="eval")(model.eval_)
 app.command()(model.export)
+app.command()(predict.predict)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")

@@ -104,7 +104,7 @@ def test_help_comes_without_torch(arguments):
 
 
 def test_the_names_that_scripts_rely_on_are_there():
-    commands = ["quickstart", "train", "eval", "export", "doctor", "ckpt ls", "ckpt verify", "ckpt convert"]
+    commands = ["quickstart", "train", "eval", "export", "predict", "doctor", "ckpt ls", "ckpt verify", "ckpt convert"]
     commands += [f"shards {words}" for words in ("build", "verify", "index", "info", "trace")]
     commands += [f"recipe {words}" for words in ("show", "check", "schema")]
     assert {words: problem_in(f"livt {words}") for words in commands if problem_in(f"livt {words}")} == {}

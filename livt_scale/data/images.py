@@ -37,6 +37,7 @@ SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 â
 
 _READ_TO_THE_END = "before marker 0xd9"  # surplus bytes between the last pixel and the end: nothing is lost
 _ONLY_SURPLUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")  # the first warning, whole
+_BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # Pillow's name for the bytes: another each time
 
 
 class BadImage(ValueError):
@@ -278,5 +279,5 @@ def _upright(pixels: Pixels, orientation: int) -> Pixels:
 
 
 def _said(error: Exception) -> str:
-    text = str(error) or type(error).__name__
+    text = _BUFFER.sub("", str(error)) or type(error).__name__
     return text if text.isprintable() else repr(text)
