@@ -36,7 +36,7 @@ from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Sta
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.evaluate import BATCH, TrainingClasses, evaluate
 from livt_scale.train.finished import Trained, is_run, load_trained
-from livt_scale.train.outputs import About, Outputs, gather
+from livt_scale.train.outputs import About, Outputs, gather, logit_scale
 from livt_scale.train.views import Views
 
 WEIGHTS = "model.safetensors"
@@ -279,6 +279,7 @@ def _about(trained: Trained, report: dict[str, Any]) -> About:
         many_over=data.many_over,
         few_under=data.few_under,
         loss=finetune.loss.name,
+        logit_scale=logit_scale(finetune.loss),
         facts={name: report[name] for name in ("precision", "views", "data", "weights")},
     )
 

@@ -43,6 +43,7 @@ from livt_scale.recipe import Recipe
 from livt_scale.reports.adjust import adjust
 from livt_scale.train.evaluate import BATCH
 from livt_scale.train.finished import Trained
+from livt_scale.train.outputs import logit_scale
 from livt_scale.train.views import Views
 
 MOST_WORKERS = 8
@@ -223,8 +224,8 @@ def _adjusted(logits: Tensor, trained: Trained, how: Prediction) -> Tensor:
     if not how.tau:
         return logits
     assert trained.recipe.stages.finetune is not None
-    loss = trained.recipe.stages.finetune.loss.name
-    return adjust(logits.float(), how.tau, loss=loss, class_counts=trained.classes.counts)
+    loss, counts = trained.recipe.stages.finetune.loss, trained.classes.counts
+    return adjust(logits.float(), how.tau, loss=loss.name, class_counts=counts, logit_scale=logit_scale(loss))
 
 
 def _tops(logits: Tensor, top_k: int, *, temperature: float) -> list[tuple[tuple[int, float], ...]]:

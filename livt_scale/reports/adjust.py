@@ -2,14 +2,15 @@
 
     softmax losses     z - τ · log π                         Menon et al., arXiv 2007.07314, section 4.1
     sigmoid losses     z - τ · (log π - log(1 - π))          the same for odds: LiVT's margin with the other sign
+    ldam               z - τ · log π / s                     its softmax is over s · z
 
 A softmax trained with plain cross entropy models P(c | x) of the training set; over π it is the posterior under a
 uniform prior, so τ = 1 is what theory says for a balanced evaluation. Training counts (90, 10), z = (1, 0): τ = 1 gives
 (1 - log 0.9, 0 - log 0.1) = (1.11, 2.30), so the rare class wins.
 
-A model that was trained with a margin (`bal_ce`, `bal_bce`) has the prior taken out already, for its z is what is left
-beside the margin. For it τ = 0 is the balanced answer, τ = -1 puts the training prior back (at the τ of its training,
-the answer for data that are distributed as the training set), and τ = 1 corrects twice.
+A model that was trained with the prior beside its logits (`bal_ce`, `lade`, `bal_bce`) has it taken out already, for
+its z is what is left. For it τ = 0 is the balanced answer, τ = -1 puts the training prior back (at the τ of its
+training, the answer for data that are distributed as the training set), and τ = 1 corrects twice.
 """
 
 from __future__ import annotations
@@ -57,26 +58,26 @@ def margin(loss: str, class_counts: ArrayLike) -> NDArray[np.float64]:
     return log_priors - (np.log(counts.sum() - counts) - math.log(counts.sum()))  # 1 - π would lose all digits
 
 
-def formula(loss: str) -> str:
-    return "z - tau * (log(prior) - log(1 - prior))" if loss in SIGMOID_LOSSES else "z - tau * log(prior)"
+def formula(loss: str, logit_scale: float = 1.0) -> str:
+    plain = "z - tau * (log(prior) - log(1 - prior))" if loss in SIGMOID_LOSSES else "z - tau * log(prior)"
+    return plain if logit_scale == 1 else f"{plain} / {logit_scale:g}"
 
 
-def adjust(logits: Tensor, tau: float, *, loss: str, class_counts: ArrayLike) -> Tensor:
+def adjust(logits: Tensor, tau: float, *, loss: str, class_counts: ArrayLike, logit_scale: float = 1.0) -> Tensor:
     """Float [B, C] less τ times the margin, of the same dtype and device."""
-    return logits + _shift(tau, loss=loss, class_counts=class_counts).to(logits)
+    return logits + _shift(tau, loss=loss, class_counts=class_counts, logit_scale=logit_scale).to(logits)
 
 
 def adjusted(outputs: Outputs, tau: float) -> Outputs:
     """`outputs` with the logits adjusted."""
-    about = outputs.about
-    return outputs.with_logits(adjust(outputs.logits, tau, loss=about.loss, class_counts=about.class_counts))
+    return outputs.with_logits(outputs.logits + _shift(tau, **_trained_with(outputs)))
 
 
 def sweep(outputs: Outputs, taus: Sequence[float]) -> list[dict[str, Any]]:
     """For each τ: {"tau", "top1", "top5"}, the accuracies as `Tally.report` gives them."""
-    about, rows = outputs.about, []
+    rows = []
     for tau in taus:
-        report = outputs.report(shift=_shift(tau, loss=about.loss, class_counts=about.class_counts))
+        report = outputs.report(shift=_shift(tau, **_trained_with(outputs)))
         rows.append({"tau": tau, "top1": report["top1"], "top5": report["top5"]})
     return rows
 
@@ -86,5 +87,10 @@ def best(rows: Sequence[dict[str, Any]]) -> float:
     return float(min(rows, key=lambda row: (-row["top1"][CRITERION], abs(row["tau"]), row["tau"]))["tau"])
 
 
-def _shift(tau: float, *, loss: str, class_counts: ArrayLike) -> Tensor:
-    return torch.from_numpy(-tau * margin(loss, class_counts)).float()
+def _trained_with(outputs: Outputs) -> dict[str, Any]:
+    about = outputs.about
+    return {"loss": about.loss, "class_counts": about.class_counts, "logit_scale": about.logit_scale}
+
+
+def _shift(tau: float, *, loss: str, class_counts: ArrayLike, logit_scale: float) -> Tensor:
+    return torch.from_numpy(-tau * margin(loss, class_counts) / logit_scale).float()

@@ -17,7 +17,7 @@ from typing import Any
 from livt_scale.reports import adjust, drawings, held_out
 from livt_scale.reports.calibration import fitted_and_reported, temperature_report
 from livt_scale.reports.per_class import class_rows, write_csv
-from livt_scale.train.outputs import Outputs
+from livt_scale.train.outputs import About, Outputs
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class Told:
 def tell(outputs: Outputs, *, tau: str | None = None, temperature: bool = False) -> Told:
     """The report of `outputs`; `tau` as on the command line. UsageError, DataError (no prior, too few images)."""
     taus = (0.0,) if tau is None else adjust.parse_taus(tau)
-    loss, more = outputs.about.loss, dict[str, Any]()
+    about, more = outputs.about, dict[str, Any]()
     if taus is None:
         chosen, reported = held_out.halves(outputs)
         rows = adjust.sweep(chosen, adjust.AUTO_TAUS)
         value = adjust.best(rows)
         chosen, outputs = adjust.adjusted(chosen, value), adjust.adjusted(reported, value)
-        more["adjustment"] = _facts(value, loss) | {
+        more["adjustment"] = _facts(value, about) | {
             "chosen_on": len(chosen.keys),
             "chosen_by": f"top1.{adjust.CRITERION}",
             "seed": held_out.SEED,
@@ -48,7 +48,7 @@ def tell(outputs: Outputs, *, tau: str | None = None, temperature: bool = False)
         return Told({**outputs.report(), **more}, outputs)
     if len(taus) == 1 and tau is not None:
         outputs = adjust.adjusted(outputs, taus[0])
-        more["adjustment"] = _facts(taus[0], loss)
+        more["adjustment"] = _facts(taus[0], about)
     elif len(taus) > 1:
         more["tau_sweep"] = adjust.sweep(outputs, taus)
     if temperature:
@@ -71,5 +71,6 @@ def write_reports(told: Told, folder: Path) -> list[Path]:
     return [table, picture, diagram]
 
 
-def _facts(tau: float, loss: str) -> dict[str, Any]:
-    return {"tau": tau, "formula": adjust.formula(loss), "trained_with": loss}
+def _facts(tau: float, about: About) -> dict[str, Any]:
+    formula = adjust.formula(about.loss, about.logit_scale)
+    return {"tau": tau, "formula": formula, "trained_with": about.loss}

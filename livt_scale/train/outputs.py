@@ -26,8 +26,10 @@ from torch import Tensor
 from livt_scale.data.manifest import ShardSet
 from livt_scale.durable import write_whole
 from livt_scale.errors import DataError, RunError
+from livt_scale.losses import options_of
 from livt_scale.metrics import Tally
 from livt_scale.parallel.topology import World
+from livt_scale.recipe import Loss
 
 FORMAT = "livt-logits"
 VERSION = 1
@@ -43,6 +45,7 @@ class About:
     many_over: int
     few_under: int
     loss: str  # that the model was trained with
+    logit_scale: float  # what that loss multiplied the logits by
     facts: dict[str, Any]  # of eval.json what is not counted from the logits: precision, views, data, weights
 
 
@@ -83,6 +86,11 @@ class Outputs:
             tally.update((logits if shift is None else logits + shift) * scale, labels)
         figures = tally.report(self.counts, many_over=self.about.many_over, few_under=self.about.few_under)
         return {**figures, **self.about.facts}
+
+
+def logit_scale(loss: Loss) -> float:
+    """What `loss` multiplies the logits by before its softmax: LDAM's s; 1 for all others."""
+    return float(options_of(loss.name).get("scale", 1.0) if loss.scale is None else loss.scale)
 
 
 def gather(kept: list[Tensor], shards: ShardSet, about: About, *, world: World) -> Outputs | None:
@@ -164,6 +172,8 @@ def _check_fit(tensors: dict[str, Tensor], keys: tuple[str, ...], about: About) 
         raise ValueError("keys, class_names and loss must be text")
     if not all(isinstance(n, int) and n >= 0 for n in (*about.class_counts, about.many_over, about.few_under)):
         raise ValueError("class_counts and thresholds must be numbers of images")
+    if not isinstance(about.logit_scale, int | float) or not 0 < about.logit_scale < float("inf"):
+        raise ValueError(f"logit_scale is {about.logit_scale!r}")
     if len(about.class_counts) != num_classes or not isinstance(about.facts, dict):
         raise ValueError(f"{len(about.class_counts)} class_counts for {num_classes} class_names")
     if logits.shape != (len(keys), num_classes) or labels.shape != (len(keys),) or not num_classes or not keys:

@@ -27,6 +27,7 @@ def outputs(
         many_over=100,
         few_under=20,
         loss=loss,
+        logit_scale=30.0 if loss == "ldam" else 1.0,
         facts={
             "precision": "fp32",
             "views": {"number": 1, "average": "logits"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from livt_scale.errors import DataError, UsageError
 from livt_scale.losses import make_loss
+from livt_scale.recipe_stages import LOSS_NAMES
 from livt_scale.reports import adjust
 from livt_scale.reports.evaluation import tell
 from livt_scale.reports.held_out import half_rows, halves
@@ -19,15 +20,20 @@ from tests.reports.made import COUNTS, outputs
 
 
 @pytest.mark.parametrize("tau", [-1.0, 0.0, 0.5, 1.5])
-@pytest.mark.parametrize("loss", ["ce", "bal_ce", "bce", "bal_bce"])
+@pytest.mark.parametrize("loss", ["ce", "bal_ce", "lade", "ldam", "bce", "bal_bce", "focal"])
 def test_the_margin_is_taken_off_as_a_plain_loop_does(loss: str, tau: float) -> None:
     made = outputs(20, loss=loss)
     found = adjust.adjusted(made, tau).logits
     total = sum(COUNTS)
     for row, plain in zip(found.tolist(), made.logits.tolist(), strict=True):
         for c, n in enumerate(COUNTS):
-            off = math.log(n / total) if loss.endswith("ce") and not loss.endswith("bce") else math.log(n / (total - n))
+            sigmoid = loss in ("bce", "bal_bce", "focal")
+            off = math.log(n / (total - n)) if sigmoid else math.log(n / total) / (30 if loss == "ldam" else 1)
             assert row[c] == pytest.approx(plain[c] - tau * off, abs=1e-5)
+
+
+def test_each_sigmoid_loss_is_one_of_the_registry() -> None:
+    assert set(adjust.SIGMOID_LOSSES) <= set(LOSS_NAMES)
 
 
 def test_by_hand_the_rare_class_wins() -> None:
@@ -38,7 +44,7 @@ def test_by_hand_the_rare_class_wins() -> None:
 
 @pytest.mark.parametrize(("trained", "plain"), [("bal_ce", "ce"), ("bal_bce", "bce")])
 def test_it_is_the_margin_of_the_balanced_losses_with_the_other_sign(trained: str, plain: str) -> None:
-    margin = make_loss(trained, COUNTS).margin
+    margin = make_loss(trained, COUNTS).by_class
     assert margin is not None
     np.testing.assert_allclose(adjust.margin(plain, COUNTS), margin.numpy(), rtol=1e-12)
     # so τ = -1 gives a model that was trained with the margin back what its loss saw

@@ -164,7 +164,7 @@ def made_of(shards: ShardSet) -> Outputs:
     data = {"folder": str(shards.folder), "manifest_digest": shards.digest, "num_samples": len(labels)}
     facts = {"data": data, "weights": {}, "precision": "fp32", "views": {}}
     names = tuple(shards.manifest.class_names)
-    return Outputs(logits, labels, tuple(shards.keys(positions)), About(names, (300, 50, 5), 100, 20, "ce", facts))
+    return Outputs(logits, labels, tuple(shards.keys(positions)), About(names, (300, 50, 5), 100, 20, "ce", 1.0, facts))
 
 
 @pytest.fixture

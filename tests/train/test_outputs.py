@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from livt_scale.errors import DataError, RunError
 from livt_scale.metrics import Tally
 from livt_scale.parallel.topology import World
-from livt_scale.train.outputs import Outputs, gather, load_outputs, save_outputs
+from livt_scale.recipe import Loss
+from livt_scale.recipe_stages import LOSS_NAMES
+from livt_scale.train.outputs import Outputs, gather, load_outputs, logit_scale, save_outputs
 from tests.reports.made import COUNTS, outputs
 from tests.tiny_run import tiny_shards
 
@@ -64,6 +66,7 @@ def test_a_file_that_is_cut_or_changed_is_refused(tmp_path: Path) -> None:
         ({"class_counts": [1, 2, 3, 4, -5]}, "numbers of images"),
         ({"class_names": [1, 2, 3, 4, 5]}, "must be text"),
         ({"class_names": 5}, "not iterable"),
+        ({"logit_scale": 0}, "logit_scale is 0"),
         ({"facts": 3}, "class_counts for"),
         ({"extra": 3}, "extra"),
     ],
@@ -101,6 +104,12 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
     data = path.read_bytes()
     (size,) = struct.unpack("<Q", data[:8])
     return json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["livt"]), load_file(path)
+
+
+def test_ldam_alone_scales_its_logits() -> None:
+    assert logit_scale(Loss(name="ldam")) == 30
+    assert logit_scale(Loss(name="ldam", scale=8)) == 8
+    assert {logit_scale(Loss(name=name)) for name in LOSS_NAMES if name != "ldam"} == {1}
 
 
 def test_logits_that_are_not_finite_are_named_by_their_images(tmp_path: Path) -> None:

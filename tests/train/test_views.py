@@ -27,7 +27,7 @@ from tests.tiny_run import tiny_recipe, tiny_shards
 from tests.train.test_evaluate import _sharded, a_model
 
 CLASSES = TrainingClasses(("a", "b", "c"), (300, 50, 4), where="the training set")
-ABOUT = About(CLASSES.names, CLASSES.counts, 100, 20, "ce", {"data": {}, "weights": {}})
+ABOUT = About(CLASSES.names, CLASSES.counts, 100, 20, "ce", 1.0, {"data": {}, "weights": {}})
 
 
 @pytest.fixture
