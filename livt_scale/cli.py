@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from livt_scale import __version__
-from livt_scale.commands import cancel, ckpt, doctor, logs, model, predict, recipe, run, shards, status, submit
+from livt_scale.commands import (
+    cancel,
+    ckpt,
+    doctor,
+    logs,
+    model,
+    predict,
+    recipe,
+    reproduce,
+    run,
+    shards,
+    status,
+    submit,
+)
 from livt_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
 
 EPILOG = """
@@ -77,6 +90,7 @@ app.command()(predict.predict)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")
+app.command()(reproduce.reproduce)
 app.command()(doctor.doctor)
 
 

@@ -28,6 +28,7 @@ from livt_scale.train.trackers import Trackers
 
 PLAIN_LINE_EVERY_S = 10.0
 METRICS = "metrics.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 CPU = torch.device("cpu")
 MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
 SUMS = (*MEANS, *(f"{name}_steps" for name in MEANS), "steps", "skipped_steps", "step_s", *(f"{p}_s" for p in PARTS))
@@ -82,7 +83,8 @@ class Telemetry:
 
     def __enter__(self) -> Self:
         if self._writes:
-            _drop_lines_after(self._path, self._start)
+            for name in (METRICS, EVALUATIONS):
+                _drop_lines_after(self._path.with_name(name), self._start)
             self._file = self._path.open("a")
             if sys.stderr.isatty():
                 self._start_bar()
@@ -142,9 +144,15 @@ class Telemetry:
             self._line(done, lr)
 
     def note(self, done: int, **values: Any) -> None:
-        """Put values that come now and then (an evaluation) on the trackers and on the terminal."""
+        """Put an evaluation's values into evaluations.jsonl, on the trackers and on the terminal."""
         self._trackers.log(values, step=done)
         if self._writes:
+            line = {"step": done, "epoch": round(done / self._per_epoch, 4), **values}
+            try:
+                with self._path.with_name(EVALUATIONS).open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                self._tell_of_disk(error)
             self.say(f"step {done}: " + "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def say(self, text: str, *, always: bool = False) -> None:
@@ -192,9 +200,12 @@ class Telemetry:
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            if not self._told_of_disk:
-                self._told_of_disk = True
-                self.say(f"{self._path} cannot be written: {error.strerror}; training goes on, lines are missing")
+            self._tell_of_disk(error)
+
+    def _tell_of_disk(self, error: OSError) -> None:
+        if not self._told_of_disk:
+            self._told_of_disk = True
+            self.say(f"{self._path.parent} cannot be written: {error.strerror}; training goes on, lines are missing")
 
     def _start_bar(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
@@ -265,7 +276,7 @@ def measured_demand(folder: Path) -> float | None:
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to `step`; a half line at the end, of a killed process, goes too."""
+    """Keep the lines up to `step`; a half line at the end, of a killed process, goes too."""
     if not path.exists():
         return
     kept = []

@@ -1,0 +1,230 @@
+"""The paper's claims as runs and questions: what `livt reproduce` trains, and what it asks of the numbers.
+
+    CLAIMS["losses"].arms(SETTINGS["fashion_mnist_lt"])    a way of training each: bal_bce, bce, ce, …
+    CLAIMS["losses"].asks(…)                               bal_bce above bce on top1_all?  above ce?  …
+
+An arm differs from the others of its claim in what the claim is about alone; all see the same seeds, the same order of
+samples and the same budget. Nothing is tuned for any of them: each loss has its authors' constants and the recipe's
+learning rate. Arms that pretrain alike share one pretraining a seed, and an arm that two claims have is trained once.
+A setting says on which data and at which size, so that one word takes a claim from two CPU cores to ImageNet-LT.
+
+Source: arXiv 2212.02015, abstract and section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from livt_scale.plan.flops import classifier_flops, mae_flops
+from livt_scale.recipe_file import load_recipe
+from livt_scale.study.grid import Run
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+Sets = Mapping[str, Any]
+Measure = Literal["top1_all", "top1_many", "top1_medium", "top1_few", "top1_mean_over_epochs", "reconstruction_loss"]
+# A network that begins at random needs one rate for all layers (as timm's and DeiT's recipes have it).
+SCRATCH: Sets = {"stages.finetune.init": "scratch", "stages.finetune.layer_decay": 1.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """On which data, how large. balanced: the set of the same size. sizes, mgp_epochs: from small to large."""
+
+    recipe: Path
+    balanced: str
+    sizes: Mapping[str, Sets]
+    mgp_epochs: tuple[int, ...]  # the last is the recipe's own
+    num_classes: int
+    sets: Sets = field(default_factory=dict)
+
+    @property
+    def base_size(self) -> str:
+        return next(name for name, sets in self.sizes.items() if not sets)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training. pretraining: its name, and `pretrain` what it changes; None: none. `finetune` None: none."""
+
+    name: str
+    pretraining: str | None = None
+    pretrain: Sets = field(default_factory=dict)
+    finetune: Sets | None = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Is `better` above `worse` (below it for a loss)? With `within`: are they alike, relative to `worse`?"""
+
+    better: str
+    worse: str
+    measure: Measure
+    within: float | None = None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim in words, its arms, and what is asked of them."""
+
+    says: str
+    arms: Callable[[Setting], list[Arm]]
+    asks: Callable[[Setting], list[Ask]]
+
+
+def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets) -> dict[tuple[str, int], list[Run]]:
+    """The runs of each (arm, seed), the one that is looked at last. sets: laid over everything."""
+    found: dict[tuple[str, int], list[Run]] = {}
+    for seed in seeds:
+        for arm in claim.arms(setting):
+            shared = {**setting.sets, **arm.pretrain, **sets, "seed": seed}
+            runs = []
+            if arm.pretraining is not None:
+                runs.append(Run(f"pretrain-{arm.pretraining}/seed-{seed}", setting.recipe, shared, "pretrain"))
+            if arm.finetune is not None:
+                after = runs[-1].name if runs else None
+                own = {**shared, **arm.finetune}
+                runs.append(Run(f"{arm.name}/seed-{seed}", setting.recipe, own, "finetune", after))
+            found[arm.name, seed] = runs
+    return found
+
+
+# --- the claims ---
+
+LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "ldam", "mislas", "lade")
+
+
+def _two_stages(setting: Setting) -> list[Arm]:
+    longer = {"stages.finetune.epochs": epochs_of_equal_compute(setting), "stages.finetune.eval_every_epochs": None}
+    return [
+        Arm("bal_bce", "lt"),
+        Arm("scratch", finetune=SCRATCH),
+        Arm("scratch-equal-compute", finetune={**SCRATCH, **longer}),
+    ]
+
+
+def epochs_of_equal_compute(setting: Setting) -> int:
+    """Epochs of fine-tuning that take as many operations as both stages together (`plan.flops`), rounded up."""
+    recipe = load_recipe(setting.recipe, sets=[f"{path}={value}" for path, value in setting.sets.items()])
+    pretrain, finetune = recipe.stages.pretrain, recipe.stages.finetune
+    assert pretrain is not None
+    assert finetune is not None
+    first = mae_flops(recipe.model, mask_ratio=pretrain.mask_ratio).train
+    second = classifier_flops(recipe.model, num_classes=setting.num_classes).train
+    return finetune.epochs + -(-pretrain.epochs * first // second)
+
+
+def _against_scratch(setting: Setting) -> list[Ask]:  # noqa: ARG001 - each claim's has the same signature
+    rivals = ("scratch", "scratch-equal-compute")
+    return [Ask("bal_bce", rival, measure) for rival in rivals for measure in ("top1_all", "top1_few")]
+
+
+def _each_loss(setting: Setting) -> list[Arm]:  # noqa: ARG001
+    return [Arm(name, "lt", finetune=loss_sets(name)) for name in LOSSES]
+
+
+def loss_sets(name: str) -> dict[str, Any]:
+    """What changes with the loss. One that smooths by itself, or needs hard labels, cannot have all of the recipe's."""
+    if name == "bal_bce":
+        return {}
+    sets: dict[str, Any] = {"stages.finetune.loss.name": name}
+    if name != "bal_ce":
+        sets["stages.finetune.loss.tau"] = None
+    if name in ("mislas", "lade"):
+        sets["stages.finetune.smoothing"] = 0
+    if name == "lade":
+        sets |= {"stages.finetune.mixup": 0, "stages.finetune.cutmix": 0}
+    return sets
+
+
+def _best_loss(setting: Setting) -> list[Ask]:  # noqa: ARG001
+    finally_ = [Ask("bal_bce", rival, "top1_all") for rival in LOSSES[1:]]
+    return [*finally_, Ask("bal_bce", "bal_ce", "top1_mean_over_epochs")]
+
+
+def _mgp_arms(setting: Setting) -> list[Arm]:
+    """Each size at the longest schedule, and the middle size at each schedule, on both sets."""
+    arms = []
+    for data, data_sets in (("lt", {}), ("balanced", {"data.train": setting.balanced})):
+        for size, sets in setting.sizes.items():
+            arms.append(_mgp_arm(data, size, setting.mgp_epochs[-1], {**data_sets, **sets}, setting))
+        for epochs in setting.mgp_epochs[:-1]:
+            arms.append(_mgp_arm(data, setting.base_size, epochs, data_sets, setting))
+    return arms
+
+
+def _mgp_arm(data: str, size: str, epochs: int, sets: Sets, setting: Setting) -> Arm:
+    own = dict(sets)
+    if epochs != setting.mgp_epochs[-1]:
+        own["stages.pretrain.epochs"] = epochs
+    return Arm(_mgp_name(data, size, epochs, setting), _mgp_name(data, size, epochs, setting), own, None)
+
+
+def _mgp_name(data: str, size: str, epochs: int, setting: Setting) -> str:
+    words = [data]
+    words += [size] if size != setting.base_size else []
+    words += [f"{epochs}-epochs"] if epochs != setting.mgp_epochs[-1] else []
+    return "-".join(words)
+
+
+def _reconstructs(setting: Setting) -> list[Ask]:
+    """Alike on both sets, to 5 %; lower with the next size, and with more epochs."""
+    sizes, last = list(setting.sizes), setting.mgp_epochs[-1]
+    arms = {
+        (d, s, e): _mgp_name(d, s, e, setting) for d in ("lt", "balanced") for s in sizes for e in setting.mgp_epochs
+    }
+    base = setting.base_size
+    asks = [Ask(arms["lt", s, last], arms["balanced", s, last], "reconstruction_loss", within=0.05) for s in sizes]
+    larger = zip(sizes[1:], sizes[:-1], strict=True)
+    asks += [Ask(arms["lt", a, last], arms["lt", b, last], "reconstruction_loss") for a, b in larger]
+    longer = zip(setting.mgp_epochs[1:], setting.mgp_epochs[:-1], strict=True)
+    return [*asks, *(Ask(arms["lt", base, a], arms["lt", base, b], "reconstruction_loss") for a, b in longer)]
+
+
+def _each_size(setting: Setting) -> list[Arm]:
+    return [
+        Arm("bal_bce" if not sets else f"bal_bce-{size}", "lt" if not sets else f"lt-{size}", sets)
+        for size, sets in setting.sizes.items()
+    ]
+
+
+def _larger_is_better(setting: Setting) -> list[Ask]:
+    names = [arm.name for arm in _each_size(setting)]
+    return [Ask(a, b, "top1_all") for a, b in zip(names[1:], names[:-1], strict=True)]
+
+
+CLAIMS = {
+    "two-stages": Claim(
+        "The two stages beat a ViT trained from scratch, most of all on the few-shot classes.",
+        _two_stages, _against_scratch,
+    ),
+    "losses": Claim(
+        "Bal-BCE beats the other losses in fine-tuning, and gains faster than Bal-CE.", _each_loss, _best_loss
+    ),
+    "reconstruction": Claim(
+        "MAE reconstructs alike after pretraining on long-tailed or on balanced data; better with a larger model and "
+        "with more epochs.", _mgp_arms, _reconstructs,
+    ),
+    "size": Claim("The larger the model, the higher the accuracy.", _each_size, _larger_is_better),
+}  # fmt: skip
+
+_SMALL = {
+    "vit_nano": {"model.width": 48, "model.depth": 2},
+    "vit_micro": {},
+    "vit_mini": {"model.width": 144, "model.depth": 6},
+}
+_LARGE = {name: {} if name == "vit_b" else {"model.size": name} for name in ("vit_s", "vit_b", "vit_l", "vit_h")}
+_FASHION = RECIPES / "fashion_mnist_lt" / "claims.yaml"
+SETTINGS = {
+    "fashion_mnist_lt": Setting(_FASHION, "shards/fashion-mnist-lt-full/train-balanced", _SMALL, (5, 15), 10),
+    "fashion_mnist_lt_if10": Setting(
+        _FASHION, "shards/fashion-mnist-lt-if10/train-balanced", _SMALL, (5, 15), 10,
+        {"data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.few_under": 1500, "data.many_over": 3000},
+    ),
+    "imagenet_lt": Setting(
+        RECIPES / "imagenet_lt" / "vit_b16.yaml", "shards/imagenet-bal/train", _LARGE, (200, 400, 800), 1000,
+        {"stages.finetune.eval_every_epochs": 5},
+    ),
+}  # fmt: skip

@@ -1,0 +1,62 @@
+"""Which runs a study consists of: names, recipes and overrides, made before anything is started.
+
+    Run("losses/bce/seed-1", recipe, {"seed": 1, "stages.finetune.loss.name": "bce"}, stage="finetune",
+        after="pretrain/lt/seed-1")
+
+A run is one stage. One that fine-tunes says after which pretraining: many of them share it, and the runner lays a copy
+of it into the run's own directory, so that each is whole when it is moved. Names are folders below the study's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from livt_scale.errors import UsageError
+from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe_file import load_recipe
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage of one recipe. sets: overrides by dotted path, as `--set` has them."""
+
+    name: str
+    recipe: Path
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    stage: Stage = "finetune"
+    after: str | None = None  # name of the run whose pretraining this one starts from
+
+    def words(self, folder: Path) -> list[str]:
+        """What `livt` is started with."""
+        return ["train", str(self.recipe), "--stage", self.stage, *(f"--set={s}" for s in self.all_sets(folder))]
+
+    def all_sets(self, folder: Path) -> list[str]:
+        return [*(f"{path}={spelt(value)}" for path, value in self.sets.items()), f"run_dir={folder / self.name}"]
+
+    def load(self, folder: Path) -> Recipe:
+        """The recipe as the run will have it. Raises RecipeError."""
+        return load_recipe(self.recipe, sets=self.all_sets(folder))
+
+
+def spelt(value: object) -> str:
+    """As YAML on a command line has it."""
+    return (
+        {True: "true", False: "false", None: "null"}.get(value, str(value))
+        if isinstance(value, bool | None)
+        else str(value)
+    )
+
+
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, after the one that it starts from. Raises UsageError for two runs of one name that differ."""
+    known: dict[str, Run] = {}
+    for run in runs:
+        if known.setdefault(run.name, run) != run:
+            raise UsageError(f"two different runs are called {run.name}", remedy="give each of them a name of its own")
+    for run in known.values():
+        if run.after is not None and run.after not in known:
+            raise UsageError(f"{run.name} starts from {run.after}, which is none of the runs")
+    return sorted(known.values(), key=lambda run: run.after is not None)  # stable: pretraining first

@@ -1,0 +1,103 @@
+"""Runs a study's runs on this machine, so many at once, each in a process of its own.
+
+What is done is not run again, so a study that was killed is continued by the same command; a run that was stopped goes
+on from its checkpoint, as `livt train` does. One that fails is named with its log, and so are those that would have
+started from it; the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from livt_scale.durable import new_folder
+from livt_scale.study.grid import Run, in_order
+from livt_scale.train.rundir import is_done
+
+LOG = "log.txt"
+POLL_S = 0.2
+Say = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """Names of the runs by how they ended. waited: for one that failed."""
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # why, and its log
+    waited: list[str] = field(default_factory=list)
+
+
+def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = print) -> Outcome:
+    """Bring all runs to their end. A signal ends those that run (they save) and is raised again."""
+    left, outcome = in_order(runs), Outcome()
+    active: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
+    try:
+        while left or active:
+            for name in [name for name, (_, process, _) in active.items() if process.poll() is not None]:
+                _ended(*active.pop(name), folder=folder, outcome=outcome, say=say)
+            for run in list(left):
+                if run.after is not None and (run.after in outcome.failed or run.after in outcome.waited):
+                    left.remove(run)
+                    outcome.waited.append(run.name)
+                elif is_done(folder / run.name, run.stage):
+                    left.remove(run)
+                    outcome.done.append(run.name)
+                elif len(active) < at_once and (run.after is None or run.after in outcome.done):
+                    left.remove(run)
+                    active[run.name] = (run, start(run, folder), time.monotonic())
+            if active:
+                time.sleep(POLL_S)
+    finally:
+        for _, process, _ in active.values():
+            process.terminate()  # livt train saves on SIGTERM
+        for _, process, _ in active.values():
+            process.wait()
+    return outcome
+
+
+def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
+    """Its process, with both streams in RUN/log.txt."""
+    place = folder / run.name
+    place.mkdir(parents=True, exist_ok=True)
+    if run.after is not None and not (place / "pretrain").exists():
+        lay_pretraining(folder / run.after, place)
+    with (place / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "livt_scale", *run.words(folder)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def lay_pretraining(source: Path, target: Path) -> None:
+    """A copy of the pretraining in `source`, whole or not at all; by hard links where the file system has them."""
+    with new_folder(target / "pretrain") as new:
+        shutil.copytree(source / "pretrain", new, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _ended(
+    run: Run, process: subprocess.Popen[bytes], began: float, *, folder: Path, outcome: Outcome, say: Say
+) -> None:
+    took = time.monotonic() - began
+    if process.returncode == 0 and is_done(folder / run.name, run.stage):
+        outcome.done.append(run.name)
+        say(f"{run.name}: done in {took:.0f} s")
+    else:
+        last = (folder / run.name / LOG).read_text(errors="replace").strip().splitlines()[-1:]
+        why = f"exit code {process.returncode}: {''.join(last)[:300]} (log: {folder / run.name / LOG})"
+        outcome.failed[run.name] = why
+        say(f"{run.name}: failed, {why}")
