@@ -125,6 +125,24 @@ class Recipe(RecipePart):
             )
         return self
 
+    @model_validator(mode="after")
+    def _both_stages_cut_whole_patches(self) -> Self:
+        px, patch_px = self.stages.pretrain and self.stages.pretrain.image_px, self.model.dims[3]
+        if px and px % patch_px:
+            lower = max(px // patch_px, 1) * patch_px
+            raise ValueError(
+                f"stages.pretrain.image_px is {px}, not a multiple of patch_px = {patch_px}: "
+                f"the nearest are {lower} and {lower + patch_px}"
+            )
+        return self
+
+    def at(self, name: Stage) -> Self:
+        """The recipe with the model as stage `name` sees it: `model.image_px` is that stage's."""
+        px = self.stages.pretrain.image_px if name == "pretrain" and self.stages.pretrain else None
+        if px is None or px == self.model.image_px:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"image_px": px})})
+
     def stage(self, name: Stage) -> Pretrain | Finetune:
         part = self.stages.pretrain if name == "pretrain" else self.stages.finetune
         if part is None:

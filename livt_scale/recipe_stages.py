@@ -130,6 +130,9 @@ class Pretrain(StagePart):
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of patches left out")
     norm_pix: bool = Field(True, description="the target: each patch less its mean, over its deviation")
+    image_px: PositiveInt | None = Field(
+        None, description="side of the images of this stage, e.g. 128 before a fine-tuning at 224; None: model.image_px"
+    )
 
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]

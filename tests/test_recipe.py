@@ -99,3 +99,17 @@ def test_what_is_learnt_from_changes_the_digest_of_its_stage_alone(parts, stages
 def test_a_name_that_is_not_one_folder_is_refused(name):
     with pytest.raises(ValidationError, match="it names the folder runs/NAME"):
         Recipe.model_validate({"name": name, "data": {"train": "t"}, "stages": {"pretrain": {}}})
+
+
+# --- a resolution of its own for each stage ---
+
+
+def test_pretraining_may_have_another_resolution_than_fine_tuning():
+    tree = {"name": "r", "data": {"train": "t"}, "model": {"image_px": 224}}
+    recipe = Recipe.model_validate(tree | {"stages": {"pretrain": {"image_px": 128}, "finetune": {}}})
+    assert recipe.at("pretrain").model.num_patches == 64
+    assert recipe.at("finetune") is recipe
+    assert recipe.at("pretrain").at("pretrain").model.image_px == 128
+    assert learnt_from(recipe.at("pretrain"), "pretrain")["model.image_px"] == 128
+    with pytest.raises(ValidationError, match=r"stages\.pretrain\.image_px is 130.*128 and 144"):
+        Recipe.model_validate(tree | {"stages": {"pretrain": {"image_px": 130}}})

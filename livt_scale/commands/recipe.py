@@ -27,6 +27,29 @@ Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
+@app.command(name="list")
+def list_(
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write the table as a page, e.g. docs/recipes.md.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """The recipes that ship: what each reproduces, and what to expect."""
+    from livt_scale.durable import write_whole
+    from livt_scale.recipe_table import page as made
+    from livt_scale.recipe_table import rows
+
+    found = rows()
+    if page is not None:
+        write_whole(page, made(found).encode())
+    if as_json:
+        keys = ("path", "reproduces", "hardware", "expect", "command")
+        typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in found]))
+        return
+    for row in found:
+        typer.echo(f"recipes/{row.path}\n    {summary(row.recipe)}\n    {row.reproduces}")
+
+
 @app.command()
 def show(recipe: RecipePath, *, sets: Sets = None, as_json: AsJson = False) -> None:
     """Print the resolved recipe: bases and --set laid over each other, defaults filled in."""
@@ -84,7 +107,9 @@ def summary(recipe: Recipe) -> str:
     parts = [f"{recipe.model.size} {recipe.model.image_px} px"]
     for name in recipe.stage_names:
         stage = recipe.stage(name)
-        parts.append(f"{name} {stage.epochs} epochs, batch {stage.global_batch}")
+        px = recipe.at(name).model.image_px
+        at = f" at {px} px" if px != recipe.model.image_px else ""
+        parts.append(f"{name} {stage.epochs} epochs{at}, batch {stage.global_batch}")
     if recipe.stages.finetune:
         parts[-1] += f", {recipe.stages.finetune.loss.name}"
     return "; ".join(parts)
@@ -96,7 +121,9 @@ def derived(recipe: Recipe) -> list[str]:
     lines = [f"model: width {width}, depth {depth}, heads {heads}, patch {patch_px} px"]
     lines.append(f"patches: {recipe.model.num_patches} = ({recipe.model.image_px} / {patch_px})^2")
     for name in recipe.stage_names:
-        stage = recipe.stage(name)
+        stage, model = recipe.stage(name), recipe.at(name).model
+        if model.image_px != recipe.model.image_px:
+            lines.append(f"{name} patches: {model.num_patches} = ({model.image_px} / {patch_px})^2")
         lines.append(f"{name} peak lr: {stage.peak_lr:g} = {stage.base_lr:g} * {stage.global_batch} / 256")
     return lines
 

@@ -27,7 +27,7 @@ def bench(
 ) -> dict[str, Any]:
     """Decode rates for the transform of `stage`; about 2 x `seconds` long. Raises LivtError for a bad sample."""
     cores = cores or usable_cores()
-    recipe = endless(recipe, stage, num_samples=shards.num_samples, workers=cores)
+    recipe = endless(recipe.at(stage), stage, num_samples=shards.num_samples, workers=cores)
     one, _ = core_rate(shards, recipe, stage, seconds=seconds)
     return {
         "set": shards.manifest.name,

@@ -42,7 +42,7 @@ def stage_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
     if stage == "pretrain":
         pretrain = recipe.stages.pretrain
         assert pretrain is not None
-        flops = mae_flops(recipe.model, mask_ratio=pretrain.mask_ratio)
+        flops = mae_flops(recipe.at(stage).model, mask_ratio=pretrain.mask_ratio)
     else:
         flops = classifier_flops(recipe.model, num_classes=num_classes)
     return flops if recipe.parallel.activation_checkpointing else Flops(flops.forward, flops.backward, 0)

@@ -111,7 +111,7 @@ def epochs_of_equal_compute(setting: Setting) -> int:
     pretrain, finetune = recipe.stages.pretrain, recipe.stages.finetune
     assert pretrain is not None
     assert finetune is not None
-    first = mae_flops(recipe.model, mask_ratio=pretrain.mask_ratio).train
+    first = mae_flops(recipe.at("pretrain").model, mask_ratio=pretrain.mask_ratio).train
     second = classifier_flops(recipe.model, num_classes=setting.num_classes).train
     return finetune.epochs + -(-pretrain.epochs * first // second)
 

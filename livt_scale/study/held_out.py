@@ -42,7 +42,7 @@ def reconstruction_loss(run_dir: Path) -> float:
 
 @torch.no_grad()
 def _measure(run_dir: Path, checkpoint: Path) -> float:
-    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe = load_recipe(run_dir / "recipe.yaml").at("pretrain")
     part = recipe.stages.pretrain
     if recipe.data.val is None or part is None:
         raise RunError(f"{run_dir} has no evaluation set to reconstruct", remedy="set data.val")

@@ -70,7 +70,7 @@ def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, all
                 _say(world, f"{name} is done already in {run_dir}")
             else:
                 plan = _plan(recipe, name, world)
-                _train_stage(recipe, name, preemption, run_dir=run_dir, world=world, plan=plan, allow=allow)
+                _train_stage(recipe.at(name), name, preemption, run_dir=run_dir, world=world, plan=plan, allow=allow)
 
 
 def _set_up_torch(parallel: Parallel) -> None:
