@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.errors import UsageError
-from livt_scale.recipe import Finetune, Recipe, Stage
+from livt_scale.recipe import Recipe, Stage
 from livt_scale.recipe_file import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
@@ -53,8 +53,8 @@ class Row:
         """ "800 × 4096 at 224 px", with the loss for fine-tuning; "-" where there is none."""
         if name not in self.recipe.stage_names:
             return "-"
-        part = self.recipe.stage(name)  # type: ignore[arg-type]
-        px = self.recipe.at(name).model.image_px  # type: ignore[arg-type]
+        part = self.recipe.stage(name)
+        px = self.recipe.at(name).model.image_px
         loss = (
             f", {self.recipe.stages.finetune.loss.name}" if name == "finetune" and self.recipe.stages.finetune else ""
         )
