@@ -59,12 +59,9 @@ def initial_classifier(recipe: Recipe, *, num_classes: int, run_dir: Path) -> tu
     if part.init == "weights":
         assert part.weights is not None
         return model, _start_elsewhere(model, Path(part.weights), recipe, keep_head=part.keep_head)
-    path = final_pretraining(run_dir)
-    saved = store.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
-    load_encoder(model, {name.removeprefix("model."): tensor for name, tensor in saved.items()})
-    manifest = store.read_manifest(path)
-    position = manifest.position
-    return model, weights_lineage(manifest.facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
+    state, lineage, _ = read_pretraining(run_dir)
+    load_encoder(model, state)
+    return model, lineage
 
 
 def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head: bool) -> dict[str, Any]:
@@ -72,18 +69,11 @@ def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head
     if is_run(path):
         if keep_head:
             raise UsageError(f"{path} is a run: its pretraining has no head", remedy="export it, and give the export")
-        final = final_pretraining(path)
-        saved = store.read_tensors(final, choose=lambda name: name.startswith("model."))
-        state = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
-        manifest = store.read_manifest(final)
-        theirs = Recipe.model_validate(manifest.facts["recipe"]).model.dims[2]
-        if theirs != recipe.model.dims[2]:
-            raise WeightsError(
-                f"{final} has {theirs} heads, the model {recipe.model.dims[2]}", remedy="set model.heads"
-            )
+        state, lineage, theirs = read_pretraining(path)
+        if (heads := theirs.model.dims[2]) != recipe.model.dims[2]:
+            raise WeightsError(f"{path} has {heads} heads, the model {recipe.model.dims[2]}", remedy="set model.heads")
         start_classifier(model, state, recipe.model, keep_head=False)
-        at = manifest.position
-        return weights_lineage(manifest.facts, step=at.step, epoch=at.epoch, checkpoint=final.name)
+        return lineage
     weights = open_weights(path)
     weights.check_heads(recipe.model)
     start_classifier(model, weights.state, recipe.model, keep_head=keep_head)
@@ -91,6 +81,17 @@ def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head
     return (
         {**origin, "recipe_digest": digest({"weights": origin["recipe_digest"], "head": True})} if keep_head else origin
     )
+
+
+def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
+    """(weights of the masked autoencoder that `run_dir` ended with, their lineage, its recipe). RunError: not ended."""
+    path = final_pretraining(run_dir)
+    saved = store.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
+    manifest = store.read_manifest(path)
+    facts, at = manifest.facts, manifest.position
+    lineage = weights_lineage(facts, step=at.step, epoch=at.epoch, checkpoint=path.name)
+    state = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+    return state, lineage, Recipe.model_validate(facts["recipe"])
 
 
 def final_pretraining(run_dir: Path) -> Path:
