@@ -23,6 +23,7 @@ from livt_scale.commands import (
     shards,
     status,
     submit,
+    weights,
 )
 from livt_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
 
@@ -87,6 +88,7 @@ app.command()(logs.logs)
 app.command(name="eval")(model.eval_)
 app.command()(model.export)
 app.command()(predict.predict)
+app.command(name="import")(weights.import_)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")

@@ -21,7 +21,8 @@ LivtError                 exit code 1
 │   ├── CheckpointDamaged a file is missing, changed or cut: which one
 │   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
 ├── ClusterError          Slurm is not there, or refuses: in its own words
-└── ExportError           a model cannot be written or read in a foreign layout
+├── ExportError           a model cannot be written or read in a foreign layout
+└── WeightsError          weights from elsewhere cannot be read, or belong to another network
 """
 
 from __future__ import annotations
@@ -129,6 +130,10 @@ class ClusterError(LivtError):
 
 
 class ExportError(LivtError):
+    pass
+
+
+class WeightsError(LivtError):
     pass
 
 

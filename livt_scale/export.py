@@ -35,8 +35,9 @@ from livt_scale.parallel.topology import World
 from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.evaluate import BATCH, TrainingClasses, evaluate
-from livt_scale.train.finished import Trained, is_run, load_trained
+from livt_scale.train.finished import Trained, load_trained
 from livt_scale.train.outputs import About, Outputs, gather, logit_scale
+from livt_scale.train.rundir import is_run
 from livt_scale.train.views import Views
 
 WEIGHTS = "model.safetensors"

@@ -66,6 +66,11 @@ class Stages(RecipePart):
             raise ValueError("stages is empty: give pretrain, finetune or both")
         if self.finetune and self.finetune.init == "pretrain" and not self.pretrain:
             raise ValueError("finetune.init is 'pretrain' but there is no stage pretrain: add it, or set 'scratch'")
+        if self.finetune and self.finetune.init == "weights" and self.pretrain:
+            raise ValueError(
+                "finetune.init is 'weights', so the stage pretrain would be of no use: "
+                "take it away (pretrain: null), or set init: pretrain"
+            )
         return self
 
 
@@ -170,7 +175,8 @@ HARMLESS = (
     "log",
     "slurm",
 )
-HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs")
+# weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
+HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
 
 
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:

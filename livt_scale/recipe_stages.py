@@ -133,6 +133,9 @@ class Pretrain(StagePart):
     image_px: PositiveInt | None = Field(
         None, description="side of the images of this stage, e.g. 128 before a fine-tuning at 224; None: model.image_px"
     )
+    weights: str | None = Field(
+        None, description="go on from these: what `livt import` wrote, a file; None: from the seed"
+    )
 
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -200,7 +203,13 @@ class Finetune(StagePart):
     warmup_epochs: NonNegativeFloat = 10
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
-    init: Literal["pretrain", "scratch"] = Field("pretrain", description="where the encoder's weights come from")
+    init: Literal["pretrain", "scratch", "weights"] = Field(
+        "pretrain", description="where the encoder's weights come from"
+    )
+    weights: str | None = Field(
+        None, description="with init: weights. What `livt import` or `livt export` wrote, a file, or another run"
+    )
+    keep_head: bool = Field(False, description="with init: weights. Take the head too; its classes must be the same")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
     rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's notation; None: none")
@@ -214,6 +223,15 @@ class Finetune(StagePart):
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @model_validator(mode="after")
+    def _weights_come_from_one_place(self) -> Self:
+        if self.init == "weights" and self.weights is None:
+            raise ValueError("init is 'weights', but weights names no file: give it, or set init: scratch")
+        for name in ("weights", "keep_head"):
+            if self.init != "weights" and getattr(self, name):
+                raise ValueError(f"{name} has no effect with init {self.init!r}: set init: weights, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _pairs_stay_on_one_rank(self) -> Self:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,16 @@ class Inert:
         self.state = state
 
 
-def read_pickle(path: Path) -> Any:
-    """What `torch.save` wrote into `path`, tensors on the CPU. CheckpointDamaged names what it was refused for."""
+def read_pickle(path: Path, *, mmap: bool = False) -> Any:
+    """What `torch.save` wrote into `path`, tensors on the CPU. CheckpointDamaged names what it was refused for.
+
+    mmap: tensors are read when they are looked at; of no effect on the format before torch 1.6, which cannot be mapped.
+    """
     with safe_globals([(Inert, name) for name in HARMLESS]):
         try:
             if others := sorted(_other_names(path)):
                 raise _refused(path, f"it asks for {', '.join(others)}")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap and zipfile.is_zipfile(path))
         except CheckpointDamaged:
             raise
         except OSError as error:

@@ -125,9 +125,9 @@ def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, s
     name = next((name for name in loaded.stage_names if name == stage), None)
     if name is None:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(loaded.stage_names)}")
-    if name == "finetune" and loaded.stages.finetune and loaded.stages.finetune.init == "pretrain":
+    if name == "finetune" and loaded.stages.finetune and loaded.stages.finetune.init != "scratch":
         raise UsageError(
-            "a fine-tuning that begins with a pretraining of its own run cannot be taken over",
+            f"a fine-tuning that begins with {loaded.stages.finetune.init} cannot be taken over",
             remedy="set stages.finetune.init=scratch",
         )
     if step is None and found.position is None:

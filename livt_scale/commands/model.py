@@ -23,17 +23,27 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     out: Annotated[Path | None, typer.Option("--out", help="The folder to write; without it, RUN/export.")] = None,
     which: From = None,
+    layout: Annotated[str, typer.Option(help="timm, mae or hf: whose files to write.")] = "timm",
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; mae and hf: pretrain without it.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's classifier as model.safetensors and config.json, as timm reads them.
+    """Write a run's classifier as timm reads it, or its masked autoencoder as MAE's code or Hugging Face reads it.
 
     livt export runs/try --out exports/try
+
+    livt export runs/try --layout hf --out exports/mae-hf
 
     python -c "import timm; timm.create_model('local-dir:exports/try', pretrained=True)"
     """
     from livt_scale.export import export_run
 
-    target = out or run / "export"
+    target = out or run / ("export" if layout == "timm" else f"export-{layout}")
+    if layout != "timm" or stage not in (None, "finetune"):
+        from livt_scale.export_layouts import export_as
+
+        told = export_as(run, target, layout=layout, stage=stage or "pretrain", which=which)
+        typer.echo(json.dumps(told) if as_json else f"{told['file']}: {told['tensors']} tensors of the {layout} layout")
+        return
     info = export_run(run, target, which=which)
     if as_json:
         typer.echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))

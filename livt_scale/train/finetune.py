@@ -13,15 +13,17 @@ from livt_scale import optim
 from livt_scale.checkpoint import store
 from livt_scale.data.loader import Batch, apply_mix, normalise
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import RunError
+from livt_scale.errors import RunError, UsageError, WeightsError
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import Classifier, build_classifier, load_encoder
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
-from livt_scale.recipe import Finetune, Recipe
+from livt_scale.recipe import Finetune, Recipe, digest
 from livt_scale.train.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
 from livt_scale.train.loop import Evaluation, Task
-from livt_scale.train.rundir import is_done, read_status
+from livt_scale.train.rundir import is_done, is_run, read_status
+from livt_scale.weights.adapt import start_classifier
+from livt_scale.weights.imported import open_weights
 
 
 def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: World) -> Task:
@@ -54,12 +56,42 @@ def initial_classifier(recipe: Recipe, *, num_classes: int, run_dir: Path) -> tu
         model = build_classifier(recipe.model, num_classes=num_classes, drop_path=part.drop_path)
     if part.init == "scratch":
         return model, None
+    if part.init == "weights":
+        assert part.weights is not None
+        return model, _start_elsewhere(model, Path(part.weights), recipe, keep_head=part.keep_head)
+    state, lineage, _ = read_pretraining(run_dir)
+    load_encoder(model, state)
+    return model, lineage
+
+
+def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head: bool) -> dict[str, Any]:
+    """Put weights from elsewhere into `model`, and give their lineage: an import, an export, a file, or a run's."""
+    if is_run(path):
+        if keep_head:
+            raise UsageError(f"{path} is a run: its pretraining has no head", remedy="export it, and give the export")
+        state, lineage, theirs = read_pretraining(path)
+        if (heads := theirs.model.dims[2]) != recipe.model.dims[2]:
+            raise WeightsError(f"{path} has {heads} heads, the model {recipe.model.dims[2]}", remedy="set model.heads")
+        start_classifier(model, state, recipe.model, keep_head=False)
+        return lineage
+    weights = open_weights(path)
+    weights.check_heads(recipe.model)
+    start_classifier(model, weights.state, recipe.model, keep_head=keep_head)
+    origin = weights.origin()
+    return (
+        {**origin, "recipe_digest": digest({"weights": origin["recipe_digest"], "head": True})} if keep_head else origin
+    )
+
+
+def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
+    """(weights of the masked autoencoder that `run_dir` ended with, their lineage, its recipe). RunError: not ended."""
     path = final_pretraining(run_dir)
     saved = store.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
-    load_encoder(model, {name.removeprefix("model."): tensor for name, tensor in saved.items()})
     manifest = store.read_manifest(path)
-    position = manifest.position
-    return model, weights_lineage(manifest.facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
+    facts, at = manifest.facts, manifest.position
+    lineage = weights_lineage(facts, step=at.step, epoch=at.epoch, checkpoint=path.name)
+    state = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+    return state, lineage, Recipe.model_validate(facts["recipe"])
 
 
 def final_pretraining(run_dir: Path) -> Path:

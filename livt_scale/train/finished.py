@@ -23,7 +23,7 @@ from livt_scale.models.classifier import Classifier, build_classifier
 from livt_scale.parallel.state import collect
 from livt_scale.recipe import STAGES, Recipe, Stage
 from livt_scale.train.evaluate import TrainingClasses, weights_lineage
-from livt_scale.train.rundir import read_status
+from livt_scale.train.rundir import is_run, read_status
 
 NAMED = ("best", "newest")
 
@@ -37,10 +37,6 @@ class Trained:
     classes: TrainingClasses
     weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
     learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
-
-
-def is_run(path: Path) -> bool:
-    return (path / "recipe.yaml").is_file() or any((path / stage).is_dir() for stage in STAGES)
 
 
 def load_trained(run_dir: Path, *, which: str | None = None) -> Trained:

@@ -19,15 +19,24 @@ from livt_scale.parallel.topology import World
 from livt_scale.recipe import Recipe
 from livt_scale.train import pictures
 from livt_scale.train.loop import Task
+from livt_scale.weights.adapt import start_mae
+from livt_scale.weights.imported import open_weights
 
 
 def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
-    """The masked autoencoder of `recipe`, initialised from its seed, and how it is trained."""
+    """The masked autoencoder of `recipe`, initialised from its seed or from `weights`, and how it is trained."""
     part = recipe.stages.pretrain
     assert part is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         model = build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
+
+    origin = None
+    if part.weights is not None:
+        weights = open_weights(Path(part.weights))
+        weights.check_heads(recipe.model)
+        start_mae(model, weights.state, recipe.model)
+        origin = weights.origin()
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
         images = normalise(batch.images, recipe.data.mean, recipe.data.std, torch.float32)
@@ -40,7 +49,7 @@ def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
             model, weight_decay=part.weight_decay, layer_decay=None, depth=depth, tokens_decay=True
         )
 
-    return Task(part, model, groups, objective, draw=_painter(recipe, train, world))
+    return Task(part, model, groups, objective, draw=_painter(recipe, train, world), origin=origin)
 
 
 def _painter(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy, Path], None] | None:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from livt_scale.durable import write_whole
 from livt_scale.errors import LivtError, Preempted, RunBusyError, RunError
-from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe import STAGES, Recipe, Stage
 from livt_scale.recipe_file import to_yaml
 
 State = Literal["running", "preempted", "failed", "done"]
@@ -55,6 +55,10 @@ def hold(run_dir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() or any((path / stage).is_dir() for stage in STAGES)
 
 
 def save_resolved(recipe: Recipe, run_dir: Path) -> None:
