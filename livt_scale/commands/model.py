@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,16 @@ VIEWS_HELP = "Views of each image that are averaged: 1 centre crop, 2 and its mi
 AVERAGE_HELP = "What of the views is averaged; logits by default."
 REPORTS_HELP = "Write per_class.csv, per_class.png and reliability.png there."
 TAU_HELP = "Take the training prior out of the logits, so strongly; several: a table; auto: chosen on half of the set."
+
+
+class WeightsName(StrEnum):
+    raw = "raw"
+    ema = "ema"
+
+
+Weights = Annotated[
+    WeightsName, typer.Option("--weights", help="raw: as trained; ema: their average, if the run kept one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -23,6 +34,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="The run directory.")],
     out: Annotated[Path | None, typer.Option("--out", help="The folder to write; without it, RUN/export.")] = None,
     which: From = None,
+    weights: Weights = WeightsName.raw,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's classifier as model.safetensors and config.json, as timm reads them.
@@ -34,7 +46,7 @@ def export(
     from livt_scale.export import export_run
 
     target = out or run / "export"
-    info = export_run(run, target, which=which)
+    info = export_run(run, target, which=which, weights=weights.value)
     if as_json:
         typer.echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
         return
@@ -49,6 +61,7 @@ def eval_(
     ],
     data: Annotated[str | None, typer.Option("--data", help="Shards; without it, the run's own data.val.")] = None,
     which: From = None,
+    weights: Weights = WeightsName.raw,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images a forward pass; 64 by default.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="1|2|5|10", help=VIEWS_HELP)] = None,
     average: Annotated[str | None, typer.Option("--average", metavar="logits|probs", help=AVERAGE_HELP)] = None,
@@ -85,6 +98,7 @@ def eval_(
 
     wanted = Wanted(tau, temperature, reports, gallery, save_logits, out)
     typed = {"which": which, "batch": batch, "views": views, "average": average}
+    typed["weights"] = None if weights is WeightsName.raw else weights.value
     run = {name: value for name, value in typed.items() if value is not None}
     done = evaluated(path, data=data, run=run, wanted=wanted)
     if done is None:  # not the main rank
