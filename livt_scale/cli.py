@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 from livt_scale import __version__
-from livt_scale.commands import cancel, ckpt, doctor, logs, model, predict, recipe, run, shards, status, submit
+from livt_scale.commands import (
+    baselines,
+    cancel,
+    ckpt,
+    doctor,
+    logs,
+    model,
+    predict,
+    recipe,
+    run,
+    shards,
+    status,
+    submit,
+)
 from livt_scale.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
 
 EPILOG = """
@@ -74,6 +87,9 @@ app.command()(logs.logs)
 app.command(name="eval")(model.eval_)
 app.command()(model.export)
 app.command()(predict.predict)
+app.command()(baselines.retrain)
+app.command(name="tau-norm")(baselines.tau_norm)
+app.command()(baselines.soup)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")

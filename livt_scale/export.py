@@ -255,7 +255,7 @@ def evaluate_path(
     evaluated, and from where it was read; with `keep` the logits of every image too.
     """
     trained = open_trained(path, which=which, weights=weights)
-    folder = data or _own_data(path, trained)
+    folder = data or evaluation_set(path, trained)
     if folder is None:
         why = "an export does not know any" if not is_run(path) else "its recipe has no data.val"
         raise UsageError(f"no evaluation set for {path}: {why}", remedy="give a folder of shards with --data")
@@ -290,7 +290,8 @@ def _about(trained: Trained, report: dict[str, Any]) -> About:
     )
 
 
-def _own_data(path: Path, trained: Trained) -> str | None:
+def evaluation_set(path: Path, trained: Trained) -> str | None:
+    """The evaluation set of the run at `path`, from which `trained` was read; None: it has none, or is an export."""
     if not is_run(path):
         return None
     saved = path / "recipe.yaml"  # newer than the checkpoint's, where the run was moved and continued
