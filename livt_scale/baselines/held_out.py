@@ -19,16 +19,14 @@ from torch import Tensor, nn
 
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import DataError, UsageError
+from livt_scale.errors import UsageError
 from livt_scale.export import evaluation_set, is_export
-from livt_scale.longtail import shuffled
 from livt_scale.metrics import Tally
 from livt_scale.parallel import precision
 from livt_scale.recipe import Recipe
+from livt_scale.reports.held_out import SEED, half_rows
 from livt_scale.train.evaluate import BATCH, TrainingClasses, check_same_classes, data_lineage
 from livt_scale.train.finished import Trained, is_run
-
-SEED = 2022
 
 
 @dataclass(frozen=True)
@@ -75,12 +73,8 @@ def held_out_set(trained: Trained, where: Path, data: str | None) -> ShardSet:
 
 
 def halves(labels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ascending rows to choose on, and rows to report on, of `labels` int64 [N]."""
-    if len(labels) < 2:
-        raise DataError(f"{len(labels)} images cannot be halved", remedy="give a larger set with --data")
-    order = shuffled(len(labels), seed=SEED)
-    by_class = order[np.argsort(labels.numpy()[order], kind="stable")]  # every other one halves each class
-    return np.sort(by_class[0::2]), np.sort(by_class[1::2])
+    """Ascending rows to choose on, and rows to report on, of `labels` int64 [N]: those of `livt eval --tau auto`."""
+    return half_rows(labels.numpy())
 
 
 def figures(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Recipe) -> dict[str, Any]:
