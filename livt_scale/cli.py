@@ -11,6 +11,7 @@ import typer
 
 from livt_scale import __version__
 from livt_scale.commands import (
+    baselines,
     cancel,
     ckpt,
     doctor,
@@ -89,6 +90,9 @@ app.command(name="eval")(model.eval_)
 app.command()(model.export)
 app.command()(predict.predict)
 app.command(name="import")(weights.import_)
+app.command()(baselines.retrain)
+app.command(name="tau-norm")(baselines.tau_norm)
+app.command()(baselines.soup)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")

@@ -35,7 +35,7 @@ from livt_scale.parallel.topology import World
 from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
 from livt_scale.recipe_file import load_recipe
 from livt_scale.train.evaluate import BATCH, TrainingClasses, evaluate
-from livt_scale.train.finished import Trained, load_trained
+from livt_scale.train.finished import Trained, Weights, load_trained
 from livt_scale.train.outputs import About, Outputs, gather, logit_scale
 from livt_scale.train.rundir import is_run
 from livt_scale.train.views import Views
@@ -101,13 +101,13 @@ class ExportInfo(BaseModel):
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
 
 
-def export_run(run_dir: Path, out: Path, *, which: str | None = None) -> ExportInfo:
-    """Write the classifier of `run_dir` to `out`; `which` checkpoint: see `train.finished`.
+def export_run(run_dir: Path, out: Path, *, which: str | None = None, weights: Weights = "raw") -> ExportInfo:
+    """Write the classifier of `run_dir` to `out`; `which` checkpoint and `weights`: see `train.finished`.
 
     Raises ExportError (`out` holds something else, no room), and what `load_trained` raises.
     """
     check_target(out)
-    return write_export(load_trained(run_dir, which=which), out)
+    return write_export(load_trained(run_dir, which=which, weights=weights), out)
 
 
 def write_export(trained: Trained, out: Path) -> ExportInfo:
@@ -216,10 +216,10 @@ def timm_config(info: ExportInfo) -> dict[str, Any]:
     }
 
 
-def open_trained(path: Path, *, which: str | None = None) -> Trained:
+def open_trained(path: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:
     """The classifier of a run directory or of an export. Raises UsageError where `path` is neither."""
     if is_run(path):
-        return load_trained(path, which=which)
+        return load_trained(path, which=which, weights=weights)
     if not is_export(path):
         raise UsageError(
             f"{path} is neither a run nor an export",
@@ -227,6 +227,11 @@ def open_trained(path: Path, *, which: str | None = None) -> Trained:
         )
     if which is not None:
         raise UsageError(f"--from {which}: {path} is an export, it holds one set of weights", remedy="leave --from out")
+    if weights != "raw":
+        raise UsageError(
+            f"--weights {weights}: {path} is an export, it holds one set of weights",
+            remedy="leave --weights out, and give it when exporting",
+        )
     model, info = load_export(path)
     classes = TrainingClasses(info.class_names, info.class_counts, where=str(path))
     lineage = dict(info.lineage)
@@ -239,6 +244,7 @@ def evaluate_path(
     *,
     data: str | Path | None = None,
     which: str | None = None,
+    weights: Weights = "raw",
     batch: int = BATCH,
     views: Views = Views(),  # noqa: B008 - frozen
     keep: bool = False,
@@ -249,8 +255,8 @@ def evaluate_path(
     A collective call of the ranks of `world`. The report of `train.evaluate.evaluate`, with `weights`: what was
     evaluated, and from where it was read; with `keep` the logits of every image too.
     """
-    trained = open_trained(path, which=which)
-    folder = data or _own_data(path, trained)
+    trained = open_trained(path, which=which, weights=weights)
+    folder = data or evaluation_set(path, trained)
     if folder is None:
         why = "an export does not know any" if not is_run(path) else "its recipe has no data.val"
         raise UsageError(f"no evaluation set for {path}: {why}", remedy="give a folder of shards with --data")
@@ -285,7 +291,8 @@ def _about(trained: Trained, report: dict[str, Any]) -> About:
     )
 
 
-def _own_data(path: Path, trained: Trained) -> str | None:
+def evaluation_set(path: Path, trained: Trained) -> str | None:
+    """The evaluation set of the run at `path`, from which `trained` was read; None: it has none, or is an export."""
     if not is_run(path):
         return None
     saved = path / "recipe.yaml"  # newer than the checkpoint's, where the run was moved and continued

@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from livt_scale.recipe_data import Cache, Data, Remote
 from livt_scale.recipe_model import MODEL_SIZES, Decoder, Model
 from livt_scale.recipe_slurm import Slurm
-from livt_scale.recipe_stages import LOSS_NAMES, Finetune, Loss, Policy, Pretrain, Sampling, StagePart
+from livt_scale.recipe_stages import LOSS_NAMES, Ema, Finetune, Loss, Policy, Pretrain, Sampling, StagePart
 from livt_scale.recipe_work import Checkpoint, Faults, Log, Parallel, RecipePart
 
 __all__ = [  # the parts are found here too
@@ -30,6 +30,7 @@ __all__ = [  # the parts are found here too
     "Checkpoint",
     "Data",
     "Decoder",
+    "Ema",
     "Faults",
     "Finetune",
     "Log",
@@ -148,6 +149,14 @@ class Recipe(RecipePart):
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"image_px": px})})
 
+    def _an_average_can_be_kept(self) -> Self:
+        if self.stages.finetune and self.stages.finetune.ema and self.parallel.strategy == "zero3":
+            raise ValueError(
+                "stages.finetune.ema cannot be kept under parallel.strategy 'zero3', which holds no weight whole or as "
+                "torch's shards: take fsdp, which shards as zero3 does, or leave ema out"
+            )
+        return self
+
     def stage(self, name: Stage) -> Pretrain | Finetune:
         part = self.stages.pretrain if name == "pretrain" else self.stages.finetune
         if part is None:
@@ -177,6 +186,7 @@ HARMLESS = (
 )
 # weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
+ADDED_LATER = ("stages.finetune.ema",)  # left out where they are None: runs that were begun before them go on
 
 
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -189,6 +199,8 @@ def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         if path.startswith("stages.") and (
             not path.startswith(f"stages.{stage}.") or path.removeprefix(f"stages.{stage}.") in HARMLESS_IN_STAGE
         ):
+            continue
+        if path in ADDED_LATER and value is None:
             continue
         kept[path] = value
     return kept

@@ -193,6 +193,13 @@ LOSS_REFUSES: dict[LossName, tuple[tuple[str, ...], str]] = {
 }
 
 
+class Ema(RecipePart):
+    """An exponential moving average of the weights, kept beside them; what is learnt does not depend on it."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.9999, description="how much of the average stays at an update")
+    warmup: bool = Field(True, description="at update k (from 0) no more than (1 + k) / (10 + k) stays")
+
+
 class Finetune(StagePart):
     """Stage 2, balanced fine-tuning. Defaults: the paper's table for ImageNet-LT."""
 
@@ -219,6 +226,7 @@ class Finetune(StagePart):
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
     loss: Loss = Loss()
     eval_every_epochs: PositiveInt | None = Field(None, description="None: at the end alone")
+    ema: Ema | None = Field(None, description="also keep an average of the weights, as {decay: 0.9999}; None: none")
 
     @property
     def mixes(self) -> bool:

@@ -318,7 +318,10 @@ def test_text_that_looks_like_something_else_survives_saving(name):
 
 BOTH = {"pretrain": {}, "finetune": {"loss": {"name": "ce"}}}
 INSIDE = {"container": {"by": "pyxis", "image": "i"}}
-FULL = Recipe.model_validate({"name": "r", "data": {"train": "/t"}, "run_dir": "r", "stages": BOTH, "slurm": INSIDE})
+AVERAGED = {**BOTH, "finetune": {**BOTH["finetune"], "ema": {}}}
+FULL = Recipe.model_validate(
+    {"name": "r", "data": {"train": "/t"}, "run_dir": "r", "stages": AVERAGED, "slurm": INSIDE}
+)
 
 
 @given(data=st.data())

@@ -32,7 +32,7 @@ from livt_scale.checkpoint.tensors import FolderWriter, Pieces, plan_write, read
 from livt_scale.durable import new_file, new_folder, sync_folder
 from livt_scale.errors import CheckpointDamaged, CheckpointError, UsageError
 from livt_scale.parallel.peers import Peers
-from livt_scale.parallel.state import MOMENTS, plain_name
+from livt_scale.parallel.state import AVERAGE, MOMENTS, plain_name
 
 KEY = "livt_checkpoint"  # in a safetensors file's metadata
 TORCH_FILES = ("pytorch_model.bin", "checkpoint.pth", "checkpoint.pt", "model.pth", "model.pt")
@@ -62,7 +62,9 @@ class Converted:
         model = sum(name.startswith("model.") for name in self.tensors)
         moments = sum(name.startswith("optim.") for name in self.tensors)
         num_bytes = sum(tensor.nbytes for tensor in self.tensors.values())
-        return f"{model} tensors of the model, {moments} of its AdamW, {files.readable(num_bytes)}"
+        averaged = sum(name.startswith(AVERAGE) for name in self.tensors) - 1  # without the count
+        average = f"{averaged} of its average, " if averaged > 0 else ""
+        return f"{model} tensors of the model, {moments} of its AdamW, {average}{files.readable(num_bytes)}"
 
 
 def read(path: Path) -> Converted:

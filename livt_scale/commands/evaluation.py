@@ -50,7 +50,7 @@ class Done:
 def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Wanted) -> Done | None:
     """Evaluate `path` (a run, an export, a file of logits) and write what is `wanted`; None on ranks but the first.
 
-    run: how the model is run, as typed: which, batch, views, average.
+    run: how the model is run, as typed: which, weights, batch, views, average.
     """
     if wanted.tau is not None:
         adjust.parse_taus(wanted.tau)  # now, not after an hour
@@ -65,6 +65,7 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
             path,
             data=data,
             which=run.get("which"),
+            weights=run.get("weights", "raw"),
             batch=run.get("batch", BATCH),
             views=views,
             keep=wanted.needs_logits,
@@ -136,7 +137,10 @@ def print_report(done: Done) -> None:
     if views["number"] > 1:
         typer.echo(f"views: {views['number']}, mean of {views['average']}")
     weights = report["weights"]
-    typer.echo(f"weights: {weights['checkpoint']} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}")
+    average = " (average)" if "ema" in weights else ""
+    typer.echo(
+        f"weights: {weights['checkpoint']}{average} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}"
+    )
     typer.echo(f"data: {report['data']['folder']}, manifest {report['data']['manifest_digest'][:12]}")
     for line in done.written:
         typer.echo(line)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,16 @@ VIEWS_HELP = "Views of each image that are averaged: 1 centre crop, 2 and its mi
 AVERAGE_HELP = "What of the views is averaged; logits by default."
 REPORTS_HELP = "Write per_class.csv, per_class.png and reliability.png there."
 TAU_HELP = "Take the training prior out of the logits, so strongly; several: a table; auto: chosen on half of the set."
+
+
+class WeightsName(StrEnum):
+    raw = "raw"
+    ema = "ema"
+
+
+Weights = Annotated[
+    WeightsName, typer.Option("--weights", help="raw: as trained; ema: their average, if the run kept one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -25,6 +36,7 @@ def export(
     which: From = None,
     layout: Annotated[str, typer.Option(help="timm, mae or hf: whose files to write.")] = "timm",
     stage: Annotated[str | None, typer.Option(help="pretrain or finetune; mae and hf: pretrain without it.")] = None,
+    weights: Weights = WeightsName.raw,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's classifier as timm reads it, or its masked autoencoder as MAE's code or Hugging Face reads it.
@@ -35,16 +47,19 @@ def export(
 
     python -c "import timm; timm.create_model('local-dir:exports/try', pretrained=True)"
     """
+    from livt_scale.errors import UsageError
     from livt_scale.export import export_run
 
     target = out or run / ("export" if layout == "timm" else f"export-{layout}")
     if layout != "timm" or stage not in (None, "finetune"):
+        if weights != WeightsName.raw:
+            raise UsageError("--weights ema goes with the timm layout of fine-tuning alone", remedy="leave it out")
         from livt_scale.export_layouts import export_as
 
         told = export_as(run, target, layout=layout, stage=stage or "pretrain", which=which)
         typer.echo(json.dumps(told) if as_json else f"{told['file']}: {told['tensors']} tensors of the {layout} layout")
         return
-    info = export_run(run, target, which=which)
+    info = export_run(run, target, which=which, weights=weights.value)
     if as_json:
         typer.echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
         return
@@ -59,6 +74,7 @@ def eval_(
     ],
     data: Annotated[str | None, typer.Option("--data", help="Shards; without it, the run's own data.val.")] = None,
     which: From = None,
+    weights: Weights = WeightsName.raw,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images a forward pass; 64 by default.")] = None,
     views: Annotated[int | None, typer.Option("--views", metavar="1|2|5|10", help=VIEWS_HELP)] = None,
     average: Annotated[str | None, typer.Option("--average", metavar="logits|probs", help=AVERAGE_HELP)] = None,
@@ -95,6 +111,7 @@ def eval_(
 
     wanted = Wanted(tau, temperature, reports, gallery, save_logits, out)
     typed = {"which": which, "batch": batch, "views": views, "average": average}
+    typed["weights"] = None if weights is WeightsName.raw else weights.value
     run = {name: value for name, value in typed.items() if value is not None}
     done = evaluated(path, data=data, run=run, wanted=wanted)
     if done is None:  # not the main rank

@@ -3,6 +3,7 @@
     model.<name>                       parameters and persistent buffers, named as the bare model names them
     optim.<name>.exp_avg, .exp_avg_sq  AdamW's two moments of that parameter
     optim.<name>.step                  how many steps that parameter has had
+    ema.<name>, ema.updates            the average of that weight, where the recipe keeps one (`averaged`)
 
 Rates and weight decay are not saved: the recipe and the schedule give them, so that a resumed run follows what it says
 now (a stale decay after a resume is NVIDIA/Megatron-LM#7468). Wrappers (DDP, torch.compile, activation checkpointing)
@@ -19,6 +20,7 @@ from torch.optim import Adam, AdamW, Optimizer
 from livt_scale.errors import CheckpointMismatch
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile; torch's checkpoint_wrapper
+AVERAGE = "ema."  # what the names of averaged weights begin with
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 

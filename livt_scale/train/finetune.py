@@ -16,6 +16,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import RunError, UsageError, WeightsError
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import Classifier, build_classifier, load_encoder
+from livt_scale.parallel.averaged import Averaged
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Finetune, Recipe, digest
@@ -44,6 +45,7 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         evaluate=_evaluator(recipe, train, world) if recipe.data.val else None,
         evaluate_every_epochs=part.eval_every_epochs,
         origin=origin,
+        average=part.ema,
     )
 
 
@@ -136,6 +138,11 @@ def _evaluator(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strat
         report = evaluate(strategy, val, recipe, world=world, classes=classes)
         top1 = report["top1"]
         values = {f"top1_{group}": value for group, value in top1.items() if value is not None}
+        if isinstance(strategy, Averaged):
+            with strategy.average_in_place():
+                of_average = evaluate(strategy, val, recipe, world=world, classes=classes)
+            report["ema"] = {name: of_average[name] for name in ("top1", "top5", "calibration")}
+            values |= {f"ema_top1_{k}": value for k, value in of_average["top1"].items() if value is not None}
         return Evaluation(values, top1["all"], report)
 
     return run

@@ -4,15 +4,17 @@
                                     "40"            "best"          None: the final one; "newest": the last whole one
 
 The final checkpoint is what fine-tuning ended with. One of the middle is taken only when asked for: a run that was
-stopped half-way has weights, but nobody should publish them by mistake. Model, classes and recipe come from the
-checkpoint itself, so that a run directory that was moved or copied, away from its data, is complete.
+stopped half-way has weights, but nobody should publish them by mistake. So it is with the moving average of weights,
+where the run kept one (`stages.finetune.ema`): the weights are those that were trained, unless "ema" is asked for.
+Model, classes and recipe come from the checkpoint itself, so that a run directory that was moved or copied, away from
+its data, is complete.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
@@ -20,12 +22,13 @@ from pydantic import ValidationError
 from livt_scale.checkpoint import store
 from livt_scale.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
 from livt_scale.models.classifier import Classifier, build_classifier
-from livt_scale.parallel.state import collect
+from livt_scale.parallel.state import AVERAGE, collect
 from livt_scale.recipe import STAGES, Recipe, Stage
 from livt_scale.train.evaluate import TrainingClasses, weights_lineage
 from livt_scale.train.rundir import is_run, read_status
 
 NAMED = ("best", "newest")
+Weights = Literal["raw", "ema"]
 
 
 @dataclass(frozen=True)
@@ -39,28 +42,50 @@ class Trained:
     learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
 
 
-def load_trained(run_dir: Path, *, which: str | None = None) -> Trained:
+def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:
     """The classifier of `run_dir`: its final checkpoint, or `which` of "best", "newest" and a step number.
 
-    Every byte is checked first. Raises RunError (fine-tuning has not ended, no such checkpoint: it says what is there),
-    CheckpointDamaged, CheckpointMismatch.
+    weights: "raw", as trained, or "ema", their average. Every byte is checked first. Raises UsageError (no average),
+    RunError (fine-tuning has not ended, no such checkpoint: it says what is there), CheckpointDamaged and
+    CheckpointMismatch.
     """
-    path = pick_checkpoint(run_dir, which=which)
+    return read_trained(pick_checkpoint(run_dir, which=which), weights=weights)
+
+
+def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
+    """The classifier in the fine-tuning checkpoint `path`. Raises as `load_trained`."""
     manifest = store.read_manifest(path)
     facts = manifest.facts
     try:
         recipe = Recipe.model_validate(facts["recipe"])
-        classes = TrainingClasses(tuple(facts["class_names"]), tuple(facts["class_counts"]), where=str(run_dir))
+        classes = TrainingClasses(tuple(facts["class_names"]), tuple(facts["class_counts"]), where=str(path))
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointMismatch(
             f"{path} does not say what was trained: {error!r}", remedy="was it written by another livt_scale?"
         ) from error
     with torch.random.fork_rng(devices=[]):
         model = build_classifier(recipe.model, num_classes=len(classes.names), drop_path=0.0).eval()
-    store.load(path, collect(model), allow_unexpected=("optim.*",))
+    store.load(path, collect(model), allow_unexpected=("optim.*", f"{AVERAGE}*"))
     position = manifest.position
-    weights = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
-    return Trained(model, recipe, classes, weights, facts["learnt_from"])
+    lineage = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
+    if weights == "ema":
+        lineage["ema"] = _take_average(model, recipe, path)
+    return Trained(model, recipe, classes, lineage, facts["learnt_from"])
+
+
+def _take_average(model: Classifier, recipe: Recipe, path: Path) -> dict[str, Any]:
+    """Fill `model` with the average in `path`; how it was kept. A weight that was not trained is its own average."""
+    part = recipe.stages.finetune
+    if part is None or part.ema is None:
+        raise UsageError(
+            f"--weights ema: {path} holds no average of the weights",
+            remedy="train with stages.finetune.ema, as --set 'stages.finetune.ema={decay: 0.999}', or give raw",
+        )
+    wanted = {f"{AVERAGE}{name}": p.detach() for name, p in model.named_parameters()}
+    trained = store.read_tensors(path, choose=lambda name: name in wanted)
+    for name, tensor in trained.items():
+        wanted[name].copy_(tensor)
+    return {**part.ema.model_dump(mode="json"), "tensors": len(trained)}
 
 
 def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:

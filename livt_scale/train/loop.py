@@ -24,7 +24,7 @@ from livt_scale.checkpoint.tiers import Tiers
 from livt_scale.data.loader import Batch
 from livt_scale.parallel.strategy import Groups, Strategy, Update
 from livt_scale.parallel.topology import World
-from livt_scale.recipe import Checkpoint, Faults, StagePart
+from livt_scale.recipe import Checkpoint, Ema, Faults, StagePart
 from livt_scale.train.anomalies import Anomaly, step_over
 from livt_scale.train.batches import BatchPlan
 from livt_scale.train.digest import check_alike
@@ -61,6 +61,7 @@ class Task:
     evaluate_every_epochs: int | None = None
     origin: dict[str, Any] | None = None  # lineage of the weights that the stage begins with; None: the seed
     draw: Callable[[Strategy, Path], None] | None = None  # a picture beside each checkpoint, into this file
+    average: Ema | None = None  # of the weights, kept beside them
 
 
 @dataclass

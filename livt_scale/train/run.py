@@ -17,6 +17,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.data.stream import stage_order
 from livt_scale.errors import CheckpointMismatch, DataError, UsageError
 from livt_scale.parallel import cores
+from livt_scale.parallel.averaged import with_average
 from livt_scale.parallel.strategy import make_strategy
 from livt_scale.parallel.topology import World, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
@@ -123,6 +124,7 @@ def _train_stage(
             task.part.epochs, order.steps_per_epoch, recipe.checkpoint, evaluate_every_epochs=task.evaluate_every_epochs
         )
         strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=task.part.betas, world=world)
+        strategy = with_average(strategy, task.average)
         facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
         state = TrainState(strategy, facts, anomalies=Anomalies(recipe.faults), allow=allow)
         with (
