@@ -9,6 +9,7 @@ of it into the run's own directory, so that each is whole when it is moved. Name
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,20 +44,23 @@ class Run:
 
 def spelt(value: object) -> str:
     """As YAML on a command line has it."""
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if isinstance(value, bool | None)
-        else str(value)
-    )
+    return json.dumps(value) if isinstance(value, bool | None | list | tuple | dict) else str(value)
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """Each run once, after the one that it starts from. Raises UsageError for two runs of one name that differ."""
+    """Each run once, in the order given, but after the one that it starts from.
+
+    Seed after seed given, whole seeds are done first, and a study that is stopped early has something to say.
+    Raises UsageError for two runs of one name that differ, or a start that is none of the runs.
+    """
     known: dict[str, Run] = {}
     for run in runs:
         if known.setdefault(run.name, run) != run:
             raise UsageError(f"two different runs are called {run.name}", remedy="give each of them a name of its own")
+    ordered: dict[str, Run] = {}
     for run in known.values():
         if run.after is not None and run.after not in known:
             raise UsageError(f"{run.name} starts from {run.after}, which is none of the runs")
-    return sorted(known.values(), key=lambda run: run.after is not None)  # stable: pretraining first
+        for one in [known[run.after], run] if run.after is not None else [run]:
+            ordered.setdefault(one.name, one)
+    return list(ordered.values())

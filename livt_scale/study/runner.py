@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 from livt_scale.durable import new_folder
+from livt_scale.errors import Preempted
 from livt_scale.study.grid import Run, in_order
 from livt_scale.train.rundir import is_done
 
 LOG = "log.txt"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # as `livt train` takes them
 POLL_S = 0.2
 Say = Callable[[str], None]
 
@@ -35,9 +40,10 @@ class Outcome:
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = print) -> Outcome:
-    """Bring all runs to their end. A signal ends those that run (they save) and is raised again."""
+    """Bring all runs to their end. Raises Preempted on SIGTERM or SIGUSR2, when those that run have saved."""
     left, outcome = in_order(runs), Outcome()
     active: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
+    before = {number: signal.signal(number, _stop) for number in SIGNALS}
     try:
         while left or active:
             for name in [name for name, (_, process, _) in active.items() if process.poll() is not None]:
@@ -59,7 +65,13 @@ def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = p
             process.terminate()  # livt train saves on SIGTERM
         for _, process, _ in active.values():
             process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return outcome
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise Preempted(f"stopped by {signal.Signals(number).name}; the runs are saved", remedy="start again to go on")
 
 
 def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:

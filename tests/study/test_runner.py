@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from livt_scale.errors import Preempted
 from livt_scale.study import runner
 from livt_scale.study.grid import Run
 from livt_scale.study.runner import run_all
@@ -76,6 +78,18 @@ def test_no_more_than_so_many_at_once(livt, tmp_path, monkeypatch):
     assert time.monotonic() - began > 0.6
 
 
+def test_a_signal_stops_the_runs_too_and_they_are_continued(livt, tmp_path, monkeypatch):
+    monkeypatch.setenv("TAKES", "60")
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    with pytest.raises(Preempted, match="stopped by SIGTERM"):
+        run_all(grid(), tmp_path, at_once=2, say=lambda _: None)
+    assert time.monotonic() - began < 30, "it waited for nobody who would not stop"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.setenv("TAKES", "0")
+    assert sorted(run_all(grid(), tmp_path, say=lambda _: None).done) == ["a", "b", "c", "d", "p"]
+
+
 @pytest.mark.slow
 def test_a_claim_is_killed_continued_and_judged(tmp_path):
     """The whole command, on the shards that ship: two seeds of one epoch, killed once in the middle."""
@@ -88,7 +102,7 @@ def test_a_claim_is_killed_continued_and_judged(tmp_path):
     words += [f"--set={s}" for s in sets]
     first = subprocess.Popen(words, stdout=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 300
-    while not (tmp_path / "bal_bce" / "seed-0" / "finetune" / "status.json").exists():
+    while not (tmp_path / "fashion_mnist_lt" / "bal_bce" / "seed-0" / "finetune" / "status.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
     os.killpg(first.pid, signal.SIGKILL)
