@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:  # `livt --help` does without what is heavy
+    from livt_scale.study.grid import Run
+
+DEVICE, MFU = "h100", 0.35
+
 
 def reproduce(
-    claim: Annotated[str, typer.Argument(help="two-stages, losses, reconstruction, size, or all.")],
+    claim: Annotated[str, typer.Argument(help="two-stages, losses, reconstruction, imbalance, size, or all.")],
     on: Annotated[str, typer.Option(help="Data and size: fashion_mnist_lt, fashion_mnist_lt_if10, imagenet_lt.")] = (
         "fashion_mnist_lt"
     ),
-    out: Annotated[Path, typer.Option("--out", help="The folder of the runs; they are continued there.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="The runs lie in OUT/ON; they are continued there.")] = Path(
         "runs/claims"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="So many, from 0 on; a verdict needs 3.")] = 3,
@@ -24,7 +31,11 @@ def reproduce(
     page: Annotated[
         Path | None, typer.Option("--page", help="Also write this page, of all results kept in results/ beside it.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs; start nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; start nothing.")] = False,
+    device: Annotated[str | None, typer.Option(help=f"With --dry-run: hours of this device [{DEVICE}].")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help=f"With --dry-run: share of its peak that is reached [{MFU}].")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a claim of the paper: train its arms over several seeds, compare them, and say what holds.
@@ -40,15 +51,16 @@ def reproduce(
         raise UsageError(f"there is no setting {on!r}", remedy=nearest(on, SETTINGS))
     if claim != "all" and claim not in CLAIMS:
         raise UsageError(f"there is no claim {claim!r}", remedy=nearest(claim, [*CLAIMS, "all"]))
+    if not dry_run and (device is not None or mfu is not None):
+        raise UsageError("--device and --mfu tell the cost of runs", remedy="add --dry-run, or leave them out")
     names = list(CLAIMS) if claim == "all" else [claim]
-    laid = _parsed(sets or [])
+    laid, folder = _parsed(sets or []), out / on  # a run of one setting is never taken for another's
     runs = _runs(names, on, range(seeds), laid)
     if dry_run:
-        told = [{"name": r.name, "stage": r.stage, "after": r.after, "sets": dict(r.sets)} for r in runs]
-        typer.echo(json.dumps(told) if as_json else "\n".join(f"{r.name}  livt {' '.join(r.words(out))}" for r in runs))
+        _tell_cost(runs, on, folder, device=device or DEVICE, mfu=mfu or MFU, as_json=as_json)
         return
-    failed = {} if collect_only else _run(runs, out, at_once=at_once, quiet=as_json)
-    results = _collect(names, on, out, range(seeds), laid)
+    failed = {} if collect_only else _run(runs, folder, at_once=at_once, quiet=as_json)
+    results = _collect(names, on, folder, range(seeds), laid)
     if page is not None:
         _write_page(page, results)
     typer.echo(json.dumps(results) if as_json else "\n".join(_told(result) for result in results))
@@ -58,57 +70,87 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _parsed(sets: list[str]) -> dict[str, Any]:
+def _parsed(sets: list[str]) -> dict[str, str]:
     from livt_scale.errors import UsageError
 
     for text in sets:
         if "=" not in text:
             raise UsageError(f"--set {text}: there is no =", remedy="write --set a.b=c")
-    return dict(text.split("=", 1) for text in sets)
+    return {path: value for path, _, value in (text.partition("=") for text in sets)}
 
 
-def _runs(names: list[str], on: str, seeds: range, sets: dict[str, Any]) -> list[Any]:
+def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any]) -> list[Run]:
     from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
     from livt_scale.study.grid import in_order
 
-    found = [runs_of(CLAIMS[name], SETTINGS[on], seeds=seeds, sets=sets) for name in names]
-    return in_order(run for of in found for runs in of.values() for run in runs)
+    every = [runs_of(CLAIMS[name], SETTINGS[on], seeds=[seed], sets=sets) for seed in seeds for name in names]
+    return in_order(run for of in every for runs in of.values() for run in runs)
 
 
-def _run(runs: list[Any], out: Path, *, at_once: int, quiet: bool) -> dict[str, str]:
+def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: float, as_json: bool) -> None:
+    from livt_scale.errors import UsageError, nearest
+    from livt_scale.plan.devices import DEVICES
+    from livt_scale.study.claims import SETTINGS
+    from livt_scale.study.cost import cost_of
+
+    if device not in DEVICES:
+        raise UsageError(f"there is no device {device!r}", remedy=nearest(device, DEVICES))
+    told, hours, images, flops = [], 0.0, 0, 0
+    for run in runs:
+        cost = cost_of(run, SETTINGS[on], folder)
+        peak = DEVICES[device].peak_tflops(cost.precision)
+        if peak is None:
+            raise UsageError(f"a {device} has no {cost.precision}", remedy="--set parallel.precision=fp16")
+        hours, images, flops = hours + cost.device_hours(peak, mfu=mfu), images + cost.images, flops + cost.flops
+        facts = {"epochs": cost.epochs, "images": cost.images, "flops": cost.flops}
+        words = f"livt {shlex.join(run.words(folder))}"
+        told.append({"name": run.name, "stage": run.stage, "after": run.after, "command": words, **facts})
+    if as_json:
+        typer.echo(json.dumps({"runs": told, "device": device, "mfu": mfu, "device_hours": hours}))
+        return
+    for one in told:
+        typer.echo(f"{one['command']}{'   # with pretrain/ of ' + str(one['after']) if one['after'] else ''}")
+    typer.echo(f"{len(told)} runs, {images:.3g} images, {flops:.3g} model FLOPs;")
+    typer.echo(f"at {mfu:.0%} of the peak of {device} (an assumption: --device, --mfu) {hours:.3g} device hours")
+
+
+def _run(runs: list[Run], folder: Path, *, at_once: int, quiet: bool) -> dict[str, str]:
     from livt_scale.study.runner import run_all
 
     for run in runs:  # what cannot be is said before anything is trained
-        run.load(out)
-    outcome = run_all(runs, out, at_once=at_once, say=(lambda _: None) if quiet else typer.echo)
+        run.load(folder)
+    outcome = run_all(runs, folder, at_once=at_once, say=(lambda _: None) if quiet else typer.echo)
     return outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
 
 
-def _collect(names: list[str], on: str, out: Path, seeds: range, sets: dict[str, Any]) -> list[dict[str, Any]]:
-    from livt_scale.durable import write_whole
+def _collect(names: list[str], on: str, folder: Path, seeds: range, sets: Mapping[str, Any]) -> list[dict[str, Any]]:
     from livt_scale.study.collect import collect
-    from livt_scale.study.page import picture
 
-    results = []
-    for name in names:
-        results.append(collect(name, on, out, seeds=seeds, sets=sets))
-        place = out / "results" / f"{name}-{on}.json"
-        write_whole(place, (json.dumps(results[-1], indent=1) + "\n").encode())
-        picture(results[-1], place.with_suffix(".png"))
+    results = [collect(name, on, folder, seeds=seeds, sets=sets) for name in names]
+    for result in results:
+        _keep(result, folder / "results")
     return results
 
 
 def _write_page(page: Path, results: list[dict[str, Any]]) -> None:
-    """Keep the results beside the page, and make it of all that are kept."""
+    """Keep the results beside the page, and make it of all that are kept. A claim of which nothing ran has none."""
     from livt_scale.durable import write_whole
     from livt_scale.study import page as pages
 
-    kept = page.parent / "results"
     for result in results:
-        name = f"{result['claim']}-{result['on']}"
-        write_whole(kept / f"{name}.json", (json.dumps(result, indent=1) + "\n").encode())
-        pages.picture(result, kept / f"{name}.png")
-    write_whole(page, pages.page(pages.read_results(kept)).encode())
+        if result["values"]:
+            _keep(result, page.parent / "results")
+    write_whole(page, pages.page(pages.read_results(page.parent / "results")).encode())
+
+
+def _keep(result: dict[str, Any], folder: Path) -> None:
+    from livt_scale.durable import write_whole
+    from livt_scale.study.page import picture_name, results_json
+    from livt_scale.study.picture import draw
+
+    picture = folder / Path(picture_name(result)).name
+    write_whole(picture.with_suffix(".json"), results_json(result))
+    draw(result, picture)
 
 
 def _told(result: dict[str, Any]) -> str:

@@ -16,28 +16,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from livt_scale.plan.flops import classifier_flops, mae_flops
 from livt_scale.recipe_file import load_recipe
 from livt_scale.study.grid import Run
+from livt_scale.study.questions import Ask, Gap, Question
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Sets = Mapping[str, Any]
-Measure = Literal["top1_all", "top1_many", "top1_medium", "top1_few", "top1_mean_over_epochs", "reconstruction_loss"]
 # A network that begins at random needs one rate for all layers (as timm's and DeiT's recipes have it).
 SCRATCH: Sets = {"stages.finetune.init": "scratch", "stages.finetune.layer_decay": 1.0}
 
 
 @dataclass(frozen=True)
 class Setting:
-    """On which data, how large. balanced: the set of the same size. sizes, mgp_epochs: from small to large."""
+    """On which data, how large. balanced: its twin without a tail. sizes, mgp_epochs: from small to large.
+
+    The numbers of images are for the cost alone, which is reckoned before the sets are there.
+    """
 
     recipe: Path
     balanced: str
     sizes: Mapping[str, Sets]
     mgp_epochs: tuple[int, ...]  # the last is the recipe's own
     num_classes: int
+    num_images: int
+    num_balanced: int
     sets: Sets = field(default_factory=dict)
 
     @property
@@ -56,22 +61,12 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """Is `better` above `worse` (below it for a loss)? With `within`: are they alike, relative to `worse`?"""
-
-    better: str
-    worse: str
-    measure: Measure
-    within: float | None = None
-
-
-@dataclass(frozen=True)
 class Claim:
     """One claim in words, its arms, and what is asked of them."""
 
     says: str
     arms: Callable[[Setting], list[Arm]]
-    asks: Callable[[Setting], list[Ask]]
+    asks: Callable[[Setting], list[Question]]
 
 
 def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets) -> dict[tuple[str, int], list[Run]]:
@@ -116,9 +111,12 @@ def epochs_of_equal_compute(setting: Setting) -> int:
     return finetune.epochs + -(-pretrain.epochs * first // second)
 
 
-def _against_scratch(setting: Setting) -> list[Ask]:  # noqa: ARG001 - each claim's has the same signature
-    rivals = ("scratch", "scratch-equal-compute")
-    return [Ask("bal_bce", rival, measure) for rival in rivals for measure in ("top1_all", "top1_few")]
+def _against_scratch(setting: Setting) -> list[Question]:  # noqa: ARG001 - each claim's has the same signature
+    asks: list[Question] = []
+    for rival in ("scratch", "scratch-equal-compute"):
+        over_all, few = Ask("bal_bce", rival, "top1_all"), Ask("bal_bce", rival, "top1_few")
+        asks += [over_all, few, Gap(few, over_all)]
+    return asks
 
 
 def _each_loss(setting: Setting) -> list[Arm]:  # noqa: ARG001
@@ -139,8 +137,8 @@ def loss_sets(name: str) -> dict[str, Any]:
     return sets
 
 
-def _best_loss(setting: Setting) -> list[Ask]:  # noqa: ARG001
-    finally_ = [Ask("bal_bce", rival, "top1_all") for rival in LOSSES[1:]]
+def _best_loss(setting: Setting) -> list[Question]:  # noqa: ARG001
+    finally_: list[Question] = [Ask("bal_bce", rival, "top1_all") for rival in LOSSES[1:]]
     return [*finally_, Ask("bal_bce", "bal_ce", "top1_mean_over_epochs")]
 
 
@@ -169,14 +167,16 @@ def _mgp_name(data: str, size: str, epochs: int, setting: Setting) -> str:
     return "-".join(words)
 
 
-def _reconstructs(setting: Setting) -> list[Ask]:
+def _reconstructs(setting: Setting) -> list[Question]:
     """Alike on both sets, to 5 %; lower with the next size, and with more epochs."""
     sizes, last = list(setting.sizes), setting.mgp_epochs[-1]
     arms = {
         (d, s, e): _mgp_name(d, s, e, setting) for d in ("lt", "balanced") for s in sizes for e in setting.mgp_epochs
     }
     base = setting.base_size
-    asks = [Ask(arms["lt", s, last], arms["balanced", s, last], "reconstruction_loss", within=0.05) for s in sizes]
+    asks: list[Question] = [
+        Ask(arms["lt", s, last], arms["balanced", s, last], "reconstruction_loss", within=0.05) for s in sizes
+    ]
     larger = zip(sizes[1:], sizes[:-1], strict=True)
     asks += [Ask(arms["lt", a, last], arms["lt", b, last], "reconstruction_loss") for a, b in larger]
     longer = zip(setting.mgp_epochs[1:], setting.mgp_epochs[:-1], strict=True)
@@ -190,7 +190,7 @@ def _each_size(setting: Setting) -> list[Arm]:
     ]
 
 
-def _larger_is_better(setting: Setting) -> list[Ask]:
+def _larger_is_better(setting: Setting) -> list[Question]:
     names = [arm.name for arm in _each_size(setting)]
     return [Ask(a, b, "top1_all") for a, b in zip(names[1:], names[:-1], strict=True)]
 
@@ -218,13 +218,18 @@ _SMALL = {
 _LARGE = {name: {} if name == "vit_b" else {"model.size": name} for name in ("vit_s", "vit_b", "vit_l", "vit_h")}
 _FASHION = RECIPES / "fashion_mnist_lt" / "claims.yaml"
 SETTINGS = {
-    "fashion_mnist_lt": Setting(_FASHION, "shards/fashion-mnist-lt-full/train-balanced", _SMALL, (5, 15), 10),
+    "fashion_mnist_lt": Setting(
+        recipe=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
+        num_classes=10, num_images=14_886, num_balanced=14_886,
+    ),
     "fashion_mnist_lt_if10": Setting(
-        _FASHION, "shards/fashion-mnist-lt-if10/train-balanced", _SMALL, (5, 15), 10,
-        {"data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.few_under": 1500, "data.many_over": 3000},
+        recipe=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
+        num_classes=10, num_images=24_516, num_balanced=24_516,
+        sets={"data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.few_under": 1500, "data.many_over": 3000},
     ),
     "imagenet_lt": Setting(
-        RECIPES / "imagenet_lt" / "vit_b16.yaml", "shards/imagenet-bal/train", _LARGE, (200, 400, 800), 1000,
-        {"stages.finetune.eval_every_epochs": 5},
+        recipe=RECIPES / "imagenet_lt" / "vit_b16.yaml", balanced="shards/imagenet-bal/train", sizes=_LARGE,
+        mgp_epochs=(200, 400, 800), num_classes=1000, num_images=115_846, num_balanced=160_000,
+        sets={"stages.finetune.eval_every_epochs": 5},
     ),
 }  # fmt: skip

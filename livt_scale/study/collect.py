@@ -1,12 +1,14 @@
 """What the runs of a claim came to, read from their directories, and what follows from it by the rule of `verdict`.
 
-A run that is missing, half done, failed or of another recipe is named and counts for nothing. What comes out is plain
-JSON: the page and the pictures are made of it alone, so that they can be made again where the runs are gone.
+A run that is missing, half done, failed, of another recipe, from another pretraining or of other images is named and
+counts for nothing. What comes out is plain JSON: the page and the pictures are made of it alone, so that they can be
+made again where the runs are gone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,52 +16,110 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from livt_scale import __version__
+from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.errors import LivtError
-from livt_scale.recipe import learnt_from
+from livt_scale.recipe import Recipe, Stage, learnt_from
 from livt_scale.recipe_file import load_recipe
-from livt_scale.study.claims import CLAIMS, SETTINGS, Ask, Setting, runs_of
+from livt_scale.study.claims import CLAIMS, SETTINGS, Setting, runs_of
 from livt_scale.study.grid import Run
-from livt_scale.study.verdict import Verdict, alike, exceeds, together
+from livt_scale.study.verdict import together
 from livt_scale.train.rundir import is_done, read_status
 
+FORMAT, VERSION = "livt-claim-results", 1
 GROUPS = ("all", "many", "medium", "few")
-Values = dict[str, dict[str, dict[int, float]]]  # arm -> measure -> seed -> value
 
 
 def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Mapping[str, Any]) -> dict[str, Any]:
     """The results of a claim in a setting, from the runs below `folder`."""
     setting = SETTINGS[on]
-    values: Values = {}
-    missing: dict[str, str] = {}
-    curves: dict[str, list[list[float]]] = {}
-    minutes: dict[str, list[float]] = {}
+    found = _Found()
     for (arm, seed), runs in runs_of(CLAIMS[claim], setting, seeds=seeds, sets=sets).items():
-        run = runs[-1]
-        problem = what_is_wrong(run, folder)
-        if problem:
-            missing[f"{arm}, seed {seed}"] = problem
-            continue
-        for measure, value in measures_of(run, folder / run.name).items():
-            values.setdefault(arm, {}).setdefault(measure, {})[seed] = value
-        curves.setdefault(arm, []).append([line["top1_all"] for line in evaluations(folder / run.name)])
-        minutes.setdefault(arm, []).append(training_minutes(folder / run.name / run.stage))
-    verdicts = [judge(ask, values) for ask in CLAIMS[claim].asks(setting)]
+        found.add(arm, seed, runs[-1], folder, num_classes=setting.num_classes)
+    verdicts = [ask.judge(found.values) for ask in CLAIMS[claim].asks(setting)]
+    by_seed = {
+        arm: {m: {str(s): v for s, v in of.items()} for m, of in measures.items()}
+        for arm, measures in found.values.items()
+    }
     return {
+        "format": FORMAT,
+        "version": VERSION,
         "claim": claim,
         "says": CLAIMS[claim].says,
         "on": on,
         "seeds": list(seeds),
         "sets": dict(sets),
         "budget": _budget(setting, sets),
-        "values": {arm: {m: {str(s): v for s, v in by.items()} for m, by in of.items()} for arm, of in values.items()},
-        "curves": {arm: lines for arm, lines in curves.items() if any(lines)},
-        "minutes": {arm: statistics.fmean(each) for arm, each in minutes.items()},
-        "missing": missing,
-        "verdicts": [asdict(verdict) for verdict in verdicts],
+        "weights": found.weights,
+        "values": by_seed,
+        "curves": {arm: lines for arm, lines in found.curves.items() if any(lines)},
+        "minutes": {arm: statistics.fmean(each) for arm, each in found.minutes.items()},
+        "missing": found.missing,
+        "verdicts": [_plain(asdict(verdict)) for verdict in verdicts],
         "word": together(verdicts),
         "versions": _versions(),
     }
+
+
+def _plain(verdict: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity (of an interval) and no NaN (of a mean over no seed): null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in verdict.items()}
+
+
+class _Found:
+    """What is read of run after run. values: arm -> measure -> seed -> value; missing: why a run does not count."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, dict[str, dict[int, float]]] = {}
+        self.curves: dict[str, list[list[float]]] = {}
+        self.minutes: dict[str, list[float]] = {}
+        self.weights: dict[str, int] = {}
+        self.missing: dict[str, str] = {}
+        self._digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and who says so
+
+    def add(self, arm: str, seed: int, run: Run, folder: Path, *, num_classes: int) -> None:
+        place, who = folder / run.name, f"{arm}, seed {seed}"
+        problem = what_is_wrong(run, folder) or self._other_images(run, place, folder, who)
+        if problem:
+            self.missing[who] = problem
+            return
+        for measure, value in measures_of(run, place).items():
+            self.values.setdefault(arm, {}).setdefault(measure, {})[seed] = value
+        self.curves.setdefault(arm, []).append([line["top1_all"] for line in evaluations(place)])
+        self.minutes.setdefault(arm, []).append(training_minutes(place / run.stage))
+        if arm not in self.weights:
+            self.weights[arm] = num_weights(run.load(folder), num_classes=num_classes)
+
+    def _other_images(self, run: Run, place: Path, folder: Path, who: str) -> str:
+        """A recipe names its sets by folder; what lies there may have been built anew, or laid over by `--set`."""
+        data = run.load(folder).data
+        for where, digest in sets_read(run, place, train=data.train, val=data.val).items():
+            expected, whose = self._digests.setdefault(where, _digest_here(where) or (digest, who))
+            if digest != expected:
+                return f"it read other images than {whose}, in {where}"
+        return ""
+
+
+def sets_read(run: Run, place: Path, *, train: str, val: str | None) -> dict[str, str]:
+    """The digest of the manifest (and quarantine) that a finished run read as each set."""
+    if run.stage == "pretrain":
+        from livt_scale.train.finetune import final_pretraining  # torch
+
+        return {train: read_manifest(final_pretraining(place)).facts["learnt_from"]["data.manifest"]}
+    told = _evaluation(place)
+    return {train: told["weights"]["trained_on"], str(val): told["data"]["manifest_digest"]}
+
+
+def _digest_here(where: str) -> tuple[str, str] | None:
+    """The digest of the set in the folder `where` and what to call it; None where it is not on this machine."""
+    from livt_scale.data.manifest import ShardSet
+
+    try:
+        return ShardSet.open(where).digest, "is there now"
+    except LivtError:
+        return None
 
 
 def what_is_wrong(run: Run, folder: Path) -> str:
@@ -71,12 +131,46 @@ def what_is_wrong(run: Run, folder: Path) -> str:
     if not is_done(place, run.stage):
         return f"{status.get('state')}: {status.get('why') or 'not at its end'}"[:300]
     try:
-        made, wanted = load_recipe(place / "recipe.yaml"), run.load(folder)
-    except LivtError as error:
-        return f"its recipe cannot be read: {error}"[:300]
-    was, should = learnt_from(made, run.stage), learnt_from(wanted, run.stage)
+        wanted = run.load(folder)
+        differs = _differs(load_recipe(place / "recipe.yaml"), wanted, run.stage)
+        return differs or (_other_pretraining(place, wanted) if run.after is not None else "")
+    except (LivtError, ValidationError, LookupError) as error:
+        return f"what it is cannot be read: {' '.join(str(error).split())}"[:300]
+
+
+def _differs(made: Recipe, wanted: Recipe, stage: Stage) -> str:
+    was, should = learnt_from(made, stage), learnt_from(wanted, stage)
     differs = sorted(path for path in was.keys() | should.keys() if was.get(path) != should.get(path))
     return f"of another recipe: {', '.join(differs[:5])}" if differs else ""
+
+
+def _other_pretraining(place: Path, wanted: Recipe) -> str:
+    """A run's own recipe does not tell from which weights it began; its evaluation and the pretraining beside it do."""
+    from livt_scale.train.finetune import final_pretraining  # torch
+
+    facts = read_manifest(final_pretraining(place)).facts
+    problem = _differs(Recipe.model_validate(facts["recipe"]), wanted, "pretrain")
+    if problem:
+        return f"its pretraining is {problem}"
+    began = _evaluation(place)["weights"]["init"]
+    same = began is not None and began["recipe_digest"] == facts["recipe_digest"]
+    return "" if same else "it did not begin with the pretraining that lies beside it"
+
+
+def _evaluation(place: Path) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((place / "finetune" / "eval.json").read_bytes())
+    return told
+
+
+def num_weights(recipe: Recipe, *, num_classes: int) -> int:
+    """Of the classifier, with its head; none is allocated."""
+    import torch
+
+    from livt_scale.models.classifier import build_classifier
+
+    with torch.device("meta"):
+        model = build_classifier(recipe.model, num_classes=num_classes, drop_path=0.0)
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def measures_of(run: Run, place: Path) -> dict[str, float]:
@@ -85,7 +179,7 @@ def measures_of(run: Run, place: Path) -> dict[str, float]:
         from livt_scale.study.held_out import reconstruction_loss  # torch, only where it has to reckon
 
         return {"reconstruction_loss": reconstruction_loss(place)}
-    top1 = json.loads((place / "finetune" / "eval.json").read_bytes())["top1"]
+    top1 = _evaluation(place)["top1"]
     found = {f"top1_{group}": float(top1[group]) for group in GROUPS if top1[group] is not None}
     by_epoch = [line["top1_all"] for line in evaluations(place)]
     return found | ({"top1_mean_over_epochs": statistics.fmean(by_epoch)} if len(by_epoch) > 1 else {})
@@ -103,22 +197,6 @@ def training_minutes(folder: Path) -> float:
         total_s += line["step_s"] * (line["step"] - before)
         before = line["step"]
     return total_s / 60
-
-
-def judge(ask: Ask, values: Values) -> Verdict:
-    """The verdict on one question, over the seeds that both arms have. Differences are better - worse."""
-    better, worse = (values.get(arm, {}).get(ask.measure, {}) for arm in (ask.better, ask.worse))
-    seeds = sorted(better.keys() & worse.keys())
-    name = ask.measure.replace("_", " ")
-    if ask.within is not None:
-        differences = [(better[s] - worse[s]) / worse[s] for s in seeds]
-        return alike(
-            differences, says=f"{ask.better} like {ask.worse} in {name}, to {ask.within:.0%}", within=ask.within
-        )
-    sign = -1 if ask.measure == "reconstruction_loss" else 1
-    relation = "below" if sign < 0 else "above"
-    differences = [sign * (better[s] - worse[s]) for s in seeds]
-    return exceeds(differences, says=f"{ask.better} {relation} {ask.worse} in {name}")
 
 
 def _budget(setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:

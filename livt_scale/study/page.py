@@ -1,18 +1,17 @@
-"""docs/results.md and its pictures, made of the collected results alone: nothing on it is typed by hand."""
+"""docs/results.md, made of the collected results alone: nothing on it is typed by hand."""
 
 from __future__ import annotations
 
-import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from livt_scale.durable import write_whole
 from livt_scale.errors import DataError
-from livt_scale.study.claims import CLAIMS
-from livt_scale.study.verdict import CONFIDENCE
+from livt_scale.study.claims import CLAIMS, SETTINGS
+from livt_scale.study.collect import FORMAT, VERSION
+from livt_scale.study.verdict import CONFIDENCE, LEAST_SEEDS
 
 COLUMNS = {
     "top1_all": "all", "top1_many": "many", "top1_medium": "medium", "top1_few": "few",
@@ -22,24 +21,29 @@ HEAD = """\
 # Results: the paper's claims, checked here
 
 This page is made by `livt reproduce … --page docs/results.md`, of results that it collected from run directories and
-keeps in `docs/results/`. Each number is the mean over seeds ± their standard deviation. A verdict is a rule, which
-stands in `livt_scale/study/verdict.py`: with the same seeds for both arms, the {confidence:.0%} interval of the
-difference lies above 0 (confirmed), below 0 (not confirmed), or holds it (not decidable here). All arms have the
-recipe's learning rate and, unless their name says otherwise, its epochs; nothing was tuned for any of them.
-
-What a run leaves behind otherwise, and how it is evaluated: [outputs](outputs.md), [runs](runs.md).
+keeps in `docs/results/`; how to run it, here and on ImageNet-LT: [reproducing](reproducing.md). Each number is the
+mean over seeds ± their standard deviation, on evaluation images. A verdict is a rule, which stands in
+`livt_scale/study/verdict.py`: with the same seeds for both arms, the {confidence:.0%} interval of the difference lies
+above 0 (confirmed), below 0 (not confirmed), or holds it (not decidable here, as with fewer than {least} seeds). A
+claim is confirmed where each of its questions is, and not confirmed where one is not. All arms have the recipe's
+learning rate and, unless their name says otherwise, its epochs; nothing was tuned for any of them.
 """
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for these results, in their order."""
-    parts = [HEAD.format(confidence=CONFIDENCE), _overview(results)]
+    parts = [HEAD.format(confidence=CONFIDENCE, least=LEAST_SEEDS), _overview(results)]
     return "\n".join([*parts, *(_section(result) for result in results)])
 
 
 def _overview(results: Sequence[Mapping[str, Any]]) -> str:
-    rows = [f"| {r['says']} | {r['on']} | **{r['word']}** |" for r in results]
-    return "\n".join(["| claim | on | verdict |", "| --- | --- | --- |", *rows, ""])
+    """Every claim in every setting: what nobody has run is said to be not run."""
+    words = {(result["claim"], result["on"]): result["word"] for result in results}
+    rows = [f"| claim | {' | '.join(f'`{on}`' for on in SETTINGS)} |", "| --- |" + " --- |" * len(SETTINGS)]
+    for name, claim in CLAIMS.items():
+        cells = (words.get((name, on)) for on in SETTINGS)
+        rows.append(f"| `{name}`: {claim.says} | {' | '.join(f'**{w}**' if w else 'not run' for w in cells)} |")
+    return "\n".join([*rows, ""])
 
 
 def _section(result: Mapping[str, Any]) -> str:
@@ -72,83 +76,64 @@ def _section(result: Mapping[str, Any]) -> str:
 
 def _table(result: Mapping[str, Any]) -> list[str]:
     shown = [m for m in COLUMNS if any(m in of for of in result["values"].values())]
-    rows = [f"| arm | seeds | {' | '.join(COLUMNS[m] for m in shown)} | minutes a run |"]
-    rows.append("| --- |" + " ---: |" * (len(shown) + 2))
+    rows = [f"| arm | M weights | seeds | {' | '.join(COLUMNS[m] for m in shown)} | minutes a run |"]
+    rows.append("| --- |" + " ---: |" * (len(shown) + 3))
     for arm, of in result["values"].items():
         count = max(len(by) for by in of.values())
         cells = " | ".join(_cell(list(of[m].values()), m) if m in of else "" for m in shown)
-        rows.append(f"| {arm} | {count} | {cells} | {result['minutes'][arm]:.1f} |")
+        weights, minutes = f"{result['weights'][arm] / 1e6:.2f}", f"{result['minutes'][arm]:.1f}"
+        rows.append(f"| {arm} | {weights} | {count} | {cells} | {minutes} |")
     return rows
 
 
 def _cell(values: Sequence[float], measure: str) -> str:
     scale, digits = (1, 4) if measure == "reconstruction_loss" else (100, 1)
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{scale * statistics.fmean(values):.{digits}f} ± {scale * spread:.{digits}f}"
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def _verdicts(result: Mapping[str, Any]) -> list[str]:
     rows = ["| question | difference | interval | seeds | verdict |", "| --- | ---: | ---: | ---: | --- |"]
     for verdict in result["verdicts"]:
-        mean, low, high = (_signed(verdict[key], verdict["says"]) for key in ("mean", "low", "high"))
-        told = f"{mean} | {low} to {high}" if verdict["num_seeds"] > 1 else " | "
-        rows.append(f"| {verdict['says']} | {told} | {verdict['num_seeds']} | {verdict['word']} |")
+        seeds, cells = verdict["num_seeds"], ["", ""]
+        if seeds:
+            mean, low, high = (_signed(verdict[key], verdict["unit"]) for key in ("mean", "low", "high"))
+            cells = [mean, f"{low} to {high}" if seeds > 1 else ""]
+        word = verdict["word"] if seeds else "not run"
+        rows.append(f"| {verdict['says']} | {' | '.join(cells)} | {seeds} | {word} |")
     return rows
 
 
-def _signed(value: float, says: str) -> str:
-    if " like " in says:
+def _signed(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "relative":
         return f"{value:+.1%}"
-    return f"{value:+.4f}" if "reconstruction" in says else f"{100 * value:+.1f}"
+    return f"{value:+.4f}" if unit == "loss" else f"{100 * value:+.1f}"
 
 
 def picture_name(result: Mapping[str, Any]) -> str:
     return f"results/{result['claim']}-{result['on']}.png"
 
 
-def picture(result: Mapping[str, Any], path: Path) -> None:
-    """Bars of each arm with its seeds as dots; beside them accuracy by epoch, where arms were evaluated by epoch."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
-    measure = next(
-        (m for m in ("top1_all", "reconstruction_loss") if any(m in v for v in result["values"].values())), ""
-    )
-    arms = [arm for arm, of in result["values"].items() if measure in of]
-    curves = {arm: lines for arm, lines in result["curves"].items() if any(len(line) > 1 for line in lines)}
-    figure = Figure(figsize=(9 if curves else 5, 0.35 * max(len(arms), 4) + 1.4), layout="constrained")
-    axes = figure.subplots(1, 2 if curves else 1, squeeze=False)[0]
-    scale = 100 if measure.startswith("top1") else 1
-    for row, arm in enumerate(reversed(arms)):
-        values = [scale * v for v in result["values"][arm][measure].values()]
-        axes[0].barh(row, statistics.fmean(values), color="#9ecae1")
-        axes[0].plot(values, [row] * len(values), "o", color="#08519c", markersize=3)
-    axes[0].set_yticks(range(len(arms)), list(reversed(arms)), fontsize=8)
-    axes[0].set_xlabel(f"{COLUMNS.get(measure, measure)}{', top-1 %' if scale == 100 else ''}")
-    lowest = min((scale * v for arm in arms for v in result["values"][arm][measure].values()), default=0)
-    axes[0].set_xlim(left=max(0, lowest - 0.25 * abs(lowest)))
-    if curves:
-        for arm, lines in curves.items():
-            whole = [line for line in lines if len(line) == max(map(len, lines))]
-            mean = [100 * statistics.fmean(each) for each in zip(*whole, strict=True)]
-            axes[1].plot(range(1, len(mean) + 1), mean, label=arm, linewidth=1.2)
-        axes[1].set_xlabel("epoch of fine-tuning")
-        axes[1].set_ylabel("top-1 %, all")
-        axes[1].legend(fontsize=6)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    write_whole(path, data.getvalue())
+def results_json(result: Mapping[str, Any]) -> bytes:
+    return (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """The results that are kept in `folder`, in the order of the claims. Raises DataError: one cannot be read."""
-    order = list(CLAIMS)
+    places = {(claim, on): (k, n) for k, claim in enumerate(CLAIMS) for n, on in enumerate(SETTINGS)}
     found = []
     for file in sorted(folder.glob("*.json")):
         try:
-            found.append(json.loads(file.read_bytes()))
+            result = json.loads(file.read_bytes())
         except ValueError as error:
             raise DataError(f"{file} is not JSON: {error}", remedy="collect it again: livt reproduce") from error
-    return sorted(found, key=lambda result: (order.index(result["claim"]), result["on"]))
+        told = result if isinstance(result, dict) else {}
+        known = (told.get("claim"), told.get("on")) in places
+        if (told.get("format"), told.get("version")) != (FORMAT, VERSION) or not known:
+            raise DataError(
+                f"{file} holds no results of a claim as this livt_scale collects them", remedy="collect it again"
+            )
+        found.append(told)
+    return sorted(found, key=lambda told: places[told["claim"], told["on"]])

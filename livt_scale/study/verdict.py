@@ -21,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 Word = Literal["confirmed", "not confirmed", "not decidable here"]
+Unit = Literal["accuracy", "loss", "relative"]  # of a difference: a fraction of the images, a loss, a share of a loss
 LEAST_SEEDS = 3
 CONFIDENCE = 0.95
 
@@ -35,6 +36,7 @@ class Verdict:
     high: float
     num_seeds: int
     word: Word
+    unit: Unit = "accuracy"
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
@@ -47,13 +49,13 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def exceeds(differences: Sequence[float], *, says: str, least: float = 0.0) -> Verdict:
+def exceeds(differences: Sequence[float], *, says: str, least: float = 0.0, unit: Unit = "accuracy") -> Verdict:
     """Is the difference above `least`?"""
     mean, low, high = interval(differences)
     word: Word = "not decidable here"
     if len(differences) >= LEAST_SEEDS:
         word = "confirmed" if low > least else "not confirmed" if high < least else "not decidable here"
-    return Verdict(says, mean, low, high, len(differences), word)
+    return Verdict(says, mean, low, high, len(differences), word, unit)
 
 
 def alike(differences: Sequence[float], *, says: str, within: float) -> Verdict:
@@ -65,7 +67,7 @@ def alike(differences: Sequence[float], *, says: str, within: float) -> Verdict:
             word = "confirmed"
         elif low > within or high < -within:
             word = "not confirmed"
-    return Verdict(says, mean, low, high, len(differences), word)
+    return Verdict(says, mean, low, high, len(differences), word, "relative")
 
 
 def together(verdicts: Iterable[Verdict]) -> Word:

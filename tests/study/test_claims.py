@@ -4,11 +4,14 @@ from pathlib import Path
 
 import pytest
 
+from livt_scale import cli
 from livt_scale.errors import UsageError
+from livt_scale.longtail import class_counts_exponential
 from livt_scale.losses import LOSSES
 from livt_scale.recipe import learnt_from
 from livt_scale.study import claims
 from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, loss_sets, runs_of
+from livt_scale.study.cost import cost_of
 from livt_scale.study.grid import Run, in_order
 
 ALL = [(claim, on) for claim in CLAIMS for on in SETTINGS]
@@ -25,7 +28,7 @@ def test_every_run_of_every_claim_is_a_recipe_that_can_be_and_every_question_is_
     arms = {arm.name for arm in CLAIMS[claim].arms(SETTINGS[on])}
     asks = CLAIMS[claim].asks(SETTINGS[on])
     assert asks
-    assert {ask.better for ask in asks} | {ask.worse for ask in asks} <= arms
+    assert set().union(*(ask.arms for ask in asks)) <= arms
 
 
 @pytest.mark.parametrize("on", SETTINGS)
@@ -67,3 +70,63 @@ def test_two_runs_of_one_name_that_differ_are_refused():
         in_order([Run("a", Path("r"), {"seed": 0}), Run("a", Path("r"), {"seed": 1})])
     with pytest.raises(UsageError, match="none of the runs"):
         in_order([Run("a", Path("r"), after="b")])
+
+
+def test_whole_seeds_come_first_and_a_pretraining_just_before_the_first_that_needs_it():
+    names = [run.name for run in in_order(runs("two-stages", "fashion_mnist_lt"))]
+    one = ["pretrain-lt", "bal_bce", "scratch", "scratch-equal-compute"]
+    assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in one]
+
+
+@pytest.mark.parametrize(("on", "imbalance"), [("fashion_mnist_lt", 100), ("fashion_mnist_lt_if10", 10)])
+def test_the_cost_counts_the_images_that_the_sets_will_have(on, imbalance):
+    images = int(class_counts_exponential(6000, 10, imbalance).sum())
+    assert SETTINGS[on].num_images == SETTINGS[on].num_balanced == images
+
+
+def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
+    setting = SETTINGS["imagenet_lt"]
+    long_tailed, balanced = (
+        cost_of(Run("x", setting.recipe, {**sets, "stages.pretrain.epochs": 50}, "pretrain"), setting, tmp_path)
+        for sets in ({}, {"data.train": setting.balanced})
+    )
+    assert long_tailed.images == 115_846 // 4096 * 4096 * 50
+    assert balanced.images == 160_000 // 4096 * 4096 * 50
+    assert long_tailed.flops / long_tailed.images == pytest.approx(57e9, rel=0.02)  # plan.flops: 57 GFLOP an image
+    # 1e18 operations at half of 100 TFLOP/s
+    assert cost_of(Run("x", setting.recipe), setting, tmp_path).device_hours(100, mfu=0.5) == pytest.approx(
+        cost_of(Run("x", setting.recipe), setting, tmp_path).flops / 50e12 / 3600
+    )
+
+
+def livt(monkeypatch, capsys, *words):
+    monkeypatch.setattr("sys.argv", ["livt", "reproduce", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code, capsys.readouterr()
+
+
+def test_one_word_takes_a_claim_to_imagenet_and_dry_run_tells_its_cost(monkeypatch, capsys, tmp_path):
+    for on in SETTINGS:
+        code, said = livt(monkeypatch, capsys, "losses", "--on", on, "--dry-run", "--seeds=1", f"--out={tmp_path}")
+        lines = said.out.splitlines()
+        assert not code
+        assert len([line for line in lines if line.startswith("livt train ")]) == 9  # a pretraining and eight losses
+        assert lines[0].startswith(f"livt train {SETTINGS[on].recipe}")
+        assert "device hours" in lines[-1]
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+def test_wrong_words_are_told_before_anything_is_started(monkeypatch, capsys):
+    for words, said in {
+        ("looses",): "did you mean 'losses'?",
+        ("losses", "--on", "imagenet"): "did you mean 'imagenet_lt'?",
+        ("losses", "--mfu", "0.5"): "add --dry-run",
+        ("losses", "--dry-run", "--device", "h10"): "did you mean 'h100'?",
+        ("losses", "--on", "imagenet_lt", "--dry-run", "--device", "v100"): "has no bf16",
+        ("losses", "--set", "seed"): "write --set a.b=c",
+        ("losses", "--set", "sed=1"): "did you mean 'seed'?",
+    }.items():
+        code, captured = livt(monkeypatch, capsys, *words)
+        assert code == 2, words
+        assert said in captured.err.replace("Did", "did").replace("Add", "add").replace("Write", "write"), words

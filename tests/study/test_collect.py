@@ -5,32 +5,72 @@ from pathlib import Path
 
 import pytest
 
+from livt_scale.checkpoint.manifest import Manifest
 from livt_scale.errors import DataError
-from livt_scale.recipe_file import to_yaml
-from livt_scale.study import page
-from livt_scale.study.claims import CLAIMS, SETTINGS, Ask, runs_of
-from livt_scale.study.collect import collect, judge
+from livt_scale.models.classifier import build_classifier
+from livt_scale.recipe_file import load_recipe, to_yaml
+from livt_scale.study import page, picture
+from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
+from livt_scale.study.collect import collect, num_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
+PRETRAINED, TRAIN, VAL = "p" * 8, "t" * 8, "v" * 8  # digests
 
 
 def made(folder, *, top1):
     """Finished runs of the claim "losses". top1: (arm, seed) to the accuracy over all."""
     for (arm, seed), runs in runs_of(CLAIMS["losses"], SETTINGS["fashion_mnist_lt"], seeds=SEEDS, sets={}).items():
         run = runs[-1]
-        stage = folder / run.name / "finetune"
+        stage, recipe = folder / run.name / "finetune", run.load(folder)
         stage.mkdir(parents=True)
+        write(stage / "status.json", {"state": "done"})
         value = top1(arm, seed)
-        (stage / "status.json").write_text(json.dumps({"state": "done"}))
-        (stage / "eval.json").write_text(
-            json.dumps({"top1": {"all": value, "many": value, "medium": value, "few": None}})
+        write(
+            stage / "eval.json",
+            {
+                "top1": {"all": value, "many": value, "medium": value, "few": None},
+                "weights": {"trained_on": TRAIN, "init": {"recipe_digest": PRETRAINED}},
+                "data": {"manifest_digest": VAL},
+            },
         )
         lines = [{"step": s, "epoch": s, "top1_all": value * s / 2} for s in (1, 2)]
         (stage / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        (stage / "metrics.jsonl").write_text(json.dumps({"step": 10, "step_s": 6.0}) + "\n")
-        (folder / run.name / "recipe.yaml").write_text(to_yaml(run.load(folder)))
+        write(stage / "metrics.jsonl", {"step": 10, "step_s": 6.0})
+        (folder / run.name / "recipe.yaml").write_text(to_yaml(recipe))
+        lay_pretraining(folder / run.name, recipe.model_dump(mode="json"))
     return folder
+
+
+def lay_pretraining(place, recipe, *, digest=PRETRAINED):
+    write(place / "pretrain" / "status.json", {"state": "done"})
+    facts = {"recipe": recipe, "recipe_digest": digest, "learnt_from": {"data.manifest": TRAIN}}
+    told = {
+        "saved_at": "", "position": {"epoch": 1, "step": 9}, "world_size": 1, "score": None, "final": True,
+        "num_tensors": 1, "torch": "", "files": [{"name": "w", "bytes": 0, "sha256": "0" * 64, "rank": 0}],
+        "facts": facts,
+    }  # fmt: skip
+    checkpoint = place / "pretrain" / "checkpoints" / "step-00000009"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "w").touch()
+    (checkpoint / "manifest.json").write_bytes(Manifest.model_validate(told).to_bytes())
+
+
+def write(path, told):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told))
+
+
+def change(path, change):
+    told = json.loads(path.read_text())
+    change(told)
+    write(path, told)
+
+
+@pytest.fixture(autouse=True)
+def _sets_are_not_on_this_machine(monkeypatch):
+    """Whoever has built the sets would else compare these runs with them."""
+    monkeypatch.setattr("livt_scale.study.collect._digest_here", lambda where: None)
 
 
 def results(folder):
@@ -71,33 +111,89 @@ def test_runs_that_are_missing_half_done_failed_or_of_another_recipe_are_named_a
     assert "0" not in told["values"]["bce"]["top1_all"]
 
 
-def test_a_lower_loss_is_the_better_one():
-    values = {
-        "a": {"reconstruction_loss": {0: 0.4, 1: 0.41, 2: 0.4}},
-        "b": {"reconstruction_loss": {0: 0.5, 1: 0.5, 2: 0.5}},
-    }
-    assert judge(Ask("a", "b", "reconstruction_loss"), values).word == "confirmed"
-    assert judge(Ask("b", "a", "reconstruction_loss"), values).word == "not confirmed"
-    assert judge(Ask("a", "b", "reconstruction_loss", within=0.05), values).word == "not confirmed"
-    assert judge(Ask("a", "b", "reconstruction_loss", within=0.5), values).word == "confirmed"
+def test_a_run_that_began_with_another_pretraining_is_named(tmp_path):
+    made(tmp_path, top1=lambda arm, seed: 0.7)
+    longer = SETTINGS["fashion_mnist_lt"].recipe
+    recipe = load_recipe(longer, sets=["stages.pretrain.epochs=99"]).model_dump(mode="json")
+    lay_pretraining(tmp_path / "bce" / "seed-0", recipe)
+    change(tmp_path / "ce" / "seed-0" / "finetune" / "eval.json", lambda e: e["weights"]["init"].clear())
+    other = {"recipe_digest": "another"}
+    change(tmp_path / "ce" / "seed-1" / "finetune" / "eval.json", lambda e: e["weights"].update(init=other))
+    (tmp_path / "ldam" / "seed-0" / "pretrain" / "status.json").unlink()
+    missing = results(tmp_path)["missing"]
+    assert missing["bce, seed 0"] == "its pretraining is of another recipe: stages.pretrain.epochs"
+    assert missing["ce, seed 0"].startswith("what it is cannot be read")
+    assert missing["ce, seed 1"] == "it did not begin with the pretraining that lies beside it"
+    assert "not started" in missing["ldam, seed 0"]
+    assert len(missing) == 4
+
+
+def test_a_run_that_read_other_images_than_the_rest_or_than_are_there_now_is_named(tmp_path, monkeypatch):
+    made(tmp_path, top1=lambda arm, seed: 0.7)
+    change(tmp_path / "ce" / "seed-1" / "finetune" / "eval.json", lambda e: e["data"].update(manifest_digest="other"))
+    change(tmp_path / "ce" / "seed-2" / "finetune" / "eval.json", lambda e: e["weights"].update(trained_on="other"))
+    missing = results(tmp_path)["missing"]
+    assert set(missing) == {"ce, seed 1", "ce, seed 2"}
+    assert missing["ce, seed 1"].startswith("it read other images than bal_bce, seed 0, in ")
+    here = {"train-lt": ("built anew", "is there now"), "val": (VAL, "is there now")}
+    monkeypatch.setattr("livt_scale.study.collect._digest_here", lambda where: here[Path(where).name])
+    assert len(results(tmp_path)["missing"]) == 8 * len(SEEDS)
+
+
+def test_the_number_of_weights_is_that_of_the_classifier():
+    recipe = load_recipe(SETTINGS["fashion_mnist_lt"].recipe)
+    model = build_classifier(recipe.model, num_classes=10, drop_path=0.0)
+    assert num_weights(recipe, num_classes=10) == sum(p.numel() for p in model.parameters())
 
 
 def test_the_page_is_made_of_the_results_and_names_what_is_not_there(tmp_path):
     made(tmp_path, top1=lambda arm, seed: 0.7 + 0.01 * seed)
     (tmp_path / "bce" / "seed-0" / "finetune" / "status.json").unlink()
+    for seed in SEEDS:
+        (tmp_path / "lade" / f"seed-{seed}" / "finetune" / "status.json").unlink()
     told = results(tmp_path)
     text = page.page([told])
-    assert "| ce | 3 | 71.0 ± 1.0 |" in text
+    assert f"| ce | {told['weights']['ce'] / 1e6:.2f} | 3 | 71.0 ± 1.0 |" in text
     assert "bce, seed 0 (not run)" in text
-    page.picture(told, tmp_path / "p.png")
+    assert "| bal_bce above lade in top1 all |  |  | 0 | not run |" in text
+    (row,) = [line for line in text.splitlines() if line.startswith("| `size`")]
+    assert row.count("not run") == len(SETTINGS), "a claim that nobody has run is not left out"
+
+
+def test_results_are_json_that_comes_back_even_where_an_interval_is_infinite(tmp_path):
+    made(tmp_path, top1=lambda arm, seed: 0.7)
+    told = collect("losses", "fashion_mnist_lt", tmp_path, seeds=[0], sets={})
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "losses.json").write_bytes(page.results_json(told))
+    assert page.read_results(tmp_path / "kept") == [told]
+    assert told["verdicts"][0]["low"] is None
+    assert "| bal_bce above bce in top1 all | +0.0 |  | 1 | not decidable here |" in page.page([told])
+
+
+@pytest.mark.parametrize("claim", ["losses", "size"])
+def test_the_same_results_give_the_same_picture(tmp_path, claim):
+    told = results(made(tmp_path, top1=lambda arm, seed: 0.7 + 0.01 * seed))
+    if claim == "size":  # another number of weights an arm: drawn against it
+        told["weights"] = {arm: 1000 * (k + 1) for k, arm in enumerate(told["weights"])}
+    picture.draw(told, tmp_path / "p.png")
     first = (tmp_path / "p.png").read_bytes()
-    page.picture(told, tmp_path / "p.png")
-    assert (tmp_path / "p.png").read_bytes() == first, "the same results give the same bytes"
+    picture.draw(told, tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes() == first
+    assert first.startswith(b"\x89PNG")
 
 
 def test_damaged_results_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(DataError, match=r"x\.json is not JSON"):
+        page.read_results(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", '{"format": "livt-claim-results", "version": 1, "claim": "no", "on": ""}']
+)
+def test_results_of_another_kind_are_refused(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(DataError, match="Collect it again"):
         page.read_results(tmp_path)
 
 
