@@ -50,6 +50,9 @@ def build(
         int | None, typer.Option(min=1, help="make images smaller, once: px of the shorter side; none is made larger")
     ] = None,
     quality: Annotated[int | None, typer.Option(min=50, max=100, help="of those JPEGs; default: 92")] = None,
+    ignore_expected: Annotated[
+        bool, typer.Option("--ignore-expected", help="build it though its counts are not those of the published set")
+    ] = False,
     workers: Workers = None,
 ) -> None:
     """Build the shards that SPEC describes. Killed and started again, it goes on where it stopped."""
@@ -61,7 +64,7 @@ def build(
     if quality and not resize_shorter:
         raise UsageError("--quality is that of images made smaller", remedy="add --resize-shorter 256")
     prepare = Prepare(resize_shorter=resize_shorter, quality=quality or 92) if resize_shorter else None
-    loaded = load_spec(spec, overrides=source or (), prepare=prepare)
+    loaded = load_spec(spec, overrides=source or (), prepare=prepare, ignore_expected=ignore_expected)
     out = out or loaded.folder / loaded.build.name
     with _progress("images") as progress:
         built = build_shards(loaded, out, workers=workers, progress=progress)

@@ -17,12 +17,15 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from livt_scale.data import sources
+from livt_scale.data.cifar import open_cifar
+from livt_scale.data.expected import check_expected
+from livt_scale.data.inaturalist import open_inaturalist
 from livt_scale.data.prepare import Prepare
 from livt_scale.errors import SourceError, UsageError, nearest
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
@@ -56,6 +59,21 @@ class Idx(_Part):
     labels: str
 
 
+class INaturalist(_Part):
+    """Images below root, listed by a JSON file as iNaturalist publishes it."""
+
+    root: str
+    annotations: str
+
+
+class Cifar(_Part):
+    """Records of CIFAR's binary version, in one or more files below root."""
+
+    root: str
+    files: list[str] = Field(min_length=1)
+    classes: Literal[10, 100]
+
+
 class Tars(_Part):
     """Every *.tar in root: WebDataset's key.jpg|jpeg|png + key.cls."""
 
@@ -68,6 +86,8 @@ class SourceSpec(_Part):
     folder: Folder | None = None
     list: ListFile | None = None
     idx: Idx | None = None
+    inaturalist: INaturalist | None = None
+    cifar: Cifar | None = None
     tars: Tars | None = None
 
     @model_validator(mode="after")
@@ -112,6 +132,14 @@ class Balanced(_Part):
         return self
 
 
+class Expected(_Part):
+    """What is known of a published set: another number means other files, another list or another order of classes."""
+
+    images: PositiveInt
+    classes: PositiveInt
+    counts: str | None = Field(None, description="a JSON file with the images of each class, in the classes' order")
+
+
 class SetSpec(_Part):
     """One set: a folder of shards."""
 
@@ -120,6 +148,7 @@ class SetSpec(_Part):
     counts: CountsProfile | None = None
     balanced: Balanced | None = None
     prepare: Prepare | None = Field(None, description="images made smaller once; None: their bytes as they are")
+    expected: Expected | None = Field(None, description="compared before anything is written; None: nothing is")
     shard_samples: PositiveInt = Field(1024, description="samples a shard, at most; shards of a set are of one size")
 
     @model_validator(mode="after")
@@ -177,10 +206,26 @@ class Spec(_Part):
         if spec.idx:
             labels = root / spec.idx.labels
             return sources.open_idx(name, root / spec.idx.images, labels=labels, class_names=classes)
+        if spec.inaturalist:
+            annotations = root / spec.inaturalist.annotations
+            return open_inaturalist(name, root, annotations=annotations, class_names=classes)
+        if spec.cifar:
+            return open_cifar(name, root, files=spec.cifar.files, classes=spec.cifar.classes, class_names=classes)
         return sources.open_tars(name, root, class_names=classes)
 
     def class_counts(self, name: str, source: sources.Source) -> Counts:
-        """[C] Images of each class in the set `name`, drawn from `source`."""
+        """[C] Images of each class in the set `name`, drawn from `source`. Raises SourceError: not what is expected."""
+        counts = self._profile_counts(name, source)
+        expected = self.build.sets[name].expected
+        if expected is not None:
+            known = None
+            if expected.counts:
+                listed = CountsProfile(file=expected.counts)
+                known = self._listed_counts(name, listed, expected.classes)
+            check_expected(name, counts, images=expected.images, classes=expected.classes, known=known)
+        return counts
+
+    def _profile_counts(self, name: str, source: sources.Source) -> Counts:
         part, num_classes = self.build.sets[name], len(source.class_names)
         available = np.bincount(source.labels, minlength=num_classes).astype(np.int64)
         if part.exponential:
@@ -194,7 +239,7 @@ class Spec(_Part):
         if part.balanced and part.balanced.like:
             twin = self.build.sets[part.balanced.like]
             other = source if twin.source == part.source else self.open_source(twin.source)
-            return balanced_counts(int(self.class_counts(part.balanced.like, other).sum()), num_classes)
+            return balanced_counts(int(self._profile_counts(part.balanced.like, other).sum()), num_classes)
         if part.balanced:
             return balanced_counts(part.balanced.total or 0, num_classes)
         return available
@@ -223,7 +268,7 @@ class Spec(_Part):
         source = self.build.sources[part.source].model_dump(exclude_none=True)
         for fields in source.values():
             fields.pop("root")
-        told: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True)}
+        told: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True, exclude={"expected"})}
         if part.balanced and part.balanced.like:
             told["like"] = self.neutral(part.balanced.like)
         if part.counts and part.counts.file:
@@ -231,10 +276,16 @@ class Spec(_Part):
         return told
 
 
-def load_spec(path: str | Path, *, overrides: Sequence[str] = (), prepare: Prepare | None = None) -> Spec:
+def load_spec(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    prepare: Prepare | None = None,
+    ignore_expected: bool = False,
+) -> Spec:
     """The spec in `path`, with `overrides`: "source=FOLDER" for its root, "source.field=PATH" for one of its files.
 
-    `prepare`: for every set, instead of what the spec says.
+    `prepare`: for every set, instead of what the spec says. `ignore_expected`: build whatever is there.
 
     Raises UsageError: field, file and line, and the nearest valid name.
     """
@@ -256,6 +307,9 @@ def load_spec(path: str | Path, *, overrides: Sequence[str] = (), prepare: Prepa
         raise UsageError("\n".join(dict.fromkeys(lines))) from None
     if prepare:
         sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
+        build = build.model_copy(update={"sets": sets})
+    if ignore_expected:
+        sets = {name: part.model_copy(update={"expected": None}) for name, part in build.sets.items()}
         build = build.model_copy(update={"sets": sets})
     return Spec(build=build, folder=path.resolve().parent)
 

@@ -159,7 +159,7 @@ def open_folder(name: str, root: Path, *, class_names: tuple[str, ...] | None = 
         found = _images_below(root, folder) if folder in folders else []
         paths += found
         labels += [label] * len(found)
-    return _checked(FileSource(name, classes, np.array(labels, dtype=np.int64), root, tuple(paths)))
+    return checked(FileSource(name, classes, np.array(labels, dtype=np.int64), root, tuple(paths)))
 
 
 def open_list(name: str, root: Path, *, list_file: Path, class_names: tuple[str, ...] | None = None) -> FileSource:
@@ -173,8 +173,8 @@ def open_list(name: str, root: Path, *, list_file: Path, class_names: tuple[str,
         paths.append(path)
         labels.append(label)
     source = FileSource(name, _names(class_names, labels), np.array(labels, dtype=np.int64), root, tuple(paths))
-    _all_there(source)
-    return _checked(source)
+    check_all_there(source)
+    return checked(source)
 
 
 def open_idx(name: str, images: Path, *, labels: Path, class_names: tuple[str, ...] | None = None) -> IdxSource:
@@ -186,7 +186,7 @@ def open_idx(name: str, images: Path, *, labels: Path, class_names: tuple[str, .
             remedy="give images [n, height, width] and as many labels [n]",
         )
     wide = targets.astype(np.int64)
-    return _checked(IdxSource(name, _names(class_names, wide), wide, images, np.arange(len(wide), dtype=np.int64)))
+    return checked(IdxSource(name, _names(class_names, wide), wide, images, np.arange(len(wide), dtype=np.int64)))
 
 
 def open_tars(name: str, root: Path, *, class_names: tuple[str, ...] | None = None) -> TarSource:
@@ -196,7 +196,7 @@ def open_tars(name: str, root: Path, *, class_names: tuple[str, ...] | None = No
         raise SourceError(f"{root} holds no .tar", remedy="give the folder that holds them")
     samples = tuple((number, sample) for number, tar in enumerate(tars) for sample in read_tar(tar))
     labels = np.array([sample.label for _, sample in samples], dtype=np.int64)
-    return _checked(TarSource(name, _names(class_names, labels), labels, tars, samples))
+    return checked(TarSource(name, _names(class_names, labels), labels, tars, samples))
 
 
 def shard_key(name: str) -> str:
@@ -211,7 +211,7 @@ def shard_key(name: str) -> str:
     return f"{key[: _MAX_KEY - len(mark) - 1]}~{mark}"  # no other key holds a ~
 
 
-def _checked(source: S) -> S:
+def checked(source: S) -> S:
     """What every source must be: labels within the classes, no class without an image, no key twice."""
     num_classes = len(source.class_names)
     outside = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
@@ -291,7 +291,7 @@ def _list_line(line: str, where: str) -> tuple[str, int]:
     return posixpath.normpath(found[1]), int(found[2])
 
 
-def _all_there(source: FileSource) -> None:
+def check_all_there(source: FileSource) -> None:
     """Each path of a list is a file: asked folder by folder, since asking for each of a million is slow on a server."""
     inside: dict[str, set[str]] = {}
     for path in source.paths:
