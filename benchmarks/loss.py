@@ -176,8 +176,9 @@ def table(found: dict[str, Any]) -> str:
         f"{found['memory_ratio']:.2f} of its memory,",
         f"{found['time_ratio_to_published']:.2f} and {found['memory_ratio_to_published']:.2f} of the published form's; "
         f"the logits are {found['bytes_of_the_logits'] / mib:.0f} MiB",
-        f"ours and published differ by at most {found['largest_relative_difference']:.1e}; their values are off float64's",
-        f"by {found['value_off_float64']['ours']:.1e} and {found['value_off_float64']['published']:.1e}",
+        f"ours and published differ by at most {found['largest_relative_difference']:.1e}",
+        f"their values lie {found['value_off_float64']['ours']:.1e} and {found['value_off_float64']['published']:.1e} "
+        "from that in float64",
     ]
     return "\n".join(lines)
 

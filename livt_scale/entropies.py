@@ -24,8 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from livt_scale.errors import UsageError
 
-GROUP_ELEMENTS = {"cpu": 2**19}  # 2 MB of float32: smaller groups wait for threads oftener, larger leave the cache
-GROUP_ELEMENTS_ELSEWHERE = 2**24  # a GPU wants few and large kernels
+GROUP_ELEMENTS = {
+    "cpu": 2
+    ** 18,  # for each thread, 1 MB of float32: larger ones leave the cache, smaller ones wait for threads oftener
+    "other": 2**24,  # a GPU wants few and large kernels
+}
 RowFormula = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -73,7 +76,9 @@ def _groups(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _rows_a_group(logits: Tensor) -> int:
-    return max(1, GROUP_ELEMENTS.get(logits.device.type, GROUP_ELEMENTS_ELSEWHERE) // logits.shape[1])
+    if logits.is_cpu:
+        return max(1, GROUP_ELEMENTS["cpu"] * torch.get_num_threads() // logits.shape[1])
+    return max(1, GROUP_ELEMENTS["other"] // logits.shape[1])
 
 
 def _autograd_slope(value: RowFormula, logits: Tensor, targets: Tensor, by_class: Tensor | None) -> Tensor:
