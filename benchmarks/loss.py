@@ -6,8 +6,8 @@
 plain: `F.binary_cross_entropy_with_logits`, summed, over the batch: what no margin would cost. published: LiVT's public
 form written out (arXiv 2212.02015): the log-odds of the shares reckoned at each call, added to the logits, and C times
 the mean over all terms. All take the same logits and mixed, smoothed targets. They run in turn, so that a busy machine
-slows all; the figure is the median. Peak memory is taken in a fresh process each: what it rises by above logits and
-targets, the gradient included. Ours and the published one must agree, value and gradient, or it fails: where a class is
+slows all; the figure is the median. Peak memory is what torch's allocator has given out beside logits and targets, the
+gradient included. Ours and the published one must agree, value and gradient, or it fails: where a class is
 rightly unlikely, torch's formula subtracts two nearly equal numbers, so the published value is itself 2e-5 off.
 One thread, unless --threads says otherwise: on a shared machine more of them measure how long they wait for each other.
 """
@@ -15,9 +15,9 @@ One thread, unless --threads says otherwise: on a shared machine more of them me
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -116,42 +116,30 @@ def _middle_half(values: list[float]) -> list[float]:
     return [low, high]
 
 
-def measure_memory(names: list[str], args: argparse.Namespace) -> dict[str, Any]:
-    """Bytes above logits and targets at the peak, each in a process of its own."""
-    peaks = {}
-    for name in names:
-        command = [sys.executable, __file__, "--peak-of", name, "--batch", str(args.batch)]
-        command += ["--classes", str(args.classes), "--device", args.device, "--threads", str(args.threads)]
-        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[name] = int(said.splitlines()[-1])
+def measure_memory(losses: dict[str, Criterion], logits: Tensor, targets: Tensor) -> dict[str, Any]:
+    """Bytes that each holds at its peak beside logits and targets, gradient included."""
+    peaks = {name: _peak_bytes(criterion, logits, targets) for name, criterion in losses.items()}
     return {
         "peak_bytes": peaks,
         "memory_ratio": peaks["ours"] / peaks["plain"],
         "memory_ratio_to_published": peaks["ours"] / peaks["published"],
-        "bytes_of_the_logits": 4 * args.batch * args.classes,
+        "bytes_of_the_logits": logits.nbytes,
     }
 
 
-def peak_of(name: str, args: argparse.Namespace) -> int:
-    """Bytes that memory rises by in a forward and backward pass. Call it in a process that has taken none so large."""
-    device = torch.device(args.device)
-    criterion = contenders(args.classes)[name]
-    logits, targets = draw(args.batch, args.classes, device)
-    once(criterion, logits[:1].detach().requires_grad_(), targets[:1])  # threads and kernels are there from now on
-    if device.type == "cuda":
+def _peak_bytes(criterion: Criterion, logits: Tensor, targets: Tensor) -> int:
+    """The highest sum of what torch's allocator gave and took back: the same in every run, unlike resident memory."""
+    logits.grad = None
+    if logits.is_cuda:
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         once(criterion, logits, targets)
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: Linux's proc(5)
-    before = _status_bytes("VmRSS")
-    once(criterion, logits, targets)
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(field: str) -> int:
-    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        once(criterion, logits, targets)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]  # freed: negative
+    return max(itertools.accumulate(changes))
 
 
 def _wait(device: torch.device) -> None:
@@ -192,7 +180,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="timed rounds; default 41, quick 3")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; default 1")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--peak-of", choices=["ours", "plain", "published"], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     for name, usual, quick in (("batch", 1024, 64), ("classes", 8142, 1000), ("rounds", 41, 3)):
         if getattr(args, name) is None:
@@ -205,13 +192,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     torch.set_num_threads(args.threads)
-    if args.peak_of:
-        print(peak_of(args.peak_of, args))
-        return 0
     device = torch.device(args.device)
     losses = contenders(args.classes)
     logits, targets = draw(args.batch, args.classes, device)
-    found = measure_time(losses, logits, targets, rounds=args.rounds) | measure_memory(list(losses), args)
+    found = measure_time(losses, logits, targets, rounds=args.rounds) | measure_memory(losses, logits, targets)
     found |= {"batch": args.batch, "classes": args.classes, "rounds": args.rounds, "quick": args.quick}
     found |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else processor()}
     found |= {"threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -29,19 +29,20 @@ def test_ours_and_the_published_form_agree_and_plain_is_another_loss(benchmark):
     assert benchmark.measure_time(losses, logits, targets, rounds=1)["largest_relative_difference"] > 1e-2
 
 
-def test_a_gradient_is_in_the_peak_and_temporaries_of_the_published_form_too(benchmark):
-    args = benchmark.arguments(["--batch", "1024", "--classes", "10000", "--device", "cpu"])
-    logits = 4 * args.batch * args.classes
-    ours, published = (benchmark.peak_of(name, args) for name in ("ours", "published"))
-    assert 0.9 * logits < ours < 0.9 * published
+def test_ours_holds_the_gradient_and_little_more_and_the_published_form_three_of_its_size(benchmark):
+    logits, targets = benchmark.draw(1024, 2000, torch.device("cpu"))
+    found = benchmark.measure_memory(benchmark.contenders(2000), logits, targets)
+    size = found["bytes_of_the_logits"]
+    assert size == 1024 * 2000 * 4
+    assert size < found["peak_bytes"]["ours"] < 1.6 * size  # with groups of a megabyte
+    assert 3 * size <= found["peak_bytes"]["published"]
+    assert found["memory_ratio"] == found["peak_bytes"]["ours"] / found["peak_bytes"]["plain"]
 
 
-@pytest.mark.slow  # a process for each of three
 def test_it_runs_and_writes_its_figures(benchmark, tmp_path, capsys):
     file = tmp_path / "loss.json"
     assert benchmark.main(["--quick", "--rounds", "1", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
-    assert found["time_ratio"] > 0
-    assert found["memory_ratio"] == found["peak_bytes"]["ours"] / found["peak_bytes"]["plain"] > 0
+    assert min(found["time_ratio"], found["memory_ratio"]) > 0
     assert found["value_off_float64"]["ours"] < 1e-6
     assert "of plain's time" in capsys.readouterr().out
