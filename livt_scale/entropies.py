@@ -24,8 +24,11 @@ from torch.autograd.function import once_differentiable
 
 from livt_scale.errors import UsageError
 
-GROUP_ELEMENTS = {"cpu": 2**18}  # 1 MB of float32: 2^17 to 2^19 are equally fast on two cores, all at once is slower
-GROUP_ELEMENTS_ELSEWHERE = 2**24  # a GPU wants few and large kernels
+GROUP_ELEMENTS = {
+    "cpu": 2
+    ** 18,  # for each thread, 1 MB of float32: larger ones leave the cache, smaller ones wait for threads oftener
+    "other": 2**24,  # a GPU wants few and large kernels
+}
 RowFormula = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -73,7 +76,9 @@ def _groups(logits: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _rows_a_group(logits: Tensor) -> int:
-    return max(1, GROUP_ELEMENTS.get(logits.device.type, GROUP_ELEMENTS_ELSEWHERE) // logits.shape[1])
+    if logits.is_cpu:
+        return max(1, GROUP_ELEMENTS["cpu"] * torch.get_num_threads() // logits.shape[1])
+    return max(1, GROUP_ELEMENTS["other"] // logits.shape[1])
 
 
 def _autograd_slope(value: RowFormula, logits: Tensor, targets: Tensor, by_class: Tensor | None) -> Tensor:
@@ -130,7 +135,21 @@ _SOFTPLUS_IS_LINEAR = 50.0  # log(1 + exp(x)) = x in float64 too; torch's own 20
 
 
 def _binary_cross_entropy(logits: Tensor, targets: Tensor, margin: Tensor | None) -> Tensor:
-    return F.binary_cross_entropy_with_logits(logits if margin is None else logits + margin, targets, reduction="sum")
+    """max(x, 0) - t·x + log(1 + exp(-|x|)): no term is lost to a larger one of the other sign."""
+    x = logits if margin is None else logits + margin
+    return torch.addcmul(x.clamp_min(0), targets, x, value=-1).add_(_log1p(x.abs().neg_().exp_())).sum()
+
+
+def _log1p(u: Tensor) -> Tensor:
+    """log(1 + u) of u in [0, 1], to the last digit or two.
+
+    On CPUs torch's own takes 9 ns an element, half of all that Bal-BCE costs, and `log` 1.5 ns (torch 2.14). So log(w)
+    of the rounded w = 1 + u, and what the rounding took, u - (w - 1), by the slope 1/w.
+    """
+    if not u.is_cpu:
+        return u.log1p()
+    w = u + 1
+    return (u - (w - 1)).div_(w).add_(w.log_())
 
 
 def _binary_cross_entropy_slope(logits: Tensor, targets: Tensor, margin: Tensor | None) -> Tensor:

@@ -150,6 +150,18 @@ def test_the_gradient_is_that_of_the_value(name, options, hard, rows_at_once, mo
     assert torch.autograd.gradcheck(lambda x: loss(30 * x, t), z, atol=1e-4)  # where exp() of the logits is large
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log1p_is_exact_to_two_units_in_the_last_place(dtype):
+    u = torch.exp(-torch.linspace(0, 80, 100_001, dtype=torch.float64)).to(dtype)
+    expected = torch.log1p(u.double())
+    apart = ((entropies._log1p(u.clone()).double() - expected) / expected).abs().max().item()
+    assert apart < 2 * torch.finfo(dtype).eps
+    assert entropies._log1p(torch.tensor([0.0, math.nan], dtype=dtype)).tolist() == [
+        0.0,
+        pytest.approx(math.nan, nan_ok=True),
+    ]
+
+
 @pytest.mark.parametrize("name", sorted(LOSSES))
 @pytest.mark.parametrize("rows_at_once", [1, 4, 6])
 def test_how_rows_are_grouped_changes_rounding_alone(name, rows_at_once, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from livt_scale.errors import LivtError, RecipeError, UsageError
+from livt_scale.losses import options_of
 from livt_scale.recipe import Recipe
 from livt_scale.recipe_file import _all_fields, load_recipe, save_recipe, to_yaml
 from livt_scale.recipe_yaml import dump
@@ -57,9 +58,20 @@ def test_the_paper_recipe_holds_the_papers_values_not_only_our_defaults():
     recipe = load_recipe(ROOT / "recipes/imagenet_lt/vit_b16.yaml")
     assert (recipe.stages.pretrain.epochs, recipe.stages.finetune.epochs) == (800, 100)
     assert (recipe.stages.pretrain.global_batch, recipe.stages.finetune.global_batch) == (4096, 1024)
-    assert recipe.stages.finetune.loss.tau == 1
+    loss = recipe.stages.finetune.loss
+    assert (loss.name, loss.options.get("tau", options_of(loss.name)["tau"])) == ("bal_bce", 1)
     for size in ("vit_l16", "vit_h14"):
         assert load_recipe(ROOT / f"recipes/imagenet_lt/{size}.yaml").stages.pretrain.epochs == 1600
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_a_shipped_recipe_takes_another_loss_by_one_word(path):
+    """Two, where it has a tau that is not the default."""
+    sets = ["stages.finetune.loss.tau=null"] if load_recipe(path).stages.finetune.loss.tau is not None else []
+    assert not sets or path.parent.name == "places_lt"
+    for name in ("bal_ce", "ce", "bce", "cb_ce", "ldam", "focal"):  # the others need targets of their own
+        recipe = load_recipe(path, sets=[*sets, f"stages.finetune.loss.name={name}"])
+        assert recipe.stages.finetune.loss.name == name
 
 
 # --- extends and --set ---
