@@ -186,7 +186,15 @@ HARMLESS = (
 )
 # weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
-ADDED_LATER = ("stages.finetune.ema",)  # left out where they are None: runs that were begun before them go on
+_LOSS_OPTIONS = (
+    "smoothing", "beta", "max_margin", "scale", "head_smoothing", "tail_smoothing", "dv_weight", "dv_penalty", "gamma",
+)  # fmt: skip
+# left out where they are None: runs that were begun before them go on
+ADDED_LATER = (
+    "stages.finetune.ema",
+    "stages.pretrain.image_px",
+    *(f"stages.finetune.loss.{option}" for option in _LOSS_OPTIONS),
+)
 
 
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:

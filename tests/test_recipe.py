@@ -113,3 +113,12 @@ def test_pretraining_may_have_another_resolution_than_fine_tuning():
     assert learnt_from(recipe.at("pretrain"), "pretrain")["model.image_px"] == 128
     with pytest.raises(ValidationError, match=r"stages\.pretrain\.image_px is 130.*128 and 144"):
         Recipe.model_validate(tree | {"stages": {"pretrain": {"image_px": 130}}})
+
+
+def test_fields_that_came_later_do_not_change_what_an_older_run_learnt():
+    tree = {"name": "r", "data": {"train": "t"}, "stages": {"pretrain": {}, "finetune": {}}}
+    recipe = Recipe.model_validate(tree)
+    assert "stages.pretrain.image_px" not in learnt_from(recipe, "pretrain")
+    assert not {"stages.finetune.ema", "stages.finetune.loss.gamma"} & learnt_from(recipe, "finetune").keys()
+    tree["stages"]["finetune"] = {"loss": {"name": "focal", "gamma": 1.5}}
+    assert learnt_from(Recipe.model_validate(tree), "finetune")["stages.finetune.loss.gamma"] == 1.5
