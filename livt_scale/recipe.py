@@ -149,6 +149,7 @@ class Recipe(RecipePart):
             return self
         return self.model_copy(update={"model": self.model.model_copy(update={"image_px": px})})
 
+    @model_validator(mode="after")
     def _an_average_can_be_kept(self) -> Self:
         if self.stages.finetune and self.stages.finetune.ema and self.parallel.strategy == "zero3":
             raise ValueError(
