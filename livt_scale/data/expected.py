@@ -16,7 +16,7 @@ SHOWN = 5  # classes that a complaint names
 
 
 def check_expected(name: str, counts: Counts, *, images: int, classes: int, known: Counts | None) -> None:
-    """Raise SourceError where `counts` [C] are not the published ones. known [C]: those of each class, where there are."""
+    """Raise SourceError where `counts` [C] are not the published ones. known [C]: those of each class, if published."""
     if len(counts) != classes:
         raise SourceError(f"set {name} has {len(counts)} classes, the published set {classes}", remedy=REMEDY)
     total = int(counts.sum())
