@@ -17,6 +17,7 @@ from livt_scale.commands import (
     doctor,
     logs,
     model,
+    plan,
     predict,
     recipe,
     reproduce,
@@ -36,6 +37,8 @@ Examples:
     livt train recipes/fashion_mnist_lt/quickstart.yaml --set run_dir=runs/try --set stages.pretrain.epochs=2
 
     torchrun --nproc-per-node 2 -m livt_scale train recipes/fashion_mnist_lt/quickstart.yaml
+
+    livt plan recipes/imagenet_lt/vit_h14.yaml --gpus 64 --device h100
 
     livt submit recipes/fashion_mnist_lt/quickstart.yaml --set slurm.time_min=60 --dry-run
 
@@ -82,6 +85,7 @@ def _print_version() -> None:
 
 app.command()(run.quickstart)
 app.command()(run.train)
+app.command()(plan.plan)
 app.command()(submit.submit)
 app.command()(status.status)
 app.command()(cancel.cancel)

@@ -1,0 +1,166 @@
+"""What the planner takes for granted: each number with its unit and where it is from; `--assume NAME=VALUE` changes it.
+
+A device of your own is a YAML file with a name and what `Accelerator` asks for; `--device my.yaml` reads it:
+
+    {name: mine, peak_tflops: {bf16: 400, fp16: 400, fp32: 50}, memory_gib: 96, memory_gb_s: 3000, node_link_gb_s: 300,
+     network_gb_s: 50, power_w: 500}
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+
+from livt_scale.errors import UsageError, nearest
+from livt_scale.plan.devices import DEVICES
+from livt_scale.recipe_yaml import parse, parse_value, shown
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Assumptions(_Part):
+    """Overridable one by one. Where no source is named, it is a round number that nobody measured: calibrate it."""
+
+    mfu: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.40, description="share of the device's peak that matrix products reach, exchange and recomputing aside"
+    )
+    overlap: Share = Field(0.8, description="share of the exchange that can hide behind computing (ddp, fsdp, zero3)")
+    latency_us: NonNegativeFloat = Field(20, description="of one collective, times log2 of its ranks")
+    reserve_gib: NonNegativeFloat = Field(2.0, description="of a device's memory for the driver, NCCL and libraries")
+    fragmentation: NonNegativeFloat = Field(0.05, description="what the allocator loses, as a share of the peak")
+    image_kib: PositiveFloat = Field(110, description="bytes of a stored image, where no shards tell (ImageNet's mean)")
+    decode_images_per_s: PositiveFloat = Field(
+        400, description="one CPU core decodes and augments (349 to 431 measured on one, docs/loader.md)"
+    )
+    storage_gb_s: PositiveFloat = Field(5, description="the shared file system writes and reads for this job")
+    host_copy_gb_s: PositiveFloat = Field(10, description="of one device to its host's memory, for a save")
+    start_s: NonNegativeFloat = Field(120, description="from a job's start to its first step (slurm.start_s)")
+    mtbf_node_days: PositiveFloat = Field(1000, description="mean time between failures of one node")
+    power_overhead: Annotated[float, Field(ge=1)] = Field(
+        1.5, description="a node's power and its cooling over that of its devices"
+    )
+
+
+class Peak(_Part):
+    """Dense TFLOP/s by arithmetic."""
+
+    fp32: PositiveFloat
+    fp16: PositiveFloat
+    bf16: PositiveFloat | None = None
+
+
+class Accelerator(_Part):
+    """What is planned for. Links: one direction."""
+
+    name: str
+    peak_tflops: Peak
+    memory_gib: PositiveFloat
+    memory_gb_s: PositiveFloat
+    node_link_gb_s: PositiveFloat = Field(description="of one device to the others of its node")
+    network_gb_s: PositiveFloat = Field(description="of one node to the others, all its adapters together")
+    gpus_per_node: PositiveInt = 8
+    power_w: PositiveFloat | None = Field(None, description="of one device under load; None: no energy is told")
+
+
+# One direction inside a node, GB/s a device; of a node outwards, GB/s; devices a node; board power, W. Links and power:
+# the makers' data sheets (NVLink 2, 3, 4, 5: 150, 300, 450, 900; PCIe 4 and 5 x16: 32 and 64; Infinity Fabric of MI300X
+# 7 x 64). Networks are what such nodes are usually sold with, one adapter a device where the node has NVLink.
+_PLACES: dict[str, tuple[float, float, int, float]] = {
+    "v100": (150, 12.5, 8, 300),
+    "v100-pcie": (16, 12.5, 4, 250),
+    "t4": (16, 6.25, 4, 70),
+    "a100-40gb": (300, 200, 8, 400),
+    "a100": (300, 200, 8, 400),
+    "a40": (32, 25, 4, 300),
+    "a10": (32, 12.5, 4, 150),
+    "l40s": (32, 50, 4, 350),
+    "l4": (16, 12.5, 4, 72),
+    "rtx3090": (16, 1.25, 4, 350),
+    "rtx4090": (32, 1.25, 4, 450),
+    "h100": (450, 400, 8, 700),
+    "h100-pcie": (64, 50, 4, 350),
+    "h100-nvl": (300, 50, 4, 400),
+    "h200": (450, 400, 8, 700),
+    "b200": (900, 400, 8, 1000),
+    "mi250x": (100, 100, 8, 280),
+    "mi300x": (448, 400, 8, 750),
+}
+
+
+def accelerator(name: str) -> Accelerator:
+    """One of the table, or the YAML file at a path. UsageError: what is wrong in it, and the nearest right name."""
+    if "/" in name or name.endswith((".yaml", ".yml")):
+        return _from_file(Path(name))
+    if name not in DEVICES:
+        raise UsageError(
+            f"no device is called {name!r}", remedy=f"{nearest(name, DEVICES)} A YAML file describes others"
+        )
+    device = DEVICES[name]
+    link, network, gpus, power = _PLACES[name]
+    return Accelerator(
+        name=name,
+        peak_tflops=Peak(fp32=device.tf32 or device.fp32, fp16=device.fp16, bf16=device.bf16),
+        memory_gib=device.memory_gib,
+        memory_gb_s=device.bandwidth_gb_s,
+        node_link_gb_s=link,
+        network_gb_s=network,
+        gpus_per_node=gpus,
+        power_w=power,
+    )
+
+
+def _from_file(path: Path) -> Accelerator:
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), path)
+    except OSError as error:
+        raise UsageError(f"the device file {shown(path)} cannot be read: {error.strerror}") from error
+    try:
+        return Accelerator.model_validate_json(json.dumps(tree.values), strict=False)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = first["loc"]
+        place = next(
+            (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins), shown(path)
+        )
+        fields = Accelerator.model_fields if len(where) == 1 else Peak.model_fields
+        hint = nearest(str(where[-1]), fields) if first["type"] == "extra_forbidden" else _wanted(where)
+        raise UsageError(f"{place}: device field {'.'.join(map(str, where))}: {first['msg']}", remedy=hint) from error
+
+
+def _wanted(where: tuple[int | str, ...]) -> str:
+    fields = Accelerator.model_fields if len(where) == 1 else Peak.model_fields
+    said = fields[str(where[-1])].description if str(where[-1]) in fields else None
+    return f"give {where[-1]}: {said}" if said else "docs/plan.md has an example"
+
+
+def assume(changes: list[str]) -> tuple[Assumptions, frozenset[str]]:
+    """The assumptions with `NAME=VALUE` laid over them, and which were changed. UsageError for one that cannot be."""
+    values = {}
+    for change in changes:
+        name, sign, text = change.partition("=")
+        if not sign or name not in Assumptions.model_fields:
+            raise UsageError(f"--assume {change!r}: give NAME=VALUE", remedy=nearest(name, Assumptions.model_fields))
+        values[name] = parse_value(text)
+    try:
+        return Assumptions(**values), frozenset(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"--assume {first['loc'][0]}={first['input']}: {first['msg']}") from error
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def peak_tflops(device: Accelerator, precision: Precision) -> float:
+    """UsageError where the device has no such arithmetic."""
+    peak = getattr(device.peak_tflops, precision)
+    if peak is None:
+        raise UsageError(f"{device.name} has no {precision}", remedy="--set parallel.precision=fp16")
+    return float(peak)

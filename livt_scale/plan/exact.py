@@ -1,0 +1,225 @@
+"""The peak of a step as torch's own memory trackers count it: the networks and strategies that train, on fake tensors.
+
+fsdp is measured as it is: `FSDPMemTracker`, a process group that only says how many ranks there are, rank 0. Under ddp
+and the zeros each rank computes a whole replica; that replica's step is measured by `MemTracker`, and what the engine
+adds (buckets, pieces, what is gathered) is the formula's of `plan.memory`: neither torch's reducer nor DeepSpeed runs
+without memory. No tensor is allocated. It takes seconds to a minute, in a process of its own with a bound.
+
+    measure(recipe, "pretrain", spread, num_classes=10) -> Measurement(measured="fsdp", peak=…, …)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from livt_scale.errors import RunError
+from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_bytes
+from livt_scale.plan.parameters import weights_of
+from livt_scale.recipe import Recipe, Stage
+
+if TYPE_CHECKING:
+    import torch
+
+BOUND_S = 120
+BOUND_BYTES = 4 * 2**30  # of the process's data; it needs about a gigabyte, torch itself
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Bytes. `measured`: "fsdp", the strategy itself; "replica": a whole model's step, without the engine."""
+
+    measured: str
+    weights: int
+    grads: int
+    optimizer: int
+    activations: int  # at the peak; inputs and what is casted or temporary included
+    peak: int
+    resident_bytes: int  # what the measuring process itself took
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.grads + self.optimizer
+
+
+def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
+    """Measure in a process of its own. Raises RunError where it ends badly or takes longer than its bound."""
+    question = {
+        "recipe": recipe.model_dump(mode="json"), "stage": stage, "classes": num_classes, "spread": asdict(spread),
+    }  # fmt: skip
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environ = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "livt_scale.plan.exact"]
+    try:
+        ended = subprocess.run(
+            command, input=json.dumps(question), env=environ, capture_output=True, text=True, timeout=BOUND_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RunError(
+            f"measuring {stage} under {spread.strategy} took longer than {BOUND_S} s",
+            remedy="leave --exact out: the formula answers at once",
+        ) from error
+    if ended.returncode:
+        said = ended.stderr.strip().splitlines() or ["nothing"]
+        raise RunError(
+            f"measuring {stage} under {spread.strategy} failed: {said[-1][:300]}",
+            remedy="leave --exact out: the formula answers at once",
+        )
+    found = Measurement(**json.loads(ended.stdout.splitlines()[-1]))
+    return found if spread.strategy in ("ddp", "fsdp") else _with_engine(found, recipe, stage, spread, num_classes)
+
+
+def _with_engine(found: Measurement, recipe: Recipe, stage: Stage, spread: Spread, num_classes: int) -> Measurement:
+    """A replica's measured computing, with a zero's states and buffers by formula about it."""
+    weights = weights_of(recipe.model, stage, num_classes=num_classes)
+    last = activation_bytes(recipe, stage, spread).end
+    peak = peak_bytes(weights, spread, found.activations, last)
+    held, grads, moments = held_bytes(weights, spread)
+    return replace(found, weights=held, grads=grads, optimizer=moments, peak=peak)
+
+
+def _answer(question: dict[str, Any]) -> Measurement:
+    import torch
+    import torch.distributed as dist
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    recipe, stage = Recipe.model_validate(question["recipe"]), question["stage"]
+    spread = Spread(**question["spread"])
+    sharded = spread.strategy == "fsdp" and spread.gpus > 1
+    if sharded:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=spread.gpus)
+    with torch.device("meta"):
+        network = _network(recipe, stage, question["classes"])
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        network.to_empty(device="cpu")
+    return _measured(recipe, stage, spread, network, fake, sharded=sharded)
+
+
+def _network(recipe: Recipe, stage: Stage, num_classes: int) -> torch.nn.Module:
+    from livt_scale.models.classifier import build_classifier
+    from livt_scale.models.mae import build_mae
+    from livt_scale.recipe import Finetune, Pretrain
+
+    part = recipe.stage(stage)
+    if isinstance(part, Pretrain):
+        return build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
+    assert isinstance(part, Finetune)
+    return build_classifier(recipe.model, num_classes=num_classes, drop_path=part.drop_path)
+
+
+def _measured(
+    recipe: Recipe, stage: Stage, spread: Spread, network: torch.nn.Module, fake: Any, *, sharded: bool
+) -> Measurement:
+    import torch
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    from livt_scale import optim
+    from livt_scale.parallel import state
+
+    def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+        return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims[1])
+
+    call, backward, optimizer = (
+        _sharded(recipe, spread, network, groups) if sharded else _replica(spread, network, groups)
+    )
+    cpu = torch.device("cpu")
+    tracker: Any = FSDPMemTracker(network, optimizer) if sharded else MemTracker()
+    with fake:
+        inputs = _inputs(recipe, stage, spread.micro_batch)
+        state.collect(network, optimizer)  # AdamW's moments; its fused step itself needs no memory besides
+        for parameter in network.parameters():
+            if not sharded and parameter.requires_grad and spread.gpus > 1:
+                parameter.grad = torch.zeros_like(parameter)  # there from the start: views of DDP's buckets, which stay
+        if sharded:
+            tracker.track_inputs(inputs)
+        else:
+            tracker.track_external(network, optimizer, *inputs)
+        with tracker:
+            for k in range(spread.accumulation):
+                last = k == spread.accumulation - 1
+                out = call(*inputs, last=last)
+                backward(out if stage == "pretrain" else out.square().mean(), last=last)
+                del out
+                tracker.reset_mod_stats()
+    held = _by_kind(tracker.get_tracker_snapshot("current")[cpu])
+    top = _by_kind(tracker.get_tracker_snapshot("peak")[cpu])
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    activations = sum(top.get(kind, 0) for kind in ("Activation", "Temp", "Inputs", "Other"))
+    return Measurement(
+        "fsdp" if sharded else "replica", _sum(held, "Param") + held.get("Buffer", 0), _sum(held, "Grad"),
+        held.get("Optstate", 0), activations, top["Total"], resident,
+    )  # fmt: skip
+
+
+def _sharded(recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any, Any, Any]:
+    """How to call, go back and step. Not in the fake mode: a mesh of ranks is read as numbers."""
+    from livt_scale.parallel.strategy import make_strategy
+    from livt_scale.parallel.topology import World
+
+    within = "node" if spread.within_node else "all"
+    parallel = recipe.parallel.model_copy(
+        update={
+            "strategy": "fsdp", "precision": spread.precision, "offload": "none", "compile": False,
+            "activation_checkpointing": spread.recompute, "shard_within": within,
+        }
+    )  # fmt: skip
+    world = World(0, spread.gpus, 0, spread.within_node or spread.gpus)
+    strategy: Any = make_strategy(parallel, network, groups, betas=(0.9, 0.95), world=world)
+    return strategy.call, strategy.backward, strategy._updates.optimizer
+
+
+def _replica(spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any, Any, Any]:
+    """The same of a whole model on one rank, as ddp and the zeros compute it, without their engines."""
+    import torch
+
+    from livt_scale import optim
+    from livt_scale.parallel import precision
+    from livt_scale.parallel.blocks import prepare_blocks
+
+    prepare_blocks(network, recompute=spread.recompute, compiled=False)
+    for name, parameter in list(network.named_parameters()):
+        if not parameter.requires_grad:  # the tracker takes a parameter to have a gradient
+            delattr(network, name)
+            network.register_buffer(name, parameter.detach())
+
+    def call(*inputs: torch.Tensor, last: bool) -> torch.Tensor:  # noqa: ARG001 - nothing is exchanged
+        with precision.autocast(torch.device("cpu"), spread.precision):
+            out: torch.Tensor = network(*inputs)
+        return out
+
+    def backward(loss: torch.Tensor, *, last: bool) -> None:  # noqa: ARG001
+        loss.backward()
+
+    return call, backward, optim.make_adamw(groups(network), betas=(0.9, 0.95))
+
+
+def _by_kind(snapshot: dict[Any, int]) -> dict[str, int]:
+    return {str(getattr(kind, "value", kind)).replace("OptState", "Optstate"): size for kind, size in snapshot.items()}
+
+
+def _sum(held: dict[str, int], what: str) -> int:
+    return sum(size for kind, size in held.items() if what in kind)
+
+
+def _inputs(recipe: Recipe, stage: Stage, images: int) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    model = recipe.model
+    batch = torch.empty(images, model.channels, model.image_px, model.image_px)
+    beside = model.num_patches if stage == "pretrain" else 2 * model.dims[1]  # masking noise, or drop path's numbers
+    return batch, torch.empty(images, beside)
+
+
+if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_DATA, (BOUND_BYTES, BOUND_BYTES))
+    print(json.dumps(asdict(_answer(json.loads(sys.stdin.read())))))

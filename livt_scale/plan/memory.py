@@ -1,0 +1,205 @@
+"""What a rank's device holds at the height of a step, by formula: states, activations, buffers.
+
+    States       weights, gradients and AdamW's two moments, fp32: of the fullest rank, as the strategy shares them out
+    Activations  what autograd keeps of a forward pass, tensor by tensor as the blocks here make them; with activation
+                 checkpointing each block's input and, of one block at a time, the rest
+    Buffers      what is gathered, reduced or cast besides
+
+    A block of width D over N tokens keeps, for each of its B·N·D values: the residual stream twice in fp32 and 14
+    values more in the products' precision (normed 1, qkv 3, attended 1, normed 1, MLP 4 + 4): 36 bytes in bf16, 64 in
+    fp32. The attention's matrix is never kept (fused attention).
+
+The peak is the higher of two moments: the end of the forward pass, when all activations are there, and the end of the
+backward pass, when all gradients are. What the allocator loses to fragments, and the driver's own memory, are the
+planner's `reserve_gib`. Held against FSDPMemTracker in docs/plan.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from livt_scale.plan.parameters import Weight
+from livt_scale.recipe import Model, Pretrain, Recipe, Stage
+
+Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+GIB = 2**30
+FP32 = 4
+ZERO_BUCKET = 50_000_000  # elements exchanged at a time: `parallel.zero_engine.BUCKET`, which a test compares
+KEPT_FP32 = 2  # values of a block a token and channel: the residual stream before attention and before the MLP
+KEPT_LOW = 14
+WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the work lies on the ranks. `shards`: ranks that share one copy of the states (all, or those of a node)."""
+
+    strategy: Strategy
+    gpus: int
+    precision: Literal["fp32", "bf16", "fp16"]
+    micro_batch: int
+    accumulation: int = 1
+    recompute: bool = False
+    within_node: int | None = None  # hybrid fsdp: ranks of a node
+
+    @property
+    def shards(self) -> int:
+        return self.within_node or self.gpus
+
+    @property
+    def low_bytes(self) -> int:
+        return FP32 if self.precision == "fp32" else 2
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest rank. `peak` is less than the sum: gradients come as activations go."""
+
+    weights: int
+    grads: int
+    optimizer: int
+    activations: int
+    buffers: int
+    peak: int
+
+    @property
+    def states(self) -> int:
+        return self.weights + self.grads + self.optimizer
+
+    def gib(self) -> dict[str, float]:
+        names = ("weights", "grads", "optimizer", "activations", "buffers", "peak")
+        return {name: round(getattr(self, name) / GIB, 4) for name in names}
+
+
+def plan_memory(recipe: Recipe, stage: Stage, weights: Sequence[Weight], spread: Spread) -> Memory:
+    """Memory of `stage`'s step; no offload is counted."""
+    kept = activation_bytes(recipe, stage, spread)
+    casts, casts_again = cast_bytes(weights, spread)
+    peak = peak_bytes(weights, spread, max(kept.forward + casts, kept.backward + casts_again), kept.end)
+    activations = max(kept.forward, kept.backward)
+    return Memory(*held_bytes(weights, spread), activations, casts + max(buffer_bytes(weights, spread)), peak)
+
+
+def peak_bytes(weights: Sequence[Weight], spread: Spread, used: int, used_last: int) -> int:
+    """The peak where a replica's own computing (activations, casts) `used` most at once and `used_last` at the end."""
+    held, grads, moments = held_bytes(weights, spread)
+    forward, backward = buffer_bytes(weights, spread)
+    early, late = 0, grads  # gradients when the activations are at their most, and when all gradients are there
+    if (spread.strategy == "ddp" and spread.gpus > 1) or spread.strategy == "zero3":
+        early = grads  # views of DDP's buckets, or stage 3's flat buffer, which stay
+    elif spread.strategy == "fsdp" and spread.accumulation > 1:
+        early = FP32 * _trained(weights)  # add up whole until the last micro-batch
+        late = early
+    elif spread.strategy == "zero1":
+        late = grads + FP32 * _trained(weights)
+        early = FP32 * _trained(weights) if spread.accumulation > 1 else 0
+    elif spread.accumulation > 1:
+        early = grads
+    if spread.recompute or spread.strategy != "fsdp":
+        forward = backward
+    return held + moments + max(early + used + forward, late + used_last + backward)
+
+
+def held_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int]:
+    """(weights, gradients, moments) that a rank keeps after a backward pass; moments without AdamW's step counts."""
+    whole = FP32 * sum(w.numel for w in weights)
+    trained = FP32 * _trained(weights)
+    if spread.strategy == "ddp":
+        return whole, trained, 2 * trained
+    if spread.strategy == "fsdp":
+        rows = FP32 * sum(w.rows_numel(spread.shards) for w in weights)
+        own = FP32 * sum(w.rows_numel(spread.shards) for w in weights if w.trained)
+        return rows, own, 2 * own
+    own = FP32 * math.ceil(_trained(weights) / spread.shards)
+    if spread.strategy == "zero3":
+        shared = FP32 * sum(math.ceil(w.numel / spread.shards) for w in weights)
+        persistent = FP32 * sum(w.numel for w in weights if _persists(w, weights)) if spread.gpus > 1 else 0
+        return shared + persistent, own, 2 * own
+    return whole + own, own, 2 * own  # an fp32 piece of its own beside the weights, also where they are fp32
+
+
+def cast_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
+    """Weights that autocast has made 16 bits wide, at the end of the forward pass and while a block goes back.
+
+    It keeps them until the forward pass ends, autograd those that it needs until they were used; fsdp gathers blocks in
+    16 bits, so that nothing is to be cast there.
+    """
+    if spread.low_bytes == FP32 or (spread.strategy == "fsdp" and spread.gpus > 1):
+        return 0, 0
+    casts = spread.low_bytes * sum(w.numel for w in weights if len(w.shape) > 1 and w.trained)
+    return casts, spread.low_bytes * _largest_block(weights) if spread.recompute else casts
+
+
+def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
+    """What is gathered and exchanged, in the forward and in the backward pass."""
+    low, trained, largest = spread.low_bytes, _trained(weights), _largest_block(weights)
+    if spread.strategy == "ddp" or (spread.gpus == 1 and spread.strategy == "fsdp"):
+        return 0, 0
+    bucket = FP32 * min(ZERO_BUCKET, trained)
+    if spread.strategy in ("zero1", "zero2"):
+        return bucket, bucket
+    if spread.strategy == "zero3":
+        gathered = FP32 * min(2 * largest + ZERO_BUCKET, trained) if spread.gpus > 1 else 0
+        return gathered + bucket, gathered + bucket
+    outside = FP32 * sum(w.numel for w in weights if w.block is None)  # stays gathered
+    # this block and the next; going back: one, its gradient, and what is reduced in fp32
+    return 2 * low * largest + outside, (2 * low + FP32) * largest + outside
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes of activations when the forward pass ends, when a block goes back, and when the first one does."""
+
+    forward: int
+    backward: int
+    end: int
+
+
+def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
+    """Of one micro-batch, its images included."""
+    model, low, images = recipe.model, spread.low_bytes, spread.micro_batch
+    width, depth, _, patch_px = model.dims
+    part = recipe.stage(stage)
+    encoder_tokens = 1 + (model.num_kept(part.mask_ratio) if isinstance(part, Pretrain) else model.num_patches)
+    encoder = images * encoder_tokens * width
+    blocks = [encoder] * depth
+    given = FP32 * images * model.channels * model.image_px**2
+    ends = low * images * (encoder_tokens - 1) * model.channels * patch_px**2  # patches, embedded
+    ends += (2 * FP32 + low) * encoder  # tokens with positions, the last norm's input
+    if isinstance(part, Pretrain):
+        blocks += [images * (1 + model.num_patches) * model.decoder.width] * model.decoder.depth
+        ends += _prediction_bytes(model, part, images, low)
+    whole = [(KEPT_FP32 * FP32 + KEPT_LOW * low) * values for values in blocks]
+    working = max((FP32 + WORKING_LOW * low) * values for values in blocks)
+    if not spread.recompute:
+        return Kept(given + sum(whole) + ends, given + sum(whole) + working, given + whole[0] + working)
+    inputs = FP32 * sum(blocks)
+    return Kept(given + inputs + ends, given + inputs + max(whole) + working, given + whole[0] + working)
+
+
+def _prediction_bytes(model: Model, part: Pretrain, images: int, low: int) -> int:
+    """Of the masked patches: prediction in both precisions, target, their difference; of all: the decoder's input."""
+    masked = model.num_patches - model.num_kept(part.mask_ratio)
+    values = images * masked * model.channels * model.dims[3] ** 2
+    return (low + 3 * FP32) * values + 2 * FP32 * images * (1 + model.num_patches) * model.decoder.width
+
+
+def _trained(weights: Sequence[Weight]) -> int:
+    return sum(w.numel for w in weights if w.trained)
+
+
+def _largest_block(weights: Sequence[Weight]) -> int:
+    numels: dict[str, int] = {}
+    for weight in weights:
+        if weight.block is not None:
+            numels[weight.block] = numels.get(weight.block, 0) + weight.numel
+    return max(numels.values(), default=0)
+
+
+def _persists(weight: Weight, weights: Sequence[Weight]) -> bool:
+    """DeepSpeed's stage 3 keeps gathered what is no larger than the largest bias (`parallel.zero_engine`)."""
+    return weight.numel <= max((w.numel for w in weights if len(w.shape) < 2), default=0)

@@ -1,0 +1,90 @@
+"""The weights of both stages' networks by name and shape, from a recipe's `model` alone: no network is built, no torch.
+
+    ViT-H/14, 1000 classes: classifier 632 M weights in 32 blocks of 19.7 M; MAE 657 M, 26 M of them the decoder's
+
+The names are those of `models.mae` and `models.classifier`; a test holds both lists against the networks themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from livt_scale.plan.flops import MLP_RATIO
+from livt_scale.recipe import Model, Stage
+
+
+@dataclass(frozen=True)
+class Weight:
+    """`block`: which transformer block it belongs to, "blocks.0"; None outside of them. `trained`: has a gradient."""
+
+    name: str
+    shape: tuple[int, ...]
+    trained: bool = True
+    block: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def rows_numel(self, ranks: int) -> int:
+        """Elements of the first rank's rows, by torch's `fully_shard`: the fullest rank's, with what pads them."""
+        return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])
+
+
+def weights_of(model: Model, stage: Stage, *, num_classes: int) -> tuple[Weight, ...]:
+    """All weights of the stage's network, fixed positions included."""
+    return tuple(_mae(model) if stage == "pretrain" else _classifier(model, num_classes))
+
+
+def _mae(model: Model) -> Iterator[Weight]:
+    width, depth, _, patch_px = model.dims
+    decoder, tokens = model.decoder, 1 + model.num_patches
+    yield from _embedding(model, fixed_positions=True)
+    for k in range(depth):
+        yield from _block(f"blocks.{k}", width)
+    yield from _norm("norm", width)
+    yield from _linear("decoder_embed", width, decoder.width)
+    yield Weight("mask_token", (1, 1, decoder.width))
+    yield Weight("decoder_pos_embed", (1, tokens, decoder.width), trained=False)
+    for k in range(decoder.depth):
+        yield from _block(f"decoder_blocks.{k}", decoder.width)
+    yield from _norm("decoder_norm", decoder.width)
+    yield from _linear("decoder_pred", decoder.width, patch_px**2 * model.channels)
+
+
+def _classifier(model: Model, num_classes: int) -> Iterator[Weight]:
+    width, depth, _, _ = model.dims
+    yield from _embedding(model, fixed_positions=False)
+    for k in range(depth):
+        yield from _block(f"blocks.{k}", width)
+    yield from _norm("fc_norm", width)
+    yield from _linear("head", width, num_classes)
+
+
+def _embedding(model: Model, *, fixed_positions: bool) -> Iterator[Weight]:
+    width, _, _, patch_px = model.dims
+    yield Weight("cls_token", (1, 1, width))
+    yield Weight("pos_embed", (1, 1 + model.num_patches, width), trained=not fixed_positions)
+    yield Weight("patch_embed.proj.weight", (width, model.channels, patch_px, patch_px))
+    yield Weight("patch_embed.proj.bias", (width,))
+
+
+def _block(name: str, width: int) -> Iterator[Weight]:
+    yield from _norm(f"{name}.norm1", width, name)
+    yield from _linear(f"{name}.attn.qkv", width, 3 * width, name)
+    yield from _linear(f"{name}.attn.proj", width, width, name)
+    yield from _norm(f"{name}.norm2", width, name)
+    yield from _linear(f"{name}.mlp.fc1", width, MLP_RATIO * width, name)
+    yield from _linear(f"{name}.mlp.fc2", MLP_RATIO * width, width, name)
+
+
+def _linear(name: str, inner: int, outer: int, block: str | None = None) -> Iterator[Weight]:
+    yield Weight(f"{name}.weight", (outer, inner), block=block)
+    yield Weight(f"{name}.bias", (outer,), block=block)
+
+
+def _norm(name: str, width: int, block: str | None = None) -> Iterator[Weight]:
+    yield Weight(f"{name}.weight", (width,), block=block)
+    yield Weight(f"{name}.bias", (width,), block=block)

@@ -1,0 +1,241 @@
+"""A stage's whole plan on a number of GPUs: memory, time, checkpoints, storage, energy, and which strategy to take.
+
+Pure: a recipe, what its data set holds and what is assumed go in, numbers come out. `candidates` tries every strategy,
+with and without activation checkpointing, at every micro-batch that divides a rank's slots; `best` takes the fastest
+that fits, the simpler where two differ by less than a per cent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from livt_scale.plan.assumptions import Accelerator, Assumptions
+from livt_scale.plan.flops import Flops, classifier_flops, mae_flops
+from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, plan_memory
+from livt_scale.plan.parameters import Weight, weights_of
+from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
+from livt_scale.recipe import Pretrain, Recipe, Stage
+
+SAME = 0.01  # a difference of times below this is none: the simpler one is taken
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What the plan needs of the training images. `source`: where the numbers are from."""
+
+    images: int
+    classes: int
+    image_bytes: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage on a number of GPUs of one kind."""
+
+    recipe: Recipe
+    stage: Stage
+    data: DataSet
+    gpus: int
+    per_node: int
+    device: Accelerator
+    assumed: Assumptions
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        return weights_of(self.recipe.model, self.stage, num_classes=self.data.classes)
+
+    @property
+    def flops(self) -> Flops:
+        """Of one image, with what activation checkpointing would compute again."""
+        part = self.recipe.stage(self.stage)
+        if isinstance(part, Pretrain):
+            return mae_flops(self.recipe.model, mask_ratio=part.mask_ratio)
+        return classifier_flops(self.recipe.model, num_classes=self.data.classes)
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.gpus / self.per_node)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """What is left over of an epoch is no step: `data.order`."""
+        return self.data.images // self.recipe.stage(self.stage).global_batch
+
+    @property
+    def steps(self) -> int:
+        return self.steps_per_epoch * self.recipe.stage(self.stage).epochs
+
+    @property
+    def usable_bytes(self) -> float:
+        return (self.device.memory_gib - self.assumed.reserve_gib) * GIB / (1 + self.assumed.fragmentation)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Bytes of all ranks' files; seconds that one holds training up, and takes to be written; steps between two.
+
+    daly_interval_s: seconds of work between saves that lose least at the assumed rate of failures.
+    lost_share: of the time, to saves, work done again and restarts, with the recipe's interval, and with Daly's.
+    """
+
+    bytes: int
+    stall_s: float
+    write_s: float
+    every_steps: int
+    daly_interval_s: float
+    lost_share: float
+    lost_share_daly: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    task: Task
+    spread: Spread
+    memory: Memory
+    time: StepTime
+    checkpoint: Checkpoint
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.task.usable_bytes
+
+    @property
+    def hours(self) -> float:
+        """Steps and saves; without failures, evaluation and queueing."""
+        saves = math.ceil(self.task.steps / self.checkpoint.every_steps)
+        return (self.task.steps * self.time.step_s + saves * self.checkpoint.stall_s) / 3600
+
+    @property
+    def images_per_s(self) -> float:
+        return self.spread.gpus * self.spread.micro_batch * self.spread.accumulation / self.time.step_s
+
+    @property
+    def why_not(self) -> str:
+        """Why it does not fit; empty where it does."""
+        if self.fits:
+            return ""
+        memory, states = self.memory, self.memory.weights + self.memory.optimizer
+        usable = self.task.usable_bytes
+        what = "weights and moments alone" if states > usable else f"{memory.activations / GIB:.1f} GiB of activations"
+        return f"needs {memory.peak / GIB:.1f} GiB of {usable / GIB:.1f} usable ({what})"
+
+
+def plan_stage(task: Task, spread: Spread) -> StagePlan:
+    weights = task.weights
+    memory = plan_memory(task.recipe, task.stage, weights, spread)
+    time = step_time(task.flops, weights, spread, task.device, task.assumed, per_node=task.per_node)
+    return StagePlan(task, spread, memory, time, _checkpoint(task, spread, weights, time))
+
+
+def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: StepTime) -> Checkpoint:
+    size = checkpoint_bytes(weights)
+    assumed, part = task.assumed, task.recipe.checkpoint
+    own = size / spread.gpus  # replicated tensors are shared out among the ranks too
+    copy_s, write_s = own / (assumed.host_copy_gb_s * 1e9), size / (assumed.storage_gb_s * 1e9)
+    stall_s = copy_s if part.mode == "async" else copy_s + write_s
+    every = part.every_steps or max(task.steps_per_epoch, 1)
+    mtbf_s = assumed.mtbf_node_days * 86400 / task.nodes
+    best_s = max(daly_interval_s(stall_s, mtbf_s), write_s)  # one save at a time
+    restart_s = assumed.start_s + size / (assumed.storage_gb_s * 1e9)
+    here, daly = (
+        lost_share(interval, stall_s, mtbf_s=mtbf_s, restart_s=restart_s) for interval in (every * time.step_s, best_s)
+    )
+    return Checkpoint(size, stall_s, write_s, every, best_s, here, daly)
+
+
+def checkpoint_bytes(weights: Sequence[Weight]) -> int:
+    """Tensors of a checkpoint: all weights, two moments and a step count of each trained one."""
+    return FP32 * sum(w.numel + (2 * w.numel + 1) * w.trained for w in weights)
+
+
+def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
+    """`strategy` on the task's GPUs; hybrid where the recipe shards fsdp within nodes."""
+    hybrid = strategy == "fsdp" and task.recipe.parallel.shard_within == "node" and task.gpus > task.per_node
+    return Spread(
+        strategy,  # type: ignore[arg-type]
+        task.gpus,
+        task.recipe.parallel.precision,
+        micro_batch,
+        accumulation,
+        recompute,
+        task.per_node if hybrid else None,
+    )
+
+
+def candidates(task: Task, strategies: Sequence[str] = STRATEGIES) -> list[StagePlan]:
+    """Each strategy, kept and recomputed, at its largest micro-batch that fits, else at the smallest there is."""
+    part = task.recipe.stage(task.stage)
+    slots = part.global_batch // task.gpus
+    unit = 2 if part.mixes else 1
+    sizes = [m for m in range(unit, slots + 1, unit) if slots % m == 0]
+    found = []
+    for strategy in strategies:
+        for recompute in (False, True):
+            plans = [
+                plan_stage(task, spread_of(task, strategy, micro_batch=m, accumulation=slots // m, recompute=recompute))
+                for m in sizes
+            ]
+            fitting = [p for p in plans if p.fits]
+            found.append(min(fitting, key=lambda p: (p.hours, -p.spread.micro_batch)) if fitting else plans[0])
+    return found
+
+
+def best(plans: Sequence[StagePlan]) -> StagePlan | None:
+    """The fastest that fits; of those within a per cent of it the one that comes first. None: none fits."""
+    fitting = [p for p in plans if p.fits]
+    if not fitting:
+        return None
+    fastest = min(p.hours for p in fitting)
+    return next(p for p in fitting if p.hours <= fastest * (1 + SAME))
+
+
+def energy_kwh(plan: StagePlan) -> float | None:
+    """Of all nodes, cooling included; None where the device's power is not known."""
+    power = plan.task.device.power_w
+    return None if power is None else plan.hours * plan.task.gpus * power * plan.task.assumed.power_overhead / 1000
+
+
+def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
+    """One stage for `--json`."""
+    task, hours = plan.task, plan.hours
+    images_per_s, device_hours = plan.images_per_s, hours * task.gpus
+    return {
+        "stage": task.stage,
+        "params": sum(w.numel for w in task.weights),
+        "train_flops_per_image": task.flops.train,
+        "hardware_flops_per_image": task.flops.hardware if plan.spread.recompute else task.flops.train,
+        "strategy": plan.spread.strategy,
+        "micro_batch": plan.spread.micro_batch,
+        "accumulation": plan.spread.accumulation,
+        "activation_checkpointing": plan.spread.recompute,
+        "memory_gib": plan.memory.gib(),
+        "usable_gib": round(task.usable_bytes / GIB, 2),
+        "fits": plan.fits,
+        "why_not": plan.why_not or None,
+        "steps": task.steps,
+        "step_s": plan.time.step_s,
+        "compute_s": plan.time.compute_s,
+        "exchange_s": plan.time.exchange_s,
+        "exposed_exchange_s": plan.time.exposed_s,
+        "exchanged_bytes_per_rank": plan.time.exchanged_bytes,
+        "optimizer_s": plan.time.optimizer_s,
+        "efficiency": plan.time.efficiency,
+        "mfu": task.assumed.mfu * plan.time.efficiency * task.flops.train / _work(plan),
+        "hours": hours,
+        "device_hours": device_hours,
+        "cost": None if price is None else device_hours * price,
+        "energy_kwh": energy_kwh(plan),
+        "images_per_s": images_per_s,
+        "read_gb_s": images_per_s * task.data.image_bytes / 1e9,
+        "read_tb": task.steps * task.recipe.stage(task.stage).global_batch * task.data.image_bytes / 1e12,
+        "decode_cores_per_node": images_per_s / task.assumed.decode_images_per_s / task.nodes,
+        "checkpoint": {name: getattr(plan.checkpoint, name) for name in plan.checkpoint.__dataclass_fields__},
+    }
+
+
+def _work(plan: StagePlan) -> int:
+    return plan.task.flops.hardware if plan.spread.recompute else plan.task.flops.train

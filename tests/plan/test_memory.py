@@ -1,0 +1,103 @@
+"""What the planner says of weights, states and checkpoints against what networks, strategies and runs really hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from livt_scale.models.classifier import build_classifier
+from livt_scale.models.mae import build_mae
+from livt_scale.parallel.zero_engine import BUCKET
+from livt_scale.plan.memory import GIB, STRATEGIES, ZERO_BUCKET, Spread, held_bytes, plan_memory
+from livt_scale.plan.parameters import weights_of
+from livt_scale.plan.whole import checkpoint_bytes
+from livt_scale.recipe import Model
+from livt_scale.recipe_file import load_recipe
+from tests.parallel.strategies import Job, Kind, train_all
+from tests.whole_runs import REPO, free_port
+
+VIT_B = Path(__file__).parents[2] / "recipes" / "imagenet_lt" / "vit_b16.yaml"
+SIZES = {
+    "vit_micro": Model(size="vit_micro", image_px=28, channels=1),
+    "vit_b": Model(size="vit_b"),
+    "vit_h at 448 px": Model(size="vit_h", image_px=448),
+}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("model", SIZES.values(), ids=SIZES)
+def test_weights_are_those_of_the_networks(model, stage):
+    with torch.device("meta"):
+        if stage == "pretrain":
+            network = build_mae(model, norm_pix=True, mask_ratio=0.75)
+        else:
+            network = build_classifier(model, num_classes=37, drop_path=0.1)
+    real = {name: (tuple(p.shape), p.requires_grad) for name, p in network.named_parameters()}
+    planned = weights_of(model, stage, num_classes=37)
+    assert {w.name: (w.shape, w.trained) for w in planned} == real
+    assert not list(network.buffers())
+
+
+def test_the_bucket_is_the_one_that_runs_have():
+    assert ZERO_BUCKET == BUCKET
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_more_ranks_never_hold_more_and_ddp_holds_all(strategy):
+    weights = weights_of(Model(), "pretrain", num_classes=1)
+    totals = [sum(held_bytes(weights, Spread(strategy, gpus, "fp32", 8))) for gpus in (2, 4, 8, 64)]
+    assert totals == sorted(totals, reverse=True)
+    assert (len(set(totals)) == 1) == (strategy == "ddp")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_recomputing_and_smaller_micro_batches_need_less(strategy):
+    recipe = load_recipe(VIT_B)
+    weights = weights_of(recipe.model, "pretrain", num_classes=1)
+    kept, again, half = (
+        plan_memory(recipe, "pretrain", weights, Spread(strategy, 8, "bf16", micro, recompute=recompute)).peak
+        for micro, recompute in ((64, False), (64, True), (32, False))
+    )
+    assert again < kept
+    assert half < kept
+    assert 0.1 < kept / GIB < 80
+
+
+def test_held_and_saved_bytes_are_those_of_runs_on_two_ranks(tmp_path):
+    """A checkpoint's files hold its tensors, a header for each, and what no formula needs: within 1 % at this size."""
+    jobs = [Job(Kind(name, 2), tmp_path / name, sets={"model.decoder.depth": 2}) for name in ("ddp", "fsdp", "zero2")]
+    train_all(jobs, tmp_path)
+    for job in jobs:
+        recipe = load_recipe(job.run_dir / "recipe.yaml")
+        planned = checkpoint_bytes(weights_of(recipe.model, "pretrain", num_classes=1))
+        folder = job.checkpoint(5)
+        saved = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())
+        assert saved == pytest.approx(planned, rel=0.01), job.kind.name
+
+
+@pytest.mark.parametrize("names", [("ddp", "fsdp"), ("zero1",), ("zero2",), ("zero3",)], ids="-".join)
+def test_what_strategies_hold_on_two_ranks_is_what_was_planned(names):
+    weights = weights_of(Model(size="vit_ti", image_px=64), "pretrain", num_classes=1)
+    port, held = str(free_port()), Path(__file__).with_name("held.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(held), *names],
+            env={
+                **os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    measured = json.loads(said[0].strip().splitlines()[-1])
+    for name in names:
+        planned = sum(held_bytes(weights, Spread(name, 2, "fp32", 2)))
+        assert measured[name] == pytest.approx(planned, rel=0.01), name
