@@ -1,4 +1,4 @@
-"""One of two ranks: train a step by each strategy, and print what weights, gradients and moments hold. JSON on rank 0."""
+"""One of two ranks: train a step by each strategy; rank 0 prints what weights, gradients and moments hold, as JSON."""
 
 from __future__ import annotations
 
