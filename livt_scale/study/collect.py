@@ -23,7 +23,7 @@ from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.errors import LivtError
 from livt_scale.recipe import Recipe, Stage, learnt_from
 from livt_scale.recipe_file import load_recipe
-from livt_scale.study.claims import CLAIMS, SETTINGS, Setting, runs_of
+from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Setting, runs_of
 from livt_scale.study.grid import Run
 from livt_scale.study.verdict import together
 from livt_scale.train.rundir import is_done, read_status
@@ -199,6 +199,12 @@ def training_minutes(folder: Path) -> float:
     return total_s / 60
 
 
+def _beside_the_recipes(place: str) -> str:
+    """A path as the recipe has it, where it lies in the folder of the project: the page is for others' machines."""
+    project = RECIPES.parent
+    return str(Path(place).relative_to(project)) if Path(place).is_relative_to(project) else place
+
+
 def _budget(setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:
     recipe = load_recipe(setting.recipe, sets=[f"{p}={v}" for p, v in {**setting.sets, **sets}.items()])
     pretrain, finetune = recipe.stages.pretrain, recipe.stages.finetune
@@ -206,7 +212,7 @@ def _budget(setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:
     assert finetune is not None
     return {
         "recipe": f"recipes/{setting.recipe.parent.name}/{setting.recipe.name}",
-        "data": recipe.data.train,
+        "data": _beside_the_recipes(recipe.data.train),
         "pretrain_epochs": pretrain.epochs,
         "finetune_epochs": finetune.epochs,
     }
