@@ -4,21 +4,21 @@
      "annotations": [{"image_id": 7, "category_id": 2761}, …],
      "categories": [{"id": 2761, "name": "…"}, …]}
 
-The class of an image is its category's number, which are 0 to C - 1 in iNaturalist 2018. Everything but these fields is
-left unread. What does not fit together (an image without an annotation, or with two; a name outside the root) is said
-before a shard is written.
+The class of an image is its category's number, which are 0 to C - 1 in iNaturalist 2018. `as_text` sorts them as text
+(0, 1, 10, 100, 1000 …), the order of an image folder of categories, which LiVT's code and its published weights have.
+Everything but these fields is left unread. What does not fit together (an image without an annotation, or with two; a
+name outside the root) is said before a shard is written.
 """
 
 from __future__ import annotations
 
 import json
-import posixpath
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from livt_scale.data.sources import FileSource, check_all_there, checked
+from livt_scale.data.sources import FileSource, below_root, check_all_there, checked
 from livt_scale.data.tar import MOST_CLASSES
 from livt_scale.errors import SourceError
 
@@ -26,28 +26,46 @@ MOST_JSON_BYTES = 1 << 30  # read whole; iNaturalist 2018's has 0.12 GB, 2021's 
 
 
 def open_inaturalist(
-    name: str, root: Path, *, annotations: Path, class_names: tuple[str, ...] | None = None
+    name: str,
+    root: Path,
+    *,
+    annotations: Path,
+    class_names: tuple[str, ...] | None = None,
+    as_text: bool = False,
 ) -> FileSource:
-    """The images of `annotations`, below `root`, in the file's order. Raises SourceError."""
+    """The images of `annotations`, below `root`, in the file's order. Raises SourceError.
+
+    `as_text`: class k is the k-th category number sorted as text; `class_names` then name the classes, not the numbers.
+    """
     tree = _parse(annotations)
     images, labels_of = _field(tree, "images", annotations), _labels(tree, annotations)
     paths: list[str] = []
     labels: list[int] = []
+    seen: set[int] = set()
     for number, image in enumerate(images):
         where = f"{annotations}, images[{number}]"
         path, key = _get(image, "file_name", str, where), _get(image, "id", int, where)
-        if path.startswith("/") or ".." in path.split("/") or "\0" in path:
-            raise SourceError(f"{where}: {path!r} is not below the root folder", remedy="give paths relative to root")
+        if key in seen:
+            raise SourceError(f"{where}: the id {key} is there twice", remedy="each image needs an id of its own")
         if key not in labels_of:
             raise SourceError(
                 f"{where}: image {key} has no annotation", remedy="give the file of a labelled split, as train2018.json"
             )
-        paths.append(posixpath.normpath(path))
-        labels.append(labels_of.pop(key))
-    if labels_of:
-        raise SourceError(f"{annotations}: {len(labels_of)} annotations are of no image, as {next(iter(labels_of))}")
-    names = class_names or _class_names(tree, labels, annotations)
-    source = FileSource(name, names, np.array(labels, dtype=np.int64), root, tuple(paths))
+        paths.append(below_root(path, where))
+        labels.append(labels_of[key])
+        seen.add(key)
+    if left := labels_of.keys() - seen:
+        raise SourceError(
+            f"{annotations}: {len(left):,} annotations are of no image, as {min(left)}",
+            remedy="take them out, or put their images back",
+        )
+    names = _class_names(tree, labels, annotations)
+    classes = np.array(labels, dtype=np.int64)
+    if as_text:
+        order = np.array(sorted(range(len(names)), key=str), dtype=np.int64)
+        classes = np.argsort(order)[classes]
+        names = tuple(str(c) for c in order)
+    source = FileSource(name, class_names or names, classes, root, tuple(paths))
     check_all_there(source)
     return checked(source)
 

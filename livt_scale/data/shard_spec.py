@@ -64,6 +64,7 @@ class INaturalist(_Part):
 
     root: str
     annotations: str
+    as_text: bool = Field(False, description="categories in the order 0, 1, 10, 100 …, as LiVT's published weights")
 
 
 class Cifar(_Part):
@@ -137,6 +138,8 @@ class Expected(_Part):
 
     images: PositiveInt
     classes: PositiveInt
+    largest: PositiveInt | None = Field(None, description="images of the largest class; None: not compared")
+    smallest: PositiveInt | None = Field(None, description="images of the smallest class; None: not compared")
     counts: str | None = Field(None, description="a JSON file with the images of each class, in the classes' order")
 
 
@@ -208,7 +211,8 @@ class Spec(_Part):
             return sources.open_idx(name, root / spec.idx.images, labels=labels, class_names=classes)
         if spec.inaturalist:
             annotations = root / spec.inaturalist.annotations
-            return open_inaturalist(name, root, annotations=annotations, class_names=classes)
+            as_text = spec.inaturalist.as_text
+            return open_inaturalist(name, root, annotations=annotations, class_names=classes, as_text=as_text)
         if spec.cifar:
             return open_cifar(name, root, files=spec.cifar.files, classes=spec.cifar.classes, class_names=classes)
         return sources.open_tars(name, root, class_names=classes)
@@ -222,7 +226,15 @@ class Spec(_Part):
             if expected.counts:
                 listed = CountsProfile(file=expected.counts)
                 known = self._listed_counts(name, listed, expected.classes)
-            check_expected(name, counts, images=expected.images, classes=expected.classes, known=known)
+            check_expected(
+                name,
+                counts,
+                images=expected.images,
+                classes=expected.classes,
+                known=known,
+                largest=expected.largest,
+                smallest=expected.smallest,
+            )
         return counts
 
     def _profile_counts(self, name: str, source: sources.Source) -> Counts:

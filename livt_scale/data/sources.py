@@ -36,6 +36,7 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".ppm")
 _MAX_KEY = 94  # with ".jpeg" or ".cls" it fits the 100 bytes of a tar header's name
 _MOST_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
+_MISSING_SHOWN = 3  # files that a complaint names
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
 Indices = NDArray[np.int64]
 
@@ -286,14 +287,33 @@ def _list_line(line: str, where: str) -> tuple[str, int]:
     found = re.fullmatch(r"(.*\S)\s+([0-9]{1,9})\s*", line)
     if not found:
         raise SourceError(f"{where}: {line[:100]!r} is not `path label`", remedy="write a path, a space and a number")
-    if found[1].startswith("/") or ".." in found[1].split("/"):
-        raise SourceError(f"{where}: {found[1]!r} is not below the root folder", remedy="give paths relative to root")
-    return posixpath.normpath(found[1]), int(found[2])
+    return below_root(found[1], where), int(found[2])
+
+
+def below_root(path: str, where: str) -> str:
+    """`path` of a list or JSON file, in its plainest form. Raises SourceError: it leads out of root, or is no name."""
+    if path.startswith("/") or ".." in path.split("/"):
+        raise SourceError(f"{where}: {path[:100]!r} is not below the root folder", remedy="give paths relative to root")
+    if "\0" in path or not _is_encodable(path):  # JSON can spell half a character, "\\ud800"
+        raise SourceError(f"{where}: {path[:100]!r} cannot be the name of a file", remedy="correct it")
+    return posixpath.normpath(path)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_all_there(source: FileSource) -> None:
-    """Each path of a list is a file: asked folder by folder, since asking for each of a million is slow on a server."""
+    """Each path of a list is a file: asked folder by folder, since asking for each of a million is slow on a server.
+
+    Raises SourceError with the first missing ones, and how many there are.
+    """
     inside: dict[str, set[str]] = {}
+    missing: list[str] = []
     for path in source.paths:
         folder, _, name = path.rpartition("/")
         if folder not in inside:
@@ -302,10 +322,15 @@ def check_all_there(source: FileSource) -> None:
             except SourceError:
                 inside[folder] = set()
         if name not in inside[folder]:
-            raise SourceError(
-                f"source {source.name}: there is no image {source.root / path}",
-                remedy="put it there, or give the right root (--source NAME=FOLDER)",
-            )
+            missing.append(path)
+    if missing:
+        first = ", ".join(shown(source.root / path) for path in missing[:_MISSING_SHOWN])
+        all_of_them = f" and {len(missing) - _MISSING_SHOWN:,} more" if len(missing) > _MISSING_SHOWN else ""
+        raise SourceError(
+            f"source {source.name}: of {len(source):,} images {len(missing):,} are missing: "
+            f"there is no image {first}{all_of_them}",
+            remedy="put them there, or give the right root (--source NAME=FOLDER)",
+        )
 
 
 def _text(path: Path) -> str:

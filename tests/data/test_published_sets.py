@@ -60,9 +60,14 @@ def test_inaturalist_joins_images_and_annotations_by_their_numbers(inat):
     [
         (lambda t: t["images"][0].update(file_name="../../etc/passwd"), "not below the root"),
         (lambda t: t["images"][0].update(file_name="/etc/passwd"), "not below the root"),
+        (lambda t: t["images"][0].update(file_name="train_val2018/a\0.jpg"), "cannot be the name of a file"),
+        (lambda t: t["images"][0].update(file_name="\ud800/a.jpg"), "cannot be the name of a file"),
         (lambda t: t["images"][0].update(file_name="train_val2018/none.jpg"), "there is no image"),
+        (lambda t: [i.update(file_name=f"no\n{i['id']}.jpg") for i in t["images"]], r"of 7 images 7 are .* and 4 more"),
+        (lambda t: t["images"][0].update(file_name=t["images"][1]["file_name"]), "is there twice"),
         (lambda t: t["images"][0].update(file_name=7), "file_name is 7"),
-        (lambda t: t["images"][1].update(id=0), "no annotation"),
+        (lambda t: t["images"][1].update(id=0), "the id 0 is there twice"),
+        (lambda t: t["images"][1].update(id=77), "image 77 has no annotation"),
         (lambda t: t["annotations"].append({"image_id": 0, "category_id": 1}), "two annotations"),
         (lambda t: t["annotations"].append({"image_id": 12345, "category_id": 1}), "are of no image, as 12345"),
         (lambda t: t["annotations"][0].update(category_id=-1), "the category is -1"),
@@ -76,8 +81,23 @@ def test_what_does_not_fit_together_is_named(inat, change, said):
     inat()
     tree = json.loads(json.dumps(inat.tree))
     change(tree)
-    with pytest.raises(SourceError, match=said):
+    with pytest.raises(SourceError, match=said) as told:
         inat(**{**{"annotations": None}, **tree})
+    assert "\n" not in str(told.value)
+
+
+def test_categories_are_classes_by_number_or_in_the_order_of_an_image_folder(tmp_path):
+    images, annotations = [], []
+    for c in range(12):
+        image(tmp_path / f"{c}.jpg", c)
+        images.append({"id": c, "file_name": f"{c}.jpg"})
+        annotations.append({"image_id": c, "category_id": c})
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    assert open_inaturalist("train", tmp_path, annotations=path).labels.tolist() == list(range(12))
+    source = open_inaturalist("train", tmp_path, annotations=path, as_text=True)
+    assert source.class_names == ("0", "1", "10", "11", "2", "3", "4", "5", "6", "7", "8", "9")
+    assert [source.class_names[label] for label in source.labels] == [str(c) for c in range(12)]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +179,12 @@ def test_another_number_of_images_of_a_class_is_named_with_both_numbers():
     with pytest.raises(SourceError, match="4 classes, the published set 3"):
         check_expected("train", np.array([5, 3, 2, 1]), images=10, classes=3, known=None)
     with pytest.raises(SourceError, match="11 images, the published set 10"):
-        check_expected("train", np.array([5, 4, 2]), images=10, classes=3, known=None)
+        check_expected("train", np.array([5, 4, 2]), images=10, classes=3)
+    check_expected("val", np.array([3, 3, 3]), images=9, classes=3, smallest=3, largest=3)
+    with pytest.raises(SourceError, match="its largest class, 1, has 4 of them and the published one's 3"):
+        check_expected("val", np.array([2, 4, 3]), images=9, classes=3, smallest=3, largest=3)
+    with pytest.raises(SourceError, match="its smallest class, 0, has 2"):
+        check_expected("val", np.array([2, 4, 3]), images=9, classes=3, smallest=3, largest=4)
 
 
 @pytest.mark.parametrize(
@@ -175,6 +200,27 @@ def test_the_counts_that_ship_are_the_published_ones(name, images, classes):
     counts = json.loads((SHARDS / "counts" / f"{name}.json").read_text())
     assert (sum(counts), len(counts)) == (images, classes)
     assert min(counts) > 0
+
+
+# Super-categories are runs of category numbers: (first, how many, training images). How many of both is said by the
+# competition's page (https://github.com/visipedia/inat_comp/tree/master/2018), a second source beside the counts that
+# ship: those come from LiVT's logs, in the order of an image folder. Where a run begins, paths say: Reptilia/4264/.
+INAT18_GROUPS = [
+    (142, 2031, 87_192),  # Insecta
+    (2229, 369, 7_835),  # Actinopterygii
+    (2598, 144, 11_156),  # Amphibia
+    (2746, 1258, 143_950),  # Aves
+    (4264, 284, 22_754),  # Reptilia
+    (4900, 321, 6_864),  # Fungi
+    (5221, 2917, 118_800),  # Plantae
+]
+
+
+def test_the_counts_of_inat18_are_in_the_order_of_its_categories():
+    counts = json.loads((SHARDS / "counts" / "inat18.json").read_text())
+    assert [sum(counts[first : first + size]) for first, size, _ in INAT18_GROUPS] == [n for *_, n in INAT18_GROUPS]
+    as_text = json.loads((SHARDS / "counts" / "inat18_as_text.json").read_text())
+    assert as_text == [counts[c] for c in sorted(range(8142), key=str)]
 
 
 @pytest.mark.parametrize("path", sorted(SHARDS.glob("*.yaml")), ids=lambda path: path.stem)

@@ -99,6 +99,7 @@ def test_a_list_is_read_as_imagenet_lt_publishes_it(listed):
         (["a/../../list.txt 0"], "not below the root"),
         (["a/0000.png 0", "a/0007.png 0"], r"there is no image .*a/0007\.png"),
         (["b/0000.png 0"], r"there is no image .*b/0000\.png"),
+        (["a/\0/x.png 0"], "cannot be the name of a file"),
         (["a/0000.png 0", "./a/0000.png 0"], "'a/0000' is there twice"),
         (["a/0000.png 0", "a/0001.png 2"], r"class 1 \('1'\) has no image"),
         ([], "no images"),
