@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from livt_scale.data.shard_spec import load_spec
 from livt_scale.data.shards import build
 from livt_scale.errors import SourceError
 from livt_scale.longtail import class_counts_exponential
+from tests.small_sets import contents
 
 SHARDS = Path(__file__).resolve().parents[2] / "shards"
 COUNTS = [4, 2, 1]
@@ -259,3 +261,95 @@ def test_cifar_lt_is_built_from_look_alikes_with_every_set_of_its_spec(tmp_path)
     twin = ShardSet.open(tmp_path / "out" / "train-balanced-if10").manifest.class_counts
     assert sum(twin) == sum(counts)
     assert max(twin) - min(twin) <= 1
+
+
+# --- whole builds, from lists and folders as they are published ---
+
+
+def lists(folder, spec, *, train_name, test_name, train_counts=(5, 3, 2), per_class=2):
+    """A look-alike of ImageNet or Places365 with its lists; returns the shipped spec with the look-alike's numbers."""
+    classes = ["n01440764", "n01443537", "n02391049"]
+    for which, counts in (("train", train_counts), ("val", [per_class] * 3)):
+        lines = []
+        for label, (name, count) in enumerate(zip(classes, counts, strict=True)):
+            for k in range(count):
+                path = f"{which}/{name}/{name if which == 'train' else 'ILSVRC2012_val'}_{label}{k}.JPEG"
+                image(folder / path, 10 * label + k)
+                lines.append(f"{path} {label}\n")
+        (folder / (train_name if which == "train" else test_name)).write_text("".join(lines))
+    (folder / "counts.json").write_text(json.dumps(train_counts))
+    told = (SHARDS / spec).read_text()
+    train, val = re.findall(r"expected: (\{.*?\})\}", told)
+    total = sum(train_counts)
+    small = f"images: {total}, classes: 3, largest: {max(train_counts)}, smallest: {min(train_counts)}"
+    small += ", counts: counts.json" if "counts" in train else ""
+    told = told.replace(train, f"{{{small}}}")
+    told = told.replace(val, f"{{images: {3 * per_class}, classes: 3, largest: {per_class}, smallest: {per_class}}}")
+    (folder / spec).write_text(told)
+    return load_spec(folder / spec, overrides=[f"train={folder}", f"test={folder}"])
+
+
+LISTED = {
+    "imagenet-lt.yaml": ("ImageNet_LT_train.txt", "ImageNet_LT_test.txt"),
+    "places-lt.yaml": ("Places_LT_train.txt", "Places_LT_test.txt"),
+}
+
+
+@pytest.mark.parametrize("spec", LISTED)
+def test_sets_with_published_lists_are_built_and_another_list_or_a_missing_image_is_not(spec, tmp_path):
+    train_name, test_name = LISTED[spec]
+    out = tmp_path / "out"
+    loaded = lists(tmp_path, spec, train_name=train_name, test_name=test_name)
+    whole = (tmp_path / test_name).read_text()
+    (tmp_path / test_name).write_text((tmp_path / train_name).read_text())  # the list of another split
+    with pytest.raises(SourceError, match="set val has 10 images, the published set 6"):
+        build(loaded, out, workers=1)
+    (tmp_path / test_name).write_text(whole)
+    lost = tmp_path / "train" / "n01443537" / "n01443537_11.JPEG"
+    lost.rename(tmp_path / "lost")
+    with pytest.raises(SourceError, match=r"of 10 images 1 are missing: .*n01443537_11\.JPEG"):
+        build(loaded, out, workers=1)
+    assert not list(out.glob("*/*")), "nothing half-built"
+    (tmp_path / "lost").rename(lost)
+    assert [(b.name, b.num_samples) for b in build(loaded, out, workers=1)] == [("train", 10), ("val", 6)]
+    assert list(ShardSet.open(out / "train").manifest.class_counts) == [5, 3, 2]
+
+
+def test_imagenet_bal_takes_as_many_of_each_class_from_the_folders(tmp_path):
+    lists(tmp_path, "imagenet-lt.yaml", train_name="a.txt", test_name="b.txt", train_counts=(5, 4, 4))
+    told = (SHARDS / "imagenet-bal.yaml").read_text()
+    told = told.replace("per_class: 160", "per_class: 3").replace(
+        "images: 160000, classes: 1000", "images: 9, classes: 3"
+    )
+    told = told.replace("images: 50000, classes: 1000, smallest: 50, largest: 50", "images: 6, classes: 3, smallest: 2")
+    (tmp_path / "bal.yaml").write_text(told)
+    sources = [f"train={tmp_path / 'train'}", f"test={tmp_path / 'val'}"]
+    build(load_spec(tmp_path / "bal.yaml", overrides=sources), tmp_path / "out", workers=1)
+    manifest = ShardSet.open(tmp_path / "out" / "train").manifest
+    assert list(manifest.class_counts) == [3, 3, 3]
+    assert list(manifest.class_names) == ["n01440764", "n01443537", "n02391049"], "the order of the lists' labels"
+
+
+@pytest.mark.parametrize("kind", ["inaturalist", "cifar"])
+def test_a_build_that_is_stopped_goes_on_to_the_same_bytes(inat, tmp_path, kind):
+    if kind == "cifar":
+        cifar(tmp_path, "a.bin", np.arange(10).repeat(3), classes=10)
+        source = "cifar: {root: ., files: [a.bin], classes: 10}"
+    else:
+        inat()
+        source = "inaturalist: {root: ., annotations: train2018.json}"
+    spec = tmp_path / "some.yaml"
+    spec.write_text(f"name: some\nsources: {{raw: {{{source}}}}}\nsets: {{all: {{source: raw, shard_samples: 2}}}}\n")
+    (whole,) = build(load_spec(spec), tmp_path / "whole", workers=1)
+
+    def stop(_name, samples, *_):
+        if samples >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(load_spec(spec), tmp_path / "out", workers=1, progress=stop)
+    assert not (tmp_path / "out" / "all" / "manifest.json").exists()
+    (built,) = build(load_spec(spec), tmp_path / "out", workers=1)
+    assert built.kept >= 2
+    assert built.kept + built.made == whole.made
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
