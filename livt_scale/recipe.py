@@ -200,7 +200,7 @@ ADDED_LATER = (
 
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The recipe's fields, dotted, that decide what `stage` learns; a continued run must not change them."""
-    flat = _flatten(recipe.model_dump(mode="json"))
+    flat = _flatten(recipe.at(stage).model_dump(mode="json"))
     kept = {}
     for path, value in flat.items():
         if any(path == h or path.startswith(f"{h}.") for h in HARMLESS):

@@ -111,6 +111,7 @@ def test_pretraining_may_have_another_resolution_than_fine_tuning():
     assert recipe.at("finetune") is recipe
     assert recipe.at("pretrain").at("pretrain").model.image_px == 128
     assert learnt_from(recipe.at("pretrain"), "pretrain")["model.image_px"] == 128
+    assert learnt_from(recipe, "pretrain") == learnt_from(recipe.at("pretrain"), "pretrain")
     with pytest.raises(ValidationError, match=r"stages\.pretrain\.image_px is 130.*128 and 144"):
         Recipe.model_validate(tree | {"stages": {"pretrain": {"image_px": 130}}})
 

@@ -52,7 +52,7 @@ def plan(
         raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, STRATEGY_NAMES))
     found = []
     for stage in loaded.stage_names:
-        task = Task(loaded, stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
+        task = Task(loaded.at(stage), stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
         found.append(_stage(task, wanted, time_limit=time_limit, price=price, exact=exact))
     answer = _answer(found, kind=kind, assumed=assumed, changed=changed, data=data, gpus=gpus, price=price)
     typer.echo(json.dumps(answer, indent=2)) if as_json else _print(answer)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from livt_scale.recipe import Model, Recipe, Stage
+from livt_scale.recipe import Model, Pretrain, Recipe, Stage
 
 MLP_RATIO = 4  # hidden width of a block's MLP over its width
 
@@ -39,13 +39,16 @@ class Flops:
 
 def stage_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
     """Of one training image in `stage`; `recomputed` is 0 unless the recipe recomputes."""
-    if stage == "pretrain":
-        pretrain = recipe.stages.pretrain
-        assert pretrain is not None
-        flops = mae_flops(recipe.at(stage).model, mask_ratio=pretrain.mask_ratio)
-    else:
-        flops = classifier_flops(recipe.model, num_classes=num_classes)
+    flops = network_flops(recipe, stage, num_classes=num_classes)
     return flops if recipe.parallel.activation_checkpointing else Flops(flops.forward, flops.backward, 0)
+
+
+def network_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
+    """Of one training image in `stage`, with what activation checkpointing would compute again."""
+    part, model = recipe.stage(stage), recipe.at(stage).model
+    if isinstance(part, Pretrain):
+        return mae_flops(model, mask_ratio=part.mask_ratio)
+    return classifier_flops(model, num_classes=num_classes)
 
 
 def mae_flops(model: Model, *, mask_ratio: float) -> Flops:

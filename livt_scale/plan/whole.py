@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from livt_scale.plan.assumptions import Accelerator, Assumptions
-from livt_scale.plan.flops import Flops, classifier_flops, mae_flops
+from livt_scale.plan.flops import Flops, network_flops
 from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, plan_memory
 from livt_scale.plan.parameters import Weight, weights_of
 from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
-from livt_scale.recipe import Pretrain, Recipe, Stage
+from livt_scale.recipe import Recipe, Stage
 
 SAME = 0.01  # a difference of times below this is none: the simpler one is taken
 
@@ -34,7 +34,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Task:
-    """One stage on a number of GPUs of one kind."""
+    """One stage on a number of GPUs of one kind. recipe: as that stage sees it (`Recipe.at`)."""
 
     recipe: Recipe
     stage: Stage
@@ -51,10 +51,7 @@ class Task:
     @property
     def flops(self) -> Flops:
         """Of one image, with what activation checkpointing would compute again."""
-        part = self.recipe.stage(self.stage)
-        if isinstance(part, Pretrain):
-            return mae_flops(self.recipe.model, mask_ratio=part.mask_ratio)
-        return classifier_flops(self.recipe.model, num_classes=self.data.classes)
+        return network_flops(self.recipe, self.stage, num_classes=self.data.classes)
 
     @property
     def nodes(self) -> int:

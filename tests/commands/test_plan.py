@@ -34,6 +34,16 @@ def test_scripts_find_what_they_rely_on_and_fewer_gpus_take_longer():
     assert few["memory_gib"]["optimizer"] == pytest.approx(8 * many["memory_gib"]["optimizer"], rel=0.05)
 
 
+def test_a_stage_is_planned_at_its_own_resolution():
+    """Pretraining at 128 px beside fine-tuning at 224, as of iNaturalist 2018."""
+    smaller, whole = (
+        planned("--gpus", "8", *sets)["stages"][0] for sets in (("--set=stages.pretrain.image_px=126",), ())
+    )
+    alone = planned("--gpus", "8", "--set=model.image_px=126", "--set=stages.finetune=null")["stages"][0]
+    assert smaller["train_flops_per_image"] == alone["train_flops_per_image"] < whole["train_flops_per_image"] / 2
+    assert smaller["memory_gib"] == alone["memory_gib"]
+
+
 def test_what_does_not_fit_is_said_with_its_reason_and_the_best_fits(tmp_path):
     (tmp_path / "d.yaml").write_text(MINE.replace("96", "12") + "node_link_gb_s: 300\nnetwork_gb_s: 50\n")
     stage = planned("--gpus", "8", "--strategy", "auto", "--device", str(tmp_path / "d.yaml"))["stages"][0]
