@@ -17,9 +17,19 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from livt_scale.recipe_data import Cache, Data, Remote
-from livt_scale.recipe_model import MODEL_SIZES, Decoder, Model
+from livt_scale.recipe_model import MODEL_SIZES, Decoder, Model, check_patches
 from livt_scale.recipe_slurm import Slurm
-from livt_scale.recipe_stages import LOSS_NAMES, Ema, Finetune, Loss, Policy, Pretrain, Sampling, StagePart
+from livt_scale.recipe_stages import (
+    LOSS_NAMES,
+    LOSS_OPTIONS,
+    Ema,
+    Finetune,
+    Loss,
+    Policy,
+    Pretrain,
+    Sampling,
+    StagePart,
+)
 from livt_scale.recipe_work import Checkpoint, Faults, Log, Parallel, RecipePart
 
 __all__ = [  # the parts are found here too
@@ -133,13 +143,8 @@ class Recipe(RecipePart):
 
     @model_validator(mode="after")
     def _both_stages_cut_whole_patches(self) -> Self:
-        px, patch_px = self.stages.pretrain and self.stages.pretrain.image_px, self.model.dims[3]
-        if px and px % patch_px:
-            lower = max(px // patch_px, 1) * patch_px
-            raise ValueError(
-                f"stages.pretrain.image_px is {px}, not a multiple of patch_px = {patch_px}: "
-                f"the nearest are {lower} and {lower + patch_px}"
-            )
+        if self.stages.pretrain and self.stages.pretrain.image_px:
+            check_patches("stages.pretrain.image_px", self.stages.pretrain.image_px, patch_px=self.model.dims[3])
         return self
 
     def at(self, name: Stage) -> Self:
@@ -187,14 +192,11 @@ HARMLESS = (
 )
 # weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
-_LOSS_OPTIONS = (
-    "smoothing", "beta", "max_margin", "scale", "head_smoothing", "tail_smoothing", "dv_weight", "dv_penalty", "gamma",
-)  # fmt: skip
 # left out where they are None: runs that were begun before them go on
 ADDED_LATER = (
     "stages.finetune.ema",
     "stages.pretrain.image_px",
-    *(f"stages.finetune.loss.{option}" for option in _LOSS_OPTIONS),
+    *(f"stages.finetune.loss.{option}" for option in LOSS_OPTIONS if option != "tau"),
 )
 
 

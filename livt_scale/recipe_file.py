@@ -199,8 +199,8 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
         said = str(error["ctx"]["error"])
         field = (*where, *said.split(" ", 1)[0].split("."))
         prefix = f"{name}." if where else ""
-        return f"{_origin(field if field in tree.origins else where, tree, path)}: {prefix}{said}"
-    origin = _origin(where, tree, path)
+        return f"{tree.origin_of(field if field in tree.origins else where, default=shown(path))}: {prefix}{said}"
+    origin = tree.origin_of(where, default=shown(path))
     if error["type"] == "extra_forbidden":
         return f"{origin}: there is no field {name}: {_hint(where)}"
     if error["type"] == "missing":
@@ -223,11 +223,6 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     ):
         said = said.replace(theirs, ours)
     return f"{origin}: {name} is {given}: {said[0].lower()}{said[1:]}"
-
-
-def _origin(where: Where, tree: Tree, path: Path) -> str:
-    known = (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins)
-    return next(known, shown(path))
 
 
 def _dotted(where: Where) -> str:

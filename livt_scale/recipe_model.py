@@ -46,12 +46,7 @@ class Model(RecipePart):
             raise ValueError(f"heads is {heads} and does not divide the width {width}")
         if self.decoder.width % self.decoder.heads:
             raise ValueError(f"decoder.heads is {self.decoder.heads} and does not divide {self.decoder.width}")
-        if self.image_px % patch_px:
-            lower = max(self.image_px // patch_px, 1) * patch_px
-            raise ValueError(
-                f"image_px is {self.image_px}, not a multiple of patch_px = {patch_px}: "
-                f"the nearest are {lower} and {lower + patch_px}"
-            )
+        check_patches("image_px", self.image_px, patch_px=patch_px)
         for name, dim in (("width", width), ("decoder.width", self.decoder.width)):
             if dim % 4:
                 raise ValueError(f"{name} is {dim}: sine-cosine positions need a multiple of 4")
@@ -70,3 +65,12 @@ class Model(RecipePart):
     def num_kept(self, mask_ratio: float) -> int:
         """Patches that pretraining shows its encoder."""
         return int(self.num_patches * (1 - mask_ratio))
+
+
+def check_patches(name: str, px: int, *, patch_px: int) -> None:
+    """Raise ValueError unless images of `px` are cut into whole patches."""
+    if px % patch_px:
+        lower = max(px // patch_px, 1) * patch_px
+        raise ValueError(
+            f"{name} is {px}, not a multiple of patch_px = {patch_px}: the nearest are {lower} and {lower + patch_px}"
+        )

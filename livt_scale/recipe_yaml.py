@@ -40,6 +40,11 @@ class Tree:
     values: dict[str, Any] = field(default_factory=dict)
     origins: dict[Where, str] = field(default_factory=dict)
 
+    def origin_of(self, where: Where, *, default: str) -> str:
+        """Where the value at `where` was written, or the nearest part around it that was; else `default`."""
+        known = (self.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in self.origins)
+        return next(known, default)
+
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - yaml's own name; filled below

@@ -1,21 +1,18 @@
 """The picture in docs/losses.md shows the numbers that the losses use."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from livt_scale.losses import make_loss
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "margins.py"
 
 
 @pytest.fixture(scope="module")
 def margins():
-    spec = importlib.util.spec_from_file_location("margins", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_the_lines_are_what_the_losses_use(margins):

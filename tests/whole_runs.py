@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from livt_scale.study.grid import spelt
+
 REPO = Path(__file__).resolve().parents[1]
 TINY = {
     "model.width": 48,
@@ -67,11 +69,6 @@ class Livt:
     def train(self, run_dir: Path, *, processes: int = 1, expect: int = 0, **sets: Any) -> str:
         """Train to the end (or to exit code `expect`) and return what was said on stderr."""
         return self.run(*self.train_words(run_dir, **sets), processes=processes, expect=expect).stderr
-
-
-def spelt(value: Any) -> str:
-    """As a user would write it behind --set: text as it is, anything else as YAML (of which JSON is a part)."""
-    return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 def free_port() -> int:

@@ -26,7 +26,8 @@ from livt_scale.parallel import precision
 from livt_scale.recipe import Recipe
 from livt_scale.reports.held_out import SEED, half_rows
 from livt_scale.train.evaluate import BATCH, TrainingClasses, check_same_classes, data_lineage
-from livt_scale.train.finished import Trained, is_run
+from livt_scale.train.finished import Trained
+from livt_scale.train.rundir import is_run
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 
 from livt_scale.cluster import slurm
 from livt_scale.cluster.bad_nodes import excluding, read_bad_nodes
-from livt_scale.cluster.freeze import Frozen, freeze
+from livt_scale.cluster.freeze import Frozen
 from livt_scale.cluster.render import LOGS, Array, JobPlan, Shared, log_name, render
 from livt_scale.cluster.submit import (
     Prepared,
@@ -28,6 +28,7 @@ from livt_scale.cluster.submit import (
     code_of,
     describe,
     entry,
+    frozen_code,
     prepare,
     read_chain,
     shared_by_all,
@@ -39,7 +40,6 @@ from livt_scale.cluster.submit import (
 )
 from livt_scale.errors import ClusterError, UsageError
 from livt_scale.recipe import Recipe
-from livt_scale.recipe_file import to_yaml
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def submit_array(prepared: PreparedArray) -> dict[str, Any]:
     with ExitStack() as locks:
         for run in prepared.runs:
             locks.enter_context(alone(run.run_dir))
-        frozen = [_freeze(run) for run in prepared.runs]
+        frozen = [frozen_code(run) for run in prepared.runs]
         earlier = [read_chain(run.run_dir) for run in prepared.runs]
         joined = _in_the_queue(prepared, frozen, earlier)
         if joined is not None:
@@ -132,10 +132,6 @@ def submit_array(prepared: PreparedArray) -> dict[str, Any]:
             chain["array"] = {"index": k, "runs": len(chains), "at_once": prepared.at_once, "folder": str(folder)}
         written = write_scripts(folder, prepared.jobs, array_scripts(prepared, frozen))
         return _submit_all(prepared, folder, written, chains)
-
-
-def _freeze(run: Prepared) -> Frozen | None:
-    return freeze(to_yaml(run.recipe), run.run_dir) if run.recipe.slurm.code == "frozen" else None
 
 
 def _in_the_queue(

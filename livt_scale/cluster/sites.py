@@ -80,8 +80,7 @@ def load_site(name: str, *, folder: Path = SLURM_FOLDER / "sites") -> Site:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
-        place = next((tree.origins[first["loc"][:n]] for n in range(len(first["loc"]), 0, -1)
-                      if first["loc"][:n] in tree.origins), shown(path))  # fmt: skip
+        place = tree.origin_of(first["loc"], default=shown(path))
         fields = sorted(Site.model_fields if len(first["loc"]) == 1 else Partition.model_fields)
         hint = nearest(str(first["loc"][-1]), fields) if first["type"] == "extra_forbidden" else ""
         raise UsageError(f"{place}: {where}: {first['msg']}", remedy=hint) from None

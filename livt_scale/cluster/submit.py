@@ -127,9 +127,9 @@ def submit(prepared: Prepared) -> dict[str, Any]:
     Raises ClusterError: sbatch's own words, after the jobs before it were taken back; or another chain of this run is
     still in the queue.
     """
-    run_dir, recipe = prepared.run_dir, prepared.recipe
+    run_dir = prepared.run_dir
     with alone(run_dir):
-        frozen = freeze(to_yaml(recipe), run_dir) if recipe.slurm.code == "frozen" else None
+        frozen = frozen_code(prepared)
         earlier = read_chain(run_dir)
         waiting = slurm.alive(earlier) if earlier else {}
         if earlier and waiting:
@@ -138,6 +138,12 @@ def submit(prepared: Prepared) -> dict[str, Any]:
         written = write_scripts(run_dir, prepared.plan.jobs, scripts(prepared, frozen))
         chain = describe(prepared, frozen, earlier)
         return _submit_all(prepared, written, chain)
+
+
+def frozen_code(prepared: Prepared) -> Frozen | None:
+    """The copy that the jobs run from, made now; None where they follow the checkout."""
+    recipe = prepared.recipe
+    return freeze(to_yaml(recipe), prepared.run_dir) if recipe.slurm.code == "frozen" else None
 
 
 def start_anew(prepared: Prepared, frozen: Frozen | None) -> None:

@@ -237,8 +237,13 @@ def _memory() -> list[Finding]:
 
 
 def _shared_memory() -> list[Finding]:
+    return [judge_shared_memory(free_shared_memory())]
+
+
+def free_shared_memory() -> int | None:
+    """Bytes that loader processes could hand over batches in; None where there is no such place."""
     folder = Path("/dev/shm")  # noqa: S108 - looked at, not written to
-    return [judge_shared_memory(shutil.disk_usage(folder).free if folder.is_dir() else None)]
+    return shutil.disk_usage(folder).free if folder.is_dir() else None
 
 
 def _disk() -> list[Finding]:

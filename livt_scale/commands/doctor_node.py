@@ -30,7 +30,7 @@ def look_at_node(folder: Path, environ: Mapping[str, str] = os.environ) -> list[
         _each_gpu,
         doctor._collectives,
         doctor._jpeg,
-        _shared_memory,
+        lambda: [judge_shared(doctor.free_shared_memory())],
     )
     problems = [f for f in doctor.examine(checks) if f.status == "problem"]
     told = "\n".join(f"{f.name}: {f.message}" for f in problems) or "ok"
@@ -88,10 +88,3 @@ def multiplies_exactly(device: object) -> bool:
     a, b = (torch.randint(0, 8, (SIDE, SIDE), generator=generator).float() for _ in range(2))
     product = (a.to(device) @ b.to(device)).cpu()  # type: ignore[call-overload]
     return bool(torch.equal(product.double(), a.double() @ b.double()))
-
-
-def _shared_memory() -> list[Finding]:
-    import shutil
-
-    folder = Path("/dev/shm")  # noqa: S108 - looked at, not written to
-    return [judge_shared(shutil.disk_usage(folder).free if folder.is_dir() else None)]

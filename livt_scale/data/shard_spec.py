@@ -347,8 +347,7 @@ def _override(tree: Tree, text: str) -> None:
 def _explain(error: Any, tree: Tree, path: Path) -> str:
     where = tuple(k for k in error["loc"] if k != "[key]")
     named = ".".join(map(str, where)) or "the spec"
-    known = (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins)
-    origin = next(known, str(path))
+    origin = tree.origin_of(where, default=str(path))
     if error["type"] == "extra_forbidden":
         return f"{origin}: there is no field {named}: {nearest(str(where[-1]), _fields_at(where[:-1]))}"
     if error["type"] == "missing":

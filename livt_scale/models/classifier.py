@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from timm.layers import resample_abs_pos_embed, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from livt_scale.errors import CheckpointMismatch
 from livt_scale.models.mae import reset_encoder
+from livt_scale.models.positions import on_grid
 from livt_scale.models.sizes import LAYER_NORM, vit_args
 from livt_scale.recipe import Model
 
@@ -141,7 +142,5 @@ def _resize_positions(source: dict[str, Tensor], classifier: Classifier) -> tupl
     grid = round((given.shape[1] - 1) ** 0.5)
     if grid**2 != given.shape[1] - 1:
         return ()  # no square: the comparison of shapes will name it
-    source["pos_embed"] = resample_abs_pos_embed(
-        given, list(classifier.patch_embed.grid_size), [grid, grid], num_prefix_tokens=1, antialias=False
-    )
+    source["pos_embed"] = on_grid(given, old=grid, new=classifier.patch_embed.grid_size[0])
     return ("pos_embed",)

@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sine-cosine positions: what tells a ViT where a patch lies, without learning it.
+"""Where a patch lies: fixed two-dimensional sine-cosine positions, and positions of one grid resampled to another.
 
 Half of the width codes the column, half the row; each half is sines, then cosines, of the coordinate at wavelengths
 from 2π to 10000·2π. The class token stands first and has position 0. The order (column first) is the one of the
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from timm.layers import resample_abs_pos_embed
 
 
 def sincos_positions(width: int, grid: int) -> torch.Tensor:
@@ -28,3 +29,11 @@ def sincos_positions(width: int, grid: int) -> torch.Tensor:
         halves += [np.sin(angle), np.cos(angle)]
     table[1:] = np.concatenate(halves, axis=1)
     return torch.from_numpy(table).float().unsqueeze(0)
+
+
+def on_grid(positions: torch.Tensor, *, old: int, new: int) -> torch.Tensor:
+    """`positions` `[1, 1 + old², width]` resampled to `[1, 1 + new², width]`, the class token's kept.
+
+    Bicubic without antialiasing, as MAE's and LiVT's codes go from 224 to 384 px.
+    """
+    return resample_abs_pos_embed(positions, [new, new], [old, old], num_prefix_tokens=1, antialias=False)

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from livt_scale.errors import UsageError, nearest
-from livt_scale.plan.devices import DEVICES
+from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.recipe_yaml import parse, parse_value, shown
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -126,9 +126,7 @@ def _from_file(path: Path) -> Accelerator:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = first["loc"]
-        place = next(
-            (tree.origins[where[:n]] for n in range(len(where), 0, -1) if where[:n] in tree.origins), shown(path)
-        )
+        place = tree.origin_of(where, default=shown(path))
         fields = Accelerator.model_fields if len(where) == 1 else Peak.model_fields
         hint = nearest(str(where[-1]), fields) if first["type"] == "extra_forbidden" else _wanted(where)
         raise UsageError(f"{place}: device field {'.'.join(map(str, where))}: {first['msg']}", remedy=hint) from error
@@ -153,9 +151,6 @@ def assume(changes: list[str]) -> tuple[Assumptions, frozenset[str]]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UsageError(f"--assume {first['loc'][0]}={first['input']}: {first['msg']}") from error
-
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def peak_tflops(device: Accelerator, precision: Precision) -> float:

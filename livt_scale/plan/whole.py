@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from livt_scale.plan.assumptions import Accelerator, Assumptions
@@ -44,11 +45,11 @@ class Task:
     device: Accelerator
     assumed: Assumptions
 
-    @property
+    @cached_property  # one task is planned at every strategy and micro-batch
     def weights(self) -> tuple[Weight, ...]:
         return weights_of(self.recipe.model, self.stage, num_classes=self.data.classes)
 
-    @property
+    @cached_property
     def flops(self) -> Flops:
         """Of one image, with what activation checkpointing would compute again."""
         return network_flops(self.recipe, self.stage, num_classes=self.data.classes)

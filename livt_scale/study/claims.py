@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from livt_scale.plan.flops import classifier_flops, mae_flops
+from livt_scale.plan.flops import network_flops
+from livt_scale.plan.sets import PUBLISHED
+from livt_scale.recipe import STAGES, Recipe
 from livt_scale.recipe_file import load_recipe
-from livt_scale.study.grid import Run
+from livt_scale.study.grid import Run, as_words
 from livt_scale.study.questions import Ask, Gap, Question
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -44,6 +46,10 @@ class Setting:
     num_images: int
     num_balanced: int
     sets: Sets = field(default_factory=dict)
+
+    def load(self, sets: Sets | None = None) -> Recipe:
+        """The recipe of this setting, with `sets` over it; both stages are in it."""
+        return load_recipe(self.recipe, sets=as_words({**self.sets, **(sets or {})}))
 
     @property
     def base_size(self) -> str:
@@ -102,13 +108,9 @@ def _two_stages(setting: Setting) -> list[Arm]:
 
 def epochs_of_equal_compute(setting: Setting) -> int:
     """Epochs of fine-tuning that take as many operations as both stages together (`plan.flops`), rounded up."""
-    recipe = load_recipe(setting.recipe, sets=[f"{path}={value}" for path, value in setting.sets.items()])
-    pretrain, finetune = recipe.stages.pretrain, recipe.stages.finetune
-    assert pretrain is not None
-    assert finetune is not None
-    first = mae_flops(recipe.at("pretrain").model, mask_ratio=pretrain.mask_ratio).train
-    second = classifier_flops(recipe.model, num_classes=setting.num_classes).train
-    return finetune.epochs + -(-pretrain.epochs * first // second)
+    recipe = setting.load()
+    first, second = (network_flops(recipe, stage, num_classes=setting.num_classes).train for stage in STAGES)
+    return recipe.stage("finetune").epochs + -(-recipe.stage("pretrain").epochs * first // second)
 
 
 def _against_scratch(setting: Setting) -> list[Question]:  # noqa: ARG001 - each claim's has the same signature
@@ -229,7 +231,8 @@ SETTINGS = {
     ),
     "imagenet_lt": Setting(
         recipe=RECIPES / "imagenet_lt" / "vit_b16.yaml", balanced="shards/imagenet-bal/train", sizes=_LARGE,
-        mgp_epochs=(200, 400, 800), num_classes=1000, num_images=115_846, num_balanced=160_000,
+        mgp_epochs=(200, 400, 800), num_classes=1000,
+        num_images=PUBLISHED["imagenet-lt"][1], num_balanced=PUBLISHED["imagenet-bal"][1],
         sets={"stages.finetune.eval_every_epochs": 5},
     ),
 }  # fmt: skip

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from livt_scale import __version__
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.errors import LivtError
+from livt_scale.plan.parameters import weights_of
 from livt_scale.recipe import Recipe, Stage, learnt_from
 from livt_scale.recipe_file import load_recipe
 from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Setting, runs_of
@@ -163,14 +164,8 @@ def _evaluation(place: Path) -> dict[str, Any]:
 
 
 def num_weights(recipe: Recipe, *, num_classes: int) -> int:
-    """Of the classifier, with its head; none is allocated."""
-    import torch
-
-    from livt_scale.models.classifier import build_classifier
-
-    with torch.device("meta"):
-        model = build_classifier(recipe.model, num_classes=num_classes, drop_path=0.0)
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Of the classifier, with its head."""
+    return sum(weight.numel for weight in weights_of(recipe.model, "finetune", num_classes=num_classes))
 
 
 def measures_of(run: Run, place: Path) -> dict[str, float]:
@@ -206,15 +201,12 @@ def _beside_the_recipes(place: str) -> str:
 
 
 def _budget(setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = load_recipe(setting.recipe, sets=[f"{p}={v}" for p, v in {**setting.sets, **sets}.items()])
-    pretrain, finetune = recipe.stages.pretrain, recipe.stages.finetune
-    assert pretrain is not None
-    assert finetune is not None
+    recipe = setting.load(sets)
     return {
         "recipe": f"recipes/{setting.recipe.parent.name}/{setting.recipe.name}",
         "data": _beside_the_recipes(recipe.data.train),
-        "pretrain_epochs": pretrain.epochs,
-        "finetune_epochs": finetune.epochs,
+        "pretrain_epochs": recipe.stage("pretrain").epochs,
+        "finetune_epochs": recipe.stage("finetune").epochs,
     }
 
 

@@ -35,16 +35,21 @@ class Run:
         return ["train", str(self.recipe), "--stage", self.stage, *(f"--set={s}" for s in self.all_sets(folder))]
 
     def all_sets(self, folder: Path) -> list[str]:
-        return [*(f"{path}={spelt(value)}" for path, value in self.sets.items()), f"run_dir={folder / self.name}"]
+        return [*as_words(self.sets), f"run_dir={folder / self.name}"]
 
     def load(self, folder: Path) -> Recipe:
         """The recipe as the run will have it. Raises RecipeError."""
         return load_recipe(self.recipe, sets=self.all_sets(folder))
 
 
+def as_words(sets: Mapping[str, Any]) -> list[str]:
+    """Overrides as `--set` takes them, "a.b=c"."""
+    return [f"{path}={spelt(value)}" for path, value in sets.items()]
+
+
 def spelt(value: object) -> str:
-    """As YAML on a command line has it."""
-    return json.dumps(value) if isinstance(value, bool | None | list | tuple | dict) else str(value)
+    """As a user would write it behind --set: text as it is, anything else as YAML (of which JSON is a part)."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from livt_scale.checkpoint import store
 from livt_scale.checkpoint.manifest import MANIFEST
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
@@ -21,7 +20,7 @@ from livt_scale.durable import write_whole
 from livt_scale.errors import RunError
 from livt_scale.models.mae import build_mae
 from livt_scale.recipe_file import load_recipe
-from livt_scale.train.finetune import final_pretraining
+from livt_scale.train.finetune import final_pretraining, read_pretraining
 
 BATCH = 250
 
@@ -35,20 +34,20 @@ def reconstruction_loss(run_dir: Path) -> float:
         told = json.loads(kept.read_bytes())
         if told.get("checkpoint") == digest:
             return float(told["loss"])
-    loss = _measure(run_dir, checkpoint)
+    loss = _measure(run_dir)
     write_whole(kept, (json.dumps({"checkpoint": digest, "loss": loss}) + "\n").encode())
     return loss
 
 
 @torch.no_grad()
-def _measure(run_dir: Path, checkpoint: Path) -> float:
+def _measure(run_dir: Path) -> float:
     recipe = load_recipe(run_dir / "recipe.yaml").at("pretrain")
     part = recipe.stages.pretrain
     if recipe.data.val is None or part is None:
         raise RunError(f"{run_dir} has no evaluation set to reconstruct", remedy="set data.val")
     model = build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio).eval()
-    saved = store.read_tensors(checkpoint, choose=lambda name: name.startswith("model."))
-    model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in saved.items()})
+    state, _, _ = read_pretraining(run_dir)
+    model.load_state_dict(state)
     shards = ShardSet.open(recipe.data.val, data=recipe.data)
     total = 0.0
     for batch in eval_batches(shards, recipe, rank=0, world_size=1, batch=BATCH):

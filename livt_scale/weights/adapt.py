@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from livt_scale.errors import WeightsError
 from livt_scale.models.classifier import Classifier, load_encoder
 from livt_scale.models.mae import MaskedAutoencoder
+from livt_scale.models.positions import on_grid
 from livt_scale.recipe import Model
 
 HEAD = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
@@ -62,9 +63,7 @@ def adapt(state: Mapping[str, Tensor], to: Model) -> tuple[dict[str, Tensor], di
     grid = to.image_px // patch_px
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in made and (old := round((made[name].shape[1] - 1) ** 0.5)) != grid:
-            made[name] = resample_abs_pos_embed(
-                made[name], [grid, grid], [old, old], num_prefix_tokens=1, antialias=False
-            )
+            made[name] = on_grid(made[name], old=old, new=grid)
             changed[name] = f"grid {old} x {old} -> {grid} x {grid}, bicubic"
     return made, changed
 

@@ -1,21 +1,19 @@
 """What Bal-BCE is timed against computes what it is said to compute."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.scripts import load_script
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "loss.py"
 
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_loss", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_ours_and_the_published_form_agree_and_plain_is_another_loss(benchmark):

@@ -1,19 +1,18 @@
 """The benchmark of resuming starts each loader at both steps and writes what scripts rely on."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "resume.py"
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset
 def test_the_benchmark_starts_at_step_10_and_at_the_last(tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("benchmark_resume", SCRIPT)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+    benchmark = load_script(SCRIPT)
     file = tmp_path / "resume.json"
     assert benchmark.main(["--quick", "--workers", "0", "--json", str(file)]) == 0
     result = json.loads(file.read_text())

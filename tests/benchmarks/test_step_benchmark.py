@@ -1,6 +1,5 @@
 """The plain re-statement that our step is timed against computes what our step computes."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 
 from livt_scale.recipe import Decoder, Model
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"
 SMALL = Model(size="vit_micro", image_px=28, channels=3, decoder=Decoder(width=32, depth=1, heads=2))
@@ -15,10 +15,7 @@ SMALL = Model(size="vit_micro", image_px=28, channels=3, decoder=Decoder(width=3
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_step", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def contenders(benchmark):

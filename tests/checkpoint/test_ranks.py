@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -14,16 +13,14 @@ from safetensors.torch import load_file
 
 from livt_scale.checkpoint.store import Position, Saver, list_checkpoints, load, newest_whole
 from livt_scale.parallel.state import collect, restore
+from tests.scripts import load_script
 
 RANKS = Path(__file__).with_name("ranks.py")
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    spec = importlib.util.spec_from_file_location("checkpoint_ranks", RANKS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(RANKS)
 
 
 def test_two_ranks_and_one_read_each_others_checkpoints(tmp_path, ranks):

@@ -8,6 +8,7 @@ from livt_scale import cli
 from livt_scale.errors import UsageError
 from livt_scale.longtail import class_counts_exponential
 from livt_scale.losses import LOSSES
+from livt_scale.plan.flops import classifier_flops, mae_flops
 from livt_scale.recipe import learnt_from
 from livt_scale.study import claims
 from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, loss_sets, runs_of
@@ -59,8 +60,8 @@ def test_every_loss_of_the_paper_is_an_arm():
 def test_equal_compute_from_scratch_is_no_less_than_both_stages():
     setting = SETTINGS["fashion_mnist_lt"]
     recipe = Run("x", setting.recipe).load(Path("/nowhere"))
-    first = claims.mae_flops(recipe.model, mask_ratio=recipe.stages.pretrain.mask_ratio).train
-    second = claims.classifier_flops(recipe.model, num_classes=10).train
+    first = mae_flops(recipe.model, mask_ratio=recipe.stages.pretrain.mask_ratio).train
+    second = classifier_flops(recipe.model, num_classes=10).train
     both = recipe.stages.pretrain.epochs * first + recipe.stages.finetune.epochs * second
     assert both <= epochs_of_equal_compute(setting) * second < both + second
 
