@@ -20,6 +20,7 @@ from livt_scale.recipe import STAGES, Stage
 from livt_scale.recipe_slurm import Slurm, Value, Variable, Word
 from livt_scale.recipe_work import RecipePart
 from livt_scale.recipe_yaml import parse, shown
+from livt_scale.yaml_errors import explained
 
 SLURM_FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 UNLIMITED_MIN = 24 * 60  # of a job, where neither the recipe nor a profile says
@@ -78,12 +79,7 @@ def load_site(name: str, *, folder: Path = SLURM_FOLDER / "sites") -> Site:
         tree = parse(path.read_text(encoding="utf-8"), path)
         site = Site.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        place = tree.origin_of(first["loc"], default=shown(path))
-        fields = sorted(Site.model_fields if len(first["loc"]) == 1 else Partition.model_fields)
-        hint = nearest(str(first["loc"][-1]), fields) if first["type"] == "extra_forbidden" else ""
-        raise UsageError(f"{place}: {where}: {first['msg']}", remedy=hint) from None
+        raise explained(error, tree, path, Site) from None
     if site.default_partition not in site.partitions:
         raise UsageError(
             f"{shown(path)}: default_partition is {site.default_partition!r}, which is none of its partitions",

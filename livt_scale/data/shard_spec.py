@@ -30,6 +30,7 @@ from livt_scale.data.prepare import Prepare
 from livt_scale.errors import SourceError, UsageError, nearest
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.recipe_yaml import Tree, parse
+from livt_scale.yaml_errors import explained
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
 
@@ -315,8 +316,7 @@ def load_spec(
     try:
         build = BuildSpec.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
-        lines = [_explain(e, tree, path) for e in error.errors(include_url=False)]
-        raise UsageError("\n".join(dict.fromkeys(lines))) from None
+        raise explained(error, tree, path, BuildSpec) from None
     if prepare:
         sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
         build = build.model_copy(update={"sets": sets})
@@ -342,39 +342,6 @@ def _override(tree: Tree, text: str) -> None:
             # a path on the command line is relative to where the command is given, not to the spec
             fields[field] = str(Path(value).resolve()) if field == "root" or "/" in value else value
             tree.origins[("sources", source, kind, field)] = f"--source {name}"
-
-
-def _explain(error: Any, tree: Tree, path: Path) -> str:
-    where = tuple(k for k in error["loc"] if k != "[key]")
-    named = ".".join(map(str, where)) or "the spec"
-    origin = tree.origin_of(where, default=str(path))
-    if error["type"] == "extra_forbidden":
-        return f"{origin}: there is no field {named}: {nearest(str(where[-1]), _fields_at(where[:-1]))}"
-    if error["type"] == "missing":
-        return f"{origin}: {named} is missing and has no default"
-    if error["type"] == "value_error":  # one of ours; of the whole spec, it begins with the field
-        said = str(error["ctx"]["error"])
-        origin = tree.origins.get(tuple(said.split(" ")[0].split(".")), origin) if not where else origin
-        return f"{origin}: {named + ': ' if where else ''}{said}"
-    if error["type"] == "string_pattern_mismatch":
-        return f"{origin}: {named}: a name is made of letters, digits, _ and -, at most 64"
-    if error["type"] == "model_type":
-        return f"{origin}: {named} is {error['input']!r}, but it has fields: {', '.join(_fields_at(where))}"
-    return f"{origin}: {named} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
-def _fields_at(where: tuple[Any, ...]) -> list[str]:
-    """The fields of the part at `where`: ("sets", "train-lt", "balanced") -> like, per_class, total."""
-    part: Any = BuildSpec
-    keys = list(where)
-    while keys and part:
-        name = keys.pop(0)
-        annotation = part.model_fields[name].annotation
-        options = getattr(annotation, "__args__", (annotation,))
-        part = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-        if keys and name in ("sources", "sets"):
-            keys.pop(0)  # a name that the spec gives
-    return list(part.model_fields) if part else []
 
 
 def _exactly_one(part: BaseModel, names: tuple[str, ...], *, at_least: int) -> None:
