@@ -24,6 +24,7 @@ from livt_scale.commands import (
     run,
     shards,
     status,
+    study,
     submit,
     weights,
 )
@@ -101,6 +102,7 @@ app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")
 app.command()(reproduce.reproduce)
+app.add_typer(study.app, name="study")
 app.command()(doctor.doctor)
 
 

@@ -1,7 +1,7 @@
 """What is wrong with a YAML file that is no recipe (a shard spec, a site profile, a study): file, line, field.
 
-    raise explained(error, tree, path, BuildSpec) from None
-    UsageError: fashion.yaml, line 3: there is no field sets.a.sauce: did you mean 'source'?
+raise explained(error, tree, path, BuildSpec) from None
+UsageError: fashion.yaml, line 3: there is no field sets.a.sauce: did you mean 'source'?
 """
 
 from __future__ import annotations

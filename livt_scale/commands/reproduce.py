@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,30 +87,13 @@ def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any]) -> l
 
 
 def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: float, as_json: bool) -> None:
-    from livt_scale.errors import UsageError, nearest
-    from livt_scale.plan.devices import DEVICES
-    from livt_scale.study.claims import SETTINGS
-    from livt_scale.study.cost import cost_of
+    from dataclasses import asdict
 
-    if device not in DEVICES:
-        raise UsageError(f"there is no device {device!r}", remedy=nearest(device, DEVICES))
-    told, hours, images, flops = [], 0.0, 0, 0
-    for run in runs:
-        cost = cost_of(run, SETTINGS[on], folder)
-        peak = DEVICES[device].peak_tflops(cost.precision)
-        if peak is None:
-            raise UsageError(f"a {device} has no {cost.precision}", remedy="--set parallel.precision=fp16")
-        hours, images, flops = hours + cost.device_hours(peak, mfu=mfu), images + cost.images, flops + cost.flops
-        facts = {"epochs": cost.epochs, "images": cost.images, "flops": cost.flops}
-        words = f"livt {shlex.join(run.words(folder))}"
-        told.append({"name": run.name, "stage": run.stage, "after": run.after, "command": words, **facts})
-    if as_json:
-        typer.echo(json.dumps({"runs": told, "device": device, "mfu": mfu, "device_hours": hours}))
-        return
-    for one in told:
-        typer.echo(f"{one['command']}{'   # with pretrain/ of ' + str(one['after']) if one['after'] else ''}")
-    typer.echo(f"{len(told)} runs, {images:.3g} images, {flops:.3g} model FLOPs;")
-    typer.echo(f"at {mfu:.0%} of the peak of {device} (an assumption: --device, --mfu) {hours:.3g} device hours")
+    from livt_scale.study.claims import SETTINGS
+    from livt_scale.study.cost import bill_of
+
+    bill = bill_of(runs, folder, SETTINGS[on].size_of, device=device, mfu=mfu)
+    typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
 
 
 def _run(runs: list[Run], folder: Path, *, at_once: int, quiet: bool) -> dict[str, str]:

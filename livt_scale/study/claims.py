@@ -51,6 +51,11 @@ class Setting:
         """The recipe of this setting, with `sets` over it; both stages are in it."""
         return load_recipe(self.recipe, sets=as_words({**self.sets, **(sets or {})}))
 
+    def size_of(self, run: Run) -> tuple[int, int]:
+        """(images, classes) of the run's training set."""
+        is_balanced = run.sets.get("data.train") == self.balanced
+        return self.num_balanced if is_balanced else self.num_images, self.num_classes
+
     @property
     def base_size(self) -> str:
         return next(name for name, sets in self.sizes.items() if not sets)

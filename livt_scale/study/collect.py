@@ -81,7 +81,7 @@ class _Found:
         self._digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and who says so
 
     def add(self, arm: str, seed: int, run: Run, folder: Path, *, num_classes: int) -> None:
-        place, who = folder / run.name, f"{arm}, seed {seed}"
+        place, who = run.at(folder), f"{arm}, seed {seed}"
         problem = what_is_wrong(run, folder) or self._other_images(run, place, folder, who)
         if problem:
             self.missing[who] = problem
@@ -125,7 +125,7 @@ def _digest_here(where: str) -> tuple[str, str] | None:
 
 def what_is_wrong(run: Run, folder: Path) -> str:
     """Why the run in `folder` counts for nothing; empty: it is done, and of this recipe."""
-    place = folder / run.name
+    place = run.at(folder)
     status = read_status(place, run.stage)
     if status is None:
         return "not run"

@@ -29,13 +29,18 @@ class Run:
     sets: Mapping[str, Any] = field(default_factory=dict)
     stage: Stage = "finetune"
     after: str | None = None  # name of the run whose pretraining this one starts from
+    place: str | None = None  # its folder below the study's; None: its name. Both stages of one run share a folder
+
+    def at(self, folder: Path) -> Path:
+        """Its run directory, where the study lies in `folder`."""
+        return folder / (self.place or self.name)
 
     def words(self, folder: Path) -> list[str]:
         """What `livt` is started with."""
         return ["train", str(self.recipe), "--stage", self.stage, *(f"--set={s}" for s in self.all_sets(folder))]
 
     def all_sets(self, folder: Path) -> list[str]:
-        return [*as_words(self.sets), f"run_dir={folder / self.name}"]
+        return [*as_words(self.sets), f"run_dir={self.at(folder)}"]
 
     def load(self, folder: Path) -> Recipe:
         """The recipe as the run will have it. Raises RecipeError."""

@@ -42,6 +42,7 @@ class Outcome:
 def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = print) -> Outcome:
     """Bring all runs to their end. Raises Preempted on SIGTERM or SIGUSR2, when those that run have saved."""
     left, outcome = in_order(runs), Outcome()
+    known = {run.name: run for run in left}
     active: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
     before = {number: signal.signal(number, _stop) for number in SIGNALS}
     try:
@@ -52,12 +53,13 @@ def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = p
                 if run.after is not None and (run.after in outcome.failed or run.after in outcome.waited):
                     left.remove(run)
                     outcome.waited.append(run.name)
-                elif is_done(folder / run.name, run.stage):
+                elif is_done(run.at(folder), run.stage):
                     left.remove(run)
                     outcome.done.append(run.name)
                 elif len(active) < at_once and (run.after is None or run.after in outcome.done):
                     left.remove(run)
-                    active[run.name] = (run, start(run, folder), time.monotonic())
+                    source = known[run.after].at(folder) if run.after is not None else None
+                    active[run.name] = (run, start(run, folder, source=source), time.monotonic())
             if active:
                 time.sleep(POLL_S)
     finally:
@@ -74,12 +76,12 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
     raise Preempted(f"stopped by {signal.Signals(number).name}; the runs are saved", remedy="start again to go on")
 
 
-def start(run: Run, folder: Path) -> subprocess.Popen[bytes]:
-    """Its process, with both streams in RUN/log.txt."""
-    place = folder / run.name
+def start(run: Run, folder: Path, *, source: Path | None) -> subprocess.Popen[bytes]:
+    """Its process, with both streams in RUN/log.txt. source: where the pretraining lies that it starts from."""
+    place = run.at(folder)
     place.mkdir(parents=True, exist_ok=True)
-    if run.after is not None and not (place / "pretrain").exists():
-        lay_pretraining(folder / run.after, place)
+    if source is not None and not (place / "pretrain").exists():
+        lay_pretraining(source, place)
     with (place / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "livt_scale", *run.words(folder)],
@@ -104,12 +106,12 @@ def _link_or_copy(source: str, target: str) -> str:
 def _ended(
     run: Run, process: subprocess.Popen[bytes], began: float, *, folder: Path, outcome: Outcome, say: Say
 ) -> None:
-    took = time.monotonic() - began
-    if process.returncode == 0 and is_done(folder / run.name, run.stage):
+    took, log = time.monotonic() - began, run.at(folder) / LOG
+    if process.returncode == 0 and is_done(run.at(folder), run.stage):
         outcome.done.append(run.name)
         say(f"{run.name}: done in {took:.0f} s")
     else:
-        last = (folder / run.name / LOG).read_text(errors="replace").strip().splitlines()[-1:]
-        why = f"exit code {process.returncode}: {''.join(last)[:300]} (log: {folder / run.name / LOG})"
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        why = f"exit code {process.returncode}: {''.join(last)[:300]} (log: {log})"
         outcome.failed[run.name] = why
         say(f"{run.name}: failed, {why}")

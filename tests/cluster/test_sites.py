@@ -65,7 +65,11 @@ def test_more_than_a_site_has_is_refused(site, slurm, said):
     [
         ("nodes: 4", "node: 4", r"line 3: there is no field partitions\.gpu\.node: did you mean 'nodes'"),
         ("default_partition: gpu", "default_partition: big", "default_partition is 'big'"),
-        ("about: a test", "about: a test\nrequeues: true", "line 2: there is no field requeues: did you mean 'requeue'"),
+        (
+            "about: a test",
+            "about: a test\nrequeues: true",
+            "line 2: there is no field requeues: did you mean 'requeue'",
+        ),
         ("time_min: 600", "time_min: '600'", r"line 3: partitions\.gpu\.time_min"),
         ("  gpu: {", "  'a b': {", "partitions"),
     ],

@@ -87,17 +87,21 @@ def test_the_cost_counts_the_images_that_the_sets_will_have(on, imbalance):
 
 def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
     setting = SETTINGS["imagenet_lt"]
+
+    def cost(run):
+        images, classes = setting.size_of(run)
+        return cost_of(run, tmp_path, num_images=images, num_classes=classes)
+
     long_tailed, balanced = (
-        cost_of(Run("x", setting.recipe, {**sets, "stages.pretrain.epochs": 50}, "pretrain"), setting, tmp_path)
+        cost(Run("x", setting.recipe, {**sets, "stages.pretrain.epochs": 50}, "pretrain"))
         for sets in ({}, {"data.train": setting.balanced})
     )
     assert long_tailed.images == 115_846 // 4096 * 4096 * 50
     assert balanced.images == 160_000 // 4096 * 4096 * 50
     assert long_tailed.flops / long_tailed.images == pytest.approx(57e9, rel=0.02)  # plan.flops: 57 GFLOP an image
     # 1e18 operations at half of 100 TFLOP/s
-    assert cost_of(Run("x", setting.recipe), setting, tmp_path).device_hours(100, mfu=0.5) == pytest.approx(
-        cost_of(Run("x", setting.recipe), setting, tmp_path).flops / 50e12 / 3600
-    )
+    fine = cost(Run("x", setting.recipe))
+    assert fine.device_hours(100, mfu=0.5) == pytest.approx(fine.flops / 50e12 / 3600)
 
 
 def livt(monkeypatch, capsys, *words):

@@ -1,0 +1,304 @@
+"""A study as its YAML file says it: a recipe, and what is varied over it.
+
+    name: sizes
+    recipe: ../../recipes/fashion_mnist_lt/claims.yaml
+    sizes: {nano: {model.width: 48, model.depth: 2}}        # what a size lays over the recipe; vit_b and such need none
+    axes:
+      size: [nano, vit_micro]
+      epochs: [4, 8, 16]                                    # of pretraining
+      seed: [0, 1]
+    sets: {stages.finetune.epochs: 3}                       # laid over all runs alike
+
+Each combination of the axes' values is a point with a run directory of its own (`points`, `runs`). Relative paths are
+looked for beside the file. Points that differ in fine-tuning alone share one pretraining: the first of them trains it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+
+from livt_scale.data.shard_spec import PlainName
+from livt_scale.errors import UsageError, nearest
+from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe_file import load_recipe
+from livt_scale.recipe_model import MODEL_SIZES
+from livt_scale.recipe_stages import LOSS_NAMES
+from livt_scale.recipe_work import RecipePart
+from livt_scale.recipe_yaml import parse, shown
+from livt_scale.study.claims import loss_sets
+from livt_scale.study.grid import Run, as_words
+from livt_scale.yaml_errors import explained
+
+Value = str | int | float | bool | None
+Sets = dict[str, Value]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+AXES = (
+    "size",
+    "epochs",
+    "data_fraction",
+    "imbalance_factor",
+    "learning_rate",
+    "finetune_learning_rate",
+    "loss",
+    "seed",
+)
+FINETUNE_ONLY = ("finetune_learning_rate", "loss")  # runs that differ in these alone share one pretraining
+MOST_RUNS = 2000
+
+
+class Axes(RecipePart):
+    """What is varied. An axis that is left out stays as the recipe has it."""
+
+    size: tuple[PlainName, ...] | None = Field(None, min_length=1, description="names of `sizes`, or of the recipe's")
+    epochs: tuple[PositiveInt, ...] | None = Field(None, min_length=1, description="of pretraining")
+    data_fraction: tuple[Fraction, ...] | None = Field(
+        None, min_length=1, description="share of each class's images; smaller shares lie in larger ones"
+    )
+    imbalance_factor: tuple[Annotated[float, Field(ge=1)], ...] | None = Field(
+        None, min_length=1, description="images of the largest class over those of the smallest, exponential between"
+    )
+    learning_rate: tuple[PositiveFloat, ...] | None = Field(None, min_length=1, description="pretraining's base_lr")
+    finetune_learning_rate: tuple[PositiveFloat, ...] | None = Field(
+        None, min_length=1, description="fine-tuning's base_lr"
+    )
+    loss: tuple[str, ...] | None = Field(None, min_length=1, description="of fine-tuning, a name of docs/losses.md")
+    seed: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _each_value_once(self) -> Self:
+        for name, values in self.given.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
+        for loss in self.loss or ():
+            if loss not in LOSS_NAMES:
+                raise ValueError(f"loss has {loss!r}, which is none: {nearest(loss, LOSS_NAMES)}")
+        return self
+
+    @property
+    def given(self) -> dict[str, tuple[Any, ...]]:
+        return {name: getattr(self, name) for name in AXES if getattr(self, name) is not None}
+
+
+class Shards(RecipePart):
+    """From which spec the training sets of other fractions and imbalance factors are built."""
+
+    spec: str
+    set: PlainName = Field(description="the set of the spec that stands for the whole: fraction 1")
+
+
+class WidthRate(RecipePart):
+    """Learning rates that were found at one width, carried over: base_lr · (at / width) ** power, in both stages."""
+
+    at: PositiveInt = Field(description="width (of the encoder) at which the recipe's rates were found")
+    power: PositiveFloat = Field(1.0, description="1: the rate of hidden weights under muP with Adam; 0.5: its root")
+
+
+class Study(RecipePart):
+    """The whole file."""
+
+    name: PlainName
+    recipe: str
+    folder: str | None = Field(None, description="where the runs lie; None: runs/studies/NAME")
+    axes: Axes
+    sizes: dict[PlainName, Sets] = Field({}, description="what a size lays over the recipe, by dotted paths")
+    sets: Sets = Field({}, description="laid over every run, by dotted paths")
+    shards: Shards | None = Field(None, description="needed for data_fraction and imbalance_factor")
+    width_rate: WidthRate | None = Field(None, description="None: every size has the same learning rates")
+    stages: tuple[Stage, ...] = Field(("pretrain", "finetune"), min_length=1, description="of the recipe, that are run")
+    measures: tuple[Literal["reconstruction_loss", "top1_all", "top1_few"], ...] = Field(
+        ("reconstruction_loss", "top1_all", "top1_few"), description="to which laws are fitted"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        given = self.axes.given
+        for size in self.axes.size or ():
+            if size not in self.sizes and size not in MODEL_SIZES:
+                raise ValueError(f"axes.size has {size!r}, which is none: {nearest(size, [*self.sizes, *MODEL_SIZES])}")
+        if not self.shards and (needs := sorted(given.keys() & {"data_fraction", "imbalance_factor"})):
+            raise ValueError(f"axes.{needs[0]} needs `shards`: the spec that its sets are built from")
+        for axis, stage in (("epochs", "pretrain"), ("learning_rate", "pretrain"), ("loss", "finetune")):
+            if axis in given and stage not in self.stages:
+                raise ValueError(f"axes.{axis} is about {stage}, which is not among the stages")
+        if self.stages == ("finetune", "pretrain"):
+            raise ValueError("stages has them in the wrong order: pretrain comes first")
+        return self
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination: its name (a folder), the axes' values, and what it lays over the recipe.
+
+    pretraining: the name of the point whose pretraining it starts from; its own for the first of those that share one.
+    """
+
+    name: str
+    axes: Mapping[str, Any]
+    sets: Mapping[str, Any]
+    pretraining: str | None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A study and the places that its relative paths mean."""
+
+    study: Study
+    path: Path
+    recipe: Path
+    folder: Path
+    spec: Path | None
+
+    def load(self, sets: Mapping[str, Any]) -> Recipe:
+        """The study's recipe with `sets` over it. Raises RecipeError, UsageError."""
+        return load_recipe(self.recipe, sets=as_words(sets))
+
+    def subset(self, axes: Mapping[str, Any]) -> Path | None:
+        """Where the training set of this fraction and imbalance lies; None: the recipe's own set."""
+        words = [f"{short}{axes[axis]:g}".replace(".", "p") for axis, short in SUBSETS.items() if axis in axes]
+        return self.folder / "shards" / "-".join(words) if words else None
+
+
+SUBSETS = {"imbalance_factor": "if", "data_fraction": "fraction"}
+
+
+def load_study(path: Path, *, folder: Path | None = None) -> Loaded:
+    """The study in `path`, each of its runs' recipes checked. Raises UsageError: field, file and line, nearest name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise UsageError(
+            f"the study {shown(path)} cannot be read: {said}", remedy=nearest(str(path), near) if near else ""
+        ) from error
+    tree = parse(text, path)
+    try:
+        study = Study.model_validate_json(json.dumps(tree.values), strict=True)
+    except ValidationError as error:
+        raise explained(error, tree, path, Study) from None
+    beside = path.resolve().parent
+    loaded = Loaded(
+        study, path, (beside / study.recipe).resolve(), folder or Path(study.folder or f"runs/studies/{study.name}"),
+        beside / study.shards.spec if study.shards else None,
+    )  # fmt: skip
+    _check(loaded)
+    return loaded
+
+
+def _check(loaded: Loaded) -> None:
+    """What can be wrong in the file is said before anything is trained: every recipe is read."""
+    for point in points(loaded):
+        try:
+            recipe = loaded.load(point.sets)
+        except UsageError as error:
+            raise UsageError(f"{shown(loaded.path)}: {point.name}: {error.message}", remedy=error.remedy) from None
+        for stage in loaded.study.stages:
+            if stage not in recipe.stage_names:
+                raise UsageError(
+                    f"{shown(loaded.path)}: {shown(loaded.recipe)} has no stage {stage}",
+                    remedy=f"set stages: [{', '.join(recipe.stage_names)}]",
+                )
+
+
+def points(loaded: Loaded) -> list[Point]:
+    """All combinations, seed after seed, so that a study that is stopped early has whole seeds."""
+    study, given = loaded.study, loaded.study.axes.given
+    order = [name for name in dict.fromkeys(("seed", *AXES)) if name in given]
+    number = math.prod(map(len, given.values()))
+    if number > MOST_RUNS:
+        raise UsageError(f"{shown(loaded.path)}: {number} combinations", remedy=f"at most {MOST_RUNS}; vary less")
+    found: list[Point] = []
+    shared: dict[tuple[Any, ...], str] = {}
+    for combination in product(*(given[name] for name in order)):
+        chosen = dict(zip(order, combination, strict=True))
+        axes = {name: chosen[name] for name in AXES if name in chosen}
+        name = name_of(axes, study.axes)
+        pretraining = None
+        if "pretrain" in study.stages:
+            key = tuple(value for axis, value in axes.items() if axis not in FINETUNE_ONLY)
+            pretraining = shared.setdefault(key, name)
+        found.append(Point(name, axes, _sets(loaded, axes), pretraining))
+    return found
+
+
+def name_of(axes: Mapping[str, Any], of: Axes) -> str:
+    """nano-epochs-4-seed-0: the axes that have more than one value; all of them where none has."""
+    given = of.given
+    varied = [axis for axis in axes if len(given[axis]) > 1] or list(axes)
+    short = {"data_fraction": "fraction", "imbalance_factor": "if", "learning_rate": "lr"}
+    short["finetune_learning_rate"] = "finetune-lr"
+    words = [str(axes[a]) if a in ("size", "loss") else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
+    return "-".join(words) or "all"
+
+
+def _sets(loaded: Loaded, axes: Mapping[str, Any]) -> dict[str, Any]:
+    """What the combination lays over the recipe, the study's own `sets` last but for the data that it is about."""
+    study = loaded.study
+    sets: dict[str, Any] = {}
+    if "size" in axes:
+        sets |= study.sizes.get(axes["size"], {"model.size": axes["size"]})
+    if "loss" in axes:
+        sets |= loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
+    sets |= study.sets
+    direct = {"epochs": "stages.pretrain.epochs", "seed": "seed"}
+    sets |= {path: axes[axis] for axis, path in direct.items() if axis in axes}
+    return sets | _data(loaded, axes, sets) | _rates(loaded, axes, sets)
+
+
+def _rates(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rates: the axes', or the recipe's, and carried over to the width where the study says so."""
+    own = {"pretrain": axes.get("learning_rate"), "finetune": axes.get("finetune_learning_rate")}
+    rule, rates = loaded.study.width_rate, {}
+    recipe = loaded.load(sets) if rule else None
+    for stage in loaded.study.stages:
+        rate = own[stage]
+        if rule and recipe:
+            rate = rate if rate is not None else recipe.stage(stage).base_lr
+            rate = float(f"{rate * (rule.at / recipe.model.dims[0]) ** rule.power:.6g}")
+        if rate is not None:
+            rates[f"stages.{stage}.base_lr"] = rate
+    return rates
+
+
+def _data(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
+    """The training set of this fraction and imbalance; the bounds of many and few go down with the fraction."""
+    folder = loaded.subset(axes)
+    if folder is None:
+        return {}
+    found: dict[str, Any] = {"data.train": str(folder.absolute())}
+    fraction = axes.get("data_fraction", 1.0)
+    if fraction != 1:
+        data = loaded.load(sets).data
+        found["data.many_over"] = max(round(data.many_over * fraction), 1)
+        found["data.few_under"] = max(round(data.few_under * fraction), 1)
+    return found
+
+
+def runs(loaded: Loaded) -> list[Run]:
+    """What the runner starts: one run a stage. Both stages of a point lie in its one directory."""
+    found: dict[str, Run] = {}
+    every = points(loaded)
+    by_name = {point.name: point for point in every}
+    for point in every:
+        if point.pretraining is not None:
+            owner = by_name[point.pretraining]
+            first = Run(f"{owner.name} (pretrain)", loaded.recipe, owner.sets, "pretrain", place=owner.name)
+            found[first.name] = first
+        if "finetune" in loaded.study.stages:
+            after = None if point.pretraining is None else f"{point.pretraining} (pretrain)"
+            found[point.name] = Run(point.name, loaded.recipe, point.sets, "finetune", after)
+    return list(found.values())
+
+
+def last_run(loaded: Loaded, point: Point) -> Run:
+    """The run whose end is the end of `point`."""
+    name = point.name if "finetune" in loaded.study.stages else f"{point.pretraining} (pretrain)"
+    return next(run for run in runs(loaded) if run.name == name)

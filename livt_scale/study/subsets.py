@@ -1,0 +1,61 @@
+"""Training sets of a study's data fractions and imbalance factors, as shards of their own, built from one spec.
+
+The counts of a class follow the spec's set: a fraction takes that share of each (rounded down, one image at least), an
+imbalance factor keeps the first class and lets the others fall exponentially. Choices nest (`longtail.choose`), so a
+smaller fraction holds no image that the larger one has not. A set that is there and whole is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from livt_scale.data.shard_spec import CountsProfile, Spec, load_spec
+from livt_scale.data.shards import build
+from livt_scale.errors import UsageError, nearest
+from livt_scale.longtail import Counts, class_counts_exponential
+from livt_scale.study.definition import Loaded, Point
+
+
+def build_subsets(loaded: Loaded, points: Iterable[Point]) -> list[Path]:
+    """The training sets that `points` want and the recipe does not name. Raises UsageError, SourceError."""
+    wanted: dict[Path, Mapping[str, Any]] = {}
+    for point in points:
+        where = loaded.subset(point.axes)
+        if where is not None:
+            wanted[where] = point.axes
+    if not wanted or loaded.spec is None or loaded.study.shards is None:
+        return []
+    spec, name = load_spec(loaded.spec), loaded.study.shards.set
+    if name not in spec.build.sets:
+        raise UsageError(
+            f"{loaded.path}: shards.set is {name!r}, which {loaded.spec} has not",
+            remedy=nearest(name, spec.build.sets),
+        )
+    whole = spec.class_counts(name, spec.open_source(spec.build.sets[name].source))
+    for where, axes in wanted.items():
+        counts = subset_counts(
+            whole, fraction=axes.get("data_fraction", 1.0), imbalance=axes.get("imbalance_factor")
+        )  # fmt: skip
+        build(_only(spec, name, counts, where.name), where.parent)
+    return list(wanted)
+
+
+def subset_counts(whole: Counts, *, fraction: float, imbalance: float | None) -> Counts:
+    """[C] images of each class, int64."""
+    counts = whole if imbalance is None else class_counts_exponential(int(whole[0]), len(whole), imbalance)
+    return np.maximum((counts * fraction + 1e-9).astype(np.int64), 1)
+
+
+def _only(spec: Spec, name: str, counts: Counts, called: str) -> Spec:
+    """The spec with one set alone, of these counts."""
+    own = spec.build.sets[name].model_copy(
+        update={
+            "exponential": None, "balanced": None, "expected": None,
+            "counts": CountsProfile(values=[int(c) for c in counts]),
+        }
+    )  # fmt: skip
+    return spec.model_copy(update={"build": spec.build.model_copy(update={"sets": {called: own}})})

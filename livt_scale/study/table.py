@@ -1,0 +1,189 @@
+"""A study's runs as one table, read from their directories: `livt study collect`, and how each stands.
+
+    table = collect_study(loaded)        plain JSON: the report and the fits are made of it alone
+    as_csv(table)                        one line a run: axes, weights, images, measures, minutes, state
+
+A run that is missing, half done, failed, of another recipe or of other images is in the table with its state and why,
+and its measures are empty: nothing is counted that is not whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from livt_scale import __version__
+from livt_scale.cluster.watch import look_at
+from livt_scale.data.manifest import ShardSet
+from livt_scale.errors import DataError, LivtError
+from livt_scale.plan.flops import stage_flops
+from livt_scale.recipe import STAGES, Recipe
+from livt_scale.study.collect import evaluations, measures_of, num_weights, training_minutes, what_is_wrong
+from livt_scale.study.definition import Loaded, Point, last_run, points
+from livt_scale.study.grid import Run
+
+FORMAT, VERSION = "livt-study", 1
+MOST_POINTS = 200  # of a curve: a report holds a hundred runs
+
+
+def collect_study(loaded: Loaded, *, command: str = "") -> dict[str, Any]:
+    """The table of all points, in their order."""
+    every = points(loaded)
+    known = Sets()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": loaded.study.name,
+        "study": str(loaded.path),
+        "recipe": str(loaded.recipe),
+        "folder": str(loaded.folder),
+        "axes": {axis: list(values) for axis, values in loaded.study.axes.given.items()},
+        "sets": dict(loaded.study.sets),
+        "command": command or f"livt study submit {loaded.path}",
+        "runs": [_row(loaded, point, known) for point in every],
+        "fits": [],
+        "versions": {"livt_scale": __version__, "torch": _torch(), "python": platform.python_version()},
+    }
+
+
+def state_of(loaded: Loaded, point: Point) -> tuple[str, str]:
+    """("done" | "running" | "preempted" | "failed" | "stalled" | "not run" | "not counted", why)."""
+    run = last_run(loaded, point)
+    place = run.at(loaded.folder)
+    if not (place / "recipe.yaml").is_file():
+        return "not run", ""
+    view = look_at(place)
+    wrong = what_is_wrong(run, loaded.folder)
+    if not wrong:
+        return "done", ""
+    if wrong.startswith("of another recipe") or view.state == "done":
+        return "not counted", wrong
+    waits = "pretraining is done" if view.state == "pending" and view.stage == "finetune" else ""
+    return ("not run" if view.state == "pending" else view.state), view.why or waits
+
+
+def _row(loaded: Loaded, point: Point, known: Sets) -> dict[str, Any]:
+    run, place = last_run(loaded, point), loaded.folder / point.name
+    state, why = state_of(loaded, point)
+    recipe = run.load(loaded.folder)
+    images, classes = known.of(recipe)
+    row: dict[str, Any] = {
+        "name": point.name, "state": state, "why": why, "folder": str(place), "axes": dict(point.axes),
+        "num_weights": None if classes is None else num_weights(recipe, num_classes=classes), "num_images": images,
+        **_epochs(loaded, recipe),
+        "measures": {}, "minutes": {}, "flops": _flops(loaded, recipe, images, classes), "curves": {}, "picture": None,
+    }  # fmt: skip
+    if state != "done":
+        return row
+    try:
+        row |= _of_a_whole_run(loaded, run, place)
+    except (LivtError, OSError, ValueError, LookupError) as error:
+        row |= {"state": "not counted", "why": f"it cannot be read: {' '.join(str(error).split())}"[:300]}
+    return row
+
+
+def _of_a_whole_run(loaded: Loaded, run: Run, place: Path) -> dict[str, Any]:
+    stages = loaded.study.stages
+    measures = measures_of(run, place)
+    if "pretrain" in stages and run.stage != "pretrain":
+        from livt_scale.study.held_out import reconstruction_loss  # torch, only where it has to reckon
+
+        measures["reconstruction_loss"] = reconstruction_loss(place)
+    curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / "metrics.jsonl") for stage in stages}
+    evaluated = [[line["epoch"], line["top1_all"]] for line in evaluations(place)]
+    if run.stage == "finetune":
+        told = json.loads((place / "finetune" / "eval.json").read_bytes())
+        measures["ece"] = float(told["calibration"]["ece"])
+        curves["evaluations"] = evaluated
+    pictures = sorted((place / "pretrain" / "samples").glob("*.png"))
+    return {
+        "measures": measures,
+        "minutes": {stage: training_minutes(place / stage) for stage in stages},
+        "curves": curves,
+        "picture": str(pictures[-1]) if pictures else None,
+    }
+
+
+def _curve(path: Path) -> list[list[float]]:
+    """[[epoch, loss], …], thinned to at most MOST_POINTS, the last one kept."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    step = -(-len(lines) // MOST_POINTS) or 1
+    kept = lines[::-1][::step][::-1]
+    return [[line["epoch"], line["loss"]] for line in kept if line["loss"] is not None]
+
+
+def _epochs(loaded: Loaded, recipe: Recipe) -> dict[str, int | None]:
+    return {f"{s}_epochs": recipe.stage(s).epochs if s in loaded.study.stages else None for s in STAGES}
+
+
+def _flops(loaded: Loaded, recipe: Recipe, images: int | None, classes: int | None) -> float | None:
+    """Of training, by formula (`plan.flops`), all stages of the study together."""
+    if images is None or classes is None:
+        return None
+    total = 0
+    for stage in loaded.study.stages:
+        part = recipe.stage(stage)
+        seen = images // part.global_batch * part.global_batch * part.epochs
+        total += seen * stage_flops(recipe, stage, num_classes=classes).train
+    return float(total)
+
+
+class Sets:
+    """(images, classes) of training sets, each opened once; (None, None) where one is not here."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int | None, int | None]] = {}
+
+    def of(self, recipe: Recipe) -> tuple[int | None, int | None]:
+        where = recipe.data.train
+        if where not in self._known:
+            try:
+                shards = ShardSet.open(where, data=recipe.data)
+                self._known[where] = shards.num_samples, shards.num_classes
+            except LivtError:
+                self._known[where] = None, None
+        return self._known[where]
+
+
+def _torch() -> str:
+    import torch
+
+    return torch.__version__
+
+
+def as_csv(table: dict[str, Any]) -> str:
+    """One line a run, a heading first. Numbers as Python writes them; what is not there is empty."""
+    axes = list(table["axes"])
+    measures = sorted({name for run in table["runs"] for name in run["measures"]})
+    stages = sorted({stage for run in table["runs"] for stage in run["minutes"]}, reverse=True)
+    head = ["name", *axes, "num_weights", "num_images", *measures, *(f"{s}_minutes" for s in stages), "flops"]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*head, "state", "why", "folder"])
+    for run in table["runs"]:
+        row: Sequence[Any] = [
+            run["name"], *(run["axes"].get(axis) for axis in axes), run["num_weights"], run["num_images"],
+            *(run["measures"].get(name) for name in measures), *(run["minutes"].get(stage) for stage in stages),
+            run["flops"], run["state"], run["why"], run["folder"],
+        ]  # fmt: skip
+        writer.writerow(["" if value is None else value for value in row])
+    return text.getvalue()
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """What `collect` wrote. Raises DataError."""
+    try:
+        table = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise DataError(f"there is no {path}", remedy="collect the study first: livt study collect STUDY") from None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}", remedy="collect the study again") from error
+    told = table if isinstance(table, dict) else {}
+    if (told.get("format"), told.get("version")) != (FORMAT, VERSION):
+        raise DataError(f"{path} is no table of a study as this livt_scale collects it", remedy="collect it again")
+    return told

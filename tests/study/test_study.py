@@ -1,0 +1,266 @@
+"""A study from its YAML file to its table: what it consists of, what is shared, what counts, and mistakes."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from livt_scale import cli
+from livt_scale.data.manifest import ShardSet
+from livt_scale.errors import DataError, UsageError
+from livt_scale.recipe import learnt_from
+from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
+from livt_scale.study.on_slurm import ready, whole_recipe
+from livt_scale.study.runner import run_all
+from livt_scale.study.subsets import build_subsets, subset_counts
+from livt_scale.study.table import as_csv, collect_study, read_table, state_of
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ROOT / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+SMALL = {"model.width": 24, "model.depth": 1}
+TINY = {
+    "name": "tiny",
+    "recipe": str(QUICK),
+    "sizes": {"a": SMALL, "b": {"model.width": 48, "model.depth": 1}},
+    "axes": {"size": ["a", "b"], "loss": ["bal_bce", "ce"], "seed": [3, 4]},
+    "sets": {
+        "model.decoder.width": 32, "model.decoder.depth": 1, "model.decoder.heads": 2, "stages.*.epochs": 1,
+        "stages.*.warmup_epochs": 0, "log.tensorboard": False, "log.every_steps": 1, "data.workers": 0,
+    },
+}  # fmt: skip
+
+
+def write(folder, **changes):
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump({**TINY, **changes}, sort_keys=False))
+    return path
+
+
+def loaded(folder, **changes):
+    return load_study(write(folder, **changes), folder=folder / "runs")
+
+
+# --- what it consists of ---
+
+
+def test_every_combination_is_a_point_and_what_differs_in_fine_tuning_alone_shares_a_pretraining(tmp_path):
+    study = loaded(tmp_path)
+    every = points(study)
+    assert len({p.name for p in every}) == len(every) == 8
+    assert {p.pretraining for p in every} == {f"{size}-bal_bce-seed-{seed}" for size in "ab" for seed in (3, 4)}
+    ordered = runs(study)
+    assert [run.stage for run in ordered].count("pretrain") == 4
+    by_name = {run.name: run for run in ordered}
+    for run in ordered:
+        if run.stage == "finetune":
+            assert by_name[run.after].stage == "pretrain"
+    owner = by_name["a-bal_bce-seed-3"]
+    assert owner.at(study.folder) == by_name[owner.after].at(study.folder), "both stages in one run directory"
+
+
+def test_the_shared_pretraining_is_what_each_of_those_points_would_have_trained(tmp_path):
+    study = loaded(tmp_path, axes={"loss": ["bal_bce", "ce", "ldam"], "finetune_learning_rate": [1e-3, 2e-3]})
+    assert set(study.study.axes.given) == set(FINETUNE_ONLY)
+    each = [learnt_from(study.load(p.sets), "pretrain") for p in points(study)]
+    assert len(each) == 6
+    assert all(one == each[0] for one in each)
+    assert {p.pretraining for p in points(study)} == {points(study)[0].name}
+
+
+def test_whole_seeds_come_first(tmp_path):
+    assert [p.axes["seed"] for p in points(loaded(tmp_path))] == [3] * 4 + [4] * 4
+
+
+def test_rates_found_at_one_width_are_carried_over(tmp_path):
+    study = loaded(tmp_path, width_rate={"at": 24}, axes={"size": ["a", "b"], "learning_rate": [1e-3, 4e-3]})
+    rates = {p.name: study.load(p.sets).stage("pretrain").base_lr for p in points(study)}
+    assert rates["a-lr-0.001"] == 1e-3
+    assert rates["b-lr-0.004"] == 2e-3, "twice as wide: half the rate"
+    own = study.load({}).stage("finetune").base_lr
+    assert {study.load(p.sets).stage("finetune").base_lr for p in points(study)} == {own, own / 2}
+    root = loaded(tmp_path, width_rate={"at": 24, "power": 0.5}, axes={"size": ["b"], "learning_rate": [1e-3]})
+    assert root.load(points(root)[0].sets).stage("pretrain").base_lr == pytest.approx(1e-3 / 2**0.5, rel=1e-5)
+
+
+# --- data ---
+
+
+def test_counts_of_a_fraction_and_of_an_imbalance_factor():
+    whole = np.array([1000, 100, 10, 3])
+    assert subset_counts(whole, fraction=0.3, imbalance=None).tolist() == [300, 30, 3, 1]
+    assert subset_counts(whole, fraction=1, imbalance=1000).tolist() == [1000, 100, 10, 1]
+    assert subset_counts(whole, fraction=0.1, imbalance=8).tolist() == [100, 50, 25, 12]
+
+
+@pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="needs dataset-fashion-mnist")
+def test_subsets_are_built_once_nest_and_are_what_the_recipes_read(tmp_path):
+    spec = {"spec": str(ROOT / "shards" / "fashion-mnist-lt.yaml"), "set": "train-lt"}
+    study = loaded(tmp_path, shards=spec, axes={"data_fraction": [0.5, 0.1], "imbalance_factor": [100]})
+    (half, tenth) = build_subsets(study, points(study))
+    before = (half / "manifest.json").stat().st_mtime_ns
+    assert build_subsets(study, points(study)) == [half, tenth]
+    assert (half / "manifest.json").stat().st_mtime_ns == before
+    sets = {where: ShardSet.open(where) for where in (half, tenth)}
+    assert sets[half].class_counts.tolist() == [500, 299, 179, 107, 64, 38, 23, 13, 8, 5]
+    assert set(keys(sets[tenth])) < set(keys(sets[half]))
+    recipes = [study.load(p.sets) for p in points(study)]
+    assert [r.data.train for r in recipes] == [str(half), str(tenth)]
+    own = study.load({}).data
+    assert [r.data.many_over for r in recipes] == [round(own.many_over / 2), round(own.many_over / 10)]
+
+
+def keys(shards):
+    return shards.keys(np.arange(shards.num_samples))
+
+
+# --- mistakes ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"axis": {}}, r"study.yaml, line \d+: there is no field axis: did you mean 'axes'"),
+        ({"axes": {"sizes": ["a"]}}, r"line \d+: there is no field axes.sizes: did you mean 'size'"),
+        ({"axes": {"size": ["c"]}}, r"line \d+: axes.size has 'c', which is none"),
+        ({"axes": {"size": ["vit_x"]}}, "did you mean 'vit_"),
+        ({"axes": {"loss": ["bal_bc"]}}, "did you mean 'bal_bce'"),
+        ({"axes": {"seed": [1, 1]}}, "seed has a value twice"),
+        ({"axes": {"epochs": [0]}}, r"axes.epochs.0 is 0: input should be greater than 0"),
+        ({"axes": {"seed": ["1"]}}, "axes.seed.0 is '1'"),
+        ({"axes": {"data_fraction": [0.5]}}, "axes.data_fraction needs `shards`"),
+        ({"axes": {"loss": ["ce"]}, "stages": ["pretrain"]}, "axes.loss is about finetune"),
+        ({"stages": ["finetune", "pretrain"]}, "wrong order"),
+        ({"sets": {"stages.pretrain.epoch": 3}}, "a-bal_bce-seed-3: .*stages.pretrain.epoch"),
+        ({"sizes": {"a": {"model.width": 25}, "b": {}}}, "a-bal_bce-seed-3: .*does not divide"),
+        ({"recipe": "nowhere.yaml"}, "there is no recipe"),
+        ({"axes": {"seed": list(range(60)), "epochs": list(range(1, 60))}}, "3540 combinations"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_trained(tmp_path, changes, said):
+    with pytest.raises(UsageError, match=said):
+        loaded(tmp_path, **changes)
+
+
+def test_a_study_that_is_not_there_names_its_neighbour(tmp_path):
+    write(tmp_path)
+    with pytest.raises(UsageError, match=r"(?s)cannot be read.*study.yaml"):
+        load_study(tmp_path / "studies.yaml")
+
+
+def test_a_table_that_is_none(tmp_path):
+    with pytest.raises(DataError, match=r"there is no .*Collect the study first"):
+        read_table(tmp_path / "table.json")
+    (tmp_path / "table.json").write_text("[]")
+    with pytest.raises(DataError, match="is no table of a study"):
+        read_table(tmp_path / "table.json")
+
+
+# --- runs, trained for real ---
+
+AXES = {"size": ["a"], "loss": ["bal_bce", "ce"], "seed": [3]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study")
+    study = loaded(folder, axes=AXES)
+    outcome = run_all(runs(study), study.folder, at_once=2, say=lambda _: None)
+    assert not outcome.failed
+    assert not outcome.waited
+    return folder
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A study whose runs may be broken."""
+    shutil.copytree(trained / "runs", tmp_path / "runs")
+    return loaded(tmp_path, axes=AXES)
+
+
+def by_name(study):
+    return {run["name"]: run for run in collect_study(study)["runs"]}
+
+
+def test_the_table_holds_what_the_runs_measured(trained):
+    study = loaded(trained, axes=AXES)
+    table = collect_study(study)
+    assert [run["state"] for run in table["runs"]] == ["done", "done"]
+    for run in table["runs"]:
+        told = json.loads((Path(run["folder"]) / "finetune" / "eval.json").read_text())
+        assert run["measures"]["top1_all"] == told["top1"]["all"]
+        assert run["measures"]["ece"] == told["calibration"]["ece"]
+        assert run["num_images"] == 2478
+        assert run["curves"]["pretrain"][-1][0] == pytest.approx(1, abs=0.2)
+        assert Path(run["picture"]).is_file()
+        assert run["flops"] > 0
+    first, second = table["runs"]
+    assert first["measures"]["reconstruction_loss"] == second["measures"]["reconstruction_loss"], "one pretraining"
+    rows = list(csv.DictReader(io.StringIO(as_csv(table))))
+    assert [row["loss"] for row in rows] == ["bal_bce", "ce"]
+    assert float(rows[0]["top1_all"]) == first["measures"]["top1_all"]
+
+
+def test_what_is_done_is_not_trained_again(copied):
+    calls = run_all(runs(copied), copied.folder, say=lambda said: pytest.fail(f"trained: {said}"))
+    assert len(calls.done) == 3
+
+
+def test_half_done_failed_foreign_and_damaged_runs_are_named_and_not_counted(copied):
+    status = copied.folder / "ce" / "finetune" / "status.json"
+    told = json.loads(status.read_text())
+    for state, why in (("failed", "it broke"), ("preempted", "stopped by SIGTERM")):
+        status.write_text(json.dumps({**told, "state": state, "why": why}))
+        row = by_name(copied)["ce"]
+        assert (row["state"], row["why"], row["measures"]) == (state, why, {})
+    status.write_text(json.dumps({**told, "state": "running"}))  # of a process that is gone
+    assert by_name(copied)["ce"]["state"] == "stalled"
+    status.write_text(json.dumps(told))
+    other = loaded(copied.path.parent, axes=AXES, sets={**TINY["sets"], "stages.finetune.base_lr": 1e-4})
+    row = by_name(other)["ce"]
+    assert row["state"] == "not counted"
+    assert "of another recipe: stages.finetune.base_lr" in row["why"]
+    shutil.rmtree(copied.folder / "bal_bce")
+    assert by_name(copied)["bal_bce"]["state"] == "not run"
+    (copied.folder / "ce" / "pretrain" / "metrics.jsonl").write_text("{")
+    row = by_name(copied)["ce"]
+    assert row["state"] == "not counted"
+    assert "cannot be read" in row["why"]
+
+
+def test_slurm_gets_whole_recipes_and_what_waits_for_a_pretraining_is_said(trained, copied, tmp_path):
+    fresh = loaded(tmp_path, axes=AXES)
+    everything = ready(fresh, points(fresh))
+    assert everything.done == [p.name for p in points(fresh)]
+    shutil.rmtree(tmp_path / "runs")
+    now = ready(fresh, points(fresh))
+    assert [p.name for p in now.points] == ["bal_bce"]
+    assert now.waits == ["ce"]
+    recipe = whole_recipe(fresh, now.points[0])
+    assert recipe.run_dir == str(tmp_path / "runs" / "bal_bce")
+    assert recipe.stage_names == ("pretrain", "finetune")
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(trained / "runs" / "bal_bce", tmp_path / "runs" / "bal_bce")
+    now = ready(fresh, points(fresh))
+    assert (now.done, [p.name for p in now.points]) == (["bal_bce"], ["ce"])
+    assert state_of(fresh, points(fresh)[1]) == ("not run", "")
+
+
+def test_the_commands(copied):
+    where = [str(copied.path), "--out", str(copied.folder)]
+    said = CliRunner().invoke(cli.app, ["study", "status", *where], catch_exceptions=False)
+    assert said.exit_code == 0
+    assert said.stdout.splitlines()[-1] == "2 done"
+    said = CliRunner().invoke(cli.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
+    bill = json.loads(said.stdout)
+    assert [one["images"] for one in bill["runs"]] == [2432, 2432, 2432]
+    shutil.rmtree(copied.folder / "ce" / "finetune")
+    said = CliRunner().invoke(cli.app, ["study", "collect", *where], catch_exceptions=False)
+    assert "not counted: ce: not run" in said.stdout
+    assert read_table(copied.folder / "table.json")["runs"][0]["state"] == "done"
+    assert len((copied.folder / "table.csv").read_text().splitlines()) == 3
