@@ -33,6 +33,7 @@ def plan(
     classes: Annotated[int | None, typer.Option("--classes", min=1, help="Classes, without shards.")] = None,
     calibrate: Annotated[Path | None, typer.Option("--calibrate", help="A metrics.jsonl: take its MFU.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Measure the peak, on fake tensors.")] = False,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw memory and hours there, a .png.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Tell what a run would take on GPUs that are not here: memory, time, segments, storage, cost.
@@ -50,10 +51,18 @@ def plan(
     wanted = strategy or loaded.parallel.strategy
     if wanted not in STRATEGY_NAMES:
         raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, STRATEGY_NAMES))
-    found = []
+    if picture is not None and picture.suffix.lower() != ".png":
+        raise UsageError(f"--picture {picture}: it is a PNG", remedy=f"name it {picture.with_suffix('.png').name}")
+    found, plans = [], []
     for stage in loaded.stage_names:
         task = Task(loaded.at(stage), stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
-        found.append(_stage(task, wanted, time_limit=time_limit, price=price, exact=exact))
+        planned, tried = _planned(task, wanted)
+        plans.append(planned)
+        found.append(_stage(planned, tried, time_limit=time_limit, price=price, exact=exact))
+    if picture is not None:
+        from livt_scale.plan.picture import draw
+
+        draw(plans, picture)
     answer = _answer(found, kind=kind, assumed=assumed, changed=changed, data=data, gpus=gpus, price=price)
     typer.echo(json.dumps(answer, indent=2)) if as_json else _print(answer)
 
@@ -115,9 +124,9 @@ def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, class
     return DataSet(shards.num_samples, len(manifest.class_names), mean, "the shards' manifest")
 
 
-def _stage(task: Task, wanted: str, *, time_limit: float, price: float | None, exact: bool) -> dict[str, Any]:
-    from livt_scale.plan.memory import STRATEGIES
-    from livt_scale.plan.whole import best, candidates, figures, plan_stage, spread_of
+def _planned(task: Task, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
+    """The stage as it was asked for, and all that was tried."""
+    from livt_scale.plan.whole import best, candidates, plan_stage, spread_of
     from livt_scale.train.batches import plan_batches
 
     parallel, part = task.recipe.parallel, task.recipe.stage(task.stage)
@@ -125,15 +134,22 @@ def _stage(task: Task, wanted: str, *, time_limit: float, price: float | None, e
         raise UsageError(f"{task.stage}: {task.data.images} images are no global batch of {part.global_batch}")
     batches = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
     tried = candidates(task)
-    chosen = best(tried)
-    if wanted != "auto":
-        spread = spread_of(
-            task, wanted, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
-            recompute=parallel.activation_checkpointing,
-        )  # fmt: skip
-        planned = plan_stage(task, spread)
-    else:
-        planned = chosen or min(tried, key=lambda p: p.memory.peak)
+    if wanted == "auto":
+        return best(tried) or min(tried, key=lambda p: p.memory.peak), tried
+    spread = spread_of(
+        task, wanted, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
+        recompute=parallel.activation_checkpointing,
+    )  # fmt: skip
+    return plan_stage(task, spread), tried
+
+
+def _stage(
+    planned: StagePlan, tried: list[StagePlan], *, time_limit: float, price: float | None, exact: bool
+) -> dict[str, Any]:
+    from livt_scale.plan.memory import STRATEGIES
+    from livt_scale.plan.whole import best, figures
+
+    task, chosen = planned.task, best(tried)
     figure = figures(planned, price=price)
     figure["segments"], figure["segments_how"] = _segments(planned, time_limit)
     figure["best"] = None if chosen is None else _short(chosen)

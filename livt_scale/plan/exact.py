@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from livt_scale.errors import RunError
-from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_bytes
+from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_of
 from livt_scale.plan.parameters import weights_of
 from livt_scale.recipe import Recipe, Stage
 
@@ -50,6 +50,14 @@ class Measurement:
 
 def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
     """Measure in a process of its own. Raises RunError where it ends badly or takes longer than its bound."""
+    found = measure_computing(recipe, stage, spread, num_classes=num_classes)
+    return with_engine(found, recipe, stage, spread, num_classes=num_classes)
+
+
+def measure_computing(
+    recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int, bound_s: float = BOUND_S
+) -> Measurement:
+    """What is run and counted alone: fsdp's rank, or the replica that ddp and the zeros share whatever their ranks."""
     question = {
         "recipe": recipe.model_dump(mode="json"), "stage": stage, "classes": num_classes, "spread": asdict(spread),
     }  # fmt: skip
@@ -59,11 +67,11 @@ def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -
     command = [sys.executable, "-m", "livt_scale.plan.exact"]
     try:
         ended = subprocess.run(
-            command, input=json.dumps(question), env=environ, capture_output=True, text=True, timeout=BOUND_S
+            command, input=json.dumps(question), env=environ, capture_output=True, text=True, timeout=bound_s
         )
     except subprocess.TimeoutExpired as error:
         raise RunError(
-            f"measuring {stage} under {spread.strategy} took longer than {BOUND_S} s",
+            f"measuring {stage} under {spread.strategy} took longer than {bound_s:g} s",
             remedy="leave --exact out: the formula answers at once",
         ) from error
     if ended.returncode:
@@ -72,15 +80,16 @@ def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -
             f"measuring {stage} under {spread.strategy} failed: {said[-1][:300]}",
             remedy="leave --exact out: the formula answers at once",
         )
-    found = Measurement(**json.loads(ended.stdout.splitlines()[-1]))
-    return found if spread.strategy in ("ddp", "fsdp") else _with_engine(found, recipe, stage, spread, num_classes)
+    return Measurement(**json.loads(ended.stdout.splitlines()[-1]))
 
 
-def _with_engine(found: Measurement, recipe: Recipe, stage: Stage, spread: Spread, num_classes: int) -> Measurement:
-    """A replica's measured computing, with a zero's states and buffers by formula about it."""
+def with_engine(found: Measurement, recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
+    """A replica's measured computing, with a zero's states and buffers by formula about it; others as they are."""
+    if not spread.strategy.startswith("zero"):
+        return found
     weights = weights_of(recipe.model, stage, num_classes=num_classes)
     last = activation_bytes(recipe, stage, spread).end
-    peak = peak_bytes(weights, spread, found.activations, last)
+    peak = peak_of(weights, spread, found.activations, last).total
     held, grads, moments = held_bytes(weights, spread)
     return replace(found, weights=held, grads=grads, optimizer=moments, peak=peak)
 

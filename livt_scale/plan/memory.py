@@ -56,15 +56,34 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Peak:
+    """Bytes at a step's height, which add up to it. `computing`: activations and what autocast keeps of weights."""
+
+    weights: int
+    grads: int
+    moments: int
+    computing: int
+    buffers: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.grads + self.moments + self.computing + self.buffers
+
+
+@dataclass(frozen=True)
 class Memory:
-    """Bytes of the fullest rank. `peak` is less than the sum: gradients come as activations go."""
+    """Bytes of the fullest rank. The peak is less than the sum of the others: gradients come as activations go."""
 
     weights: int
     grads: int
     optimizer: int
     activations: int
     buffers: int
-    peak: int
+    at_peak: Peak
+
+    @property
+    def peak(self) -> int:
+        return self.at_peak.total
 
     @property
     def states(self) -> int:
@@ -72,19 +91,19 @@ class Memory:
 
     def gib(self) -> dict[str, float]:
         names = ("weights", "grads", "optimizer", "activations", "buffers", "peak")
-        return {name: round(getattr(self, name) / GIB, 4) for name in names}
+        return {name: round(getattr(self, name) / GIB, 6) for name in names}
 
 
 def plan_memory(recipe: Recipe, stage: Stage, weights: Sequence[Weight], spread: Spread) -> Memory:
     """Memory of `stage`'s step; no offload is counted."""
     kept = activation_bytes(recipe, stage, spread)
     casts, casts_again = cast_bytes(weights, spread)
-    peak = peak_bytes(weights, spread, max(kept.forward + casts, kept.backward + casts_again), kept.end)
+    peak = peak_of(weights, spread, max(kept.forward + casts, kept.backward + casts_again), kept.end)
     activations = max(kept.forward, kept.backward)
     return Memory(*held_bytes(weights, spread), activations, casts + max(buffer_bytes(weights, spread)), peak)
 
 
-def peak_bytes(weights: Sequence[Weight], spread: Spread, used: int, used_last: int) -> int:
+def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int) -> Peak:
     """The peak where a replica's own computing (activations, casts) `used` most at once and `used_last` at the end."""
     held, grads, moments = held_bytes(weights, spread)
     forward, backward = buffer_bytes(weights, spread)
@@ -101,7 +120,8 @@ def peak_bytes(weights: Sequence[Weight], spread: Spread, used: int, used_last: 
         early = grads
     if spread.recompute or spread.strategy != "fsdp":
         forward = backward
-    return held + moments + max(early + used + forward, late + used_last + backward)
+    moments_of_height = Peak(held, early, moments, used, forward), Peak(held, late, moments, used_last, backward)
+    return max(moments_of_height, key=lambda peak: peak.total)
 
 
 def held_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int]:
@@ -117,7 +137,7 @@ def held_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int
     own = FP32 * math.ceil(_trained(weights) / spread.shards)
     if spread.strategy == "zero3":
         shared = FP32 * sum(math.ceil(w.numel / spread.shards) for w in weights)
-        persistent = FP32 * sum(w.numel for w in weights if _persists(w, weights)) if spread.gpus > 1 else 0
+        persistent = FP32 * _persistent(weights) if spread.gpus > 1 else 0
         return shared + persistent, own, 2 * own
     return whole + own, own, 2 * own  # an fp32 piece of its own beside the weights, also where they are fp32
 
@@ -200,6 +220,7 @@ def _largest_block(weights: Sequence[Weight]) -> int:
     return max(numels.values(), default=0)
 
 
-def _persists(weight: Weight, weights: Sequence[Weight]) -> bool:
-    """DeepSpeed's stage 3 keeps gathered what is no larger than the largest bias (`parallel.zero_engine`)."""
-    return weight.numel <= max((w.numel for w in weights if len(w.shape) < 2), default=0)
+def _persistent(weights: Sequence[Weight]) -> int:
+    """Elements that DeepSpeed's stage 3 keeps gathered: what is no larger than the largest bias (`zero_engine`)."""
+    largest = max((w.numel for w in weights if len(w.shape) < 2), default=0)
+    return sum(w.numel for w in weights if w.numel <= largest)

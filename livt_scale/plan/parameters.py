@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from livt_scale.plan.flops import MLP_RATIO
 from livt_scale.recipe import Model, Stage
@@ -24,13 +25,17 @@ class Weight:
     trained: bool = True
     block: str | None = None
 
-    @property
+    @cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
     def rows_numel(self, ranks: int) -> int:
         """Elements of the first rank's rows, by torch's `fully_shard`: the fullest rank's, with what pads them."""
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])
+
+    def num_pieces(self, ranks: int) -> int:
+        """How many ranks have rows of it."""
+        return math.ceil(self.shape[0] / math.ceil(self.shape[0] / ranks))
 
 
 def weights_of(model: Model, stage: Stage, *, num_classes: int) -> tuple[Weight, ...]:

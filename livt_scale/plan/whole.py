@@ -59,6 +59,16 @@ class Task:
         return math.ceil(self.gpus / self.per_node)
 
     @property
+    def unit(self) -> int:
+        """Images that stay on one rank: mixup pairs neighbours."""
+        return 2 if self.recipe.stage(self.stage).mixes else 1
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether the global batch gives all GPUs equal slots, as `train.batches` asks."""
+        return self.recipe.stage(self.stage).global_batch % (self.gpus * self.unit) == 0
+
+    @property
     def steps_per_epoch(self) -> int:
         """What is left over of an epoch is no step: `data.order`."""
         return self.data.images // self.recipe.stage(self.stage).global_batch
@@ -165,20 +175,21 @@ def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int,
 
 
 def candidates(task: Task, strategies: Sequence[str] = STRATEGIES) -> list[StagePlan]:
-    """Each strategy, kept and recomputed, at its largest micro-batch that fits, else at the smallest there is."""
-    part = task.recipe.stage(task.stage)
-    slots = part.global_batch // task.gpus
-    unit = 2 if part.mixes else 1
-    sizes = [m for m in range(unit, slots + 1, unit) if slots % m == 0]
+    """Each strategy, kept and recomputed, at its largest micro-batch that fits, else at the smallest there is.
+
+    The largest is the fastest: computing is the same, and the fewer micro-batches, the less is exchanged.
+    """
+    slots = task.recipe.stage(task.stage).global_batch // task.gpus
+    sizes = [m for m in range(slots, 0, -1) if m % task.unit == 0 and slots % m == 0]
     found = []
     for strategy in strategies:
         for recompute in (False, True):
-            plans = [
-                plan_stage(task, spread_of(task, strategy, micro_batch=m, accumulation=slots // m, recompute=recompute))
-                for m in sizes
-            ]
-            fitting = [p for p in plans if p.fits]
-            found.append(min(fitting, key=lambda p: (p.hours, -p.spread.micro_batch)) if fitting else plans[0])
+            for m in sizes:
+                spread = spread_of(task, strategy, micro_batch=m, accumulation=slots // m, recompute=recompute)
+                planned = plan_stage(task, spread)
+                if planned.fits:
+                    break
+            found.append(planned)
     return found
 
 
