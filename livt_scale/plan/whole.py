@@ -20,6 +20,7 @@ from livt_scale.plan.parameters import Weight, weights_of
 from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
 from livt_scale.recipe import Recipe, Stage
 
+PIECE_BYTES = 1840  # a tensor's piece in a checkpoint besides its values: archive and index (1810 to 1870, torch 2.14)
 SAME = 0.01  # a difference of times below this is none: the simpler one is taken
 
 
@@ -140,7 +141,7 @@ def plan_stage(task: Task, spread: Spread) -> StagePlan:
 
 
 def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: StepTime) -> Checkpoint:
-    size = checkpoint_bytes(weights)
+    size = checkpoint_bytes(weights, spread)
     assumed, part = task.assumed, task.recipe.checkpoint
     own = size / spread.gpus  # replicated tensors are shared out among the ranks too
     copy_s, write_s = own / (assumed.host_copy_gb_s * 1e9), size / (assumed.storage_gb_s * 1e9)
@@ -155,9 +156,14 @@ def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: Ste
     return Checkpoint(size, stall_s, write_s, every, best_s, here, daly)
 
 
-def checkpoint_bytes(weights: Sequence[Weight]) -> int:
-    """Tensors of a checkpoint: all weights, two moments and a step count of each trained one."""
-    return FP32 * sum(w.numel + (2 * w.numel + 1) * w.trained for w in weights)
+def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
+    """Files of a checkpoint: weights, two moments and a step count of each trained one, what torch wraps them in.
+
+    Under ddp a tensor is one piece, else one of each rank that has rows of it.
+    """
+    ranks = 1 if spread.strategy == "ddp" else spread.shards
+    pieces = sum(w.num_pieces(ranks) * (1 + 2 * w.trained) + w.trained for w in weights)
+    return FP32 * sum(w.numel + (2 * w.numel + 1) * w.trained for w in weights) + PIECE_BYTES * pieces
 
 
 def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
