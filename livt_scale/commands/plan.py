@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -188,8 +189,8 @@ def _short(p: StagePlan) -> dict[str, Any]:
         "strategy": p.spread.strategy,
         "activation_checkpointing": p.spread.recompute,
         "micro_batch": p.spread.micro_batch,
-        "peak_gib": round(p.memory.gib()["peak"], 2),
-        "hours": round(p.hours, 2),
+        "peak_gib": p.memory.gib()["peak"],
+        "hours": p.hours,
         "fits": p.fits,
         "why_not": p.why_not or None,
     }
@@ -234,7 +235,7 @@ def _print(answer: dict[str, Any]) -> None:
     for stage in answer["stages"]:
         typer.echo("\n" + "\n".join(_stage_lines(stage)))
     cost = "" if answer["cost"] is None else f", cost {answer['cost']:.0f}"
-    typer.echo(f"\nall stages: {answer['hours']:.1f} h, {answer['device_hours']:.0f} device hours{cost}")
+    typer.echo(f"\nall stages: {_time(answer['hours'] * 3600)}, {answer['device_hours']:.3g} device hours{cost}")
     typer.echo("\nassumed (change with --assume NAME=VALUE, or --device FILE.yaml):")
     for name, one in answer["assumptions"].items():
         typer.echo(f"  {name:<20} {one['value']:>8g}{' *' if one['changed'] else '  '} {one['is']}")
@@ -249,34 +250,59 @@ def _stage_lines(s: dict[str, Any]) -> list[str]:
     lines = [
         f"{s['stage']}: {s['strategy']}{', recomputed' if s['activation_checkpointing'] else ''}, micro-batch "
         f"{s['micro_batch']} x {s['accumulation']}: {'fits' if s['fits'] else 'does NOT fit: ' + s['why_not']}",
-        f"  {s['params'] / 1e6:.1f} M weights; {s['train_flops_per_image'] / 1e9:.1f} GFLOP a training image "
-        f"({s['hardware_flops_per_image'] / 1e9:.1f} computed)",
-        "  memory a rank, GiB: " + ", ".join(f"{name} {value:.2f}" for name, value in memory.items())
-        + f" of {s['usable_gib']} usable",
+        f"  {s['params'] / 1e6:.1f} M weights; {_flops(s['train_flops_per_image'])} a training image "
+        f"({_flops(s['hardware_flops_per_image'])} computed)",
+        "  memory a rank: " + ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
+        + f" of {_gib(s['usable_gib'])} usable",
     ]  # fmt: skip
     if "exact_gib" in s:
         exact = s["exact_gib"]
-        lines.append(f"  measured ({exact['measured']}), GiB: states {exact['states']:.2f}, peak {exact['peak']:.2f}")
-    energy = "" if s["energy_kwh"] is None else f", {s['energy_kwh']:.0f} kWh"
+        lines.append(f"  measured ({exact['measured']}): states {_gib(exact['states'])}, peak {_gib(exact['peak'])}")
+    energy = "" if s["energy_kwh"] is None else f", {s['energy_kwh']:.3g} kWh"
     cost = "" if s["cost"] is None else f", cost {s['cost']:.0f}"
     lines += [
-        f"  step {s['step_s']:.3f} s = {s['compute_s']:.3f} computing + {s['exposed_exchange_s']:.3f} exchange (of "
-        f"{s['exchange_s']:.3f}, {s['exchanged_bytes_per_rank'] / 1e9:.2f} GB a rank) + {s['optimizer_s']:.3f} AdamW; "
-        f"MFU {s['mfu']:.2f}",
-        f"  {s['steps']} steps: {s['hours']:.1f} h, {s['device_hours']:.0f} device hours{energy}{cost}",
+        f"  step {_time(s['step_s'])} = {_time(s['compute_s'])} computing + {_time(s['exposed_exchange_s'])} exchange "
+        f"(of {_time(s['exchange_s'])}, {_bytes(s['exchanged_bytes_per_rank'])} a rank) + {_time(s['optimizer_s'])} "
+        f"AdamW; MFU {s['mfu']:.2g}",
+        f"  {s['steps']} steps: {_time(s['hours'] * 3600)}, {s['device_hours']:.3g} device hours{energy}{cost}",
         f"  {s['segments_how']}",
-        f"  {s['images_per_s']:.0f} images/s: reads {s['read_gb_s']:.2f} GB/s, {s['read_tb']:.1f} TB in all; "
-        f"{s['decode_cores_per_node']:.0f} cores a node decode",
-        f"  checkpoint {checkpoint['bytes'] / 1e9:.2f} GB: stalls {checkpoint['stall_s']:.2f} s, written in "
-        f"{checkpoint['write_s']:.1f} s; every {checkpoint['every_steps']} steps loses {checkpoint['lost_share']:.2%}, "
-        f"Daly's every {checkpoint['daly_interval_s'] / 60:.1f} min {checkpoint['lost_share_daly']:.2%}",
+        f"  {s['images_per_s']:.0f} images/s: reads {_bytes(s['read_gb_s'] * 1e9)}/s, {_bytes(s['read_tb'] * 1e12)} in "
+        f"all; {math.ceil(s['decode_cores_per_node'])} cores a node decode",
+        f"  checkpoint {_bytes(checkpoint['bytes'])}: stalls {_time(checkpoint['stall_s'])}, written in "
+        f"{_time(checkpoint['write_s'])}; every {checkpoint['every_steps']} steps loses "
+        f"{checkpoint['lost_share']:.2%}, Daly's every {_time(checkpoint['daly_interval_s'])} "
+        f"{checkpoint['lost_share_daly']:.2%}",
         f"  best: {_named(s['best']) if s['best'] else 'nothing fits'}",
     ]
     for one in s["candidates"]:
         lines.append(
-            f"    {_named(one):<44} {one['hours']:>8.1f} h {one['peak_gib']:>7.1f} GiB  {one['why_not'] or 'fits'}"
+            f"    {_named(one):<44} {_time(one['hours'] * 3600):>9} {_gib(one['peak_gib']):>10}  "
+            f"{one['why_not'] or 'fits'}"
         )
     return lines
+
+
+def _in_units(value: float, units: tuple[tuple[str, float], ...]) -> str:
+    """In the largest unit of which it is at least one; three digits, no fewer than the whole part has."""
+    name, size = next(((name, size) for name, size in units if value >= size), units[-1])
+    number = value / size
+    return f"{number:.0f} {name}" if number >= 100 or number == 0 else f"{number:.3g} {name}"
+
+
+def _gib(gib: float) -> str:
+    return _in_units(gib, (("GiB", 1), ("MiB", 2**-10), ("KiB", 2**-20)))
+
+
+def _bytes(number: float) -> str:
+    return _in_units(number, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)))
+
+
+def _time(seconds: float) -> str:
+    return _in_units(seconds, (("h", 3600), ("min", 60), ("s", 1), ("ms", 1e-3), ("µs", 1e-6)))
+
+
+def _flops(number: float) -> str:
+    return _in_units(number, (("GFLOP", 1e9), ("MFLOP", 1e6)))
 
 
 def _named(one: dict[str, Any]) -> str:

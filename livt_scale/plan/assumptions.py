@@ -31,6 +31,9 @@ class Assumptions(_Part):
     mfu: Annotated[float, Field(gt=0, le=1)] = Field(
         0.40, description="share of the device's peak that matrix products reach, exchange and recomputing aside"
     )
+    block_us: NonNegativeFloat = Field(
+        300, description="least time of a block, forward and backward, however small: its 50 or so kernels are launched"
+    )
     overlap: Share = Field(0.8, description="share of the exchange that can hide behind computing (ddp, fsdp, zero3)")
     latency_us: NonNegativeFloat = Field(20, description="of one collective, times log2 of its ranks")
     reserve_gib: NonNegativeFloat = Field(2.0, description="of a device's memory for the driver, NCCL and libraries")
@@ -41,6 +44,9 @@ class Assumptions(_Part):
     )
     storage_gb_s: PositiveFloat = Field(5, description="the shared file system writes and reads for this job")
     host_copy_gb_s: PositiveFloat = Field(10, description="of one device to its host's memory, for a save")
+    agree_ms: NonNegativeFloat = Field(
+        72, description="ranks agree on a save, times log2 of their number (0.78 s on 1856, pytorch.org, April 2025)"
+    )
     start_s: NonNegativeFloat = Field(120, description="from a job's start to its first step (slurm.start_s)")
     mtbf_node_days: PositiveFloat = Field(1000, description="mean time between failures of one node")
     power_overhead: Annotated[float, Field(ge=1)] = Field(

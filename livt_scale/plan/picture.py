@@ -134,7 +134,7 @@ def _hours(axes: Any, tasks: Sequence[Task]) -> None:
         at = {gpus: h * factor for gpus, h in found[name].items() if h is not None}
         axes.plot(list(at), list(at.values()), color=colour, marker=marker, markersize=4, linewidth=1, label=name)
     first = min(fitting)
-    start = min(h[first] for h in found.values() if h.get(first) is not None) * factor  # type: ignore[operator]
+    start = factor * min(h for h in (hours.get(first) for hours in found.values()) if h is not None)
     every = sorted({gpus for hours in found.values() for gpus in hours})
     axes.plot(every, [start * first / n for n in every], ":", color="#888888", linewidth=1, label="in full")
     axes.axvline(tasks[0].gpus, color="#888888", linewidth=0.8)

@@ -1,6 +1,6 @@
 """How long a step takes, by formula: computing, what ranks exchange and how much of it hides, AdamW.
 
-    computing   images of a rank · FLOPs an image (recomputed ones too) / (peak · mfu)
+    computing   images of a rank · FLOPs an image (recomputed ones too) / (peak · mfu), or its kernels' launches
     exchange    bytes through each rank, over the slower of the node's own links and its share of the network
     AdamW       seven passes over the fp32 states of a rank, at the device's memory bandwidth
 
@@ -66,7 +66,9 @@ def step_time(
 ) -> StepTime:
     images = spread.micro_batch * spread.accumulation
     work = flops.hardware if spread.recompute else flops.train
-    compute_s = images * work / (peak_tflops(device, spread.precision) * 1e12 * assumed.mfu)
+    launches_s = spread.accumulation * len({w.block for w in weights if w.block}) * assumed.block_us * 1e-6
+    launches_s *= work / flops.train  # a block that is computed again is launched again
+    compute_s = max(images * work / (peak_tflops(device, spread.precision) * 1e12 * assumed.mfu), launches_s)
     collectives = exchange(weights, spread)
     exchange_s = sum(_seconds(c, device, assumed, per_node=min(per_node, spread.gpus)) for c in collectives)
     hides = spread.strategy in ("ddp", "fsdp", "zero3")  # deepspeed overlaps in stage 3 alone, as it is configured here

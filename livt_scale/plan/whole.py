@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from livt_scale.plan.assumptions import Accelerator, Assumptions
+from livt_scale.plan.assumptions import Accelerator, Assumptions, peak_tflops
 from livt_scale.plan.flops import Flops, network_flops
 from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, plan_memory
 from livt_scale.plan.parameters import Weight, weights_of
@@ -145,7 +145,8 @@ def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: Ste
     assumed, part = task.assumed, task.recipe.checkpoint
     own = size / spread.gpus  # replicated tensors are shared out among the ranks too
     copy_s, write_s = own / (assumed.host_copy_gb_s * 1e9), size / (assumed.storage_gb_s * 1e9)
-    stall_s = copy_s if part.mode == "async" else copy_s + write_s
+    agree_s = assumed.agree_ms * 1e-3 * math.log2(spread.gpus)
+    stall_s = agree_s + copy_s + (0 if part.mode == "async" else write_s)
     every = part.every_steps or max(task.steps_per_epoch, 1)
     mtbf_s = assumed.mtbf_node_days * 86400 / task.nodes
     best_s = max(daly_interval_s(stall_s, mtbf_s), write_s)  # one save at a time
@@ -218,6 +219,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
     """One stage for `--json`."""
     task, hours = plan.task, plan.hours
     images_per_s, device_hours = plan.images_per_s, hours * task.gpus
+    peak = peak_tflops(task.device, plan.spread.precision)
     return {
         "stage": task.stage,
         "params": sum(w.numel for w in task.weights),
@@ -239,7 +241,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "exchanged_bytes_per_rank": plan.time.exchanged_bytes,
         "optimizer_s": plan.time.optimizer_s,
         "efficiency": plan.time.efficiency,
-        "mfu": task.assumed.mfu * plan.time.efficiency * task.flops.train / _work(plan),
+        "mfu": images_per_s / task.gpus * task.flops.train / (peak * 1e12),
         "hours": hours,
         "device_hours": device_hours,
         "cost": None if price is None else device_hours * price,
@@ -250,7 +252,3 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "decode_cores_per_node": images_per_s / task.assumed.decode_images_per_s / task.nodes,
         "checkpoint": {name: getattr(plan.checkpoint, name) for name in plan.checkpoint.__dataclass_fields__},
     }
-
-
-def _work(plan: StagePlan) -> int:
-    return plan.task.flops.hardware if plan.spread.recompute else plan.task.flops.train

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from livt_scale.plan.devices import DEVICES
 from livt_scale.plan.step_time import daly_interval_s, lost_share
 
 VIT_H = str(Path(__file__).parents[2] / "recipes" / "imagenet_lt" / "vit_h14.yaml")
+QUICKSTART = str(Path(VIT_H).parents[1] / "fashion_mnist_lt" / "quickstart.yaml")
 MINE = "name: mine\npeak_tflops: {bf16: 400, fp16: 400, fp32: 50}\nmemory_gib: 96\nmemory_gb_s: 3000\n"
 
 
@@ -101,3 +103,28 @@ def test_dalys_interval_loses_less_than_its_neighbours(save_s, mtbf_s):
     best = daly_interval_s(save_s, mtbf_s)
     least, *others = (lost_share(best * k, save_s, mtbf_s=mtbf_s, restart_s=60) for k in (1, 0.7, 1.4))
     assert least < min(others)
+
+
+def test_a_small_micro_batch_takes_as_long_as_its_launches():
+    """32 images of ViT-H a rank are bound by FLOPs; 1, by the 40 blocks that are launched, however fast the device."""
+    sets = ["--set=stages.finetune=null", "--strategy", "ddp"]
+    small, none = (planned("--gpus", "4096", *sets, "--assume", f"block_us={us}")["stages"][0] for us in ("300", "0"))
+    assert small["compute_s"] == pytest.approx(40 * 300e-6)
+    assert none["compute_s"] < small["compute_s"] / 2
+    again = planned("--gpus", "4096", *sets, "--set=parallel.activation_checkpointing=true")["stages"][0]
+    assert again["compute_s"] > 1.2 * small["compute_s"]
+    many = [planned("--gpus", "8", *sets, "--assume", f"block_us={us}")["stages"][0] for us in ("300", "0")]
+    assert many[0]["compute_s"] == many[1]["compute_s"]
+    assert small["mfu"] == pytest.approx(small["train_flops_per_image"] / small["step_s"] / 989.5e12)
+
+
+def test_a_tiny_model_is_told_in_units_in_which_it_is_something():
+    words = ["plan", QUICKSTART, "--gpus", "1", "--images", "2478", "--classes", "10"]
+    said = CliRunner().invoke(cli.app, words, catch_exceptions=False).stdout.split("assumed (change")[0]
+    amounts = re.findall(
+        r"(?<![\d.])(\d+(?:\.\d+)?) (GiB|MiB|KiB|GB|MB|KB|TB|h|min|s|ms|µs|GFLOP|MFLOP|M weights)\b", said
+    )
+    assert len(amounts) > 40
+    allowed = {("0", "MB"), ("0", "µs"), ("0", "KiB")}  # one rank exchanges nothing, and has no buffers for it
+    assert {(n, unit) for n, unit in amounts if float(n) == 0} <= allowed
+    assert not re.search(r"[ =(]-\d", said)  # nothing is negative
