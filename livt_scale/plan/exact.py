@@ -143,6 +143,7 @@ def _measured(
     )
     cpu = torch.device("cpu")
     tracker: Any = FSDPMemTracker(network, optimizer) if sharded else MemTracker()
+    tracker.memory_tracking = _modules_unlisted()
     with fake:
         inputs = _inputs(recipe, stage, spread.micro_batch)
         state.collect(network, optimizer)  # AdamW's moments; its fused step itself needs no memory besides
@@ -168,6 +169,17 @@ def _measured(
         "fsdp" if sharded else "replica", _sum(held, "Param") + held.get("Buffer", 0), _sum(held, "Grad"),
         held.get("Optstate", 0), activations, top["Total"], resident,
     )  # fmt: skip
+
+
+def _modules_unlisted() -> Any:
+    """What a tracker knows of modules, whose peaks are not asked for: it would walk all of them at each operation."""
+    from torch.utils.weak import WeakIdKeyDictionary
+
+    class Unlisted(WeakIdKeyDictionary):
+        def values(self) -> Any:
+            return ()
+
+    return Unlisted()
 
 
 def _sharded(recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any, Any, Any]:
