@@ -235,7 +235,7 @@ def _print(answer: dict[str, Any]) -> None:
     for stage in answer["stages"]:
         typer.echo("\n" + "\n".join(_stage_lines(stage)))
     cost = "" if answer["cost"] is None else f", cost {answer['cost']:.0f}"
-    typer.echo(f"\nall stages: {_time(answer['hours'] * 3600)}, {answer['device_hours']:.3g} device hours{cost}")
+    typer.echo(f"\nall stages: {_time(answer['hours'] * 3600)}, {_count(answer['device_hours'])} device hours{cost}")
     typer.echo("\nassumed (change with --assume NAME=VALUE, or --device FILE.yaml):")
     for name, one in answer["assumptions"].items():
         typer.echo(f"  {name:<20} {one['value']:>8g}{' *' if one['changed'] else '  '} {one['is']}")
@@ -255,16 +255,20 @@ def _stage_lines(s: dict[str, Any]) -> list[str]:
         "  memory a rank: " + ", ".join(f"{name} {_gib(value)}" for name, value in memory.items())
         + f" of {_gib(s['usable_gib'])} usable",
     ]  # fmt: skip
+    if s["offload"] != "none":
+        where = "memory" if s["offload"] == "cpu" else "disk"
+        lines.append(f"  offloaded to a node's {where}: {_gib(s['offloaded_gib_per_node'])}")
     if "exact_gib" in s:
         exact = s["exact_gib"]
         lines.append(f"  measured ({exact['measured']}): states {_gib(exact['states'])}, peak {_gib(exact['peak'])}")
-    energy = "" if s["energy_kwh"] is None else f", {s['energy_kwh']:.3g} kWh"
+    offload = f" + {_time(s['offload_s'])} to and from the host" if s["offload_s"] else ""
+    energy = "" if s["energy_kwh"] is None else f", {_count(s['energy_kwh'])} kWh"
     cost = "" if s["cost"] is None else f", cost {s['cost']:.0f}"
     lines += [
         f"  step {_time(s['step_s'])} = {_time(s['compute_s'])} computing + {_time(s['exposed_exchange_s'])} exchange "
         f"(of {_time(s['exchange_s'])}, {_bytes(s['exchanged_bytes_per_rank'])} a rank) + {_time(s['optimizer_s'])} "
-        f"AdamW; MFU {s['mfu']:.2g}",
-        f"  {s['steps']} steps: {_time(s['hours'] * 3600)}, {s['device_hours']:.3g} device hours{energy}{cost}",
+        f"AdamW{offload}; MFU {s['mfu']:.2g}",
+        f"  {s['steps']} steps: {_time(s['hours'] * 3600)}, {_count(s['device_hours'])} device hours{energy}{cost}",
         f"  {s['segments_how']}",
         f"  {s['images_per_s']:.0f} images/s: reads {_bytes(s['read_gb_s'] * 1e9)}/s, {_bytes(s['read_tb'] * 1e12)} in "
         f"all; {math.ceil(s['decode_cores_per_node'])} cores a node decode",
@@ -285,8 +289,11 @@ def _stage_lines(s: dict[str, Any]) -> list[str]:
 def _in_units(value: float, units: tuple[tuple[str, float], ...]) -> str:
     """In the largest unit of which it is at least one; three digits, no fewer than the whole part has."""
     name, size = next(((name, size) for name, size in units if value >= size), units[-1])
-    number = value / size
-    return f"{number:.0f} {name}" if number >= 100 or number == 0 else f"{number:.3g} {name}"
+    return f"{_count(value / size)} {name}"
+
+
+def _count(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 or number == 0 else f"{number:.3g}"
 
 
 def _gib(gib: float) -> str:

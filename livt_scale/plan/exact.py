@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from livt_scale.errors import RunError
+from livt_scale.errors import RunError, UsageError
 from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_of
 from livt_scale.plan.parameters import weights_of
 from livt_scale.recipe import Recipe, Stage
@@ -49,7 +49,11 @@ class Measurement:
 
 
 def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
-    """Measure in a process of its own. Raises RunError where it ends badly or takes longer than its bound."""
+    """Measure in a process of its own. RunError: it ends badly or takes too long. UsageError: fsdp is offloaded."""
+    if spread.offload != "none" and spread.strategy == "fsdp":
+        raise UsageError(
+            "--exact measures fsdp with its states on the device", remedy="--set parallel.offload=none, or leave it out"
+        )
     found = measure_computing(recipe, stage, spread, num_classes=num_classes)
     return with_engine(found, recipe, stage, spread, num_classes=num_classes)
 

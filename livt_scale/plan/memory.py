@@ -45,6 +45,7 @@ class Spread:
     accumulation: int = 1
     recompute: bool = False
     within_node: int | None = None  # hybrid fsdp: ranks of a node
+    offload: Literal["none", "cpu", "nvme"] = "none"  # where sharded states wait
 
     @property
     def shards(self) -> int:
@@ -95,7 +96,7 @@ class Memory:
 
 
 def plan_memory(recipe: Recipe, stage: Stage, weights: Sequence[Weight], spread: Spread) -> Memory:
-    """Memory of `stage`'s step; no offload is counted."""
+    """Memory of `stage`'s step on the device; what is offloaded waits elsewhere (`offloaded_bytes`)."""
     kept = activation_bytes(recipe, stage, spread)
     casts, casts_again = cast_bytes(weights, spread)
     peak = peak_of(weights, spread, max(kept.forward + casts, kept.backward + casts_again), kept.end)
@@ -125,21 +126,39 @@ def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int
 
 
 def held_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int]:
-    """(weights, gradients, moments) that a rank keeps after a backward pass; moments without AdamW's step counts."""
+    """(weights, gradients, moments) that a rank's device keeps after a backward pass.
+
+    Moments without AdamW's step counts. Offloaded: fsdp keeps nothing, stage 3 what it always has gathered, stages 1
+    and 2 the weights.
+    """
+    shared, kept, own, moments = _held(weights, spread)
+    if spread.offload != "none":
+        return kept, 0, 0
+    return shared + kept, own, moments
+
+
+def offloaded_bytes(weights: Sequence[Weight], spread: Spread) -> int:
+    """Of a rank: pieces of weights, gradients and moments that wait in the host's memory or on its disk."""
+    shared, _, own, moments = _held(weights, spread)
+    return 0 if spread.offload == "none" else shared + own + moments
+
+
+def _held(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int, int]:
+    """Of a rank: pieces of weights, what it has whole for good, gradients, moments."""
     whole = FP32 * sum(w.numel for w in weights)
     trained = FP32 * _trained(weights)
     if spread.strategy == "ddp":
-        return whole, trained, 2 * trained
+        return 0, whole, trained, 2 * trained
     if spread.strategy == "fsdp":
         rows = FP32 * sum(w.rows_numel(spread.shards) for w in weights)
         own = FP32 * sum(w.rows_numel(spread.shards) for w in weights if w.trained)
-        return rows, own, 2 * own
+        return rows, 0, own, 2 * own
     own = FP32 * math.ceil(_trained(weights) / spread.shards)
     if spread.strategy == "zero3":
         shared = FP32 * sum(math.ceil(w.numel / spread.shards) for w in weights)
         persistent = FP32 * _persistent(weights) if spread.gpus > 1 else 0
-        return shared + persistent, own, 2 * own
-    return whole + own, own, 2 * own  # an fp32 piece of its own beside the weights, also where they are fp32
+        return shared, persistent, own, 2 * own
+    return own, whole, own, 2 * own  # an fp32 piece of its own beside the weights, also where they are fp32
 
 
 def cast_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:

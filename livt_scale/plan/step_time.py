@@ -3,6 +3,7 @@
     computing   images of a rank · FLOPs an image (recomputed ones too) / (peak · mfu), or its kernels' launches
     exchange    bytes through each rank, over the slower of the node's own links and its share of the network
     AdamW       seven passes over the fp32 states of a rank, at the device's memory bandwidth
+    offload     pieces of weights to the device, of gradients back; AdamW at the host's bandwidth; none of it hides
 
 A ring over N ranks sends S·(N−1)/N through each for an all-gather or a reduce-scatter of S bytes, and twice that for an
 all-reduce; at a node's border the same bytes pass its adapters. W bytes in fp32, w as gathered (bf16: W/2), a
@@ -40,10 +41,11 @@ class StepTime:
     exposed_s: float
     optimizer_s: float
     exchanged_bytes: int
+    offload_s: float = 0.0
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.exposed_s + self.optimizer_s
+        return self.compute_s + self.exposed_s + self.optimizer_s + self.offload_s
 
     @property
     def efficiency(self) -> float:
@@ -75,9 +77,25 @@ def step_time(
     hidden_s = min(assumed.overlap * exchange_s, compute_s) if hides else 0.0
     trained = sum(w.numel for w in weights if w.trained)
     own = trained if spread.strategy == "ddp" else trained / spread.shards
-    optimizer_s = PASSES_OF_ADAMW * FP32 * own / (device.memory_gb_s * 1e9)
     traffic = round(sum(c.traffic for c in collectives))
-    return StepTime(compute_s, exchange_s, exchange_s - hidden_s, optimizer_s, traffic)
+    exposed_s, here = exchange_s - hidden_s, min(per_node, spread.gpus)
+    if spread.offload != "none":
+        optimizer_s = PASSES_OF_ADAMW * FP32 * own * here / (assumed.host_gb_s * 1e9)
+        offload_s = _offload_s(FP32 * own, spread, assumed, ranks=here)
+        return StepTime(compute_s, exchange_s, exposed_s, optimizer_s, traffic, offload_s)
+    optimizer_s = PASSES_OF_ADAMW * FP32 * own / (device.memory_gb_s * 1e9)
+    return StepTime(compute_s, exchange_s, exposed_s, optimizer_s, traffic)
+
+
+def _offload_s(own_bytes: float, spread: Spread, assumed: Assumptions, *, ranks: int) -> float:
+    """Seconds that a step's pieces move: of weights, `own_bytes` each, for every gather; of gradients, when reduced."""
+    gathers = 2 * spread.accumulation if spread.strategy in ("fsdp", "zero3") else 1  # else the updated weights, once
+    reduced = spread.accumulation if spread.strategy in ("zero2", "zero3") else 1
+    copied_s = (gathers + reduced) * own_bytes / (assumed.host_copy_gb_s * 1e9)
+    if spread.offload == "cpu":
+        return copied_s
+    states = 2 * 3 * own_bytes  # fp32 weights and two moments, read and written
+    return copied_s + ranks * (states + gathers * own_bytes) / (assumed.disk_gb_s * 1e9)
 
 
 def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from livt_scale.plan.assumptions import Accelerator, Assumptions, peak_tflops
 from livt_scale.plan.flops import Flops, network_flops
-from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, plan_memory
+from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, offloaded_bytes, plan_memory
 from livt_scale.plan.parameters import Weight, weights_of
 from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
 from livt_scale.recipe import Recipe, Stage
@@ -123,6 +123,11 @@ class StagePlan:
         return self.spread.gpus * self.spread.micro_batch * self.spread.accumulation / self.time.step_s
 
     @property
+    def offloaded_node_bytes(self) -> int:
+        """What the ranks of a node keep in its memory or on its disk."""
+        return min(self.task.per_node, self.task.gpus) * offloaded_bytes(self.task.weights, self.spread)
+
+    @property
     def why_not(self) -> str:
         """Why it does not fit; empty where it does."""
         if self.fits:
@@ -168,16 +173,19 @@ def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
 
 
 def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
-    """`strategy` on the task's GPUs; hybrid where the recipe shards fsdp within nodes."""
-    hybrid = strategy == "fsdp" and task.recipe.parallel.shard_within == "node" and task.gpus > task.per_node
+    """`strategy` on the task's GPUs, as the recipe has it: hybrid within nodes, offloaded, where `strategy` can be."""
+    parallel = task.recipe.parallel
+    hybrid = strategy == "fsdp" and parallel.shard_within == "node" and task.gpus > task.per_node
+    takes = strategy == "zero3" if parallel.offload == "nvme" else strategy != "ddp"
     return Spread(
         strategy,  # type: ignore[arg-type]
         task.gpus,
-        task.recipe.parallel.precision,
+        parallel.precision,
         micro_batch,
         accumulation,
         recompute,
         task.per_node if hybrid else None,
+        parallel.offload if takes else "none",
     )
 
 
@@ -230,6 +238,8 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "accumulation": plan.spread.accumulation,
         "activation_checkpointing": plan.spread.recompute,
         "memory_gib": plan.memory.gib(),
+        "offload": plan.spread.offload,
+        "offloaded_gib_per_node": plan.offloaded_node_bytes / GIB,
         "usable_gib": round(task.usable_bytes / GIB, 2),
         "fits": plan.fits,
         "why_not": plan.why_not or None,
@@ -240,6 +250,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "exposed_exchange_s": plan.time.exposed_s,
         "exchanged_bytes_per_rank": plan.time.exchanged_bytes,
         "optimizer_s": plan.time.optimizer_s,
+        "offload_s": plan.time.offload_s,
         "efficiency": plan.time.efficiency,
         "mfu": images_per_s / task.gpus * task.flops.train / (peak * 1e12),
         "hours": hours,

@@ -128,3 +128,23 @@ def test_a_tiny_model_is_told_in_units_in_which_it_is_something():
     allowed = {("0", "MB"), ("0", "µs"), ("0", "KiB")}  # one rank exchanges nothing, and has no buffers for it
     assert {(n, unit) for n, unit in amounts if float(n) == 0} <= allowed
     assert not re.search(r"[ =(]-\d", said)  # nothing is negative
+
+
+def test_offload_frees_the_device_fills_the_host_and_takes_time():
+    """ViT-H's states on 4 ranks of a node: 16 bytes a trained weight, 4 a fixed one, in the host's memory."""
+    words = ["--gpus", "4", "--set=stages.finetune=null", "--set=parallel.activation_checkpointing=true"]
+    here, away = (
+        planned(*words, "--set=parallel.strategy=fsdp", f"--set=parallel.offload={where}")["stages"][0]
+        for where in ("none", "cpu")
+    )
+    memory = away["memory_gib"]
+    assert memory["weights"] == memory["grads"] == memory["optimizer"] == 0
+    assert here["memory_gib"]["peak"] - memory["peak"] > 0.7 * 9.8 / 4  # all but what is gradients late in a step
+    assert away["offloaded_gib_per_node"] == pytest.approx(16 * 657e6 / 2**30, rel=0.01)
+    assert away["step_s"] > here["step_s"] + away["offload_s"] > here["step_s"] + 0.1
+    ddp = [c for c in away["candidates"] if c["strategy"] == "ddp"]
+    assert ddp == [c for c in here["candidates"] if c["strategy"] == "ddp"]  # cannot
+    disk = ["--set=parallel.strategy=zero3", "--set=parallel.offload=nvme", "--set=parallel.offload_dir=/disk"]
+    assert planned(*words, *disk)["stages"][0]["offload_s"] > away["offload_s"]
+    with pytest.raises(UsageError, match="on the device"):
+        planned(*words, "--set=parallel.strategy=fsdp", "--set=parallel.offload=cpu", "--exact")

@@ -14,7 +14,7 @@ import torch
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.parallel.zero_engine import BUCKET
-from livt_scale.plan.memory import GIB, STRATEGIES, ZERO_BUCKET, Spread, held_bytes, plan_memory
+from livt_scale.plan.memory import GIB, STRATEGIES, ZERO_BUCKET, Spread, held_bytes, offloaded_bytes, plan_memory
 from livt_scale.plan.parameters import weights_of
 from livt_scale.plan.whole import checkpoint_bytes
 from livt_scale.recipe import Model
@@ -67,6 +67,20 @@ def test_recomputing_and_smaller_micro_batches_need_less(strategy):
     assert again < kept
     assert half < kept
     assert 0.1 < kept / GIB < 80
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_what_is_offloaded_is_what_the_device_no_longer_holds(strategy, gpus):
+    weights = weights_of(Model(), "pretrain", num_classes=1)
+    here, away = (Spread(strategy, gpus, "fp32", 8, offload=where) for where in ("none", "cpu"))
+    assert sum(held_bytes(weights, here)) == sum(held_bytes(weights, away)) + offloaded_bytes(weights, away)
+    assert offloaded_bytes(weights, here) == 0
+    kept, grads, moments = held_bytes(weights, away)
+    assert grads == moments == 0
+    whole = 4 * sum(w.numel for w in weights)
+    assert (kept == whole) == (strategy in ("zero1", "zero2"))
+    assert kept == whole or kept < whole / 100
 
 
 @pytest.mark.slow
