@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,8 @@ from livt_scale.plan.assumptions import _PLACES, accelerator, assume
 from livt_scale.plan.devices import DEVICES
 from livt_scale.plan.step_time import daly_interval_s, lost_share
 
-VIT_H = str(Path(__file__).parents[2] / "recipes" / "imagenet_lt" / "vit_h14.yaml")
+ROOT = Path(__file__).parents[2]
+VIT_H = str(ROOT / "recipes" / "imagenet_lt" / "vit_h14.yaml")
 QUICKSTART = str(Path(VIT_H).parents[1] / "fashion_mnist_lt" / "quickstart.yaml")
 MINE = "name: mine\npeak_tflops: {bf16: 400, fp16: 400, fp32: 50}\nmemory_gib: 96\nmemory_gb_s: 3000\n"
 
@@ -34,6 +37,20 @@ def test_scripts_find_what_they_rely_on_and_fewer_gpus_take_longer():
     assert 6 * many["hours"] < few["hours"] < 8 * many["hours"]
     # not an eighth quite: the first of 64 ranks has a row more of the head, and all of the tokens and positions
     assert few["memory_gib"]["optimizer"] == pytest.approx(8 * many["memory_gib"]["optimizer"], rel=0.05)
+
+
+def test_the_answer_takes_less_than_5_s_of_a_core_and_no_torch(tmp_path):
+    picture = str(tmp_path / "plan.png")
+    code = (
+        "import sys, time\nfrom livt_scale.cli import main\n"
+        f"sys.argv = ['livt', 'plan', {VIT_H!r}, '--gpus', '64', '--json', '--picture', {picture!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "print(time.process_time(), 'torch' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    seconds, torch = result.stdout.splitlines()[-1].split()
+    assert float(seconds) < 5
+    assert torch == "False"
 
 
 def test_a_stage_is_planned_at_its_own_resolution():
