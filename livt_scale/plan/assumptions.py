@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from livt_scale.errors import UsageError, nearest
 from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.recipe_yaml import parse, parse_value, shown
+from livt_scale.yaml_errors import explained
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -132,18 +133,7 @@ def _from_file(path: Path) -> Accelerator:
     try:
         return Accelerator.model_validate_json(json.dumps(tree.values), strict=False)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = first["loc"]
-        place = tree.origin_of(where, default=shown(path))
-        fields = Accelerator.model_fields if len(where) == 1 else Peak.model_fields
-        hint = nearest(str(where[-1]), fields) if first["type"] == "extra_forbidden" else _wanted(where)
-        raise UsageError(f"{place}: device field {'.'.join(map(str, where))}: {first['msg']}", remedy=hint) from error
-
-
-def _wanted(where: tuple[int | str, ...]) -> str:
-    fields = Accelerator.model_fields if len(where) == 1 else Peak.model_fields
-    said = fields[str(where[-1])].description if str(where[-1]) in fields else None
-    return f"give {where[-1]}: {said}" if said else "docs/plan.md has an example"
+        raise explained(error, tree, path, Accelerator) from None
 
 
 def assume(changes: list[str]) -> tuple[Assumptions, frozenset[str]]:
