@@ -29,6 +29,7 @@ STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 GIB = 2**30
 FP32 = 4
 ZERO_BUCKET = 50_000_000  # elements exchanged at a time: `parallel.zero_engine.BUCKET`, which a test compares
+ZERO_REUSE = 1_000_000_000  # elements: weights that come again so soon stay gathered (DeepSpeed's max_reuse_distance)
 KEPT_FP32 = 2  # values of a block a token and channel: the residual stream before attention and before the MLP
 KEPT_LOW = 14
 WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
@@ -182,8 +183,11 @@ def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
     if spread.strategy in ("zero1", "zero2"):
         return bucket, bucket
     if spread.strategy == "zero3":
-        gathered = FP32 * min(2 * largest + ZERO_BUCKET, trained) if spread.gpus > 1 else 0
-        return gathered + bucket, gathered + bucket
+        # at the end of the forward pass the last half of that distance is still there: it comes again going back
+        gathered = FP32 * min(max(2 * largest + ZERO_BUCKET, ZERO_REUSE // 2), trained) if spread.gpus > 1 else 0
+        # the bucket, its copy in the order of ranks, and this rank's share of the sum
+        reduced = 2 * bucket + bucket // spread.shards
+        return gathered + reduced, gathered + reduced
     outside = FP32 * sum(w.numel for w in weights if w.block is None)  # stays gathered
     # this block and the next; going back: one, its gradient, and what is reduced in fp32
     return 2 * low * largest + outside, (2 * low + FP32) * largest + outside

@@ -14,7 +14,16 @@ import torch
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.parallel.zero_engine import BUCKET
-from livt_scale.plan.memory import GIB, STRATEGIES, ZERO_BUCKET, Spread, held_bytes, offloaded_bytes, plan_memory
+from livt_scale.plan.memory import (
+    GIB,
+    STRATEGIES,
+    ZERO_BUCKET,
+    ZERO_REUSE,
+    Spread,
+    held_bytes,
+    offloaded_bytes,
+    plan_memory,
+)
 from livt_scale.plan.parameters import weights_of
 from livt_scale.plan.whole import checkpoint_bytes
 from livt_scale.recipe import Model
@@ -81,6 +90,14 @@ def test_what_is_offloaded_is_what_the_device_no_longer_holds(strategy, gpus):
     whole = 4 * sum(w.numel for w in weights)
     assert (kept == whole) == (strategy in ("zero1", "zero2"))
     assert kept == whole or kept < whole / 100
+
+
+@pytest.mark.slow
+def test_weights_stay_gathered_as_long_as_deepspeed_keeps_them():
+    """In a process of its own: deepspeed changes torch, and warns."""
+    code = "from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as C\nprint(C().max_reuse_distance)"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said.splitlines()[-1]) == ZERO_REUSE  # `zero_engine` leaves it as it is
 
 
 @pytest.mark.slow
