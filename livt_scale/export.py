@@ -29,7 +29,8 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.data.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
 from livt_scale.durable import new_folder
 from livt_scale.errors import ExportError, UsageError
-from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.models.classifier import AnyClassifier, build_classifier
+from livt_scale.models.resnet import use_small_stem
 from livt_scale.models.sizes import vit_args
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
@@ -50,6 +51,9 @@ TIMM_NAMES = {
     "vit_b": "vit_base_patch16_224",
     "vit_l": "vit_large_patch16_224",
     "vit_h": "vit_huge_patch14_224",
+    "resnet18": "resnet18",
+    "resnet34": "resnet34",
+    "resnet50": "resnet50",
 }
 
 
@@ -96,7 +100,7 @@ class ExportInfo(BaseModel):
     def recipe(self, folder: Path) -> Recipe:
         """What evaluating this model needs of a recipe; its training data are not known here."""
         data = Data(train=str(folder), mean=self.mean, std=self.std, many_over=self.many_over, few_under=self.few_under)
-        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss))
+        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0))
         parallel = Parallel(precision=self.precision)
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
 
@@ -152,7 +156,7 @@ def is_export(path: Path) -> bool:
         return False
 
 
-def load_export(folder: Path) -> tuple[Classifier, ExportInfo]:
+def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
     """The classifier in `folder`, on the CPU in evaluation mode, every byte of its weights checked.
 
     Raises ExportError naming the file: absent, of another version, damaged, or not of the model that config.json says.
@@ -192,16 +196,16 @@ def read_info(folder: Path) -> ExportInfo:
 def timm_config(info: ExportInfo) -> dict[str, Any]:
     """config.json as timm reads it (`timm.models._hub.load_model_config_from_path`, checked with timm 1.0.31)."""
     model, num_classes = info.model, len(info.class_names)
+    of_kind, first_conv, classifier = _of_vit(model) if model.is_vit else _of_resnet(model)
     return {
         "architecture": TIMM_NAMES[model.size],
         "num_classes": num_classes,
-        "num_features": model.dims[0],
+        **of_kind,
         "global_pool": "avg",
         "label_names": list(info.class_names),
-        "model_args": {**vit_args(model), "global_pool": "avg"},
         "pretrained_cfg": {
             "input_size": [model.channels, model.image_px, model.image_px],
-            "fixed_input_size": True,
+            "fixed_input_size": model.is_vit,
             "interpolation": "bicubic",
             "crop_pct": EVAL_CROP if model.image_px <= EVAL_CROP_UP_TO_PX else 1.0,
             "crop_mode": "center",
@@ -209,11 +213,40 @@ def timm_config(info: ExportInfo) -> dict[str, Any]:
             "std": list(info.std),
             "num_classes": num_classes,
             "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            "first_conv": first_conv,
+            "classifier": classifier,
             "paper_ids": "arXiv:2212.02015",
         },
     }
+
+
+def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:
+    args = {**vit_args(model), "global_pool": "avg"}
+    return {"num_features": model.dims[0], "model_args": args}, "patch_embed.proj", "head"
+
+
+def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:
+    """timm's arguments cannot say the small stem: `timm_network` tells how the weights are read then."""
+    width = 2048 if model.has_bottlenecks else 512
+    return {"num_features": width, "model_args": {"in_chans": model.channels}}, "conv1", "fc"
+
+
+def timm_network(folder: Path, shape: Model) -> nn.Module:
+    """timm's network with the weights in `folder`, from that folder alone, in evaluation mode.
+
+    A ResNet for images up to 64 px is timm's with another stem, which no argument of timm's makes (1.0.31): asked for
+    "local-dir:", timm refuses the shape of `conv1`. Two lines replace the stem (`models.resnet.use_small_stem`).
+    """
+    import timm
+
+    if not shape.has_small_stem:
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return network.eval()
+    tensors = load_file(folder / WEIGHTS)
+    network = timm.create_model(TIMM_NAMES[shape.size], in_chans=shape.channels, num_classes=len(tensors["fc.bias"]))
+    use_small_stem(network)
+    network.load_state_dict(tensors)
+    return network.eval()
 
 
 def open_trained(path: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:
@@ -320,11 +353,9 @@ def _info(trained: Trained, weights: Path) -> ExportInfo:
 
 def _compare_with_timm(model: nn.Module, folder: Path, shape: Model) -> None:
     """Raise ExportError unless timm, from `folder` alone, gives the logits of `model`."""
-    import timm
-
     with torch.random.fork_rng(devices=[]):
         images = torch.randn(2, shape.channels, shape.image_px, shape.image_px, generator=_generator())
-        theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        theirs = timm_network(folder, shape)
     device = next(model.parameters()).device
     was_training = model.training
     with torch.inference_mode():

@@ -133,6 +133,38 @@ class Recipe(RecipePart):
         return self.data.decode == "gpu" and not augments
 
     @model_validator(mode="after")
+    def _a_resnet_is_trained_from_scratch(self) -> Self:
+        """A ResNet has no patches to mask and no layers of decaying rates, and its batch norm keeps statistics."""
+        part, size = self.stages.finetune, self.model.size
+        if self.model.is_vit:
+            return self
+        if self.stages.pretrain:
+            raise ValueError(
+                f"stages.pretrain masks patches, and model.size {size!r} has none: set stages.pretrain: null "
+                "and stages.finetune.init: scratch, or take a vit_*"
+            )
+        assert part is not None
+        if part.init != "scratch":
+            raise ValueError(
+                f"stages.finetune.init is {part.init!r}: {size} begins from scratch alone, set init: scratch"
+            )
+        if part.layer_decay != 1:
+            raise ValueError(f"stages.finetune.layer_decay has no effect on {size}: set layer_decay: 1.0")
+        if part.micro_batch < 2:
+            raise ValueError(f"stages.finetune.micro_batch is 1, and {size}'s batch norm needs at least 2 images")
+        if self.parallel.activation_checkpointing:
+            raise ValueError(
+                f"parallel.activation_checkpointing computes blocks twice, and {size}'s batch norm would count each "
+                "batch twice: leave it out"
+            )
+        if part.ema:
+            raise ValueError(
+                f"stages.finetune.ema averages weights, and {size}'s batch norm keeps the statistics of the others: "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _layer_groups_can_be_seen(self) -> Self:
         if self.log.layer_groups and self.parallel.strategy.startswith("zero"):
             raise ValueError(
@@ -203,12 +235,14 @@ ADDED_LATER = (
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """The recipe's fields, dotted, that decide what `stage` learns; a continued run must not change them."""
     flat = _flatten(recipe.at(stage).model_dump(mode="json"))
+    # a ViT learns the same at any size of the micro-batch; batch norm takes its mean and deviation over it
+    harmless = tuple(name for name in HARMLESS_IN_STAGE if recipe.model.is_vit or name != "micro_batch")
     kept = {}
     for path, value in flat.items():
         if any(path == h or path.startswith(f"{h}.") for h in HARMLESS):
             continue
         if path.startswith("stages.") and (
-            not path.startswith(f"stages.{stage}.") or path.removeprefix(f"stages.{stage}.") in HARMLESS_IN_STAGE
+            not path.startswith(f"stages.{stage}.") or path.removeprefix(f"stages.{stage}.") in harmless
         ):
             continue
         if path in ADDED_LATER and value is None:

@@ -1,4 +1,4 @@
-"""The Vision Transformer that a run trains, and the MAE's decoder: the recipe's part `model`."""
+"""The Vision Transformer that a run trains, and the MAE's decoder; or a ResNet: the recipe's part `model`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from livt_scale.errors import UsageError
 from livt_scale.recipe_work import RecipePart
 
 # width, depth, heads, patch size in px. vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
@@ -18,6 +19,14 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
     "vit_h": (1280, 32, 16, 14),
 }
 
+# residual blocks of the four stages: ResNet, arXiv 1512.03385, table 1; from 50 on a block is a bottleneck
+RESNETS: dict[str, tuple[int, int, int, int]] = {
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+}
+SMALL_STEM_UP_TO_PX = 64
+
 
 class Decoder(RecipePart):
     """The MAE's decoder, thrown away after pretraining."""
@@ -28,9 +37,14 @@ class Decoder(RecipePart):
 
 
 class Model(RecipePart):
-    """The Vision Transformer. A size gives width, depth, heads and patch; each can be set on its own."""
+    """The Vision Transformer. A size gives width, depth, heads and patch; each can be set on its own.
 
-    size: Literal["vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h"] = "vit_b"
+    Or a ResNet, to be trained from scratch with labels: it has a size, and nothing else of these.
+    """
+
+    size: Literal["vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet18", "resnet34", "resnet50"] = (
+        Field("vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1 and no pooling")
+    )
     width: PositiveInt | None = Field(None, description="None: from the size")
     depth: PositiveInt | None = Field(None, description="None: from the size")
     heads: PositiveInt | None = Field(None, description="None: from the size")
@@ -41,6 +55,8 @@ class Model(RecipePart):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if not self.is_vit:
+            return self
         width, _, heads, patch_px = self.dims
         if width % heads:
             raise ValueError(f"heads is {heads} and does not divide the width {width}")
@@ -52,9 +68,42 @@ class Model(RecipePart):
                 raise ValueError(f"{name} is {dim}: sine-cosine positions need a multiple of 4")
         return self
 
+    @model_validator(mode="after")
+    def _a_resnet_has_a_size_alone(self) -> Self:
+        given = [name for name in ("width", "depth", "heads", "patch_px") if getattr(self, name) is not None]
+        if given and not self.is_vit:
+            raise ValueError(
+                f"{' and '.join(given)} has no effect on size {self.size!r}: leave it out, or take a vit_*"
+            )
+        return self
+
+    @property
+    def is_vit(self) -> bool:
+        return self.size in MODEL_SIZES
+
+    @property
+    def stage_blocks(self) -> tuple[int, int, int, int]:
+        """A ResNet's residual blocks, by stage."""
+        return RESNETS[self.size]
+
+    @property
+    def has_bottlenecks(self) -> bool:
+        return self.size == "resnet50"
+
+    @property
+    def has_small_stem(self) -> bool:
+        return not self.is_vit and self.image_px <= SMALL_STEM_UP_TO_PX
+
+    @property
+    def num_branches(self) -> int:
+        """Residual branches, each with a coin of its own in stochastic depth: two a ViT's block, one a ResNet's."""
+        return 2 * self.dims[1] if self.is_vit else sum(self.stage_blocks)
+
     @property
     def dims(self) -> tuple[int, int, int, int]:
-        """(width, depth, heads, patch_px), what is set over what the size gives."""
+        """(width, depth, heads, patch_px) of a ViT, what is set over what the size gives. UsageError: it is none."""
+        if not self.is_vit:
+            raise UsageError(f"model.size is {self.size}, which has no patches", remedy="take a vit_* for this")
         width, depth, heads, patch_px = MODEL_SIZES[self.size]
         return self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px
 

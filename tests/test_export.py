@@ -51,6 +51,29 @@ def test_timm_builds_the_same_logits_from_the_folder_alone(tmp_path: Path, model
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_timm_builds_a_resnet_from_the_folder_alone_and_a_small_one_as_the_docs_say(tmp_path: Path) -> None:
+    for px in (65, 28):
+        recipe = tiny_recipe(size="resnet18", image_px=px)
+        live = tiny_run(tmp_path / f"run-{px}", recipe, steps=(40,))[40]
+        live.train()
+        for seed in (1, 2):  # statistics of its own
+            live(torch.randn(4, 1, px, px, generator=torch.Generator().manual_seed(seed)), torch.rand(4, 8))
+        out = tmp_path / f"out-{px}"
+        trained = load_trained(tmp_path / f"run-{px}")
+        trained.model.load_state_dict(live.state_dict())
+        export.write_export(trained, out)
+        read_back, _ = export.load_export(out)
+        assert torch.equal(logits(read_back, recipe), logits(live, recipe))
+        assert torch.equal(logits(export.timm_network(out, recipe.model), recipe), logits(live, recipe))
+        if px == 65:
+            assert torch.equal(
+                logits(timm.create_model(f"local-dir:{out}", pretrained=True), recipe), logits(live, recipe)
+            )
+        else:  # another stem than timm makes: loud, never other logits
+            with pytest.raises(RuntimeError, match="conv1"):
+                timm.create_model(f"local-dir:{out}", pretrained=True)
+
+
 def test_timm_knows_size_pixels_and_classes(tmp_path: Path) -> None:
     tiny_run(tmp_path / "run", tiny_recipe(), steps=(40,))
     export.export_run(tmp_path / "run", tmp_path / "out")

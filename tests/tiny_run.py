@@ -25,6 +25,9 @@ CLASS_COUNTS = (300, 120, 20, 3)
 
 def tiny_recipe(*, train: Path | str = "train", val: Path | str | None = None, **model: Any) -> Recipe:
     """Grey images of 28 px and the smallest transformer, as quick as it gets."""
+    is_resnet = str(model.get("size", "")).startswith("resnet")
+    usual = {} if is_resnet else {"size": "vit_micro", "depth": 2}
+    finetune = {"init": "scratch", "epochs": 20, "global_batch": 8, "micro_batch": 8}
     return Recipe.model_validate(
         {
             "name": "tiny",
@@ -35,8 +38,8 @@ def tiny_recipe(*, train: Path | str = "train", val: Path | str | None = None, *
                 "std": [0.25] * model.get("channels", 1),
                 "workers": 0,
             },
-            "model": {"size": "vit_micro", "depth": 2, "image_px": 28, "channels": 1} | model,
-            "stages": {"finetune": {"init": "scratch", "epochs": 20, "global_batch": 8, "micro_batch": 8}},
+            "model": {**usual, "image_px": 28, "channels": 1} | model,
+            "stages": {"finetune": finetune | ({"layer_decay": 1.0} if is_resnet else {})},
         }
     )
 
@@ -79,7 +82,9 @@ def tiny_run(
     with Saver(run_dir / "finetune" / "checkpoints", mode="sync", retention=Retention(keep_last=9)) as saver:
         for step in steps:
             models[step] = tiny_classifier(recipe, num_classes=len(class_names), seed=step)
-            groups = param_groups(models[step], weight_decay=0.05, layer_decay=0.75, depth=recipe.model.dims[1])
+            is_vit = recipe.model.is_vit
+            decay, depth = (0.75, recipe.model.dims[1]) if is_vit else (None, 0)
+            groups = param_groups(models[step], weight_decay=0.05, layer_decay=decay, depth=depth)
             saver.save(
                 collect(models[step], make_adamw(groups, betas=(0.9, 0.99))),
                 position=Position(epoch=step // 20, step=step),

@@ -22,6 +22,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import UsageError
 from livt_scale.export import evaluation_set, is_export
 from livt_scale.metrics import Tally
+from livt_scale.models.classifier import head_name
 from livt_scale.parallel import precision
 from livt_scale.recipe import Recipe
 from livt_scale.reports.held_out import SEED, half_rows
@@ -58,7 +59,7 @@ def says(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: int = BAT
 def features(trained: Trained, shards: ShardSet, *, batch: int = BATCH) -> Said:
     """What the head of `trained` is given: values [N, D]."""
     body = copy.deepcopy(trained.model)
-    body.head = nn.Identity()
+    setattr(body, head_name(body), nn.Identity())
     return says(body, shards, trained.recipe, batch=batch)
 
 

@@ -29,6 +29,7 @@ from livt_scale.data.policy import ClassOrder
 from livt_scale.errors import RunError, UsageError
 from livt_scale.export import check_target, is_export, open_trained, write_export
 from livt_scale.losses import make_loss, soft_targets
+from livt_scale.models.classifier import head_name
 from livt_scale.train.evaluate import check_same_classes, data_lineage
 from livt_scale.train.finished import Trained
 
@@ -96,7 +97,7 @@ def retrain_head(
     check_same_classes(shards, trained.classes)
     head, steps = retrained(held_out.features(trained, shards), len(trained.classes.names), settings)
     model = copy.deepcopy(trained.model)
-    model.head.load_state_dict(head.state_dict())
+    getattr(model, head_name(model)).load_state_dict(head.state_dict())
     made = {
         "method": "crt", **asdict(settings), "steps": steps, "sampling": "class_balanced", "loss": "ce",
         "trained_on": data_lineage(shards)["manifest_digest"],
@@ -113,7 +114,8 @@ def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None)
     said = held_out.features(trained, shards)
     about = (said.labels, trained.classes, trained.recipe)
     with torch.inference_mode():
-        before, after = trained.model.head(said.values), head(said.values)
+        old = getattr(trained.model, head_name(trained.model))
+        before, after = old(said.values), head(said.values)
     return {
         "before": held_out.figures(before, *about)["top1"],
         "after": held_out.figures(after, *about)["top1"],

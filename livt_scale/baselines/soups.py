@@ -28,7 +28,7 @@ from livt_scale.checkpoint.manifest import MANIFEST, differences
 from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import CheckpointMismatch, RunError, UsageError
 from livt_scale.export import check_target, open_trained, write_export
-from livt_scale.models.classifier import Classifier
+from livt_scale.models.classifier import AnyClassifier
 from livt_scale.recipe import digest
 from livt_scale.train.finished import Trained, Weights, read_trained
 
@@ -41,7 +41,7 @@ class Member:
     trained: Trained
 
 
-def mean_of(models: Sequence[Classifier]) -> Classifier:
+def mean_of(models: Sequence[AnyClassifier]) -> AnyClassifier:
     """A classifier whose every tensor is the mean of the models', summed in float64."""
     states = [model.state_dict() for model in models]
     mean: dict[str, Tensor] = {}
@@ -74,6 +74,12 @@ def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weight
             members.append(Member(place, trained))
     if len(members) < 2:
         raise UsageError("a soup has at least two members", remedy="give more paths, or --all-checkpoints")
+    if not members[0].trained.recipe.model.is_vit:
+        raise UsageError(
+            f"{members[0].path} is a {members[0].trained.recipe.model.size}: for the mean of weights, batch norm's "
+            "statistics would have to be counted anew, which is not offered",
+            remedy="make soups of ViTs",
+        )
     for other in members[1:]:
         _check_alike(members[0], other)
     return members

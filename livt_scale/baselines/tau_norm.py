@@ -23,6 +23,7 @@ from torch import Tensor
 from livt_scale.baselines import held_out
 from livt_scale.errors import UsageError
 from livt_scale.export import check_target, open_trained, write_export
+from livt_scale.models.classifier import head_name
 
 TAUS = tuple(k / 10 for k in range(21))
 
@@ -54,7 +55,8 @@ def tau_normalise(
     said = held_out.features(trained, shards)
     rows = held_out.halves(said.labels)
     choosing, reporting = (said.rows(part) for part in rows)
-    head = trained.model.head
+    name = head_name(trained.model)
+    head = getattr(trained.model, name)
     bias = head.bias.detach()
 
     def logits(values: Tensor, tau: float) -> Tensor:
@@ -70,9 +72,10 @@ def tau_normalise(
     as_trained = reporting.values @ head.weight.detach().T + bias
     model = copy.deepcopy(trained.model)
     with torch.no_grad():
-        model.head.weight.copy_(normalised(head.weight, best))
+        new_head = getattr(model, name)
+        new_head.weight.copy_(normalised(head.weight, best))
         if not keep_bias:
-            model.head.bias.zero_()
+            new_head.bias.zero_()
     halves = held_out.about_halves(shards, *rows)
     made = {"method": "tau-norm", "tau": best, "bias": "kept" if keep_bias else "dropped", "held_out": halves}
     write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out)

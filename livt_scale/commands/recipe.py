@@ -18,7 +18,7 @@ import typer
 from livt_scale.errors import LivtError
 
 if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does without
-    from livt_scale.recipe import Recipe
+    from livt_scale.recipe import Model, Recipe
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or describe recipes.")
 
@@ -117,15 +117,24 @@ def summary(recipe: Recipe) -> str:
 
 def derived(recipe: Recipe) -> list[str]:
     """What follows from the recipe's numbers, each with its arithmetic."""
-    width, depth, heads, patch_px = recipe.model.dims
-    lines = [f"model: width {width}, depth {depth}, heads {heads}, patch {patch_px} px"]
-    lines.append(f"patches: {recipe.model.num_patches} = ({recipe.model.image_px} / {patch_px})^2")
+    lines = _model_lines(recipe.model)
     for name in recipe.stage_names:
         stage, model = recipe.stage(name), recipe.at(name).model
         if model.image_px != recipe.model.image_px:
-            lines.append(f"{name} patches: {model.num_patches} = ({model.image_px} / {patch_px})^2")
+            lines.append(f"{name} patches: {model.num_patches} = ({model.image_px} / {model.dims[3]})^2")
         lines.append(f"{name} peak lr: {stage.peak_lr:g} = {stage.base_lr:g} * {stage.global_batch} / 256")
     return lines
+
+
+def _model_lines(model: Model) -> list[str]:
+    if not model.is_vit:
+        stem = "3x3, stride 1" if model.has_small_stem else "7x7, stride 2, max pooling"
+        return [f"model: {model.size}, blocks {' + '.join(map(str, model.stage_blocks))}, stem {stem}"]
+    width, depth, heads, patch_px = model.dims
+    return [
+        f"model: width {width}, depth {depth}, heads {heads}, patch {patch_px} px",
+        f"patches: {model.num_patches} = ({model.image_px} / {patch_px})^2",
+    ]
 
 
 def file_schema() -> dict[str, Any]:

@@ -59,7 +59,9 @@ class Loading:
 def batch_bytes(recipe: Recipe, micro_batch: int) -> int:
     """Bytes of one micro-batch as it crosses from a loader process: images, masking noise or stochastic depth."""
     model = recipe.model
-    return micro_batch * (model.image_px**2 * model.channels + 4 * max(model.num_patches, 2 * model.dims[1]) + 64)
+    return micro_batch * (
+        model.image_px**2 * model.channels + 4 * max(model.num_patches if model.is_vit else 0, model.num_branches) + 64
+    )
 
 
 def as_told(data: Data, *, micro_batch_bytes: int) -> Loading:

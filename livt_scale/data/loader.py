@@ -338,7 +338,7 @@ class _TrainDataset(_Dataset):
             return {"noise": self._uniforms(batch.epoch, keys, model.num_patches, "noise")}
         drawn = {}
         if part.drop_path:
-            drawn["drop"] = self._uniforms(batch.epoch, keys, 2 * model.dims[1], "drop")
+            drawn["drop"] = self._uniforms(batch.epoch, keys, model.num_branches, "drop")
         if part.mixes:
             drawn["lam"], drawn["box"] = draw_mix(
                 part, keys[0::2], seed=self.recipe.seed, epoch=batch.epoch, image_px=model.image_px

@@ -20,8 +20,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from livt_scale.errors import CheckpointMismatch
+from livt_scale.models.drop_path import DropPath
 from livt_scale.models.mae import reset_encoder
 from livt_scale.models.positions import on_grid
+from livt_scale.models.resnet import ResNetClassifier
 from livt_scale.models.sizes import LAYER_NORM, vit_args
 from livt_scale.recipe import Model
 
@@ -40,34 +42,15 @@ class LoadReport:
     resized: tuple[str, ...] = ()
 
 
-def build_classifier(model: Model, *, num_classes: int, drop_path: float) -> Classifier:
+def build_classifier(model: Model, *, num_classes: int, drop_path: float) -> AnyClassifier:
     """The classifier of a recipe's `model`, freshly initialised from torch's global generator."""
-    return Classifier(model, num_classes=num_classes, drop_path=drop_path)
+    kind = Classifier if model.is_vit else ResNetClassifier
+    return kind(model, num_classes=num_classes, drop_path=drop_path)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth of one residual branch: a sample's branch is 0, or scaled by 1 / keep. Identity in evaluation.
-
-    `uniforms` `[B]` is set before each forward pass and stays until the next, for activation checkpointing runs the
-    branch a second time during the backward pass.
-    """
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-        self.uniforms: Tensor | None = None
-
-    def forward(self, branch: Tensor) -> Tensor:  # [B, tokens, D]
-        if not self.training or self.rate == 0:
-            return branch
-        keep = 1 - self.rate
-        assert self.uniforms is not None, "stochastic depth in training needs `drop`"
-        assert len(self.uniforms) == len(branch), (self.uniforms.shape, branch.shape)
-        scale = (self.uniforms < keep).to(branch.dtype) / keep
-        return branch * scale.view(-1, 1, 1)
-
-    def extra_repr(self) -> str:
-        return f"rate={self.rate:.3f}"
+def head_name(classifier: nn.Module) -> str:
+    """What timm calls the last linear layer of `classifier`: "head" of a ViT, "fc" of a ResNet."""
+    return "fc" if isinstance(classifier, ResNetClassifier) else "head"
 
 
 class Classifier(VisionTransformer):
@@ -96,6 +79,9 @@ class Classifier(VisionTransformer):
             for k, block in enumerate(self.blocks):
                 block.drop_path1.uniforms, block.drop_path2.uniforms = drop[:, 2 * k], drop[:, 2 * k + 1]
         return self.forward_head(self.forward_features(images))
+
+
+AnyClassifier = Classifier | ResNetClassifier
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from livt_scale.parallel.around import Around
 from livt_scale.parallel.state import AVERAGE, plain_name
 from livt_scale.parallel.strategy import Strategy, Update
 from livt_scale.recipe import Ema
@@ -43,12 +44,12 @@ def decay_at(updates: int, ema: Ema) -> float:
     return min(ema.decay, (1 + updates) / (10 + updates)) if ema.warmup else ema.decay
 
 
-class Averaged:
+class Averaged(Around):
     """A `Strategy`: all of the inner one's, and the average of its trained weights. It begins as their copy."""
 
     def __init__(self, strategy: Strategy, ema: Ema) -> None:
-        self._inner, self._ema = strategy, ema
-        self.name, self.model, self.lockstep = strategy.name, strategy.model, strategy.lockstep
+        super().__init__(strategy)
+        self._ema = ema
         self._weights = {plain_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         assert "updates" not in self._weights, "a weight has the name of the count"
         self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
@@ -98,24 +99,6 @@ class Averaged:
 
     def held_bytes(self) -> int:
         return self._inner.held_bytes() + sum(tensor.nbytes for tensor in _locals(self._average))
-
-    def call(self, *inputs: Any, last: bool) -> Any:
-        return self._inner.call(*inputs, last=last)
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._inner.backward(loss, last=last)
-
-    def discard(self) -> None:
-        self._inner.discard()
-
-    def infer(self, *inputs: Any, **named: Any) -> Any:
-        return self._inner.infer(*inputs, **named)
-
-    def scaler(self) -> dict[str, float] | None:
-        return self._inner.scaler()
-
-    def set_scaler(self, saved: dict[str, float] | None) -> None:
-        self._inner.set_scaler(saved)
 
 
 def _locals(tensors: dict[str, Any]) -> list[Tensor]:

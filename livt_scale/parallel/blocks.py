@@ -1,4 +1,4 @@
-"""What is done to a Vision Transformer block by block, under every strategy: recomputing, compiling.
+"""What is done to a network block by block, under every strategy: recomputing, compiling.
 
 The blocks are changed in place: no wrapper, so no name changes.
 """
@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from timm.models.resnet import BasicBlock, Bottleneck
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks of encoder and decoder, in the order in which they are called."""
-    return (module for module in model.modules() if isinstance(module, Block))
+    """The transformer blocks of encoder and decoder, or a ResNet's residual ones, in the order of their calls."""
+    return (module for module in model.modules() if isinstance(module, Block | BasicBlock | Bottleneck))
 
 
 def prepare_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:

@@ -18,7 +18,8 @@ from livt_scale.parallel.updates import TorchUpdates, Updates
 from livt_scale.recipe import Parallel
 
 LOOK_EVERY = 5  # steps between two looks at what DDP has measured: a look takes a tenth of a millisecond
-# Our buffers are constants (positions): not to be sent at every forward. torch 2.14 gave the option a new name.
+# Not to be sent at every forward: batch norm's statistics are made alike at each update (`parallel.statistics`), and no
+# other buffer changes. torch 2.14 gave the option a new name.
 _NAMES = inspect.signature(DistributedDataParallel).parameters
 _OWN_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False

@@ -87,9 +87,16 @@ def make_strategy(
 ) -> Strategy:
     """`model` (the same on every rank, on the CPU) under the recipe's strategy, with its AdamW. A collective call."""
     from livt_scale.parallel.blocks import prepare_blocks
+    from livt_scale.parallel.statistics import with_statistics
 
     name = choose(parallel, model, world=world)
     prepare_blocks(model, recompute=parallel.activation_checkpointing, compiled=parallel.compile)
+    return with_statistics(_engine(name, parallel, model, groups, betas=betas, world=world), world=world)
+
+
+def _engine(
+    name: str, parallel: Parallel, model: nn.Module, groups: Groups, *, betas: tuple[float, float], world: World
+) -> Strategy:
     if name == "ddp":
         from livt_scale.parallel.ddp import Ddp
 

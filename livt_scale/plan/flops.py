@@ -69,11 +69,39 @@ def mae_flops(model: Model, *, mask_ratio: float) -> Flops:
 
 
 def classifier_flops(model: Model, *, num_classes: int) -> Flops:
+    if not model.is_vit:
+        return _resnet_flops(model, num_classes=num_classes)
     width, depth, _, patch_px = model.dims
     tokens = 1 + model.num_patches
     embed = _product(model.num_patches, patch_px**2 * model.channels, width)
     rest = _blocks(tokens, width=width, depth=depth) + _product(1, width, num_classes)
     return _both_ways(embed, rest, _recomputed(tokens, width=width, depth=depth))
+
+
+def _resnet_flops(model: Model, *, num_classes: int) -> Flops:
+    """Convolutions and head; a block's first is strided in a BasicBlock, its second in a bottleneck, as timm's."""
+    px = model.image_px if model.has_small_stem else -(-model.image_px // 2)
+    stem = _convolution(px, 3 if model.has_small_stem else 7, model.channels, 64)
+    px = px if model.has_small_stem else -(-px // 2)  # max pooling
+    rest, inner = 0, 64
+    for stage, blocks in enumerate(model.stage_blocks):
+        planes = 64 * 2**stage
+        outer = 4 * planes if model.has_bottlenecks else planes
+        for block in range(blocks):
+            before, px = px, -(-px // 2) if stage and not block else px
+            if model.has_bottlenecks:
+                rest += _convolution(before, 1, inner, planes)
+                rest += _convolution(px, 3, planes, planes) + _convolution(px, 1, planes, outer)
+            else:
+                rest += _convolution(px, 3, inner, planes) + _convolution(px, 3, planes, planes)
+            if before != px or inner != outer:
+                rest += _convolution(px, 1, inner, outer)
+            inner = outer
+    return _both_ways(stem, rest + _product(1, inner, num_classes), 0)
+
+
+def _convolution(px: int, kernel: int, inner: int, outer: int) -> int:
+    return _product(px**2, kernel**2 * inner, outer)
 
 
 def _both_ways(embed: int, rest: int, recomputed: int) -> Flops:

@@ -25,7 +25,7 @@ _IN_BOTH_STAGES = (
     "crop_scale",
     "flip",
 )
-_IN_FINETUNE = ("layer_decay", "drop_path", "rand_augment", "random_erasing", "smoothing")
+_IN_FINETUNE = ("micro_batch", "layer_decay", "drop_path", "rand_augment", "random_erasing", "smoothing")
 ALLOWABLE = (
     "data.many_over",
     "data.few_under",

@@ -15,7 +15,7 @@ from livt_scale.data.loader import Batch, apply_mix, normalise
 from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import RunError, UsageError, WeightsError
 from livt_scale.losses import make_loss, soft_targets
-from livt_scale.models.classifier import Classifier, build_classifier, load_encoder
+from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.parallel.averaged import Averaged
 from livt_scale.parallel.strategy import Strategy
 from livt_scale.parallel.topology import World
@@ -34,8 +34,10 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     model, origin = initial_classifier(recipe, num_classes=train.num_classes, run_dir=run_dir)
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        depth = recipe.model.dims[1]
-        return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=part.layer_decay, depth=depth)
+        is_vit = recipe.model.is_vit
+        depth = recipe.model.dims[1] if is_vit else 0
+        decay = part.layer_decay if is_vit else None
+        return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=decay, depth=depth)
 
     return Task(
         part,
@@ -49,7 +51,9 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     )
 
 
-def initial_classifier(recipe: Recipe, *, num_classes: int, run_dir: Path) -> tuple[Classifier, dict[str, Any] | None]:
+def initial_classifier(
+    recipe: Recipe, *, num_classes: int, run_dir: Path
+) -> tuple[AnyClassifier, dict[str, Any] | None]:
     """The classifier before its first step, and the lineage of its encoder (None: from the seed)."""
     part = recipe.stages.finetune
     assert part is not None
@@ -58,6 +62,7 @@ def initial_classifier(recipe: Recipe, *, num_classes: int, run_dir: Path) -> tu
         model = build_classifier(recipe.model, num_classes=num_classes, drop_path=part.drop_path)
     if part.init == "scratch":
         return model, None
+    assert isinstance(model, Classifier), "the recipe has a ResNet begin from scratch"
     if part.init == "weights":
         assert part.weights is not None
         return model, _start_elsewhere(model, Path(part.weights), recipe, keep_head=part.keep_head)

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from livt_scale.checkpoint import store
 from livt_scale.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
-from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.models.classifier import AnyClassifier, build_classifier
 from livt_scale.parallel.state import AVERAGE, collect
 from livt_scale.recipe import STAGES, Recipe, Stage
 from livt_scale.train.evaluate import TrainingClasses, weights_lineage
@@ -35,7 +35,7 @@ Weights = Literal["raw", "ema"]
 class Trained:
     """A classifier on the CPU in evaluation mode, with all that is needed to use it and to say where it comes from."""
 
-    model: Classifier
+    model: AnyClassifier
     recipe: Recipe
     classes: TrainingClasses
     weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
@@ -73,7 +73,7 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     return Trained(model, recipe, classes, lineage, facts["learnt_from"])
 
 
-def _take_average(model: Classifier, recipe: Recipe, path: Path) -> dict[str, Any]:
+def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str, Any]:
     """Fill `model` with the average in `path`; how it was kept. A weight that was not trained is its own average."""
     part = recipe.stages.finetune
     if part is None or part.ema is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.")
+RESIDUAL = re.compile(r"layer(\d+)\.(\d+)\.")  # of a ResNet
 NAMES = ("grad_norm", "weight_norm", "update_ratio")
 
 
@@ -26,11 +27,13 @@ def group_of(name: str) -> str:
     """The layer group of a parameter of either network, by its plain name."""
     if block := BLOCK.match(name):
         return f"{block[1] or ''}block_{int(block[2]):02d}"
+    if block := RESIDUAL.match(name):
+        return f"layer_{block[1]}_block_{int(block[2]):02d}"
     if name.startswith(("decoder_embed.", "mask_token")):
         return "decoder_embed"
     if name.startswith(("decoder_norm.", "decoder_pred.")):
         return "decoder_pred"
-    if name.startswith(("fc_norm.", "head.")):
+    if name.startswith(("fc_norm.", "head.", "fc.")):
         return "head"
     return "norm" if name.startswith("norm.") else "embed"
 

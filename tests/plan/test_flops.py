@@ -66,6 +66,17 @@ def test_a_fine_tuning_step_has_the_flops_of_the_formula(name, recompute):
     assert (formula.hardware if recompute else formula.train) == pytest.approx(measured, rel=0.02)
 
 
+@pytest.mark.parametrize("px", [28, 33, 65, 70])
+@pytest.mark.parametrize("size", ["resnet18", "resnet34", "resnet50"])
+def test_a_resnets_step_has_the_flops_of_the_formula(size, px):
+    model = Model(size=size, image_px=px)
+    network = build_classifier(model, num_classes=100, drop_path=0.0)
+    batch, formula = images(model), flops.classifier_flops(model, num_classes=100)
+    assert formula.forward == counted(lambda: network(batch))
+    assert formula.train == counted(lambda: network(batch).sum().backward())
+    assert formula.hardware == formula.train
+
+
 def test_a_recipe_says_whether_blocks_are_computed_again():
     for stage in ("pretrain", "finetune"):
         plain = flops.stage_flops(load_recipe(QUICKSTART), stage, num_classes=10)

@@ -1,0 +1,81 @@
+"""A ResNet with labels alone, from scratch: what a ViT is compared with on long-tailed data. timm's, under its names.
+
+    image_px > 64   7x7 convolution of stride 2, then max pooling (the paper's, for ImageNet); the grid is px / 32
+    image_px <= 64  3x3 convolution of stride 1 and no pooling, as is usual for CIFAR; the grid is px / 8
+
+timm has no option for the second: its first convolution and its pooling are replaced, and keep their names.
+Initialisation is timm's: the last norm of each residual branch begins at 0. Stochastic depth is the caller's, as in
+`models.classifier`: `drop[b, k]` decides block k for image b.
+
+In training, batch norm looks at one rank's micro-batch. So what is learnt depends on its size, and with it on the
+number of ranks. The running statistics are kept alike on all ranks by `parallel.statistics`.
+
+Source: ResNet, arXiv 1512.03385 (section 4.2 for CIFAR); the last norm at 0, arXiv 1706.02677, section 5.1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import Tensor, nn
+
+from livt_scale.models.drop_path import DropPath
+from livt_scale.recipe import Model
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """torch's, whose weights may lie in a lower precision than its statistics (a sharded strategy gathers them so)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.num_batches_tracked is not None
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        kind = self.running_mean.dtype
+        weight, bias = self.weight.to(kind), self.bias.to(kind)  # no copy where they agree
+        momentum = self.momentum or 0.0
+        return F.batch_norm(input, self.running_mean, self.running_var, weight, bias, self.training, momentum, self.eps)
+
+
+class ResNetClassifier(ResNet):
+    """Logits of images. In training with a drop path above 0, `forward` needs `drop`."""
+
+    def __init__(self, model: Model, *, num_classes: int, drop_path: float) -> None:
+        block, layers = (Bottleneck if model.has_bottlenecks else BasicBlock), model.stage_blocks
+        super().__init__(
+            block, layers, num_classes=num_classes, in_chans=model.channels, norm_layer=BatchNorm2d, zero_init_last=True
+        )
+        if model.has_small_stem:
+            use_small_stem(self)
+        blocks = residual_blocks(self)
+        for k, one in enumerate(blocks):
+            one.drop_path = DropPath(drop_path * k / max(len(blocks) - 1, 1))  # linear over depth, as timm
+        self.drop_path = drop_path
+
+    def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
+        """Images float `[B, C, H, W]` to logits `[B, num_classes]`.
+
+        `drop`: uniform numbers in [0, 1) `[B, blocks]`, of use in training alone.
+        """
+        if self.training and self.drop_path > 0:
+            assert drop is not None, "a classifier with drop path needs `drop` in training, or eval()"
+            blocks = residual_blocks(self)
+            assert drop.shape == (len(images), len(blocks)), (tuple(drop.shape), len(blocks))
+            for k, one in enumerate(blocks):
+                one.drop_path.uniforms = drop[:, k]
+        logits: Tensor = self.forward_head(self.forward_features(images))
+        return logits
+
+
+def residual_blocks(network: nn.Module) -> list[Any]:
+    """In the order in which they are called."""
+    return [module for module in network.modules() if isinstance(module, BasicBlock | Bottleneck)]
+
+
+def use_small_stem(network: ResNet) -> None:
+    """Give `network`, timm's plain ResNet, the stem for images up to 64 px, in place and newly initialised."""
+    network.conv1 = nn.Conv2d(network.in_chans, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's init_weights
+    network.maxpool = nn.Identity()
