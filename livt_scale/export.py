@@ -35,6 +35,7 @@ from livt_scale.models.sizes import vit_args
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
 from livt_scale.recipe_file import load_recipe
+from livt_scale.recipe_model import USUAL_FIRST_WIDTH
 from livt_scale.train.evaluate import BATCH, TrainingClasses, evaluate
 from livt_scale.train.finished import Trained, Weights, load_trained
 from livt_scale.train.outputs import About, Outputs, gather, logit_scale
@@ -51,6 +52,7 @@ TIMM_NAMES = {
     "vit_b": "vit_base_patch16_224",
     "vit_l": "vit_large_patch16_224",
     "vit_h": "vit_huge_patch14_224",
+    "resnet_micro": "resnet18",  # with other arguments
     "resnet18": "resnet18",
     "resnet34": "resnet34",
     "resnet50": "resnet50",
@@ -227,15 +229,23 @@ def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:
 
 def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:
     """timm's arguments cannot say the small stem: `timm_network` tells how the weights are read then."""
-    width = 2048 if model.has_bottlenecks else 512
-    return {"num_features": width, "model_args": {"in_chans": model.channels}}, "conv1", "fc"
+    width = model.stage_widths[-1] * (4 if model.has_bottlenecks else 1)
+    return {"num_features": width, "model_args": _resnet_args(model)}, "conv1", "fc"
+
+
+def _resnet_args(model: Model) -> dict[str, Any]:
+    """What timm's network of the same name is not by itself."""
+    args: dict[str, Any] = {"in_chans": model.channels}
+    if model.stage_widths[0] != USUAL_FIRST_WIDTH:
+        args |= {"layers": list(model.stage_blocks), "channels": list(model.stage_widths)}
+    return args
 
 
 def timm_network(folder: Path, shape: Model) -> nn.Module:
     """timm's network with the weights in `folder`, from that folder alone, in evaluation mode.
 
     A ResNet for images up to 64 px is timm's with another stem, which no argument of timm's makes (1.0.31): asked for
-    "local-dir:", timm refuses the shape of `conv1`. Two lines replace the stem (`models.resnet.use_small_stem`).
+    "local-dir:", timm refuses the shape of `conv1`. A few lines replace the stem (`models.resnet.use_small_stem`).
     """
     import timm
 
@@ -243,8 +253,8 @@ def timm_network(folder: Path, shape: Model) -> nn.Module:
         network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
         return network.eval()
     tensors = load_file(folder / WEIGHTS)
-    network = timm.create_model(TIMM_NAMES[shape.size], in_chans=shape.channels, num_classes=len(tensors["fc.bias"]))
-    use_small_stem(network)
+    network = timm.create_model(TIMM_NAMES[shape.size], num_classes=len(tensors["fc.bias"]), **_resnet_args(shape))
+    use_small_stem(network, shape.stage_widths[0])
     network.load_state_dict(tensors)
     return network.eval()
 

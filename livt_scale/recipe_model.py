@@ -19,12 +19,16 @@ MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
     "vit_h": (1280, 32, 16, 14),
 }
 
-# residual blocks of the four stages: ResNet, arXiv 1512.03385, table 1; from 50 on a block is a bottleneck
+# residual blocks of the four stages: ResNet, arXiv 1512.03385, table 1; from 50 on a block is a bottleneck.
+# resnet_micro is ours, for images of 28 to 32 px: about as many weights as vit_micro has
 RESNETS: dict[str, tuple[int, int, int, int]] = {
+    "resnet_micro": (1, 1, 1, 1),
     "resnet18": (2, 2, 2, 2),
     "resnet34": (3, 4, 6, 3),
     "resnet50": (3, 4, 6, 3),
 }
+FIRST_WIDTH = {"resnet_micro": 20}  # channels of the first stage; each next one has twice as many
+USUAL_FIRST_WIDTH = 64
 SMALL_STEM_UP_TO_PX = 64
 
 
@@ -42,9 +46,9 @@ class Model(RecipePart):
     Or a ResNet, to be trained from scratch with labels: it has a size, and nothing else of these.
     """
 
-    size: Literal["vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet18", "resnet34", "resnet50"] = (
-        Field("vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1 and no pooling")
-    )
+    size: Literal[
+        "vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet_micro", "resnet18", "resnet34", "resnet50"
+    ] = Field("vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1, no pooling")  # fmt: skip
     width: PositiveInt | None = Field(None, description="None: from the size")
     depth: PositiveInt | None = Field(None, description="None: from the size")
     heads: PositiveInt | None = Field(None, description="None: from the size")
@@ -75,6 +79,11 @@ class Model(RecipePart):
             raise ValueError(
                 f"{' and '.join(given)} has no effect on size {self.size!r}: leave it out, or take a vit_*"
             )
+        if self.size in FIRST_WIDTH and not self.has_small_stem:
+            raise ValueError(
+                f"image_px is {self.image_px}, and {self.size} is for images up to {SMALL_STEM_UP_TO_PX} px: "
+                "take resnet18, or smaller images"
+            )
         return self
 
     @property
@@ -85,6 +94,12 @@ class Model(RecipePart):
     def stage_blocks(self) -> tuple[int, int, int, int]:
         """A ResNet's residual blocks, by stage."""
         return RESNETS[self.size]
+
+    @property
+    def stage_widths(self) -> tuple[int, int, int, int]:
+        """A ResNet's channels by stage, inside of a block; a bottleneck gives out four times as many."""
+        first = FIRST_WIDTH.get(self.size, USUAL_FIRST_WIDTH)
+        return first, 2 * first, 4 * first, 8 * first
 
     @property
     def has_bottlenecks(self) -> bool:

@@ -52,14 +52,14 @@ def test_timm_builds_the_same_logits_from_the_folder_alone(tmp_path: Path, model
 
 
 def test_timm_builds_a_resnet_from_the_folder_alone_and_a_small_one_as_the_docs_say(tmp_path: Path) -> None:
-    for px in (65, 28):
-        recipe = tiny_recipe(size="resnet18", image_px=px)
-        live = tiny_run(tmp_path / f"run-{px}", recipe, steps=(40,))[40]
+    for size, px in (("resnet18", 65), ("resnet18", 28), ("resnet_micro", 28)):
+        recipe, run_dir = tiny_recipe(size=size, image_px=px), tmp_path / f"run-{size}-{px}"
+        live = tiny_run(run_dir, recipe, steps=(40,))[40]
         live.train()
         for seed in (1, 2):  # statistics of its own
             live(torch.randn(4, 1, px, px, generator=torch.Generator().manual_seed(seed)), torch.rand(4, 8))
-        out = tmp_path / f"out-{px}"
-        trained = load_trained(tmp_path / f"run-{px}")
+        out = tmp_path / f"out-{size}-{px}"
+        trained = load_trained(run_dir)
         trained.model.load_state_dict(live.state_dict())
         export.write_export(trained, out)
         read_back, _ = export.load_export(out)

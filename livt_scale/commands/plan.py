@@ -46,6 +46,11 @@ def plan(
     from livt_scale.recipe_file import load_recipe
 
     loaded = load_recipe(recipe, sets=sets or ())
+    if not loaded.model.is_vit:
+        raise UsageError(
+            f"{recipe}: model.size is {loaded.model.size}, and a plan reckons the memory of ViTs alone",
+            remedy="take a vit_*, or train a few steps: metrics.jsonl has their time and memory",
+        )
     kind = accelerator(device)
     assumed, changed = _assumptions(assume or [], mfu=mfu, calibrate=calibrate)
     data = _data_set(loaded, assumed, images=images, classes=classes)

@@ -16,7 +16,7 @@ DEVICE, MFU = "h100", 0.35
 
 
 def reproduce(
-    claim: Annotated[str, typer.Argument(help="two-stages, losses, reconstruction, size, or all.")],
+    claim: Annotated[str, typer.Argument(help="balance, two-stages, losses, reconstruction, size, or all.")],
     on: Annotated[str, typer.Option(help="Data and size: fashion_mnist_lt, fashion_mnist_lt_if10, imagenet_lt.")] = (
         "fashion_mnist_lt"
     ),

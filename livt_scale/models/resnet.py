@@ -3,7 +3,8 @@
     image_px > 64   7x7 convolution of stride 2, then max pooling (the paper's, for ImageNet); the grid is px / 32
     image_px <= 64  3x3 convolution of stride 1 and no pooling, as is usual for CIFAR; the grid is px / 8
 
-timm has no option for the second: its first convolution and its pooling are replaced, and keep their names.
+timm has no option for the second: its first convolution and its pooling are replaced, and keep their names. Nor has it
+one for a first stage that is not 64 wide, as resnet_micro's: the norm and the block behind the stem are replaced too.
 Initialisation is timm's: the last norm of each residual branch begins at 0. Stochastic depth is the caller's, as in
 `models.classifier`: `drop[b, k]` decides block k for image b.
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from livt_scale.models.drop_path import DropPath
 from livt_scale.recipe import Model
+from livt_scale.recipe_model import USUAL_FIRST_WIDTH
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -45,10 +47,11 @@ class ResNetClassifier(ResNet):
     def __init__(self, model: Model, *, num_classes: int, drop_path: float) -> None:
         block, layers = (Bottleneck if model.has_bottlenecks else BasicBlock), model.stage_blocks
         super().__init__(
-            block, layers, num_classes=num_classes, in_chans=model.channels, norm_layer=BatchNorm2d, zero_init_last=True
-        )
+            block, layers, num_classes=num_classes, in_chans=model.channels, channels=model.stage_widths,
+            norm_layer=BatchNorm2d, zero_init_last=True,
+        )  # fmt: skip
         if model.has_small_stem:
-            use_small_stem(self)
+            use_small_stem(self, model.stage_widths[0])
         blocks = residual_blocks(self)
         for k, one in enumerate(blocks):
             one.drop_path = DropPath(drop_path * k / max(len(blocks) - 1, 1))  # linear over depth, as timm
@@ -74,8 +77,15 @@ def residual_blocks(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if isinstance(module, BasicBlock | Bottleneck)]
 
 
-def use_small_stem(network: ResNet) -> None:
-    """Give `network`, timm's plain ResNet, the stem for images up to 64 px, in place and newly initialised."""
-    network.conv1 = nn.Conv2d(network.in_chans, 64, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as timm's init_weights
+def use_small_stem(network: ResNet, width: int) -> None:
+    """Give `network`, timm's plain ResNet, the stem for images up to 64 px, in place and newly initialised.
+
+    width: channels of the first stage and of the stem. timm's stem has 64; another width is for BasicBlocks alone.
+    """
+    network.conv1 = nn.Conv2d(network.in_chans, width, 3, padding=1, bias=False)
     network.maxpool = nn.Identity()
+    if width != USUAL_FIRST_WIDTH:
+        norm = type(network.bn1)
+        network.bn1 = norm(width)
+        network.layer1[0] = BasicBlock(width, width, norm_layer=norm)  # timm's has a shortcut of its own, from 64
+    network.init_weights()

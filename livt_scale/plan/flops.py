@@ -81,11 +81,11 @@ def classifier_flops(model: Model, *, num_classes: int) -> Flops:
 def _resnet_flops(model: Model, *, num_classes: int) -> Flops:
     """Convolutions and head; a block's first is strided in a BasicBlock, its second in a bottleneck, as timm's."""
     px = model.image_px if model.has_small_stem else -(-model.image_px // 2)
-    stem = _convolution(px, 3 if model.has_small_stem else 7, model.channels, 64)
+    inner = model.stage_widths[0]
+    stem = _convolution(px, 3 if model.has_small_stem else 7, model.channels, inner)
     px = px if model.has_small_stem else -(-px // 2)  # max pooling
-    rest, inner = 0, 64
-    for stage, blocks in enumerate(model.stage_blocks):
-        planes = 64 * 2**stage
+    rest = 0
+    for stage, (blocks, planes) in enumerate(zip(model.stage_blocks, model.stage_widths, strict=True)):
         outer = 4 * planes if model.has_bottlenecks else planes
         for block in range(blocks):
             before, px = px, -(-px // 2) if stage and not block else px

@@ -60,12 +60,40 @@ def _mae(model: Model) -> Iterator[Weight]:
 
 
 def _classifier(model: Model, num_classes: int) -> Iterator[Weight]:
+    if not model.is_vit:
+        yield from _resnet(model, num_classes)
+        return
     width, depth, _, _ = model.dims
     yield from _embedding(model, fixed_positions=False)
     for k in range(depth):
         yield from _block(f"blocks.{k}", width)
     yield from _norm("fc_norm", width)
     yield from _linear("head", width, num_classes)
+
+
+def _resnet(model: Model, num_classes: int) -> Iterator[Weight]:
+    """Weights alone: batch norm's running statistics are not trained, and are not counted."""
+    inner = model.stage_widths[0]
+    yield from _convolution("conv1", "bn1", 3 if model.has_small_stem else 7, model.channels, inner)
+    for stage, (blocks, planes) in enumerate(zip(model.stage_blocks, model.stage_widths, strict=True)):
+        outer = 4 * planes if model.has_bottlenecks else planes
+        for k in range(blocks):
+            name = f"layer{stage + 1}.{k}"
+            kernels = (1, 3, 1) if model.has_bottlenecks else (3, 3)
+            widths = (inner, *[planes] * (len(kernels) - 1), outer)
+            for n, kernel in enumerate(kernels):
+                yield from _convolution(f"{name}.conv{n + 1}", f"{name}.bn{n + 1}", kernel, *widths[n : n + 2], name)
+            if inner != outer:
+                yield from _convolution(f"{name}.downsample.0", f"{name}.downsample.1", 1, inner, outer, name)
+            inner = outer
+    yield from _linear("fc", inner, num_classes)
+
+
+def _convolution(
+    name: str, norm: str, kernel: int, inner: int, outer: int, block: str | None = None
+) -> Iterator[Weight]:
+    yield Weight(f"{name}.weight", (outer, inner, kernel, kernel), block=block)
+    yield from _norm(norm, outer, block)
 
 
 def _embedding(model: Model, *, fixed_positions: bool) -> Iterator[Weight]:

@@ -35,6 +35,8 @@ SCRATCH: Sets = {"stages.finetune.init": "scratch", "stages.finetune.layer_decay
 class Setting:
     """On which data, how large. balanced: its twin without a tail. sizes, mgp_epochs: from small to large.
 
+    from_scratch, cnn: for the claim that holds a ViT against a CNN, with labels alone.
+
     The numbers of images are for the cost alone, which is reckoned before the sets are there.
     """
 
@@ -45,6 +47,8 @@ class Setting:
     num_classes: int
     num_images: int
     num_balanced: int
+    from_scratch: Sets  # how labels alone are given their time, where that is the claim: schedule and budget
+    cnn: Sets  # the network in the ViT's place, of about as many weights
     sets: Sets = field(default_factory=dict)
 
     def load(self, sets: Sets | None = None) -> Recipe:
@@ -190,6 +194,21 @@ def _reconstructs(setting: Setting) -> list[Question]:
     return [*asks, *(Ask(arms["lt", base, a], arms["lt", base, b], "reconstruction_loss") for a, b in longer)]
 
 
+def _each_network_on_both_sets(setting: Setting) -> list[Arm]:
+    """With labels alone and a loss that knows no class counts: what differs within a network is the set's balance."""
+    plain = {"stages.pretrain": None, **SCRATCH, **loss_sets("ce"), **setting.from_scratch}
+    return [
+        Arm(f"{network}-{data}", finetune={**plain, **network_sets, **data_sets})
+        for network, network_sets in (("vit", {}), ("resnet", setting.cnn))
+        for data, data_sets in (("lt", {}), ("balanced", {"data.train": setting.balanced}))
+    ]
+
+
+def _a_vit_loses_more(setting: Setting) -> list[Question]:  # noqa: ARG001
+    vit, resnet = (Ask(f"{network}-balanced", f"{network}-lt", "top1_all") for network in ("vit", "resnet"))
+    return [Gap(vit, resnet), vit, resnet]
+
+
 def _each_size(setting: Setting) -> list[Arm]:
     return [
         Arm("bal_bce" if not sets else f"bal_bce-{size}", "lt" if not sets else f"lt-{size}", sets)
@@ -203,6 +222,10 @@ def _larger_is_better(setting: Setting) -> list[Question]:
 
 
 CLAIMS = {
+    "balance": Claim(
+        "A ViT loses more than a ResNet when the set is long-tailed and not balanced, both from scratch.",
+        _each_network_on_both_sets, _a_vit_loses_more,
+    ),
     "two-stages": Claim(
         "The two stages beat a ViT trained from scratch, most of all on the few-shot classes.",
         _two_stages, _against_scratch,
@@ -224,20 +247,30 @@ _SMALL = {
 }
 _LARGE = {name: {} if name == "vit_b" else {"model.size": name} for name in ("vit_s", "vit_b", "vit_l", "vit_h")}
 _FASHION = RECIPES / "fashion_mnist_lt" / "claims.yaml"
+# Twice the recipe's epochs of fine-tuning: nothing was pretrained. Evaluated at the end alone, as the claim asks.
+_FASHION_SCRATCH = {"stages.finetune.epochs": 6, "stages.finetune.eval_every_epochs": None}
+_RESNET_MICRO = {"model.size": "resnet_micro", "model.patch_px": None}
 SETTINGS = {
     "fashion_mnist_lt": Setting(
         recipe=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
         num_classes=10, num_images=14_886, num_balanced=14_886,
+        from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
     ),
     "fashion_mnist_lt_if10": Setting(
         recipe=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
         num_classes=10, num_images=24_516, num_balanced=24_516,
+        from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
         sets={"data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.few_under": 1500, "data.many_over": 3000},
     ),
     "imagenet_lt": Setting(
         recipe=RECIPES / "imagenet_lt" / "vit_b16.yaml", balanced="shards/imagenet-bal/train", sizes=_LARGE,
         mgp_epochs=(200, 400, 800), num_classes=1000,
         num_images=PUBLISHED["imagenet-lt"][1], num_balanced=PUBLISHED["imagenet-bal"][1],
+        from_scratch={  # DeiT's epochs, the rest MAE's ViT-B from scratch: recipes/imagenet_lt/vit_b16_scratch.yaml
+            "stages.finetune.epochs": 300, "stages.finetune.warmup_epochs": 20, "stages.finetune.base_lr": 1e-4,
+            "stages.finetune.weight_decay": 0.3, "stages.finetune.betas": [0.9, 0.95],
+        },
+        cnn={"model.size": "resnet50", "model.patch_px": None},  # 25.6 M weights, as the paper compares them
         sets={"stages.finetune.eval_every_epochs": 5},
     ),
 }  # fmt: skip

@@ -24,7 +24,7 @@ from livt_scale.errors import LivtError
 from livt_scale.plan.parameters import weights_of
 from livt_scale.recipe import Recipe, Stage, learnt_from
 from livt_scale.recipe_file import load_recipe
-from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Setting, runs_of
+from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Claim, Setting, runs_of
 from livt_scale.study.grid import Run
 from livt_scale.study.verdict import together
 from livt_scale.train.rundir import is_done, read_status
@@ -52,7 +52,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "on": on,
         "seeds": list(seeds),
         "sets": dict(sets),
-        "budget": _budget(setting, sets),
+        "budget": _budget(CLAIMS[claim], setting, sets),
         "weights": found.weights,
         "values": by_seed,
         "curves": {arm: lines for arm, lines in found.curves.items() if any(lines)},
@@ -200,12 +200,15 @@ def _beside_the_recipes(place: str) -> str:
     return str(Path(place).relative_to(project)) if Path(place).is_relative_to(project) else place
 
 
-def _budget(setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:
-    recipe = setting.load(sets)
+def _budget(claim: Claim, setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the claim's first arm: another arm whose epochs are not these says so in its name."""
+    first = next(iter(runs_of(claim, setting, seeds=[0], sets=sets).values()))[-1]
+    recipe = first.load(Path())
+    pretrain = recipe.stages.pretrain
     return {
         "recipe": f"recipes/{setting.recipe.parent.name}/{setting.recipe.name}",
         "data": _beside_the_recipes(recipe.data.train),
-        "pretrain_epochs": recipe.stage("pretrain").epochs,
+        "pretrain_epochs": pretrain.epochs if pretrain else None,
         "finetune_epochs": recipe.stage("finetune").epochs,
     }
 

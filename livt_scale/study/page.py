@@ -26,7 +26,7 @@ mean over seeds ± their standard deviation, on evaluation images. A verdict is 
 `livt_scale/study/verdict.py`: with the same seeds for both arms, the {confidence:.0%} interval of the difference lies
 above 0 (confirmed), below 0 (not confirmed), or holds it (not decidable here, as with fewer than {least} seeds). A
 claim is confirmed where each of its questions is, and not confirmed where one is not. All arms have the recipe's
-learning rate and, unless their name says otherwise, its epochs; nothing was tuned for any of them.
+learning rate and, unless their name says otherwise, the section's epochs; nothing was tuned for any of them.
 """
 
 
@@ -58,8 +58,7 @@ def _section(result: Mapping[str, Any]) -> str:
         f"livt reproduce {result['claim']} --on {result['on']} --seeds {len(result['seeds'])}{sets}",
         "```",
         "",
-        f"`{budget['recipe']}` on `{budget['data']}`: {budget['pretrain_epochs']} epochs of pretraining, "
-        f"{budget['finetune_epochs']} of fine-tuning, where the arm does not say otherwise.",
+        f"`{budget['recipe']}` on `{budget['data']}`: {_epochs(budget)}, where the arm does not say otherwise.",
         "",
         *_table(result),
         "",
@@ -72,6 +71,12 @@ def _section(result: Mapping[str, Any]) -> str:
         lines += ["Not counted: " + "; ".join(f"{who} ({why})" for who, why in result["missing"].items()) + ".", ""]
     versions = ", ".join(f"{what} {which}" for what, which in result["versions"].items())
     return "\n".join([*lines, f"Made with {versions}.", ""])
+
+
+def _epochs(budget: Mapping[str, Any]) -> str:
+    if budget["pretrain_epochs"] is None:
+        return f"{budget['finetune_epochs']} epochs from scratch"
+    return f"{budget['pretrain_epochs']} epochs of pretraining, {budget['finetune_epochs']} of fine-tuning"
 
 
 def _table(result: Mapping[str, Any]) -> list[str]:

@@ -53,6 +53,14 @@ def test_the_answer_takes_less_than_5_s_of_a_core_and_no_torch(tmp_path):
     assert torch == "False"
 
 
+@pytest.mark.parametrize("more", [(), ("--exact",), ("--strategy", "auto")])
+def test_a_resnet_is_refused_with_one_clear_error(more):
+    recipe = str(Path(VIT_H).with_name("resnet50_scratch.yaml"))
+    result = CliRunner().invoke(cli.app, ["plan", recipe, "--gpus", "8", *more])
+    assert isinstance(result.exception, UsageError)
+    assert "model.size is resnet50, and a plan reckons the memory of ViTs alone" in str(result.exception)
+
+
 def test_a_stage_is_planned_at_its_own_resolution():
     """Pretraining at 128 px beside fine-tuning at 224, as of iNaturalist 2018."""
     smaller, whole = (

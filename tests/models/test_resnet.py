@@ -6,7 +6,7 @@ from torch import nn
 
 from livt_scale.errors import UsageError
 from livt_scale.models.classifier import build_classifier, head_name
-from livt_scale.models.resnet import residual_blocks
+from livt_scale.models.resnet import BatchNorm2d, residual_blocks
 from livt_scale.recipe import Model, Recipe, digest, learnt_from
 
 SMALL = Model(size="resnet18", image_px=28, channels=1)
@@ -114,6 +114,27 @@ def test_what_a_resnet_cannot_have_is_refused(parts, said):
     recipe()  # as it stands it is sound
     with pytest.raises(ValidationError, match=said):
         recipe(**parts)
+
+
+def test_the_micro_size_has_about_the_weights_of_the_micro_vit_and_is_for_small_images():
+    counts = {}
+    for size, patch_px in (("resnet_micro", None), ("vit_micro", 7)):
+        model = Model(size=size, image_px=28, channels=1, patch_px=patch_px)
+        counts[size] = sum(p.numel() for p in build_classifier(model, num_classes=10, drop_path=0.0).parameters())
+    assert counts["resnet_micro"] == pytest.approx(counts["vit_micro"], rel=0.06)
+    with pytest.raises(ValidationError, match="resnet_micro is for images up to 64 px: take resnet18"):
+        Model(size="resnet_micro", image_px=65)
+
+
+def test_the_micro_size_begins_as_the_others_do():
+    torch.manual_seed(0)
+    model = build_classifier(Model(size="resnet_micro", image_px=28), num_classes=3, drop_path=0.1)
+    for block in residual_blocks(model):
+        assert isinstance(block.bn2, BatchNorm2d)
+        assert not block.bn2.weight.any(), "each residual branch begins at 0"
+    first = model.layer1[0]
+    assert first.downsample is None
+    assert first.conv1.weight.std() == pytest.approx((2 / (9 * 20)) ** 0.5, rel=0.1)  # Kaiming, fan out
 
 
 def test_what_wants_patches_is_told_that_there_are_none():

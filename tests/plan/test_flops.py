@@ -67,9 +67,9 @@ def test_a_fine_tuning_step_has_the_flops_of_the_formula(name, recompute):
 
 
 @pytest.mark.parametrize("px", [28, 33, 65, 70])
-@pytest.mark.parametrize("size", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("size", ["resnet_micro", "resnet18", "resnet34", "resnet50"])
 def test_a_resnets_step_has_the_flops_of_the_formula(size, px):
-    model = Model(size=size, image_px=px)
+    model = Model(size=size, image_px=min(px, 64) if size == "resnet_micro" else px)
     network = build_classifier(model, num_classes=100, drop_path=0.0)
     batch, formula = images(model), flops.classifier_flops(model, num_classes=100)
     assert formula.forward == counted(lambda: network(batch))

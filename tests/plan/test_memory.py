@@ -53,6 +53,15 @@ def test_weights_are_those_of_the_networks(model, stage):
     assert not list(network.buffers())
 
 
+@pytest.mark.parametrize(("size", "px"), [("resnet_micro", 28), ("resnet18", 28), ("resnet18", 96), ("resnet50", 224)])
+def test_weights_of_a_resnet_are_those_of_the_network(size, px):
+    model = Model(size=size, image_px=px, channels=1)
+    with torch.device("meta"):
+        network = build_classifier(model, num_classes=37, drop_path=0.1)
+    planned = weights_of(model, "finetune", num_classes=37)
+    assert {w.name: tuple(w.shape) for w in planned} == {n: tuple(p.shape) for n, p in network.named_parameters()}
+
+
 def test_the_bucket_is_the_one_that_runs_have():
     assert ZERO_BUCKET == BUCKET
 

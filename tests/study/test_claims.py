@@ -10,6 +10,7 @@ from livt_scale.longtail import class_counts_exponential
 from livt_scale.losses import LOSSES
 from livt_scale.plan.flops import classifier_flops, mae_flops
 from livt_scale.recipe import learnt_from
+from livt_scale.recipe_file import load_recipe
 from livt_scale.study import claims
 from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, loss_sets, runs_of
 from livt_scale.study.cost import cost_of
@@ -49,6 +50,31 @@ def test_the_arms_of_the_losses_differ_in_the_loss_and_in_what_it_cannot_take_al
         differs = {path.removeprefix("stages.finetune.") for path in base if base[path] != own[path]}
         assert all(path.startswith("loss.") or path in ("mixup", "cutmix", "smoothing") for path in differs), differs
         assert run.after == first.after, "one pretraining for all"
+
+
+@pytest.mark.parametrize("on", SETTINGS)
+def test_the_arms_of_balance_differ_in_network_and_set_alone(on, tmp_path):
+    by_arm = {run.name.partition("/")[0]: run for run in runs("balance", on, seeds=(0,))}
+    assert set(by_arm) == {"vit-lt", "vit-balanced", "resnet-lt", "resnet-balanced"}
+    loaded = {name: run.load(tmp_path) for name, run in by_arm.items()}
+    learnt = {name: learnt_from(recipe, "finetune") for name, recipe in loaded.items()}
+    assert learnt["vit-lt"] == learnt["vit-balanced"], "the set's folder is no part of what is learnt from"
+    assert learnt["resnet-lt"] == learnt["resnet-balanced"]
+    differs = {path for path, value in learnt["vit-lt"].items() if learnt["resnet-lt"].get(path) != value}
+    assert {path for path in differs if not path.startswith("model.")} == set()
+    assert loaded["vit-lt"].data.train == loaded["resnet-lt"].data.train != loaded["vit-balanced"].data.train
+    assert loaded["vit-balanced"].data.train == loaded["resnet-balanced"].data.train
+    assert all(run.after is None for run in by_arm.values())
+    assert all(recipe.stages.pretrain is None for recipe in loaded.values())
+
+
+def test_balance_at_the_size_of_imagenet_is_as_the_recipes_from_scratch_have_it(tmp_path):
+    by_arm = {run.name.partition("/")[0]: run.load(tmp_path) for run in runs("balance", "imagenet_lt", seeds=(0,))}
+    assert by_arm["vit-lt"].model.size == "vit_b"
+    assert by_arm["resnet-lt"].model.size == "resnet50"
+    ours = by_arm["vit-lt"].stages.finetune.model_dump()
+    recipe = load_recipe(claims.RECIPES / "imagenet_lt" / "vit_b16_scratch.yaml").stages.finetune.model_dump()
+    assert {name for name in ours if ours[name] != recipe[name]} <= {"loss", "micro_batch", "eval_every_epochs"}
 
 
 def test_every_loss_of_the_paper_is_an_arm():
