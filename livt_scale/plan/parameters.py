@@ -82,7 +82,8 @@ def _resnet(model: Model, num_classes: int) -> Iterator[Weight]:
             kernels = (1, 3, 1) if model.has_bottlenecks else (3, 3)
             widths = (inner, *[planes] * (len(kernels) - 1), outer)
             for n, kernel in enumerate(kernels):
-                yield from _convolution(f"{name}.conv{n + 1}", f"{name}.bn{n + 1}", kernel, *widths[n : n + 2], name)
+                conv, norm = f"{name}.conv{n + 1}", f"{name}.bn{n + 1}"
+                yield from _convolution(conv, norm, kernel, widths[n], widths[n + 1], name)
             if inner != outer:
                 yield from _convolution(f"{name}.downsample.0", f"{name}.downsample.1", 1, inner, outer, name)
             inner = outer
