@@ -134,7 +134,7 @@ def test_the_micro_size_begins_as_the_others_do():
         assert not block.bn2.weight.any(), "each residual branch begins at 0"
     first = model.layer1[0]
     assert first.downsample is None
-    assert first.conv1.weight.std() == pytest.approx((2 / (9 * 20)) ** 0.5, rel=0.1)  # Kaiming, fan out
+    assert first.conv1.weight.std().item() == pytest.approx((2 / (9 * 20)) ** 0.5, rel=0.1)  # Kaiming, fan out
 
 
 def test_what_wants_patches_is_told_that_there_are_none():
