@@ -5,6 +5,8 @@ head of almost zero, so that training starts from equal odds), and stochastic de
 caller: `drop` holds one uniform number for each image and residual branch, so that a run's coins belong to its samples
 and not to a rank. `drop[b, 2k]` decides the attention of block k for image b, `drop[b, 2k + 1]` its MLP.
 
+A linear probe is the same network, of which `head.weight` and `head.bias` alone have gradients.
+
 Source: LiVT, arXiv 2212.02015, section 4; MAE, arXiv 2111.06377, A.2; stochastic depth, arXiv 1603.09382.
 """
 
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 
 from livt_scale.errors import CheckpointMismatch
 from livt_scale.models.drop_path import DropPath
+from livt_scale.models.head_norm import HeadNorm
 from livt_scale.models.mae import reset_encoder
 from livt_scale.models.positions import on_grid
 from livt_scale.models.resnet import ResNetClassifier
@@ -29,7 +32,9 @@ from livt_scale.recipe import Model
 
 # What may be left over in a pretrained state, and what fine-tuning makes anew. Everything else must match.
 LEFT = re.compile(r"decoder_.*|mask_token|norm\.(weight|bias)")
-MADE = re.compile(r"(fc_norm|head)\.(weight|bias)")
+MADE = re.compile(r"(fc_norm|head)\.(weight|bias)|head_norm\.sums")
+HEAD_STD = 2e-5  # LiVT's: training starts from equal odds
+PROBE_STD = 0.01  # MAE's main_linprobe.py, after MoCo v3: LARS moves weights by a share of their norm
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,25 @@ class LoadReport:
     resized: tuple[str, ...] = ()
 
 
-def build_classifier(model: Model, *, num_classes: int, drop_path: float) -> AnyClassifier:
-    """The classifier of a recipe's `model`, freshly initialised from torch's global generator."""
-    kind = Classifier if model.is_vit else ResNetClassifier
-    return kind(model, num_classes=num_classes, drop_path=drop_path)
+def build_classifier(
+    model: Model, *, num_classes: int, drop_path: float, head_only: bool = False, head_norm: bool = False
+) -> AnyClassifier:
+    """The classifier of a recipe's `model`, freshly initialised from torch's global generator.
+
+    head_only: for a linear probe, all but the head frozen. head_norm: with a `HeadNorm` before the head. Both of a ViT
+    alone: a recipe has no probe of a ResNet, which begins from scratch.
+    """
+    if not model.is_vit:
+        return ResNetClassifier(model, num_classes=num_classes, drop_path=drop_path)
+    classifier = Classifier(
+        model, num_classes=num_classes, drop_path=drop_path, head_std=PROBE_STD if head_only else HEAD_STD
+    )
+    if head_only:
+        for name, parameter in classifier.named_parameters():
+            parameter.requires_grad_(name.startswith("head."))
+    if head_norm:
+        classifier.head_norm = HeadNorm(classifier.num_features)
+    return classifier
 
 
 def head_name(classifier: nn.Module) -> str:
@@ -56,7 +76,9 @@ def head_name(classifier: nn.Module) -> str:
 class Classifier(VisionTransformer):
     """Logits of images. In training with a drop path above 0, `forward` needs `drop`."""
 
-    def __init__(self, model: Model, *, num_classes: int, drop_path: float) -> None:
+    head_norm: HeadNorm | None
+
+    def __init__(self, model: Model, *, num_classes: int, drop_path: float, head_std: float) -> None:
         super().__init__(
             **vit_args(model), num_classes=num_classes, global_pool="avg", norm_layer=LAYER_NORM, weight_init="skip"
         )
@@ -65,8 +87,9 @@ class Classifier(VisionTransformer):
             rate = drop_path * k / max(depth - 1, 1)  # linear over depth, as timm: none in the first block
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         self.drop_path = drop_path
+        self.head_norm = None
         reset_encoder(self)
-        trunc_normal_(self.head.weight, std=2e-5)
+        trunc_normal_(self.head.weight, std=head_std)
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
         """Images float `[B, C, H, W]` to logits `[B, num_classes]`.
@@ -79,6 +102,23 @@ class Classifier(VisionTransformer):
             for k, block in enumerate(self.blocks):
                 block.drop_path1.uniforms, block.drop_path2.uniforms = drop[:, 2 * k], drop[:, 2 * k + 1]
         return self.forward_head(self.forward_features(images))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens `[B, tokens, D]` to logits, or to what the head is given."""
+        if self.head_norm is None:
+            out: Tensor = super().forward_head(x, pre_logits)
+            return out
+        features = self.head_norm(self.pool(x), self.fc_norm)
+        return features if pre_logits else self.head(features)
+
+    @torch.no_grad()
+    def fold_head_norm(self) -> None:
+        """Put the statistics before the head into `fc_norm`: from now on a plain network with the same logits."""
+        if self.head_norm is not None:
+            weight, bias = self.head_norm.folded(self.fc_norm)
+            self.fc_norm.weight.copy_(weight)
+            self.fc_norm.bias.copy_(bias)
+            self.head_norm = None
 
 
 AnyClassifier = Classifier | ResNetClassifier
