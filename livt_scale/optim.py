@@ -1,11 +1,12 @@
 """AdamW as the MAE and LiVT codes use it: which weights decay, layer-wise rates, and the schedule as a pure function.
+LARS as MAE's linear probe uses it: timm's.
 
 The rate of a step follows from its number alone, so a continued run needs no scheduler state. With 10 steps an epoch,
 1 warm-up epoch and a peak of 1: step 0 has rate 0, step 5 has 0.5, step 10 has 1, and half a cosine leads down to
 `min_lr` at the last epoch's end. Layer decay d gives a ViT of 12 blocks d^13 at the patches, d^12 in block 0, …, d in
 block 11, 1 at the head: what was pretrained longest moves least.
 
-Source: MAE, arXiv 2111.06377, tables 8 and 9; layer-wise decay, BEiT, arXiv 2106.08254.
+Source: MAE, arXiv 2111.06377, tables 8 to 10; layer-wise decay, BEiT, arXiv 2106.08254; LARS, arXiv 1708.03888.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ TOKENS_AND_POSITIONS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_emb
 def param_groups(
     model: nn.Module, *, weight_decay: float, layer_decay: float | None, depth: int, tokens_decay: bool = False
 ) -> list[dict[str, Any]]:
-    """Groups for AdamW, each with `params`, `weight_decay`, `lr_scale` and `name`, in a fixed order.
+    """Groups for the optimizer, each with `params`, `weight_decay`, `lr_scale` and `name`, in a fixed order.
 
+    `always_adapt` is LARS's: what decays is also scaled by the norms, biases and norms never are, as in MAE's code.
     Every trainable parameter is in exactly one. Biases and norms (all of one dim) do not decay; tokens and positions do
     where `tokens_decay` says so: in the public codes they do in pretraining and do not in fine-tuning.
     `layer_decay` None: one rate for all, as in pretraining; else by `layer_of` over `depth` blocks.
@@ -43,6 +45,7 @@ def param_groups(
             "params": [],
             "weight_decay": weight_decay if decays else 0.0,
             "lr_scale": scale,
+            "always_adapt": decays,
             "name": kind if layer_decay is None else f"layer_{layer:02d}_{kind}",
         }
         groups.setdefault((layer, decays), group)["params"].append(parameter)
@@ -80,6 +83,21 @@ def make_adamw(
 ) -> torch.optim.AdamW:
     """AdamW over `param_groups`. Its rate is 0 until `set_lr` is called, which every step does."""
     return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, **{implementation: True})
+
+
+def make_lars(groups: Iterable[dict[str, Any]], *, momentum: float) -> torch.optim.Optimizer:
+    """LARS over `param_groups`: w <- w - lr · m with m <- momentum · m + q · gradient, q = 0.001 · |w| / |gradient|.
+
+    Its rate is 0 until `set_lr` is called. The momentum is there from the start, as zeros, so that a checkpoint of any
+    step has it.
+    """
+    from timm.optim import Lars  # brings all of timm's optimizers along, which few runs need
+
+    optimizer = Lars(list(groups), lr=0.0, momentum=momentum)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

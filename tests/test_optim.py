@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
-from livt_scale.optim import lr_at, make_adamw, param_groups, set_lr
+from livt_scale.optim import lr_at, make_adamw, make_lars, param_groups, set_lr
 from livt_scale.recipe import Decoder, Model
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=2, heads=2))
@@ -171,3 +171,25 @@ def test_tokens_decay_in_pretraining_as_in_the_public_code_and_not_in_fine_tunin
 
     assert decaying(tokens_decay=True) == {n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
     assert decaying(tokens_decay=True) - decaying() == {"cls_token", "mask_token"}
+
+
+def test_a_step_of_lars_is_maes():
+    """util/lars.py of the MAE code: matrices are scaled by 0.001 · |w| / |g|, biases are not, in float64."""
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -2.0], [0.5, 0.1]], dtype=torch.float64))
+    bias = torch.nn.Parameter(torch.tensor([0.3, -0.4], dtype=torch.float64))
+    model = torch.nn.Module()
+    model.weight, model.bias = weight, bias
+    optimizer = make_lars(param_groups(model, weight_decay=0.0, layer_decay=None, depth=1), momentum=0.9)
+    w, b = weight.detach().numpy().copy(), bias.detach().numpy().copy()
+    of_w, of_b = np.zeros_like(w), np.zeros_like(b)
+    for step in range(3):
+        rng = np.random.default_rng(step)
+        g, h = rng.normal(size=w.shape), rng.normal(size=b.shape)
+        weight.grad, bias.grad = torch.from_numpy(g), torch.from_numpy(h)
+        set_lr(optimizer, 6.4)
+        optimizer.step()
+        of_w = 0.9 * of_w + 0.001 * np.linalg.norm(w) / np.linalg.norm(g) * g
+        of_b = 0.9 * of_b + h
+        w, b = w - 6.4 * of_w, b - 6.4 * of_b
+        np.testing.assert_allclose(weight.detach().numpy(), w, rtol=1e-6)  # timm adds 1e-8 to the norm
+        np.testing.assert_allclose(bias.detach().numpy(), b, rtol=1e-12)

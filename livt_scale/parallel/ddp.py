@@ -33,11 +33,20 @@ class Ddp(TorchUpdates):
     lockstep = False
 
     def __init__(
-        self, model: nn.Module, groups: Groups, *, parallel: Parallel, betas: tuple[float, float], world: World
+        self,
+        model: nn.Module,
+        groups: Groups,
+        *,
+        parallel: Parallel,
+        betas: tuple[float, float],
+        momentum: float | None,
+        world: World,
     ) -> None:
         self.model = model.to(world.device)
         self._device, self._precision = world.device, parallel.precision
-        self._updates = Updates(groups(self.model), parallel=parallel, betas=betas, device_type=world.device.type)
+        self._updates = Updates(
+            groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=world.device.type
+        )
         self._updates_done = 0
         self._exchange_s: float | None = None
         self._wrapped: nn.Module = self.model

@@ -32,7 +32,14 @@ class Fsdp(TorchUpdates):
     lockstep = True
 
     def __init__(
-        self, model: nn.Module, groups: Groups, *, parallel: Parallel, betas: tuple[float, float], world: World
+        self,
+        model: nn.Module,
+        groups: Groups,
+        *,
+        parallel: Parallel,
+        betas: tuple[float, float],
+        momentum: float | None,
+        world: World,
     ) -> None:
         mesh = _mesh(world, within_node=parallel.shard_within == "node")
         pinned = world.device.type == "cuda"
@@ -48,7 +55,7 @@ class Fsdp(TorchUpdates):
         self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=whole, offload_policy=offload)
         self._device, self._precision = world.device, parallel.precision
         kind = "cpu" if parallel.offload == "cpu" else world.device.type
-        self._updates = Updates(groups(self.model), parallel=parallel, betas=betas, device_type=kind)
+        self._updates = Updates(groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=kind)
 
     def call(self, *inputs: Any, last: bool) -> Any:
         self._sharded.set_requires_gradient_sync(last)

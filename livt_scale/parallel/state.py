@@ -1,8 +1,9 @@
-"""What a checkpoint holds of a model and its AdamW, by plain names, so that any strategy can read it.
+"""What a checkpoint holds of a model and its optimizer, by plain names, so that any strategy can read it.
 
     model.<name>                       parameters and persistent buffers, named as the bare model names them
     optim.<name>.exp_avg, .exp_avg_sq  AdamW's two moments of that parameter
     optim.<name>.step                  how many steps that parameter has had
+    optim.<name>.momentum_buffer       LARS's momentum of that parameter, in place of these three
     ema.<name>, ema.updates            the average of that weight, where the recipe keeps one (`averaged`)
 
 Rates and weight decay are not saved: the recipe and the schedule give them, so that a resumed run follows what it says
@@ -21,7 +22,8 @@ from livt_scale.errors import CheckpointMismatch
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile; torch's checkpoint_wrapper
 AVERAGE = "ema."  # what the names of averaged weights begin with
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's
+MOMENTUM = "momentum_buffer"  # LARS's
 
 
 def collect(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
@@ -33,7 +35,8 @@ def collect(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, T
     if optimizer is not None:
         for name, parameter in _optimized(model, optimizer).items():
             moments = _moments(optimizer, parameter)
-            state.update({f"optim.{name}.{moment}": moments[moment] for moment in MOMENTS})
+            kept = (MOMENTUM,) if MOMENTUM in moments else MOMENTS
+            state.update({f"optim.{name}.{moment}": moments[moment] for moment in kept})
     return state
 
 
@@ -86,8 +89,8 @@ def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
 
 
 def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    assert isinstance(optimizer, (Adam, AdamW)), "only Adam's and AdamW's state is known here"
     state = optimizer.state[parameter]
+    assert isinstance(optimizer, (Adam, AdamW)) or MOMENTUM in state, "only AdamW's and LARS's state is known here"
     if not state:
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         assert not group["amsgrad"], "amsgrad has a third moment, which is not saved"

@@ -22,8 +22,8 @@ from livt_scale.errors import UsageError
 from livt_scale.parallel.topology import World
 from livt_scale.recipe import Parallel
 
-Groups = Callable[[nn.Module], list[dict[str, Any]]]  # a model to AdamW's parameter groups, as `optim.param_groups`
-BYTES_A_WEIGHT = 16  # fp32 weight, gradient and two moments
+Groups = Callable[[nn.Module], list[dict[str, Any]]]  # a model to the optimizer's groups, as `optim.param_groups`
+BYTES_A_WEIGHT = 16  # fp32 weight, gradient and two moments; of a frozen one the first alone
 SHARE_FOR_STATES = 0.5  # of a device's memory; the rest is for activations, buffers and what fragments
 
 
@@ -56,8 +56,8 @@ class Strategy(Protocol):
         """Gradients add up; ranks exchange what they need not exchange earlier after the last micro-batch alone."""
 
     def update(self, lr: float, *, max_norm: float | None) -> Update:
-        """One AdamW step at rate `lr` (times a group's `lr_scale`), the gradient clipped to `max_norm`; gradients end
-        at zero. Nothing is changed where the gradient is not finite."""
+        """One step at rate `lr` (times a group's `lr_scale`), the gradient clipped to `max_norm`; gradients end at
+        zero. Nothing is changed where the gradient is not finite."""
 
     def discard(self) -> None:
         """Forget the gradients, without a step."""
@@ -83,9 +83,18 @@ class Strategy(Protocol):
 
 
 def make_strategy(
-    parallel: Parallel, model: nn.Module, groups: Groups, *, betas: tuple[float, float], world: World
+    parallel: Parallel,
+    model: nn.Module,
+    groups: Groups,
+    *,
+    betas: tuple[float, float],
+    world: World,
+    momentum: float | None = None,
 ) -> Strategy:
-    """`model` (the same on every rank, on the CPU) under the recipe's strategy, with its AdamW. A collective call."""
+    """`model` (the same on every rank, on the CPU) under the recipe's strategy, with its AdamW. A collective call.
+
+    momentum: LARS's, in AdamW's place; None: AdamW with `betas`.
+    """
     from livt_scale.parallel.blocks import prepare_blocks
     from livt_scale.parallel.statistics import with_statistics
 
@@ -100,13 +109,14 @@ def _engine(
     if name == "ddp":
         from livt_scale.parallel.ddp import Ddp
 
-        return Ddp(model, groups, parallel=parallel, betas=betas, world=world)
+        return Ddp(model, groups, parallel=parallel, betas=betas, momentum=momentum, world=world)
     if name == "fsdp":
         from livt_scale.parallel.fsdp import Fsdp
 
-        return Fsdp(model, groups, parallel=parallel, betas=betas, world=world)
+        return Fsdp(model, groups, parallel=parallel, betas=betas, momentum=momentum, world=world)
     from livt_scale.parallel.zero import Zero
 
+    assert momentum is None, "the recipe has refused it: ZeRO's flat pieces know no layer whose norm LARS asks for"
     return Zero(model, groups, name=name, parallel=parallel, betas=betas, world=world)
 
 
@@ -120,7 +130,7 @@ def choose(parallel: Parallel, model: nn.Module, *, world: World) -> str:
         )
     if parallel.strategy != "auto":
         return parallel.strategy
-    states = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
+    states = sum(p.numel() * (BYTES_A_WEIGHT if p.requires_grad else p.element_size()) for p in model.parameters())
     fits = states <= SHARE_FOR_STATES * _device_bytes(world)
     return "ddp" if world.world_size == 1 or fits else "fsdp"
 

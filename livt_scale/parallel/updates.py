@@ -1,15 +1,17 @@
-"""AdamW with an exact global gradient norm and fp16's dynamic loss scale, over plain parameters and DTensors alike."""
+"""AdamW or LARS with an exact global gradient norm and fp16's dynamic loss scale, for plain parameters and DTensors."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.distributed.tensor import DTensor
 
 from livt_scale import optim
+from livt_scale.models import head_norm
 from livt_scale.parallel.state import collect
 from livt_scale.parallel.strategy import Update
 from livt_scale.recipe import Parallel
@@ -18,12 +20,22 @@ LOWEST_SCALE = 1.0  # an fp16 gradient that is not finite at this scale is not t
 
 
 class Updates:
-    """The optimizer of a strategy whose parameters are `groups`'."""
+    """The optimizer of a strategy whose parameters are `groups`'; `momentum`: LARS's, None: AdamW."""
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, parallel: Parallel, betas: tuple[float, float], device_type: str
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        parallel: Parallel,
+        betas: tuple[float, float],
+        momentum: float | None,
+        device_type: str,
     ) -> None:
-        self.optimizer = optim.make_adamw(groups, betas=betas, implementation=parallel.adamw)
+        self.optimizer: torch.optim.Optimizer
+        if momentum is None:
+            self.optimizer = optim.make_adamw(groups, betas=betas, implementation=parallel.adamw)
+        else:
+            self.optimizer = optim.make_lars(groups, momentum=momentum)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._scaler = GradScaler(device_type) if parallel.precision == "fp16" else None
 
@@ -75,10 +87,13 @@ class TorchUpdates:
     _updates: Updates
 
     def update(self, lr: float, *, max_norm: float | None) -> Update:
-        return self._updates.step(lr, max_norm=max_norm)
+        update = self._updates.step(lr, max_norm=max_norm)
+        head_norm.settle(self.model, keep=update.applied)
+        return update
 
     def discard(self) -> None:
         self._updates.discard()
+        head_norm.settle(self.model, keep=False)
 
     def state(self) -> dict[str, Tensor]:
         return collect(self.model, self._updates.optimizer)
