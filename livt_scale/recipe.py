@@ -195,6 +195,30 @@ class Recipe(RecipePart):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_probe_can_be_spread(self) -> Self:
+        part, strategy = self.stages.finetune, self.parallel.strategy
+        if part is None:
+            return self
+        if part.optimizer == "lars" and strategy.startswith("zero"):
+            raise ValueError(
+                f"stages.finetune.optimizer 'lars' asks for the norm of each layer, which the flat pieces of "
+                f"parallel.strategy {strategy!r} do not know: take ddp or fsdp"
+            )
+        if part.train == "head" and strategy.startswith("zero"):
+            raise ValueError(
+                f"stages.finetune.train 'head' leaves parallel.strategy {strategy!r} next to no gradients and moments "
+                "to share out: take ddp, or fsdp for a backbone that fits no single device"
+            )
+        if part.train == "head" and self.parallel.activation_checkpointing and self.stages.pretrain is None:
+            raise ValueError(
+                "parallel.activation_checkpointing has no effect on stages.finetune.train 'head': nothing of a frozen "
+                "backbone is kept for a backward pass; leave it out"
+            )
+        if part.optimizer == "lars" and self.parallel.adamw == "foreach" and self.stages.pretrain is None:
+            raise ValueError("parallel.adamw has no effect on stages.finetune.optimizer 'lars': leave it out")
+        return self
+
     def stage(self, name: Stage) -> Pretrain | Finetune:
         part = self.stages.pretrain if name == "pretrain" else self.stages.finetune
         if part is None:
@@ -224,12 +248,16 @@ HARMLESS = (
 )
 # weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
 HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
-# left out where they are None: runs that were begun before them go on
-ADDED_LATER = (
-    "stages.finetune.ema",
-    "stages.pretrain.image_px",
-    *(f"stages.finetune.loss.{option}" for option in LOSS_OPTIONS if option != "tau"),
-)
+# left out where they have this value: runs that were begun before them go on
+ADDED_LATER: dict[str, Any] = {
+    "stages.finetune.ema": None,
+    "stages.finetune.train": "all",
+    "stages.finetune.optimizer": "adamw",
+    "stages.finetune.momentum": None,
+    "stages.finetune.head_norm": "none",
+    "stages.pretrain.image_px": None,
+    **{f"stages.finetune.loss.{option}": None for option in LOSS_OPTIONS if option != "tau"},
+}
 
 
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
@@ -245,7 +273,7 @@ def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
             not path.startswith(f"stages.{stage}.") or path.removeprefix(f"stages.{stage}.") in harmless
         ):
             continue
-        if path in ADDED_LATER and value is None:
+        if path in ADDED_LATER and value == ADDED_LATER[path]:
             continue
         kept[path] = value
     return kept

@@ -100,6 +100,16 @@ class StagePart(RecipePart):
         """Whether neighbouring slots (2k, 2k + 1) are mixed with each other."""
         return False
 
+    @property
+    def lars_momentum(self) -> float | None:
+        """None: the stage is trained by AdamW."""
+        return None
+
+    @property
+    def backbone_frozen(self) -> bool:
+        """Whether the head alone is trained."""
+        return False
+
     @model_validator(mode="after")
     def _views_fill_the_batch(self) -> Self:
         unit = self.repeats * (2 if self.mixes and self.repeats > 1 else 1)
@@ -200,6 +210,9 @@ class Ema(RecipePart):
     warmup: bool = Field(True, description="at update k (from 0) no more than (1 + k) / (10 + k) stays")
 
 
+LARS_MOMENTUM = 0.9  # MAE, arXiv 2111.06377, table 10
+
+
 class Finetune(StagePart):
     """Stage 2, balanced fine-tuning. Defaults: the paper's table for ImageNet-LT."""
 
@@ -217,6 +230,14 @@ class Finetune(StagePart):
         None, description="with init: weights. What `livt import` or `livt export` wrote, a file, or another run"
     )
     keep_head: bool = Field(False, description="with init: weights. Take the head too; its classes must be the same")
+    train: Literal["all", "head"] = Field("all", description="head: a linear probe; all else stays as it begins")
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
+    head_norm: Literal["none", "batch"] = Field(
+        "none",
+        description="with train: head. batch: BatchNorm without weights before the head, of all images of the steps "
+        "before, on all ranks",
+    )
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
     rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's notation; None: none")
@@ -231,6 +252,45 @@ class Finetune(StagePart):
     @property
     def mixes(self) -> bool:
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def backbone_frozen(self) -> bool:
+        return self.train == "head"
+
+    @property
+    def lars_momentum(self) -> float | None:
+        if self.optimizer == "adamw":
+            return None
+        return LARS_MOMENTUM if self.momentum is None else self.momentum
+
+    @model_validator(mode="after")
+    def _a_frozen_backbone_is_left_alone(self) -> Self:
+        if self.train == "all":
+            if self.head_norm != "none":
+                raise ValueError(
+                    f"head_norm is {self.head_norm!r}, whose statistics are of a backbone that stays as it is: "
+                    "set train: head, or head_norm: none"
+                )
+            return self
+        if self.init == "scratch":
+            raise ValueError("train is 'head', so the backbone of init 'scratch' would stay random: take other weights")
+        for name, neutral in (("layer_decay", 1), ("drop_path", 0)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name} is {getattr(self, name):g}, which has no effect on the frozen backbone of train 'head': "
+                    f"set {name}: {neutral}"
+                )
+        if self.keep_head and self.head_norm != "none":
+            raise ValueError("keep_head: that head was trained without head_norm: set head_norm: none, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _the_optimizer_takes_these_options(self) -> Self:
+        if self.optimizer == "adamw" and self.momentum is not None:
+            raise ValueError("momentum has no effect on optimizer 'adamw', which has betas: leave it out, or take lars")
+        if self.optimizer == "lars" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError("betas has no effect on optimizer 'lars', which has momentum: leave it out, or take adamw")
+        return self
 
     @model_validator(mode="after")
     def _weights_come_from_one_place(self) -> Self:

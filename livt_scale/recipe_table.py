@@ -50,7 +50,7 @@ class Row:
         return f"{model.size}/{model.dims[3]}" if model.is_vit else model.size
 
     def stage(self, name: Stage) -> str:
-        """ "800 × 4096 at 224 px", with the loss for fine-tuning; "-" where there is none."""
+        """ "800 × 4096 at 224 px", for fine-tuning with the loss and what alone is trained; "-" where there is none."""
         if name not in self.recipe.stage_names:
             return "-"
         part = self.recipe.stage(name)
@@ -58,7 +58,8 @@ class Row:
         loss = (
             f", {self.recipe.stages.finetune.loss.name}" if name == "finetune" and self.recipe.stages.finetune else ""
         )
-        return f"{part.epochs} × {part.global_batch} at {px} px{loss}"
+        trained = ", head alone" if part.backbone_frozen else ""
+        return f"{part.epochs} × {part.global_batch} at {px} px{loss}{trained}"
 
 
 def rows(folder: Path = RECIPES) -> list[Row]:

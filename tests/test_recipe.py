@@ -123,3 +123,61 @@ def test_fields_that_came_later_do_not_change_what_an_older_run_learnt():
     assert not {"stages.finetune.ema", "stages.finetune.loss.gamma"} & learnt_from(recipe, "finetune").keys()
     tree["stages"]["finetune"] = {"loss": {"name": "focal", "gamma": 1.5}}
     assert learnt_from(Recipe.model_validate(tree), "finetune")["stages.finetune.loss.gamma"] == 1.5
+
+
+# --- a linear probe ---
+
+PROBE = {"init": "weights", "weights": "w", "train": "head", "layer_decay": 1, "drop_path": 0}
+
+
+def probe(parts=None, **fields):
+    return Recipe.model_validate(
+        {"name": "r", "data": {"train": "t"}, "stages": {"finetune": {**PROBE, **fields}}, **(parts or {})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"init": "scratch", "weights": None}, "backbone of init 'scratch' would stay random"),
+        ({"layer_decay": 0.75}, "layer_decay is 0.75, which has no effect on the frozen backbone.*layer_decay: 1"),
+        ({"drop_path": 0.1}, "drop_path is 0.1, which has no effect.*drop_path: 0"),
+        ({"train": "all", "head_norm": "batch"}, "head_norm is 'batch', whose statistics.*set train: head"),
+        ({"keep_head": True, "head_norm": "batch"}, "that head was trained without head_norm"),
+        ({"momentum": 0.8}, "momentum has no effect on optimizer 'adamw'"),
+        ({"optimizer": "lars", "betas": (0.9, 0.999)}, "betas has no effect on optimizer 'lars'"),
+        ({"train": "heads"}, "Input should be 'all' or 'head'"),
+    ],
+)
+def test_a_probe_refuses_what_would_have_no_effect_on_it(fields, said):
+    with pytest.raises(ValidationError, match=said):
+        probe(**fields)
+
+
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
+def test_the_zeros_refuse_lars_and_a_frozen_backbone(strategy):
+    parallel = {"parallel": {"strategy": strategy}}
+    with pytest.raises(ValidationError, match=f"'head' leaves parallel.strategy '{strategy}'.*take ddp"):
+        probe(parallel)
+    with pytest.raises(ValidationError, match=r"'lars' asks for the norm of each layer.*take ddp or fsdp"):
+        probe(parallel, train="all", optimizer="lars")
+
+
+def test_how_a_backbone_is_trained_is_refused_for_a_probe_alone_and_not_beside_a_pretraining():
+    again = {"parallel": {"activation_checkpointing": True}}
+    with pytest.raises(ValidationError, match="activation_checkpointing has no effect"):
+        probe(again)
+    with pytest.raises(ValidationError, match=r"parallel\.adamw has no effect"):
+        probe({"parallel": {"adamw": "foreach"}}, optimizer="lars")
+    stages = {"pretrain": {}, "finetune": {**PROBE, "init": "pretrain", "weights": None}}
+    assert probe({**again, "stages": stages}).stages.finetune.backbone_frozen
+
+
+def test_lars_has_maes_momentum_unless_another_is_given_and_a_probe_is_another_run():
+    assert probe().stage("finetune").lars_momentum is None
+    assert probe(optimizer="lars").stage("finetune").lars_momentum == 0.9
+    assert probe(optimizer="lars", momentum=0.5).stage("finetune").lars_momentum == 0.5
+    learnt = learnt_from(probe(optimizer="lars", head_norm="batch"), "finetune")
+    assert {name.rpartition(".")[2] for name in learnt} >= {"train", "optimizer", "head_norm"}
+    plain = learnt_from(probe(train="all"), "finetune")  # as a run has it that was begun before there were probes
+    assert not {name.rpartition(".")[2] for name in plain} & {"train", "optimizer", "head_norm", "momentum"}

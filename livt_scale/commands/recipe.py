@@ -112,6 +112,7 @@ def summary(recipe: Recipe) -> str:
         parts.append(f"{name} {stage.epochs} epochs{at}, batch {stage.global_batch}")
     if recipe.stages.finetune:
         parts[-1] += f", {recipe.stages.finetune.loss.name}"
+        parts[-1] += ", head alone" * recipe.stages.finetune.backbone_frozen
     return "; ".join(parts)
 
 

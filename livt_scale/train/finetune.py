@@ -36,7 +36,7 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         is_vit = recipe.model.is_vit
         depth = recipe.model.dims[1] if is_vit else 0
-        decay = part.layer_decay if is_vit else None
+        decay = part.layer_decay if is_vit and part.train == "all" else None
         return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=decay, depth=depth)
 
     return Task(
@@ -59,7 +59,13 @@ def initial_classifier(
     assert part is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = build_classifier(recipe.model, num_classes=num_classes, drop_path=part.drop_path)
+        model = build_classifier(
+            recipe.model,
+            num_classes=num_classes,
+            drop_path=part.drop_path,
+            head_only=part.train == "head",
+            head_norm=part.head_norm == "batch",
+        )
     if part.init == "scratch":
         return model, None
     assert isinstance(model, Classifier), "the recipe has a ResNet begin from scratch"

@@ -64,13 +64,16 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
             f"{path} does not say what was trained: {error!r}", remedy="was it written by another livt_scale?"
         ) from error
     with torch.random.fork_rng(devices=[]):
-        model = build_classifier(recipe.model, num_classes=len(classes.names), drop_path=0.0).eval()
+        part = recipe.stages.finetune
+        head_norm = part is not None and part.head_norm == "batch"
+        model = build_classifier(recipe.model, num_classes=len(classes.names), drop_path=0.0, head_norm=head_norm)
     store.load(path, collect(model), allow_unexpected=("optim.*", f"{AVERAGE}*"))
     position = manifest.position
     lineage = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
     if weights == "ema":
         lineage["ema"] = _take_average(model, recipe, path)
-    return Trained(model, recipe, classes, lineage, facts["learnt_from"])
+    model.fold_head_norm()
+    return Trained(model.eval(), recipe, classes, lineage, facts["learnt_from"])
 
 
 def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str, Any]:

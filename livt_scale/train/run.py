@@ -123,7 +123,8 @@ def _train_stage(
         schedule = Schedule(
             task.part.epochs, order.steps_per_epoch, recipe.checkpoint, evaluate_every_epochs=task.evaluate_every_epochs
         )
-        strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=task.part.betas, world=world)
+        betas, momentum = task.part.betas, task.part.lars_momentum
+        strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=betas, momentum=momentum, world=world)
         strategy = with_average(strategy, task.average)
         facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
         state = TrainState(strategy, facts, anomalies=Anomalies(recipe.faults), allow=allow)
@@ -241,7 +242,8 @@ def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
 def _announce(stage: Stage, task: Task, plan: BatchPlan, strategy: str, world: World, resumed: str | None) -> None:
     part = task.part
     weights = sum(getattr(p, "ds_numel", p.numel()) for p in task.model.parameters())  # DeepSpeed leaves 0 in place
-    _say(world, f"{stage}: {weights / 1e6:.1f} M weights, {strategy}, {plan}")
+    frozen = ", the head alone trained" if part.backbone_frozen else ""
+    _say(world, f"{stage}: {weights / 1e6:.1f} M weights{frozen}, {strategy}, {plan}")
     _say(world, f"{stage}: peak lr {part.peak_lr:.3g} = {part.base_lr:.3g} · {part.global_batch} / 256")
     if resumed:
         _say(world, f"{stage}: goes on from {resumed}")
