@@ -132,13 +132,18 @@ def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, class
 
 def _planned(task: Task, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
     """The stage as it was asked for, and all that was tried."""
-    from livt_scale.plan.whole import best, candidates, plan_stage, spread_of
+    from livt_scale.plan.whole import best, candidates, plan_stage, spread_of, strategies_for
     from livt_scale.train.batches import plan_batches
 
     parallel, part = task.recipe.parallel, task.recipe.stage(task.stage)
     if task.steps < 1:
         raise UsageError(f"{task.stage}: {task.data.images} images are no global batch of {part.global_batch}")
     batches = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
+    possible = strategies_for(part)
+    if wanted != "auto" and wanted not in possible:
+        raise UsageError(
+            f"{task.stage}: {wanted} takes neither LARS nor a frozen backbone", remedy=f"give {' or '.join(possible)}"
+        )
     tried = candidates(task)
     if wanted == "auto":
         return best(tried) or min(tried, key=lambda p: p.memory.peak), tried
@@ -152,15 +157,14 @@ def _planned(task: Task, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
 def _stage(
     planned: StagePlan, tried: list[StagePlan], *, time_limit: float, price: float | None, exact: bool
 ) -> dict[str, Any]:
-    from livt_scale.plan.memory import STRATEGIES
-    from livt_scale.plan.whole import best, figures
+    from livt_scale.plan.whole import best, figures, strategies_for
 
     task, chosen = planned.task, best(tried)
     figure = figures(planned, price=price)
     figure["segments"], figure["segments_how"] = _segments(planned, time_limit)
     figure["best"] = None if chosen is None else _short(chosen)
     figure["candidates"] = [_short(p) for p in tried]
-    figure["strategies_tried"] = list(STRATEGIES)
+    figure["strategies_tried"] = list(strategies_for(task.recipe.stage(task.stage)))
     if exact:
         from livt_scale.plan.exact import measure
         from livt_scale.plan.memory import GIB
@@ -272,7 +276,7 @@ def _stage_lines(s: dict[str, Any]) -> list[str]:
     lines += [
         f"  step {_time(s['step_s'])} = {_time(s['compute_s'])} computing + {_time(s['exposed_exchange_s'])} exchange "
         f"(of {_time(s['exchange_s'])}, {_bytes(s['exchanged_bytes_per_rank'])} a rank) + {_time(s['optimizer_s'])} "
-        f"AdamW{offload}; MFU {s['mfu']:.2g}",
+        f"{s['optimizer']}{offload}; MFU {s['mfu']:.2g}",
         f"  {s['steps']} steps: {_time(s['hours'] * 3600)}, {_count(s['device_hours'])} device hours{energy}{cost}",
         f"  {s['segments_how']}",
         f"  {s['images_per_s']:.0f} images/s: reads {_bytes(s['read_gb_s'] * 1e9)}/s, {_bytes(s['read_tb'] * 1e12)} in "

@@ -100,11 +100,19 @@ def make_strategy(
 
     name = choose(parallel, model, world=world)
     prepare_blocks(model, recompute=parallel.activation_checkpointing, compiled=parallel.compile)
-    return with_statistics(_engine(name, parallel, model, groups, betas=betas, world=world), world=world)
+    engine = _engine(name, parallel, model, groups, betas=betas, momentum=momentum, world=world)
+    return with_statistics(engine, world=world)
 
 
 def _engine(
-    name: str, parallel: Parallel, model: nn.Module, groups: Groups, *, betas: tuple[float, float], world: World
+    name: str,
+    parallel: Parallel,
+    model: nn.Module,
+    groups: Groups,
+    *,
+    betas: tuple[float, float],
+    momentum: float | None,
+    world: World,
 ) -> Strategy:
     if name == "ddp":
         from livt_scale.parallel.ddp import Ddp

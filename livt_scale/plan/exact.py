@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from livt_scale.errors import RunError, UsageError
 from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_of
-from livt_scale.plan.parameters import weights_of
+from livt_scale.plan.parameters import stage_weights
 from livt_scale.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def with_engine(found: Measurement, recipe: Recipe, stage: Stage, spread: Spread
     """A replica's measured computing, with a zero's states and buffers by formula about it; others as they are."""
     if not spread.strategy.startswith("zero"):
         return found
-    weights = weights_of(recipe.model, stage, num_classes=num_classes)
+    weights = stage_weights(recipe, stage, num_classes=num_classes)
     last = activation_bytes(recipe, stage, spread).end
     peak = peak_of(weights, spread, found.activations, last).total
     held, grads, moments = held_bytes(weights, spread)
@@ -126,7 +126,9 @@ def _network(recipe: Recipe, stage: Stage, num_classes: int) -> torch.nn.Module:
     if isinstance(part, Pretrain):
         return build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
     assert isinstance(part, Finetune)
-    return build_classifier(recipe.model, num_classes=num_classes, drop_path=part.drop_path)
+    return build_classifier(
+        recipe.model, num_classes=num_classes, drop_path=part.drop_path, head_only=part.backbone_frozen
+    )
 
 
 def _measured(
@@ -142,8 +144,9 @@ def _measured(
     def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
         return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims[1])
 
+    momentum = recipe.stage(stage).lars_momentum
     call, backward, optimizer = (
-        _sharded(recipe, spread, network, groups) if sharded else _replica(spread, network, groups)
+        _sharded(recipe, spread, network, groups, momentum) if sharded else _replica(spread, network, groups, momentum)
     )
     cpu = torch.device("cpu")
     tracker: Any = FSDPMemTracker(network, optimizer) if sharded else MemTracker()
@@ -186,7 +189,9 @@ def _modules_unlisted() -> Any:
     return Unlisted()
 
 
-def _sharded(recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any, Any, Any]:
+def _sharded(
+    recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any, momentum: float | None
+) -> tuple[Any, Any, Any]:
     """How to call, go back and step. Not in the fake mode: a mesh of ranks is read as numbers."""
     from livt_scale.parallel.strategy import make_strategy
     from livt_scale.parallel.topology import World
@@ -199,11 +204,11 @@ def _sharded(recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: A
         }
     )  # fmt: skip
     world = World(0, spread.gpus, 0, spread.within_node or spread.gpus)
-    strategy: Any = make_strategy(parallel, network, groups, betas=(0.9, 0.95), world=world)
+    strategy: Any = make_strategy(parallel, network, groups, betas=(0.9, 0.95), momentum=momentum, world=world)
     return strategy.call, strategy.backward, strategy._updates.optimizer
 
 
-def _replica(spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any, Any, Any]:
+def _replica(spread: Spread, network: torch.nn.Module, groups: Any, momentum: float | None) -> tuple[Any, Any, Any]:
     """The same of a whole model on one rank, as ddp and the zeros compute it, without their engines."""
     import torch
 
@@ -214,8 +219,10 @@ def _replica(spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any
     prepare_blocks(network, recompute=spread.recompute, compiled=False)
     for name, parameter in list(network.named_parameters()):
         if not parameter.requires_grad:  # the tracker takes a parameter to have a gradient
-            delattr(network, name)
-            network.register_buffer(name, parameter.detach())
+            owner, _, own_name = name.rpartition(".")
+            module = network.get_submodule(owner)
+            delattr(module, own_name)
+            module.register_buffer(own_name, parameter.detach())
 
     def call(*inputs: torch.Tensor, last: bool) -> torch.Tensor:  # noqa: ARG001 - nothing is exchanged
         with precision.autocast(torch.device("cpu"), spread.precision):
@@ -225,7 +232,10 @@ def _replica(spread: Spread, network: torch.nn.Module, groups: Any) -> tuple[Any
     def backward(loss: torch.Tensor, *, last: bool) -> None:  # noqa: ARG001
         loss.backward()
 
-    return call, backward, optim.make_adamw(groups(network), betas=(0.9, 0.95))
+    made = groups(network)
+    if momentum is not None:
+        return call, backward, optim.make_lars(made, momentum=momentum)
+    return call, backward, optim.make_adamw(made, betas=(0.9, 0.95))
 
 
 def _by_kind(snapshot: dict[Any, int]) -> dict[str, int]:

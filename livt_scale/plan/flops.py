@@ -48,7 +48,10 @@ def network_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
     part, model = recipe.stage(stage), recipe.at(stage).model
     if isinstance(part, Pretrain):
         return mae_flops(model, mask_ratio=part.mask_ratio)
-    return classifier_flops(model, num_classes=num_classes)
+    flops = classifier_flops(model, num_classes=num_classes)
+    if part.backbone_frozen:  # the gradient of the head's weights is all that goes back
+        return Flops(flops.forward, _product(1, model.dims[0], num_classes), 0)
+    return flops
 
 
 def mae_flops(model: Model, *, mask_ratio: float) -> Flops:

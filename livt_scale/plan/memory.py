@@ -1,13 +1,15 @@
 """What a rank's device holds at the height of a step, by formula: states, activations, buffers.
 
-    States       weights, gradients and AdamW's two moments, fp32: of the fullest rank, as the strategy shares them out
+    States       weights, gradients and moments (AdamW's two, LARS's one), fp32: of the fullest rank, as the strategy
+                 shares them out
     Activations  what autograd keeps of a forward pass, tensor by tensor as the blocks here make them; with activation
                  checkpointing each block's input and, of one block at a time, the rest
     Buffers      what is gathered, reduced or cast besides
 
     A block of width D over N tokens keeps, for each of its B·N·D values: the residual stream twice in fp32 and 14
     values more in the products' precision (normed 1, qkv 3, attended 1, normed 1, MLP 4 + 4): 36 bytes in bf16, 64 in
-    fp32. The attention's matrix is never kept (fused attention).
+    fp32. The attention's matrix is never kept (fused attention). A frozen block keeps nothing; in its MLP there
+    are in fp32 the stream as it entered the blocks, this block and the MLP, and normed, and hidden values twice.
 
 The peak is the higher of two moments: the end of the forward pass, when all activations are there, and the end of the
 backward pass, when all gradients are. What the allocator loses to fragments, and the driver's own memory, are the
@@ -32,6 +34,7 @@ ZERO_BUCKET = 50_000_000  # elements exchanged at a time: `parallel.zero_engine.
 ZERO_REUSE = 1_000_000_000  # elements: weights that come again so soon stay gathered (DeepSpeed's max_reuse_distance)
 KEPT_FP32 = 2  # values of a block a token and channel: the residual stream before attention and before the MLP
 KEPT_LOW = 14
+FROZEN_FP32, FROZEN_LOW = 4, 8  # of a frozen block, in its MLP
 WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
 
 
@@ -149,11 +152,11 @@ def _held(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int, int
     whole = FP32 * sum(w.numel for w in weights)
     trained = FP32 * _trained(weights)
     if spread.strategy == "ddp":
-        return 0, whole, trained, 2 * trained
+        return 0, whole, trained, FP32 * sum(w.moments * w.numel for w in weights if w.trained)
     if spread.strategy == "fsdp":
         rows = FP32 * sum(w.rows_numel(spread.shards) for w in weights)
         own = FP32 * sum(w.rows_numel(spread.shards) for w in weights if w.trained)
-        return rows, 0, own, 2 * own
+        return rows, 0, own, FP32 * sum(w.moments * w.rows_numel(spread.shards) for w in weights if w.trained)
     own = FP32 * math.ceil(_trained(weights) / spread.shards)
     if spread.strategy == "zero3":
         shared = FP32 * sum(math.ceil(w.numel / spread.shards) for w in weights)
@@ -177,6 +180,7 @@ def cast_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
 def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
     """What is gathered and exchanged, in the forward and in the backward pass."""
     low, trained, largest = spread.low_bytes, _trained(weights), _largest_block(weights)
+    goes_back = _largest_block([w for w in weights if w.trained])
     if spread.strategy == "ddp" or (spread.gpus == 1 and spread.strategy == "fsdp"):
         return 0, 0
     bucket = FP32 * min(ZERO_BUCKET, trained)
@@ -190,7 +194,7 @@ def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
         return gathered + reduced, gathered + reduced
     outside = FP32 * sum(w.numel for w in weights if w.block is None)  # stays gathered
     # this block and the next; going back: one, its gradient, and what is reduced in fp32
-    return 2 * low * largest + outside, (2 * low + FP32) * largest + outside
+    return 2 * low * largest + outside, (2 * low + FP32) * goes_back + outside
 
 
 @dataclass(frozen=True)
@@ -216,6 +220,9 @@ def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
     if isinstance(part, Pretrain):
         blocks += [images * (1 + model.num_patches) * model.decoder.width] * model.decoder.depth
         ends += _prediction_bytes(model, part, images, low)
+    if part.backbone_frozen:
+        holds = given + (FROZEN_FP32 * FP32 + FROZEN_LOW * low) * encoder
+        return Kept(holds, holds, given)
     whole = [(KEPT_FP32 * FP32 + KEPT_LOW * low) * values for values in blocks]
     working = max((FP32 + WORKING_LOW * low) * values for values in blocks)
     if not spread.recompute:

@@ -1,4 +1,4 @@
-"""The weights of both stages' networks by name and shape, from a recipe's `model` alone: no network is built, no torch.
+"""The weights of both stages' networks by name and shape, from the recipe alone: no network is built, no torch.
 
     ViT-H/14, 1000 classes: classifier 632 M weights in 32 blocks of 19.7 M; MAE 657 M, 26 M of them the decoder's
 
@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from livt_scale.plan.flops import MLP_RATIO
-from livt_scale.recipe import Model, Stage
+from livt_scale.recipe import Model, Recipe, Stage
 
 
 @dataclass(frozen=True)
 class Weight:
-    """`block`: which transformer block it belongs to, "blocks.0"; None outside of them. `trained`: has a gradient."""
+    """`block`: which transformer block it belongs to, "blocks.0"; None outside of them. `trained`: has a gradient.
+
+    `moments`: tensors of its size that the optimizer keeps of a trained one: AdamW's two, LARS's one.
+    """
 
     name: str
     shape: tuple[int, ...]
     trained: bool = True
     block: str | None = None
+    moments: int = 2
 
     @cached_property
     def numel(self) -> int:
@@ -39,8 +43,19 @@ class Weight:
 
 
 def weights_of(model: Model, stage: Stage, *, num_classes: int) -> tuple[Weight, ...]:
-    """All weights of the stage's network, fixed positions included."""
+    """All weights of the stage's network, fixed positions included, each trained by AdamW."""
     return tuple(_mae(model) if stage == "pretrain" else _classifier(model, num_classes))
+
+
+def stage_weights(recipe: Recipe, stage: Stage, *, num_classes: int) -> tuple[Weight, ...]:
+    """`weights_of`, trained as the recipe says: a linear probe's backbone is frozen, LARS keeps one moment."""
+    part = recipe.stage(stage)
+    weights = weights_of(recipe.model, stage, num_classes=num_classes)
+    if part.lars_momentum is not None:
+        weights = tuple(replace(w, moments=1) for w in weights)
+    if part.backbone_frozen:
+        weights = tuple(replace(w, trained=w.name.startswith("head.")) for w in weights)
+    return weights
 
 
 def _mae(model: Model) -> Iterator[Weight]:

@@ -104,8 +104,9 @@ def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:
         return []
     low = spread.low_bytes
     whole = FP32 * sum(w.numel for w in weights if w.trained)
-    gathered = sum((low if w.block else FP32) * w.numel for w in weights)
-    units = 1 + len({w.block for w in weights if w.block})
+    go_back = {w.block for w in weights if w.trained}  # a frozen block is gathered for the forward pass alone
+    gathered = sum((1 + (w.block in go_back)) * (low if w.block else FP32) * w.numel for w in weights)
+    units, gathers = len(go_back), len({w.block for w in weights}) + len(go_back)
     micro = spread.accumulation
     ranks = spread.shards
     share = (ranks - 1) / ranks
@@ -121,7 +122,7 @@ def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:
     if spread.strategy == "zero3":
         return [Collective(3 * share * whole * micro, 3 * units * micro, ranks, False)]
     found = [
-        Collective(2 * share * gathered * micro, 2 * units * micro, ranks, within),
+        Collective(share * gathered * micro, gathers * micro, ranks, within),
         Collective(share * whole, units, ranks, within),
     ]
     nodes = spread.gpus // ranks

@@ -16,9 +16,9 @@ from typing import Any
 from livt_scale.plan.assumptions import Accelerator, Assumptions, peak_tflops
 from livt_scale.plan.flops import Flops, network_flops
 from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, offloaded_bytes, plan_memory
-from livt_scale.plan.parameters import Weight, weights_of
+from livt_scale.plan.parameters import Weight, stage_weights
 from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
-from livt_scale.recipe import Recipe, Stage
+from livt_scale.recipe import Recipe, Stage, StagePart
 
 PIECE_BYTES = 1840  # a tensor's piece in a checkpoint besides its values: archive and index (1810 to 1870, torch 2.14)
 SAME = 0.01  # a difference of times below this is none: the simpler one is taken
@@ -48,7 +48,7 @@ class Task:
 
     @cached_property  # one task is planned at every strategy and micro-batch
     def weights(self) -> tuple[Weight, ...]:
-        return weights_of(self.recipe.model, self.stage, num_classes=self.data.classes)
+        return stage_weights(self.recipe, self.stage, num_classes=self.data.classes)
 
     @cached_property
     def flops(self) -> Flops:
@@ -163,13 +163,17 @@ def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: Ste
 
 
 def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
-    """Files of a checkpoint: weights, two moments and a step count of each trained one, what torch wraps them in.
+    """Files of a checkpoint: weights, moments and AdamW's step count of each trained one, what torch wraps them in.
 
     Under ddp a tensor is one piece, else one of each rank that has rows of it.
     """
     ranks = 1 if spread.strategy == "ddp" else spread.shards
-    pieces = sum(w.num_pieces(ranks) * (1 + 2 * w.trained) + w.trained for w in weights)
-    return FP32 * sum(w.numel + (2 * w.numel + 1) * w.trained for w in weights) + PIECE_BYTES * pieces
+    size = pieces = 0
+    for w in weights:
+        moments, counts = w.moments * w.trained, (w.moments == 2) * w.trained
+        size += w.numel * (1 + moments) + counts
+        pieces += w.num_pieces(ranks) * (1 + moments) + counts
+    return FP32 * size + PIECE_BYTES * pieces
 
 
 def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
@@ -189,16 +193,24 @@ def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int,
     )
 
 
-def candidates(task: Task, strategies: Sequence[str] = STRATEGIES) -> list[StagePlan]:
+def strategies_for(part: StagePart) -> tuple[str, ...]:
+    """Those that a recipe may give this stage: the zeros know neither LARS nor a frozen backbone."""
+    probes = part.backbone_frozen or part.lars_momentum is not None
+    return tuple(name for name in STRATEGIES if not (probes and name.startswith("zero")))
+
+
+def candidates(task: Task) -> list[StagePlan]:
     """Each strategy, kept and recomputed, at its largest micro-batch that fits, else at the smallest there is.
 
-    The largest is the fastest: computing is the same, and the fewer micro-batches, the less is exchanged.
+    The largest is the fastest: computing is the same, and the fewer micro-batches, the less is exchanged. A frozen
+    backbone keeps nothing that could be computed again.
     """
-    slots = task.recipe.stage(task.stage).global_batch // task.gpus
+    part = task.recipe.stage(task.stage)
+    slots = part.global_batch // task.gpus
     sizes = [m for m in range(slots, 0, -1) if m % task.unit == 0 and slots % m == 0]
     found = []
-    for strategy in strategies:
-        for recompute in (False, True):
+    for strategy in strategies_for(part):
+        for recompute in (False,) if part.backbone_frozen else (False, True):
             for m in sizes:
                 spread = spread_of(task, strategy, micro_batch=m, accumulation=slots // m, recompute=recompute)
                 planned = plan_stage(task, spread)
@@ -249,6 +261,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "exchange_s": plan.time.exchange_s,
         "exposed_exchange_s": plan.time.exposed_s,
         "exchanged_bytes_per_rank": plan.time.exchanged_bytes,
+        "optimizer": "AdamW" if task.recipe.stage(task.stage).lars_momentum is None else "LARS",
         "optimizer_s": plan.time.optimizer_s,
         "offload_s": plan.time.offload_s,
         "efficiency": plan.time.efficiency,

@@ -19,12 +19,14 @@ from livt_scale.plan.step_time import daly_interval_s, lost_share
 
 ROOT = Path(__file__).parents[2]
 VIT_H = str(ROOT / "recipes" / "imagenet_lt" / "vit_h14.yaml")
+VIT_B = VIT_H.replace("vit_h14", "vit_b16")
+PROBE = VIT_H.replace("vit_h14.yaml", "vit_b16_linear_probe.yaml")
 QUICKSTART = str(Path(VIT_H).parents[1] / "fashion_mnist_lt" / "quickstart.yaml")
 MINE = "name: mine\npeak_tflops: {bf16: 400, fp16: 400, fp32: 50}\nmemory_gib: 96\nmemory_gb_s: 3000\n"
 
 
-def planned(*words):
-    result = CliRunner().invoke(cli.app, ["plan", VIT_H, "--json", *words], catch_exceptions=False)
+def planned(*words, recipe=VIT_H):
+    result = CliRunner().invoke(cli.app, ["plan", recipe, "--json", *words], catch_exceptions=False)
     return json.loads(result.stdout)
 
 
@@ -173,3 +175,26 @@ def test_offload_frees_the_device_fills_the_host_and_takes_time():
     assert planned(*words, *disk)["stages"][0]["offload_s"] > away["offload_s"]
     with pytest.raises(UsageError, match="on the device"):
         planned(*words, "--set=parallel.strategy=fsdp", "--set=parallel.offload=cpu", "--exact")
+
+
+def test_a_linear_probe_has_gradients_and_one_moment_of_its_head_alone_and_no_zero():
+    probe = planned("--gpus", "8", "--strategy", "ddp", recipe=PROBE)["stages"][0]
+    head = 4 * (768 + 1) * 1000
+    assert probe["params"] == pytest.approx(86.6e6, rel=0.01)
+    assert probe["memory_gib"]["weights"] == pytest.approx(4 * probe["params"] / 2**30, rel=1e-3)
+    assert probe["memory_gib"]["grads"] == probe["memory_gib"]["optimizer"] == pytest.approx(head / 2**30, abs=1e-4)
+    assert probe["optimizer"] == "LARS"
+    assert probe["checkpoint"]["bytes"] == pytest.approx(4 * probe["params"] + head, rel=0.01)
+    assert {one["strategy"] for one in probe["candidates"]} == {"ddp", "fsdp"}
+    whole = planned(
+        "--gpus",
+        "8",
+        "--strategy",
+        "ddp",
+        "--set=stages.pretrain=null",
+        "--set=stages.finetune.init=scratch",
+        recipe=VIT_B,
+    )["stages"][0]
+    assert probe["train_flops_per_image"] == pytest.approx(whole["train_flops_per_image"] / 3, rel=0.01)
+    with pytest.raises(UsageError, match="zero2 takes neither LARS nor a frozen backbone"):
+        planned("--gpus", "8", "--strategy", "zero2", recipe=PROBE)

@@ -77,6 +77,16 @@ def test_a_resnets_step_has_the_flops_of_the_formula(size, px):
     assert formula.hardware == formula.train
 
 
+def test_a_linear_probes_step_has_the_flops_of_the_formula():
+    sets = ["stages.pretrain=null", "stages.finetune.init=weights", "stages.finetune.weights=w"]
+    sets += ["stages.finetune.train=head", "stages.finetune.layer_decay=1", "stages.finetune.drop_path=0"]
+    recipe = load_recipe(QUICKSTART, sets=sets)
+    network = build_classifier(recipe.model, num_classes=100, drop_path=0.0, head_only=True)
+    formula = flops.network_flops(recipe, "finetune", num_classes=100)
+    assert formula.train == pytest.approx(counted(lambda: network(images(recipe.model)).sum().backward()), rel=0.02)
+    assert formula.hardware == formula.train
+
+
 def test_a_recipe_says_whether_blocks_are_computed_again():
     for stage in ("pretrain", "finetune"):
         plain = flops.stage_flops(load_recipe(QUICKSTART), stage, num_classes=10)

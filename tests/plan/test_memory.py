@@ -24,7 +24,7 @@ from livt_scale.plan.memory import (
     offloaded_bytes,
     plan_memory,
 )
-from livt_scale.plan.parameters import weights_of
+from livt_scale.plan.parameters import stage_weights, weights_of
 from livt_scale.plan.whole import checkpoint_bytes
 from livt_scale.recipe import Model
 from livt_scale.recipe_file import load_recipe
@@ -60,6 +60,17 @@ def test_weights_of_a_resnet_are_those_of_the_network(size, px):
         network = build_classifier(model, num_classes=37, drop_path=0.1)
     planned = weights_of(model, "finetune", num_classes=37)
     assert {w.name: tuple(w.shape) for w in planned} == {n: tuple(p.shape) for n, p in network.named_parameters()}
+
+
+def test_a_probes_weights_are_trained_as_the_network_says():
+    sets = ["stages.pretrain=null", "stages.finetune.init=weights", "stages.finetune.weights=w"]
+    sets += ["stages.finetune.train=head", "stages.finetune.layer_decay=1", "stages.finetune.drop_path=0"]
+    recipe = load_recipe(VIT_B, sets=sets)
+    with torch.device("meta"):
+        network = build_classifier(recipe.model, num_classes=37, drop_path=0.0, head_only=True)
+    planned = stage_weights(recipe, "finetune", num_classes=37)
+    assert {w.name: w.trained for w in planned} == {name: p.requires_grad for name, p in network.named_parameters()}
+    assert {w.moments for w in planned} == {2}
 
 
 def test_the_bucket_is_the_one_that_runs_have():
