@@ -21,15 +21,13 @@
     }
   }
 
-  const plots = [];
-  const dressAll = () => { const c = colours(); for (const plot of plots) dress(plot, c); };
-
-  async function draw(key) {
-    const views = await Bokeh.embed.embed_item(items[key], "plot-" + key);
-    for (const view of views.roots ?? views) plots.push(view.model);
+  function dressAll() {
+    const c = colours();
+    for (const shown of Bokeh.documents) for (const plot of shown.roots()) dress(plot, c);
   }
+  const draw = (key) => Bokeh.embed.embed_item(items[key], "plot-" + key);
 
-  // Where a run's curve cannot be drawn the others still are; the page says how many were.
+  // Where one plot cannot be drawn the others still are; the page holds how many were.
   Promise.allSettled(Object.keys(items).map(draw)).then((results) => {
     dressAll();
     for (const result of results) if (result.status === "rejected") console.error(result.reason);
