@@ -146,18 +146,17 @@ def _table(collected: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, A
     measures = [m for m in TABLE_MEASURES if any(value(run, m) is not None for run in runs)]
     columns: list[tuple[str, bool]] = [("run", False), ("state", False), *((axis, False) for axis in axes)]
     columns += [("weights", True), *((HEADS[m], True) for m in measures), ("minutes", True), ("FLOPs", True)]
-    columns += [("why", False)] if any(run.get("why") for run in runs) else []
     rows = []
     for run in runs:
         css = {"done": "done", "failed": "failed"}.get(run["state"], "other")
         row = [{"text": run["name"], "sort": run["name"], "link": link(run, folder), "kind": ""}]
-        row.append({"text": run["state"], "sort": run["state"], "kind": "state", "css": css})
+        row.append(
+            {"text": run["state"], "sort": run["state"], "kind": "state", "css": css, "why": str(run.get("why", ""))}
+        )
         row += [{"text": str(run["axes"].get(a, "")), "sort": str(run["axes"].get(a, "")), "kind": ""} for a in axes]
         row.append(_number(run.get("num_weights")))
         row += [_number(value(run, m), digits=MEASURES[m].digits) for m in measures]
         row += [_number(cost_of(run, "minutes"), digits=1), _number(cost_of(run, "flops"))]
-        if columns[-1][0] == "why":
-            row.append({"text": str(run.get("why", "")), "sort": str(run.get("why", "")), "kind": "why"})
         rows.append(row)
     return [{"title": title, "numeric": numeric} for title, numeric in columns], rows
 

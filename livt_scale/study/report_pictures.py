@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from livt_scale.errors import UsageError
-from livt_scale.study.report_plots import PALETTE, log_ticks
-from livt_scale.study.report_series import Panel, Series, short, values_of, varied
+from livt_scale.study.report_plots import PALETTE
+from livt_scale.study.report_series import Panel, Series, short, ticks_of, values_of, varied
 
 TOTAL_BYTES = 2_200_000  # of all reconstructions in one page, as data URIs
 WIDEST_PX, NARROWEST_PX = 640, 160
@@ -124,7 +124,7 @@ def _paint(axes: Any, panel: Panel) -> None:
         axes.set_xscale("log")
         every = [x for of in panel.series for x in of.x]
         low, high = min(every) / 1.15, max(every) * 1.15
-        ticks = [tick for tick in log_ticks(low, high) if low <= tick <= high]
+        ticks = [tick for tick in ticks_of(panel) if low <= tick <= high]
         axes.set_xlim(low, high)
         axes.set_xticks(ticks, [short(tick) for tick in ticks])
         axes.minorticks_off()

@@ -7,12 +7,11 @@ grid are left to the page's own script: they follow its light, dark or print sty
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 from livt_scale.errors import UsageError
-from livt_scale.study.report_series import Panel, Series, short
+from livt_scale.study.report_series import Panel, Series, short, ticks_of
 
 # Okabe and Ito's colours without black and yellow: told apart by the colour-blind, seen on white and on near black.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -92,17 +91,9 @@ def _axes(plot: Any, panel: Panel) -> None:
         plot.xaxis.major_label_overrides = {k: plain(name) for k, name in enumerate(panel.categories)}
         plot.x_range.start, plot.x_range.end = -0.6, len(panel.categories) - 0.4
     elif panel.x_log:
-        every = [x for of in panel.series for x in of.x]
-        ticks = log_ticks(min(every, default=1), max(every, default=1))
+        ticks = ticks_of(panel)
         plot.xaxis.ticker = FixedTicker(ticks=ticks)
         plot.xaxis.major_label_overrides = {tick: short(tick) for tick in ticks}
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers (1, 2, 5 times a power of ten) about low to high; the powers alone where there are many."""
-    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
-    steps = (1, 2, 5) if high / low < 100 else (1,)
-    return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
 def plain(text: str) -> str:
@@ -153,7 +144,7 @@ def _legend(plot: Any, panel: Panel) -> None:
     plot.add_layout(legend, "below")
     legend.click_policy = "hide"
     legend.orientation = "horizontal"
-    legend.ncols = 3
+    legend.ncols = 2  # three do not fit on a telephone
     legend.border_line_color = legend.background_fill_color = None
     legend.label_text_font_size = "12px"
     legend.padding, legend.margin, legend.spacing = 2, 4, 6

@@ -73,7 +73,7 @@ def lead_of(collected: Mapping[str, Any]) -> str:
     counts = Counter(str(run["state"]) for run in collected["runs"])
     num = len(collected["runs"])
     states = ", ".join(f"{count} {state}" for state, count in sorted(counts.items(), key=lambda c: (c[0] != "done", c)))
-    axes = " × ".join(f"{len(values)} {axis}" for axis, values in collected["axes"].items())
+    axes = " × ".join(f"{axis} ({len(values)})" for axis, values in collected["axes"].items())
     return f"{num} {'run' if num == 1 else 'runs'} of {collected['recipe']} ({states}), over {axes}."
 
 

@@ -26,7 +26,7 @@ class Measure(NamedTuple):
 
 
 MEASURES = {
-    "reconstruction_loss": Measure("Reconstruction loss", "reconstruction loss (squared error a pixel)"),
+    "reconstruction_loss": Measure("Reconstruction loss", "reconstruction loss (MSE)"),
     "top1_all": Measure("Accuracy, all classes", "top-1 accuracy, all classes (%)", 100, 1),
     "top1_many": Measure("Many-shot", "top-1 accuracy (%)", 100, 1),
     "top1_medium": Measure("Medium-shot", "top-1 accuracy (%)", 100, 1),
@@ -88,9 +88,22 @@ class Panel:
             return f"{self.title}: no run has these values yet."
         (low, low_name), (high, high_name) = min(values), max(values)
         runs = len({name for _, name in values})
-        text = f"{self.y_label} over {self.x_label}: {runs} {'run' if runs == 1 else 'runs'}, "
-        text += f"from {short(low)} ({low_name}) to {short(high)} ({high_name})."
+        text = f"{self.y_label[:1].upper()}{self.y_label[1:]} over {self.x_label}: "
+        text += (
+            f"{runs} {'run' if runs == 1 else 'runs'}, from {short(low)} ({low_name}) to {short(high)} ({high_name})."
+        )
         return f"{text} {self.band.label}." if self.band else text
+
+
+def ticks_of(panel: Panel) -> list[float]:
+    """Of a logarithmic x axis: the values themselves where they are few and short, else 1, 2, 5 times powers of ten."""
+    every = sorted({x for of in panel.series for x in of.x})
+    if len(every) <= 8 and all(x == round(x) < 1e4 for x in every):
+        return every
+    low, high = every[0], every[-1]
+    first, last = math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1
+    steps = (1, 2, 5) if high / low < 100 else (1,)
+    return [step * 10.0**power for power in range(first, last + 1) for step in steps]
 
 
 def done(collected: Mapping[str, Any]) -> list[Run]:
@@ -207,7 +220,7 @@ def _band(fit: Mapping[str, Any] | None, axis: str, scale: float) -> Band | None
     if not drawn:
         return None
     at = ", ".join(f"{OVER.get(name, name)} {short(number)}" for name, number in (drawn.get("at") or {}).items())
-    label = "fitted law and its interval" + (f" at {at}" if at else "")
+    label = "Fitted law and its interval" + (f" at {at}" if at else "")
     mid, low, high = ([scale * number for number in drawn[name]] for name in ("mid", "low", "high"))
     return Band(label, list(drawn["x"]), mid, low, high)
 
