@@ -68,7 +68,7 @@ def submit(
     if as_json:
         typer.echo(json.dumps({"done": outcome.done, "failed": failed}))
     else:
-        typer.echo(f"{len(outcome.done)} done, {len(failed)} failed; next: livt study fit {study}")
+        typer.echo(f"{len(outcome.done)} done, {len(failed)} failed; next: livt study report {study}")
     for name, why in failed.items():
         typer.echo(f"failed: {name}: {why}", err=True)
     if failed:
@@ -225,3 +225,17 @@ def _law_lines(fit: dict[str, Any]) -> list[str]:
             f"{point['high']:.4f}), measured {point['measured']:.4f}, off by {point['relative_error']:+.1%}"
         )
     return lines
+
+
+@app.command("report")
+def report(study: StudyFile, out: Out = None) -> None:
+    """Collect, fit, and write report.html (one file, no network), report.md and pictures into the study's folder.
+
+    livt study report studies/fashion_mnist_lt/sizes.yaml
+    """
+    from livt_scale.study.definition import load_study
+    from livt_scale.study.report import write_report
+
+    loaded = load_study(study, folder=out)
+    for written in write_report(_fitted(_collected(loaded), loaded), loaded.folder):
+        typer.echo(str(written))

@@ -1,8 +1,8 @@
 """A study's table and the laws of its measures: what is N, what is D, and the answers as plain JSON for the report.
 
-N is the number of weights of the classifier; D the epochs of pretraining, or the images seen in it where runs have sets
-of different sizes. An accuracy falls short of 1 by an error, and it is the error that the law is about; predictions are
-told as accuracies again.
+N is the number of weights of the classifier; D the epochs of pretraining, or the images of the training set, or, where
+both vary, the images seen. An accuracy falls short of 1 by an error, and it is the error that the law is about;
+predictions are told as accuracies again.
 """
 
 from __future__ import annotations
@@ -53,17 +53,17 @@ def _fit_measure(table: Mapping[str, Any], measure: str) -> dict[str, Any]:
 
 
 def _runs_of(table: Mapping[str, Any], measure: str, *, is_accuracy: bool) -> tuple[str, list[Run], str]:
-    """("epochs" or "images", runs with what they fell short of or lost, why they cannot be put together)."""
+    """(what D is, runs with what they fell short of or lost, why they cannot be put together)."""
     done = [run for run in table["runs"] if run["state"] == "done" and measure in run["measures"]]
-    images = {run["num_images"] for run in done}
-    amount = "images" if len(images) > 1 else "epochs"
+    epochs = [run["pretrain_epochs"] or run["finetune_epochs"] for run in done]
+    images = [run["num_images"] for run in done]
+    amount = "epochs" if len(set(images)) < 2 else "num_images" if len(set(epochs)) < 2 else "images_seen"
+    seen = {"epochs": epochs, "num_images": images, "images_seen": [e * i for e, i in zip(epochs, images, strict=True)]}
     others = sorted({a for run in done for a in run["axes"]} - {"size", "epochs", "data_fraction", "seed"})
     varied = [axis for axis in others if len({run["axes"].get(axis) for run in done}) > 1]
     runs = []
-    for run in done:
+    for run, d in zip(done, seen[amount], strict=True):
         value = run["measures"][measure]
-        seen = run["pretrain_epochs"] or run["finetune_epochs"]
-        d = seen * run["num_images"] if amount == "images" else seen
         runs.append(Run(run["num_weights"], d, 1 - value if is_accuracy else value, run["name"]))
     if not done:
         return amount, [], f"no finished run has {measure}"
@@ -77,7 +77,8 @@ def _bands(fit: Fit, amount: str, *, is_accuracy: bool) -> dict[str, Any]:
     assert fit.law is not None
     n, d = (sorted({getattr(run, name) for run in fit.runs}) for name in ("n", "d"))
     found = {}
-    for name, along, key in (("n", n, "size"), ("d", d, amount)):
+    of_d = {"num_images": "data_fraction"}.get(amount, amount)  # the axis along which D is drawn
+    for name, along, key in (("n", n, "size"), ("d", d, of_d)):
         if name not in fit.law.over:
             continue
         x = np.geomspace(along[0], along[-1] * 2, BAND_POINTS)  # on to what a doubling would bring

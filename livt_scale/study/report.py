@@ -71,11 +71,12 @@ def check(collected: Mapping[str, Any]) -> None:
 
 def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) -> str:
     """The page, whole. Links lead from `folder` to the runs' directories."""
+    library = report_plots.library().replace("</script", "<\\/script")  # first: it says what is missing
+
     import bokeh
     import jinja2
     from markupsafe import Markup
 
-    library = report_plots.library().replace("</script", "<\\/script")
     script = _part("report.js")
     panels = [panel for section in sections for panel in section.panels]
     data = report_plots.as_script_data({panel.key: report_plots.item(panel) for panel in panels})

@@ -34,7 +34,12 @@ MEASURES = {
     "ece": Measure("Calibration error", "expected calibration error (%)", 100, 1),
 }
 SHOTS = ("top1_many", "top1_medium", "top1_few")
-OVER = {"num_weights": "weights of the model", "epochs": "pretraining epochs", "num_images": "training images"}
+OVER = {
+    "num_weights": "weights of the model",
+    "epochs": "pretraining epochs",
+    "num_images": "training images",
+    "images_seen": "images seen in pretraining",
+}
 CURVES = {
     "pretrain": Measure("Pretraining", "pretraining loss"),
     "finetune": Measure("Fine-tuning", "fine-tuning loss"),
