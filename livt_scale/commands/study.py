@@ -210,19 +210,20 @@ def _fitted(table: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
 
 def _law_lines(fit: dict[str, Any]) -> list[str]:
     head = f"{fit['measure']} over {' and '.join(fit['over'])}, {fit['num_points']} runs"
-    if fit["problem"] and not fit["parameters"]:
+    if fit["problem"]:
         return [f"{head}: no law: {fit['problem']}"]
     lines = [f"{head}: {fit['law']}"]
     for name, value in fit["parameters"].items():
         low, high = fit["intervals"].get(name, (None, None))
         lines.append(f"  {name:<6} {value:.4g}" + (f"  ({low:.4g} to {high:.4g})" if low is not None else ""))
-    if fit["problem"]:
-        lines.append(f"  note: {fit['problem']}")
+    if fit["note"]:
+        lines.append(f"  note: {fit['note']}")
     held = fit.get("held_out") or {}
     for point in held.get("points", []):
         lines.append(
             f"  held out {point['name']}: predicted {point['predicted']:.4f} ({point['low']:.4f} to "
-            f"{point['high']:.4f}), measured {point['measured']:.4f}, off by {point['relative_error']:+.1%}"
+            f"{point['high']:.4f}), measured {point['measured']:.4f}"
+            + ("" if point["relative_error"] is None else f", off by {point['relative_error']:+.1%}")
         )
     return lines
 

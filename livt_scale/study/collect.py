@@ -194,7 +194,7 @@ def training_minutes(folder: Path) -> float:
     return total_s / 60
 
 
-def _beside_the_recipes(place: str) -> str:
+def beside_the_recipes(place: str) -> str:
     """A path as the recipe has it, where it lies in the folder of the project: the page is for others' machines."""
     project = RECIPES.parent
     return str(Path(place).relative_to(project)) if Path(place).is_relative_to(project) else place
@@ -207,7 +207,7 @@ def _budget(claim: Claim, setting: Setting, sets: Mapping[str, Any]) -> dict[str
     pretrain = recipe.stages.pretrain
     return {
         "recipe": f"recipes/{setting.recipe.parent.name}/{setting.recipe.name}",
-        "data": _beside_the_recipes(recipe.data.train),
+        "data": beside_the_recipes(recipe.data.train),
         "pretrain_epochs": pretrain.epochs if pretrain else None,
         "finetune_epochs": recipe.stage("finetune").epochs,
     }

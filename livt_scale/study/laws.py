@@ -36,7 +36,8 @@ def _fit_measure(table: Mapping[str, Any], measure: str) -> dict[str, Any]:
         "num_points": len(runs),
         "band": {},
         "held_out": {"who": "", "points": []},
-        "problem": fit.problem,
+        "problem": "" if fit.law else fit.problem,  # why there is no law
+        "note": fit.problem if fit.law else "",  # what to know of the one there is
     }
     if fit.law is None:
         return told
@@ -94,7 +95,11 @@ def _check(runs: Sequence[Run], *, is_accuracy: bool) -> dict[str, Any]:
     """The largest size, predicted from the smaller ones. `problem` where those are too few for a law."""
     fit, largest = held_out(runs)
     if fit.law is None or "n" not in fit.law.over:
-        return {"who": f"{largest[0].n:.0f} weights", "points": [], "problem": fit.problem or "one size alone"}
+        return {
+            "who": f"the largest size, {largest[0].n:,.0f} weights",
+            "points": [],
+            "problem": fit.problem or "one size alone",
+        }
     n, d = [run.n for run in largest], [run.d for run in largest]
     mid, low, high = _as_measured(fit.predict(n, d, of_a_run=True), is_accuracy=is_accuracy)
     points = []
@@ -106,7 +111,7 @@ def _check(runs: Sequence[Run], *, is_accuracy: bool) -> dict[str, Any]:
                 "measured": measured, "relative_error": float(mid[k] / measured - 1) if measured else None,
             }
         )  # fmt: skip
-    return {"who": f"{largest[0].n:.0f} weights", "points": points, "problem": ""}
+    return {"who": f"the largest size, {largest[0].n:,.0f} weights", "points": points, "problem": ""}
 
 
 def _as_measured(predicted: tuple[Any, Any, Any], *, is_accuracy: bool) -> tuple[Any, Any, Any]:

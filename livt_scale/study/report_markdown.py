@@ -45,6 +45,8 @@ def _fit(fit: Mapping[str, Any]) -> list[str]:
     lines += [f"{text(table['law'])}, fitted to {table['num_points']} runs.", ""]
     lines += ["| constant | value | interval |", "| --- | ---: | ---: |"]
     lines += [f"| {text(row['name'])} | {row['value']} | {row['interval']} |" for row in table["constants"]]
+    if table["note"]:
+        lines += ["", f"Note: {text(table['note'])}."]
     if table["held_out"]:
         lines += ["", f"Held out from the fit: {text(table['who'])}.", ""]
         lines += ["| run | predicted | interval | measured | error |", "| --- | ---: | ---: | ---: | ---: |"]

@@ -44,8 +44,8 @@ def sections_of(collected: Mapping[str, Any]) -> list[Section]:
         Section(
             "scaling",
             "Scaling",
-            "Each point is a run. The grey line is the fitted law, its shade the interval; hollow points were held out "
-            "from the fit.",
+            "Each point is a run. The grey line is the law of all runs, its shade the interval; hollow points are the size "
+            "that a law of the smaller ones foretold.",
             scaling_panels(collected),
         ),
         Section(
@@ -96,8 +96,8 @@ def facts_of(collected: Mapping[str, Any]) -> list[Fact]:
         facts.append(Fact("Training time", text, f"{short(sum(flops))} FLOPs" if flops else f"{len(minutes)} runs"))
     for fit in collected.get("fits", []):
         points = (fit.get("held_out") or {}).get("points", [])
-        if points and not fit.get("problem"):
-            error = max((p["relative_error"] for p in points), key=abs)
+        if points and not fit.get("problem") and any(p["relative_error"] is not None for p in points):
+            error = max((p["relative_error"] for p in points if p["relative_error"] is not None), key=abs)
             what = f"Law of the {MEASURES[fit['measure']].title.lower()}: error on what was held out"
             facts.append(
                 Fact(what, f"{100 * error:+.1f} %", f"largest of {len(points)}, {fit['held_out'].get('who', '')}")
@@ -117,6 +117,7 @@ def fit_table(fit: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "title": title,
         "problem": "",
+        "note": str(fit.get("note") or ""),
         "law": str(fit["law"]),
         "num_points": fit["num_points"],
         "constants": [
@@ -130,7 +131,7 @@ def fit_table(fit: Mapping[str, Any]) -> dict[str, Any]:
                 "predicted": _shown(point["predicted"], measure.scale),
                 "interval": _interval([point.get("low"), point.get("high")], measure.scale),
                 "measured": _shown(point["measured"], measure.scale),
-                "error": f"{100 * point['relative_error']:+.1f} %",
+                "error": "–" if point["relative_error"] is None else f"{100 * point['relative_error']:+.1f} %",
             }
             for point in held.get("points", [])
         ],

@@ -23,7 +23,14 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.errors import DataError, LivtError
 from livt_scale.plan.flops import stage_flops
 from livt_scale.recipe import STAGES, Recipe
-from livt_scale.study.collect import evaluations, measures_of, num_weights, training_minutes, what_is_wrong
+from livt_scale.study.collect import (
+    beside_the_recipes,
+    evaluations,
+    measures_of,
+    num_weights,
+    training_minutes,
+    what_is_wrong,
+)
 from livt_scale.study.definition import Loaded, Point, last_run, points
 from livt_scale.study.grid import Run
 
@@ -40,7 +47,7 @@ def collect_study(loaded: Loaded, *, command: str = "") -> dict[str, Any]:
         "version": VERSION,
         "name": loaded.study.name,
         "study": str(loaded.path),
-        "recipe": str(loaded.recipe),
+        "recipe": beside_the_recipes(str(loaded.recipe)),
         "folder": str(loaded.folder),
         "axes": {axis: list(values) for axis, values in loaded.study.axes.given.items()},
         "sets": dict(loaded.study.sets),

@@ -137,10 +137,10 @@ def table(runs, measure="reconstruction_loss", **more):
     return {"runs": rows, **more}
 
 
-@pytest.mark.slow
 def test_a_table_gives_plain_json_with_band_and_check():
     (one,) = fit_table(table(made(0.002)), measures=["reconstruction_loss"])
     assert one["law"] == "L = E + A·N^−α + B·D^−β"
+    assert one["problem"] == one["note"] == ""
     assert one["over"] == ["num_weights", "epochs"]
     assert one["band"]["size"]["at"] == {"epochs": 8}
     assert all(a <= b <= c for a, b, c in zip(*(one["band"]["size"][k] for k in ("low", "mid", "high")), strict=True))
@@ -163,3 +163,24 @@ def test_runs_that_are_not_done_or_differ_in_something_else_give_no_law():
     (one,) = fit_table(told, measures=["reconstruction_loss"])
     assert "differ in loss too" in one["problem"]
     assert one["parameters"] == {}
+
+
+def test_a_law_whose_constants_are_not_determined_is_told_with_a_note():
+    (one,) = fit_table(
+        table([Run(r.n, r.d, 0.5 + 1e-4 * k) for k, r in enumerate(made())]), measures=["reconstruction_loss"]
+    )
+    assert one["problem"] == ""
+    assert "these runs do not determine it" in one["note"]
+    assert one["held_out"]["points"]
+
+
+def test_d_is_what_varies_epochs_or_images_or_both():
+    runs, told = made(), {}
+    for name, change in (("num_images", {"pretrain_epochs": 1}), ("images_seen", {})):
+        rows = table(runs)
+        for row, run in zip(rows["runs"], runs, strict=True):
+            row |= {"num_images": 100 * run.d, **change}
+        (told[name],) = fit_table(rows, measures=["reconstruction_loss"])
+        assert told[name]["over"] == ["num_weights", name]
+    assert told["num_images"]["parameters"]["beta"] == pytest.approx(TRUE["beta"], rel=0.05)
+    assert told["images_seen"]["parameters"]["beta"] == pytest.approx(TRUE["beta"] / 2, rel=0.05)
