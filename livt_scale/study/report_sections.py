@@ -44,8 +44,8 @@ def sections_of(collected: Mapping[str, Any]) -> list[Section]:
         Section(
             "scaling",
             "Scaling",
-            "Each point is a run. The grey line is the law of all runs, its shade the interval; hollow points are the size "
-            "that a law of the smaller ones foretold.",
+            "Each point is a run. The grey line is the law of all runs, its shade the interval; hollow points are the "
+            "size that a law of the smaller ones foretold.",
             scaling_panels(collected),
         ),
         Section(
