@@ -23,7 +23,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from livt_scale.data.shard_spec import PlainName
 from livt_scale.errors import UsageError, nearest
@@ -37,8 +37,7 @@ from livt_scale.study.claims import loss_sets
 from livt_scale.study.grid import Run, as_words
 from livt_scale.yaml_errors import explained
 
-Value = str | int | float | bool | None
-Sets = dict[str, Value]
+Sets = dict[str, JsonValue]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 AXES = (
     "size",
