@@ -18,6 +18,7 @@ from livt_scale.data.stream import stage_order
 from livt_scale.errors import CheckpointMismatch, DataError, UsageError
 from livt_scale.parallel import cores
 from livt_scale.parallel.averaged import with_average
+from livt_scale.parallel.statistics import statistics_of
 from livt_scale.parallel.strategy import make_strategy
 from livt_scale.parallel.topology import World, detect, process_group
 from livt_scale.recipe import Parallel, Recipe, Stage
@@ -245,6 +246,8 @@ def _announce(stage: Stage, task: Task, plan: BatchPlan, strategy: str, world: W
     frozen = ", the head alone trained" if part.backbone_frozen else ""
     _say(world, f"{stage}: {weights / 1e6:.1f} M weights{frozen}, {strategy}, {plan}")
     _say(world, f"{stage}: peak lr {part.peak_lr:.3g} = {part.base_lr:.3g} · {part.global_batch} / 256")
+    if world.world_size > 1 and statistics_of(task.model):
+        _say(world, f"{stage}: batch norm sees a rank's micro-batch, so the result depends on the number of ranks")
     if resumed:
         _say(world, f"{stage}: goes on from {resumed}")
 

@@ -54,3 +54,8 @@ def test_it_trains_goes_on_bit_for_bit_and_is_evaluated_and_exported(livt):
 
 def json_of(run_dir):
     return json.loads((run_dir / "finetune" / "eval.json").read_text())
+
+
+@pytest.mark.slow
+def test_on_two_ranks_it_says_what_that_changes(livt):
+    assert "the result depends on the number of ranks" in livt.train(livt.folder / "two", processes=2, **RESNET)
