@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from livt_scale.checkpoint import store
 from livt_scale.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
-from livt_scale.models.classifier import AnyClassifier, build_classifier
+from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier
 from livt_scale.parallel.state import AVERAGE, collect
 from livt_scale.recipe import STAGES, Recipe, Stage
 from livt_scale.train.evaluate import TrainingClasses, weights_lineage
@@ -72,7 +72,8 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     lineage = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
     if weights == "ema":
         lineage["ema"] = _take_average(model, recipe, path)
-    model.fold_head_norm()
+    if isinstance(model, Classifier):
+        model.fold_head_norm()
     return Trained(model.eval(), recipe, classes, lineage, facts["learnt_from"])
 
 
