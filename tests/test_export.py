@@ -57,7 +57,10 @@ def test_timm_builds_a_resnet_from_the_folder_alone_and_a_small_one_as_the_docs_
         live = tiny_run(run_dir, recipe, steps=(40,))[40]
         live.train()
         for seed in (1, 2):  # statistics of its own
-            live(torch.randn(4, 1, px, px, generator=torch.Generator().manual_seed(seed)), torch.rand(4, 8))
+            live(
+                torch.randn(4, 1, px, px, generator=torch.Generator().manual_seed(seed)),
+                torch.rand(4, recipe.model.num_branches),
+            )
         out = tmp_path / f"out-{size}-{px}"
         trained = load_trained(run_dir)
         trained.model.load_state_dict(live.state_dict())
