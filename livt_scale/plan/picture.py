@@ -9,13 +9,13 @@ input gives the same bytes.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from livt_scale.durable import write_whole
+from livt_scale.figures import new_figure, png_of
 from livt_scale.plan.memory import GIB, STRATEGIES, Peak
 from livt_scale.plan.whole import StagePlan, Task, candidates, plan_stage, spread_of
 
@@ -35,21 +35,14 @@ UNITS = ((1, "h"), (60, "min"), (3600, "s"))
 
 def draw(plans: Sequence[StagePlan], path: Path) -> None:
     """Write the picture of a run's stages, all on one number of GPUs, to `path` (PNG)."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4.6 * (len(plans) + 1), 4.4), layout="constrained")
+    figure = new_figure(4.6 * (len(plans) + 1), 4.4)
     axes = figure.subplots(1, len(plans) + 1, squeeze=False)[0]
     for panel, planned in zip(axes, plans, strict=False):
         _memory(panel, planned)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
     _hours(axes[-1], [planned.task for planned in plans])
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    write_whole(path, data.getvalue())
+    write_whole(path, png_of(figure))
 
 
 def by_strategy(planned: StagePlan) -> list[StagePlan]:

@@ -5,13 +5,13 @@ The same results give the same bytes.
 
 from __future__ import annotations
 
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from livt_scale.durable import write_whole
+from livt_scale.figures import new_figure, png_of
 from livt_scale.study.page import COLUMNS
 
 MEASURES = ("top1_all", "reconstruction_loss")  # the first that was measured is drawn
@@ -19,18 +19,13 @@ MEASURES = ("top1_all", "reconstruction_loss")  # the first that was measured is
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Write the picture of `result`, as `collect` gives it, to `path` (PNG)."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
     measure = next((m for m in MEASURES if any(m in of for of in result["values"].values())), MEASURES[0])
     scale = 100 if measure.startswith("top1") else 1
     values = {arm: [scale * v for v in of[measure].values()] for arm, of in result["values"].items() if measure in of}
     curves = {arm: lines for arm, lines in result["curves"].items() if any(len(line) > 1 for line in lines)}
     by_size = len({result["weights"][arm] for arm in values}) > 1
     beside = bool(curves) or by_size
-    figure = Figure(figsize=(9 if beside else 5, 0.35 * max(len(values), 6) + 1.2), layout="constrained")
+    figure = new_figure(9 if beside else 5, 0.35 * max(len(values), 6) + 1.2)
     axes = figure.subplots(1, 2 if beside else 1, squeeze=False)[0]
     label = COLUMNS[measure] if scale == 1 else f"top-1 %, {COLUMNS[measure]}"
     _bars(axes[0], values, label=label)
@@ -38,9 +33,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         _sizes(axes[1], values, result["weights"], label=label)
     elif curves:
         _epochs(axes[1], curves)
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110, metadata={"Software": None})
-    write_whole(path, data.getvalue())
+    write_whole(path, png_of(figure))
 
 
 def _bars(axes: Any, values: Mapping[str, Sequence[float]], *, label: str) -> None:

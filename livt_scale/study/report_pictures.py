@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from livt_scale.errors import UsageError
+from livt_scale.figures import new_figure, png_of
 from livt_scale.study.report_plots import PALETTE
 from livt_scale.study.report_series import Panel, Series, short, ticks_of, values_of, varied
 
@@ -93,24 +94,17 @@ def small_uri(path: Path, *, max_bytes: int) -> str:
 
 def png(panels: Sequence[Panel]) -> bytes:
     """The panels of one section as a picture for a paper. The same panels give the same bytes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib.figure import Figure
-
     if not panels:
         raise UsageError("there is nothing to draw")
     across = min(2 if len(panels) < 5 else 3, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = Figure(figsize=(4.4 * across, 3.3 * down), layout="constrained")
+    figure = new_figure(4.4 * across, 3.3 * down)
     grid = figure.subplots(down, across, squeeze=False).ravel()
     for axes, panel in zip(grid, panels, strict=False):
         _paint(axes, panel)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=DPI, metadata={"Software": None})
-    return data.getvalue()
+    return png_of(figure, dpi=DPI)
 
 
 def _paint(axes: Any, panel: Panel) -> None:
