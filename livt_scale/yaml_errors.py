@@ -1,26 +1,35 @@
 """What is wrong with a YAML file that is no recipe (a shard spec, a site profile, a study): file, line, field.
 
-raise explained(error, tree, path, BuildSpec) from None
+validated(parse(text, path), path, BuildSpec)
 UsageError: fashion.yaml, line 3: there is no field sets.a.sauce: did you mean 'source'?
 """
 
 from __future__ import annotations
 
+import json
 import typing
 from pathlib import Path
 from types import UnionType
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from livt_scale.errors import UsageError, nearest
 from livt_scale.recipe_yaml import Tree, shown
 
+M = TypeVar("M", bound=BaseModel)
 
-def explained(error: ValidationError, tree: Tree, path: Path, model: type[BaseModel]) -> UsageError:
-    """Every mistake on a line of its own. model: of the whole file."""
-    lines = [_explain(each, tree, path, model) for each in error.errors(include_url=False)]
-    return UsageError("\n".join(dict.fromkeys(lines)))
+
+def validated(tree: Tree, path: Path, model: type[M], *, strict: bool = True) -> M:
+    """The whole file as `model`. Raises UsageError: every mistake on a line of its own.
+
+    strict: no "12" or true for 12; yet a list is a tuple, by way of JSON.
+    """
+    try:
+        return model.model_validate_json(json.dumps(tree.values), strict=strict)
+    except ValidationError as error:
+        lines = [_explain(each, tree, path, model) for each in error.errors(include_url=False)]
+        raise UsageError("\n".join(dict.fromkeys(lines))) from None
 
 
 def _explain(error: Any, tree: Tree, path: Path, model: type[BaseModel]) -> str:

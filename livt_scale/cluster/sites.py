@@ -8,19 +8,18 @@ A profile fills what a recipe leaves open; a recipe's own value always wins. Rea
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from livt_scale.errors import UsageError, nearest
 from livt_scale.recipe import STAGES, Stage
 from livt_scale.recipe_slurm import Slurm, Value, Variable, Word
 from livt_scale.recipe_work import RecipePart
 from livt_scale.recipe_yaml import parse, shown
-from livt_scale.yaml_errors import explained
+from livt_scale.yaml_errors import validated
 
 SLURM_FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 UNLIMITED_MIN = 24 * 60  # of a job, where neither the recipe nor a profile says
@@ -75,11 +74,7 @@ def load_site(name: str, *, folder: Path = SLURM_FOLDER / "sites") -> Site:
     if not path.is_file():
         known = [p.stem for p in folder.glob("*.yaml")]
         raise UsageError(f"there is no site profile {shown(path)}", remedy=nearest(name, known) if known else "")
-    try:
-        tree = parse(path.read_text(encoding="utf-8"), path)
-        site = Site.model_validate_json(json.dumps(tree.values), strict=True)
-    except ValidationError as error:
-        raise explained(error, tree, path, Site) from None
+    site = validated(parse(path.read_text(encoding="utf-8"), path), path, Site)
     if site.default_partition not in site.partitions:
         raise UsageError(
             f"{shown(path)}: default_partition is {site.default_partition!r}, which is none of its partitions",

@@ -164,13 +164,17 @@ def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     _tell_table(loaded, table)
 
 
-def _collected(loaded: Loaded) -> dict[str, Any]:
+def _collected(loaded: Loaded, *, fit: bool = False) -> dict[str, Any]:
+    """The table of all runs, with the laws of its measures where they are asked for; kept beside the runs."""
     from livt_scale.durable import write_whole
+    from livt_scale.study.laws import fit_table
     from livt_scale.study.table import as_csv, collect_study
 
     kept = loaded.folder / "command.txt"
     command = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
     table = collect_study(loaded, command=command)
+    if fit:
+        table["fits"] = fit_table(table, measures=loaded.study.measures)
     loaded.folder.mkdir(parents=True, exist_ok=True)
     write_whole(loaded.folder / TABLE, (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
     write_whole(loaded.folder / "table.csv", as_csv(table).encode())
@@ -195,17 +199,8 @@ def fit(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     from livt_scale.study.definition import load_study
 
     loaded = load_study(study, folder=out)
-    fits = _fitted(_collected(loaded), loaded)["fits"]
+    fits = _collected(loaded, fit=True)["fits"]
     typer.echo(json.dumps({"fits": fits}) if as_json else "\n".join(line for one in fits for line in _law_lines(one)))
-
-
-def _fitted(table: dict[str, Any], loaded: Loaded) -> dict[str, Any]:
-    from livt_scale.durable import write_whole
-    from livt_scale.study.laws import fit_table
-
-    table["fits"] = fit_table(table, measures=loaded.study.measures)
-    write_whole(loaded.folder / TABLE, (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
-    return table
 
 
 def _law_lines(fit: dict[str, Any]) -> list[str]:
@@ -238,5 +233,5 @@ def report(study: StudyFile, out: Out = None) -> None:
     from livt_scale.study.report import write_report
 
     loaded = load_study(study, folder=out)
-    for written in write_report(_fitted(_collected(loaded), loaded), loaded.folder):
+    for written in write_report(_collected(loaded, fit=True), loaded.folder):
         typer.echo(str(written))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from livt_scale.data import sources
 from livt_scale.data.cifar import open_cifar
@@ -30,7 +30,7 @@ from livt_scale.data.prepare import Prepare
 from livt_scale.errors import SourceError, UsageError, nearest
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.recipe_yaml import Tree, parse
-from livt_scale.yaml_errors import explained
+from livt_scale.yaml_errors import validated
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
 
@@ -313,10 +313,7 @@ def load_spec(
     tree = parse(text, path)
     for override in overrides:
         _override(tree, override)
-    try:
-        build = BuildSpec.model_validate_json(json.dumps(tree.values), strict=True)
-    except ValidationError as error:
-        raise explained(error, tree, path, BuildSpec) from None
+    build = validated(tree, path, BuildSpec)
     if prepare:
         sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
         build = build.model_copy(update={"sets": sets})

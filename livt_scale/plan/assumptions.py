@@ -8,7 +8,6 @@ A device of your own is a YAML file with a name and what `Accelerator` asks for;
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from livt_scale.errors import UsageError, nearest
 from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.recipe_yaml import parse, parse_value, shown
-from livt_scale.yaml_errors import explained
+from livt_scale.yaml_errors import validated
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -130,10 +129,7 @@ def _from_file(path: Path) -> Accelerator:
         tree = parse(path.read_text(encoding="utf-8"), path)
     except OSError as error:
         raise UsageError(f"the device file {shown(path)} cannot be read: {error.strerror}") from error
-    try:
-        return Accelerator.model_validate_json(json.dumps(tree.values), strict=False)
-    except ValidationError as error:
-        raise explained(error, tree, path, Accelerator) from None
+    return validated(tree, path, Accelerator, strict=False)
 
 
 def assume(changes: list[str]) -> tuple[Assumptions, frozenset[str]]:

@@ -15,7 +15,6 @@ looked for beside the file. Points that differ in fine-tuning alone share one pr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from livt_scale.data.shard_spec import PlainName
 from livt_scale.errors import UsageError, nearest
@@ -35,7 +34,7 @@ from livt_scale.recipe_work import RecipePart
 from livt_scale.recipe_yaml import parse, shown
 from livt_scale.study.claims import loss_sets
 from livt_scale.study.grid import Run, as_words
-from livt_scale.yaml_errors import explained
+from livt_scale.yaml_errors import validated
 
 Sets = dict[str, JsonValue]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -49,7 +48,14 @@ AXES = (
     "loss",
     "seed",
 )
-FINETUNE_ONLY = ("finetune_learning_rate", "loss")  # runs that differ in these alone share one pretraining
+ABOUT: dict[str, Stage] = {  # axes of one stage alone
+    "epochs": "pretrain",
+    "learning_rate": "pretrain",
+    "finetune_learning_rate": "finetune",
+    "loss": "finetune",
+}
+# runs that differ in these alone share one pretraining
+FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
 MOST_RUNS = 2000
 
 
@@ -124,7 +130,7 @@ class Study(RecipePart):
                 raise ValueError(f"axes.size has {size!r}, which is none: {nearest(size, [*self.sizes, *MODEL_SIZES])}")
         if not self.shards and (needs := sorted(given.keys() & {"data_fraction", "imbalance_factor"})):
             raise ValueError(f"axes.{needs[0]} needs `shards`: the spec that its sets are built from")
-        for axis, stage in (("epochs", "pretrain"), ("learning_rate", "pretrain"), ("loss", "finetune")):
+        for axis, stage in ABOUT.items():
             if axis in given and stage not in self.stages:
                 raise ValueError(f"axes.{axis} is about {stage}, which is not among the stages")
         if self.stages == ("finetune", "pretrain"):
@@ -179,10 +185,7 @@ def load_study(path: Path, *, folder: Path | None = None) -> Loaded:
             f"the study {shown(path)} cannot be read: {said}", remedy=nearest(str(path), near) if near else ""
         ) from error
     tree = parse(text, path)
-    try:
-        study = Study.model_validate_json(json.dumps(tree.values), strict=True)
-    except ValidationError as error:
-        raise explained(error, tree, path, Study) from None
+    study = validated(tree, path, Study)
     beside = path.resolve().parent
     loaded = Loaded(
         study, path, (beside / study.recipe).resolve(), folder or Path(study.folder or f"runs/studies/{study.name}"),
@@ -283,21 +286,28 @@ def _data(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> d
 
 def runs(loaded: Loaded) -> list[Run]:
     """What the runner starts: one run a stage. Both stages of a point lie in its one directory."""
-    found: dict[str, Run] = {}
-    every = points(loaded)
-    by_name = {point.name: point for point in every}
-    for point in every:
-        if point.pretraining is not None:
-            owner = by_name[point.pretraining]
-            first = Run(f"{owner.name} (pretrain)", loaded.recipe, owner.sets, "pretrain", place=owner.name)
-            found[first.name] = first
+    found: list[Run] = []
+    for point in points(loaded):
+        if point.pretraining == point.name:  # the first of those that share it
+            found.append(_pretraining(loaded, point))
         if "finetune" in loaded.study.stages:
-            after = None if point.pretraining is None else f"{point.pretraining} (pretrain)"
-            found[point.name] = Run(point.name, loaded.recipe, point.sets, "finetune", after)
-    return list(found.values())
+            found.append(_fine_tuning(loaded, point))
+    return found
 
 
 def last_run(loaded: Loaded, point: Point) -> Run:
     """The run whose end is the end of `point`."""
-    name = point.name if "finetune" in loaded.study.stages else f"{point.pretraining} (pretrain)"
-    return next(run for run in runs(loaded) if run.name == name)
+    return (_fine_tuning if "finetune" in loaded.study.stages else _pretraining)(loaded, point)
+
+
+def _pretraining(loaded: Loaded, point: Point) -> Run:
+    return Run(_name_of_pretraining(point.name), loaded.recipe, point.sets, "pretrain", place=point.name)
+
+
+def _fine_tuning(loaded: Loaded, point: Point) -> Run:
+    after = None if point.pretraining is None else _name_of_pretraining(point.pretraining)
+    return Run(point.name, loaded.recipe, point.sets, "finetune", after)
+
+
+def _name_of_pretraining(point: str) -> str:
+    return f"{point} (pretrain)"

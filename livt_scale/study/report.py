@@ -25,8 +25,8 @@ from livt_scale.study.report_markdown import markdown
 from livt_scale.study.report_pictures import png, reconstructions
 from livt_scale.study.report_sections import Section, facts_of, fit_table, lead_of, sections_of
 from livt_scale.study.report_series import MEASURES, Panel, cost_of, short, value
+from livt_scale.study.table import FORMAT, VERSION
 
-FORMAT, VERSION = "livt-study", 1
 TABLE_MEASURES = ("reconstruction_loss", "top1_all", "top1_many", "top1_medium", "top1_few", "ece")
 HEADS = {
     "reconstruction_loss": "rec. loss", "top1_all": "all %", "top1_many": "many %", "top1_medium": "medium %",

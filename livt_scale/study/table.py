@@ -20,7 +20,7 @@ from typing import Any
 from livt_scale import __version__
 from livt_scale.cluster.watch import look_at
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import DataError, LivtError
+from livt_scale.errors import LivtError
 from livt_scale.plan.flops import stage_flops
 from livt_scale.recipe import STAGES, Recipe
 from livt_scale.study.collect import (
@@ -180,17 +180,3 @@ def as_csv(table: dict[str, Any]) -> str:
         ]  # fmt: skip
         writer.writerow(["" if value is None else value for value in row])
     return text.getvalue()
-
-
-def read_table(path: Path) -> dict[str, Any]:
-    """What `collect` wrote. Raises DataError."""
-    try:
-        table = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise DataError(f"there is no {path}", remedy="collect the study first: livt study collect STUDY") from None
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}", remedy="collect the study again") from error
-    told = table if isinstance(table, dict) else {}
-    if (told.get("format"), told.get("version")) != (FORMAT, VERSION):
-        raise DataError(f"{path} is no table of a study as this livt_scale collects it", remedy="collect it again")
-    return told
