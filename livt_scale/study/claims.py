@@ -260,7 +260,10 @@ SETTINGS = {
         recipe=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
         num_classes=10, num_images=24_516, num_balanced=24_516,
         from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
-        sets={"data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.few_under": 1500, "data.many_over": 3000},
+        sets={
+            "data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.val": "shards/fashion-mnist-lt-if10/val",
+            "data.few_under": 1500, "data.many_over": 3000,
+        },
     ),
     "imagenet_lt": Setting(
         recipe=RECIPES / "imagenet_lt" / "vit_b16.yaml", balanced="shards/imagenet-bal/train", sizes=_LARGE,
