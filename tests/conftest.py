@@ -8,6 +8,7 @@ A golden file holds what a function gave when somebody last read it. `make golde
 
 import difflib
 import os
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -57,3 +58,16 @@ def golden(request):
         assert not diff, f"{file} differs; if that is meant, run make golden and read the diff:\n{diff}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's chromium without a window, by playwright."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("there is no chromium on the PATH (Debian: apt install chromium)")
+    with sync.sync_playwright() as player:
+        opened = player.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

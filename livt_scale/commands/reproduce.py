@@ -97,10 +97,9 @@ def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: floa
 
 
 def _run(runs: list[Run], folder: Path, *, at_once: int, quiet: bool) -> dict[str, str]:
-    from livt_scale.study.runner import run_all
+    from livt_scale.study.runner import check_runs, run_all
 
-    for run in runs:  # what cannot be is said before anything is trained
-        run.load(folder)
+    check_runs(runs, folder)
     outcome = run_all(runs, folder, at_once=at_once, say=(lambda _: None) if quiet else typer.echo)
     return outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
 

@@ -60,8 +60,9 @@ def submit(
     if slurm:
         _submit_arrays(loaded, every, at_once=at_once, as_json=as_json)
         return
-    from livt_scale.study.runner import run_all
+    from livt_scale.study.runner import check_runs, run_all
 
+    check_runs(runs(loaded), loaded.folder)
     say = (lambda _: None) if as_json else typer.echo
     outcome = run_all(runs(loaded), loaded.folder, at_once=at_once or 1, say=say)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")

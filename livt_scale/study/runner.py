@@ -19,8 +19,9 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from livt_scale.data.manifest import ShardSet
 from livt_scale.durable import new_folder
-from livt_scale.errors import Preempted
+from livt_scale.errors import ManifestError, Preempted
 from livt_scale.study.grid import Run, in_order
 from livt_scale.train.rundir import is_done
 
@@ -37,6 +38,24 @@ class Outcome:
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # why, and its log
     waited: list[str] = field(default_factory=list)
+
+
+def check_runs(runs: Sequence[Run], folder: Path) -> None:
+    """Raise before anything is trained what would end each of the runs that are left: RecipeError, ManifestError."""
+    seen: set[str] = set()
+    for run in runs:
+        recipe = run.load(folder)
+        for shards in (recipe.data.train, recipe.data.val):
+            if not shards or shards in seen or is_done(run.at(folder), run.stage):
+                continue
+            seen.add(shards)
+            try:
+                ShardSet.open(shards, data=recipe.data)
+            except ManifestError as error:
+                spec = Path(shards).parent.with_suffix(".yaml")  # as the shipped specs and their sets are named
+                if Path(shards).exists() or not spec.is_file():
+                    raise
+                raise ManifestError(error.message, remedy=f"make it: livt shards build {spec}") from error
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = print) -> Outcome:

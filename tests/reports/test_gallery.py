@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +193,37 @@ def test_the_images_of_the_page_are_those_of_the_set_also_of_a_half(shards: Shar
             name = key.removeprefix("raw-")
             with Image.open(tmp_path / "set" / "raw" / f"{name}.png") as original:
                 np.testing.assert_array_equal(decoded(image["src"] or ""), np.asarray(original.convert("RGB")))
+
+
+def test_the_page_in_a_browser(shards: ShardSet, tmp_path: Path, browser: Any) -> None:
+    made = made_of(shards)
+    made = dataclasses.replace(made, about=dataclasses.replace(made.about, class_names=HOSTILE[:3]))
+    path = tmp_path / "gallery of 'a run'.html"
+    count = gallery.write_gallery(made, shards, path)
+    page = browser.new_page(viewport={"width": 1600, "height": 900}, color_scheme="light")
+    page.set_default_timeout(120_000)
+    problems: list[str] = []
+    requests: list[str] = []
+    page.on("console", lambda message: problems.append(message.text))
+    page.on("dialog", lambda dialog: (problems.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda r: requests.append(r.url) if not r.url.startswith("data:") else None)
+    page.goto(path.as_uri(), wait_until="load")
+    measure = "i => [i.complete, i.naturalWidth, i.getBoundingClientRect().width]"
+    sizes = page.evaluate(f"[...document.images].map({measure})")
+    assert len(sizes) == count > 0
+    assert all(complete and natural > 0 and shown > 0 for complete, natural, shown in sizes)
+    assert HOSTILE[0] in page.inner_text("main")  # as text
+    for width in (400, 1600):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.click("a[href='#pair-1']")
+    assert page.url.endswith("#pair-1")
+    assert 0 <= page.evaluate("document.getElementById('pair-1').getBoundingClientRect().top") < 900
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != light
+    assert problems == []
+    assert {url.partition("#")[0] for url in requests} == {path.as_uri()}
 
 
 def test_large_images_are_made_small_and_the_file_has_a_limit(shards: ShardSet, tmp_path: Path) -> None:

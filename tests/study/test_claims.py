@@ -161,3 +161,25 @@ def test_wrong_words_are_told_before_anything_is_started(monkeypatch, capsys):
         code, captured = livt(monkeypatch, capsys, *words)
         assert code == 2, words
         assert said in captured.err.replace("Did", "did").replace("Add", "add").replace("Write", "write"), words
+
+
+def test_shards_that_are_not_there_are_told_once_with_the_command_that_makes_them(monkeypatch, capsys, tmp_path):
+    spec = tmp_path / "my-set.yaml"
+    spec.write_text("name: my-set\n")
+    train, out = tmp_path / "my-set" / "train", tmp_path / "out"
+    code, captured = livt(monkeypatch, capsys, "losses", f"--out={out}", f"--set=data.train={train}")
+    assert code
+    assert captured.err.count("there is no folder") == 1
+    assert f"there is no folder {train}. Make it: livt shards build {spec}" in captured.err
+    assert not out.exists(), "nothing was started"
+    spec.unlink()
+    _, captured = livt(monkeypatch, capsys, "losses", f"--out={out}", f"--set=data.train={train}")
+    assert "Give the folder that holds manifest.json" in captured.err
+
+
+def test_each_setting_evaluates_on_shards_that_its_own_build_makes():
+    for on, setting in SETTINGS.items():
+        data = setting.load().data
+        specs = {Path(folder).parent for folder in (data.train, data.val, setting.balanced) if folder}
+        assert all(folder.with_suffix(".yaml").is_file() for folder in map(Path.absolute, specs)), on
+        assert Path(data.train).parent == Path(data.val).parent, on

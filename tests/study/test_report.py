@@ -1,7 +1,6 @@
 """The report of a study: what it says, that text of others stays text, and the page opened in a real browser."""
 
 import re
-import shutil
 
 import pytest
 
@@ -10,7 +9,6 @@ from livt_scale.study.report import write_report
 from tests.study.synthetic import fail, study
 
 HOSTILE = "<script>alert(1)</script>|$$x$$\"'"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.fixture(scope="module")
@@ -64,17 +62,6 @@ def test_a_hundred_runs_with_pictures_stay_under_five_megabytes(tmp_path):
     assert len(collected["runs"]) == 100
     page, *_ = write_report(collected, tmp_path)
     assert page.stat().st_size < 5_000_000
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium on the PATH (Debian: apt install chromium)")
-    with sync.sync_playwright() as player:
-        opened = player.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def test_the_page_in_a_browser(hostile, browser):
