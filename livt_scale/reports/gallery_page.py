@@ -17,13 +17,17 @@ PAGE = """\
 body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--paper); color: var(--ink);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 a { color: var(--link); }
-a:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+a:focus-visible, .wide:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .skip { position: absolute; left: -100rem; }
 .skip:focus { position: static; }
 .soft { color: var(--soft); }
 table { border-collapse: collapse; width: 100%; }
 caption { text-align: left; padding: .5rem 0; }
 th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th, td { overflow-wrap: normal; }
+.wide { overflow-x: auto; }
+@media (max-width: 40rem) { th, td { padding: .25rem .3rem; font-size: .9rem; } }
+td.n { white-space: nowrap; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
 section { margin: 2rem 0; border-top: 1px solid var(--line); }
 ul.images { display: flex; flex-wrap: wrap; gap: .75rem; padding: 0; list-style: none; }
@@ -46,6 +50,7 @@ surest of.</p>
 {% if not sections %}
 <p>No image is given to a wrong class.</p>
 {% else %}
+<div class="wide" role="region" tabindex="0" aria-label="Pairs of classes">
 <table>
 <caption>Pairs of classes, the worst first</caption>
 <thead><tr><th scope="col" class="n">#</th><th scope="col">true class</th><th scope="col">taken for</th>
@@ -59,6 +64,7 @@ surest of.</p>
 {% endfor %}
 </tbody>
 </table>
+</div>
 {% for s in sections %}
 <section id="pair-{{ s.number }}" aria-labelledby="head-{{ s.number }}">
 <h2 id="head-{{ s.number }}">{{ s.number }}. <bdi>{{ s.true }}</bdi>, taken for <bdi>{{ s.predicted }}</bdi></h2>

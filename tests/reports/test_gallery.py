@@ -197,7 +197,9 @@ def test_the_images_of_the_page_are_those_of_the_set_also_of_a_half(shards: Shar
 
 def test_the_page_in_a_browser(shards: ShardSet, tmp_path: Path, browser: Any) -> None:
     made = made_of(shards)
-    made = dataclasses.replace(made, about=dataclasses.replace(made.about, class_names=HOSTILE[:3]))
+    made = dataclasses.replace(
+        made, about=dataclasses.replace(made.about, class_names=(HOSTILE[0], "sweatshirts", HOSTILE[2]))
+    )
     path = tmp_path / "gallery of 'a run'.html"
     count = gallery.write_gallery(made, shards, path)
     page = browser.new_page(viewport={"width": 1600, "height": 900}, color_scheme="light")
@@ -216,6 +218,8 @@ def test_the_page_in_a_browser(shards: ShardSet, tmp_path: Path, browser: Any) -
     for width in (400, 1600):
         page.set_viewport_size({"width": width, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
+        name = page.locator("td bdi", has_text="sweatshirts").first
+        assert name.evaluate("e => e.getClientRects().length") == 1, "a word is broken"
     page.click("a[href='#pair-1']")
     assert page.url.endswith("#pair-1")
     assert 0 <= page.evaluate("document.getElementById('pair-1').getBoundingClientRect().top") < 900
