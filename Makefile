@@ -35,7 +35,7 @@ test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 	$(BIN)/python -m pytest -m "slow and not slurm" $(TEST_FLAGS)
 
 test-slurm: $(READY)  ## the tests on a real Slurm of two nodes, started for them; as root
-	$(BIN)/python -m pytest -m slurm -rs tests/slurm $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m slurm -rs tests/slurm_real $(TEST_FLAGS)
 
 lint: $(READY)  ## ruff, mypy and the one-way imports
 	$(BIN)/ruff check .

@@ -31,10 +31,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from livt_scale.checkpoint.store import Position, Retention, Saver, load, newest_whole, read_manifest
+from livt_scale.checkpoint.load import Position, Retention, Saver, load, newest_whole, read_manifest
+from livt_scale.config.recipe import MODEL_SIZES, Model
+from livt_scale.distributed.state_dict import collect
 from livt_scale.models.classifier import build_classifier
-from livt_scale.parallel.state import collect
-from livt_scale.recipe import MODEL_SIZES, Model
 
 LAYOUTS = (("one process", 1, False), ("ddp", 2, False), ("fsdp", 2, True))
 MODES = ("sync", "async")

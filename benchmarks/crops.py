@@ -27,12 +27,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))  # beside this script, however it was started
 from loader import MEAN, STD, photographs
 
-from livt_scale.data.images import open_image
+from livt_scale.config.recipe import Decoder, Model
+from livt_scale.data.image.decode import open_image
+from livt_scale.data.image.transforms import Box, cut, draw_crop, resize
 from livt_scale.data.loader import normalise
 from livt_scale.data.seeds import sample_rng
-from livt_scale.data.transforms import Box, cut, draw_crop, resize
 from livt_scale.models.mae import build_mae
-from livt_scale.recipe import Decoder, Model
 
 BATCH = 64
 QUALITY = 90

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from livt_scale.durable import write_whole
-from livt_scale.study.fit import Run, fit_law
+from livt_scale.study.scaling_law import Run, fit_law
+from livt_scale.util.atomic import write_whole
 
 TRUE = {"E": 0.45, "A": 6.0, "alpha": 0.35, "B": 0.25, "beta": 0.8}
 SIZES, LENGTHS, SEEDS = (5e4, 1.5e5, 4.6e5, 1.5e6), (2, 4, 8), 2

@@ -41,13 +41,13 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.build.builder import build
+from livt_scale.data.build.spec import load_spec
+from livt_scale.data.build.writer import Prepare
 from livt_scale.data.loader import normalise, train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.prepare import Prepare
-from livt_scale.data.shard_spec import load_spec
-from livt_scale.data.shards import build
-from livt_scale.data.stream import read_sample
-from livt_scale.recipe import Recipe
+from livt_scale.data.reader import read_sample
 
 sys.path.insert(0, str(Path(__file__).parent))  # beside this script, however it was started
 from loader_peers import MEAN, PEERS, STD, Place

@@ -28,7 +28,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from livt_scale.data.augment import mend_posterize
+from livt_scale.data.image.augment import mend_posterize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -87,7 +87,7 @@ def on_tensors(stage: str) -> Callable[[torch.Tensor], torch.Tensor]:
         return v2.Compose([*first, *last])
     from timm.data.random_erasing import RandomErasing
 
-    from livt_scale.data.augment import make_augment
+    from livt_scale.data.image.augment import make_augment
 
     augment = [v2.ToPILImage(), make_augment(RAND_AUGMENT, image_px=224, mean=MEAN), v2.PILToTensor()]
     erasing = RandomErasing(ERASING, mode="pixel", max_count=1, num_splits=0, device="cpu")

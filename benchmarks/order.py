@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from livt_scale.data.order import Order, SampleOrder
-from livt_scale.data.policy import ClassOrder
+from livt_scale.data.order.class_balanced import ClassOrder
+from livt_scale.data.order.instance import Order, SampleOrder
 
 RANKS, RANK, FAR_EPOCH, EPOCHS = 4096, 2048, 1000, 1600
 INAT, INAT_CLASSES, BILLION = 437_513, 8142, 10**9

@@ -31,23 +31,23 @@ from typing import Any
 import torch
 
 from livt_scale import optim
-from livt_scale.checkpoint.tiers import Tiers
+from livt_scale.checkpoint.manager import Tiers
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Parallel, Recipe, Stage
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.parallel.strategy import make_strategy
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Parallel, Recipe, Stage
-from livt_scale.recipe_file import load_recipe
-from livt_scale.train.batches import plan_batches
+from livt_scale.distributed.strategy import make_strategy
+from livt_scale.distributed.world import World
+from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.loop import Guard, Schedule, Task, fit
 from livt_scale.train.preempt import Preemption
 from livt_scale.train.pretrain import pretrain_task
-from livt_scale.train.rundir import Status
-from livt_scale.train.speed import speed_of
-from livt_scale.train.state import TrainState, run_facts
-from livt_scale.train.telemetry import Telemetry
-from livt_scale.train.trackers import open_trackers
+from livt_scale.train.run_dir import Status
+from livt_scale.train.telemetry.metrics_log import Telemetry
+from livt_scale.train.telemetry.mfu import speed_of
+from livt_scale.train.telemetry.trackers import open_trackers
+from livt_scale.train.train_state import TrainState, run_facts
 from livt_scale.train.watchdog import Watchdog
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"

@@ -23,12 +23,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from livt_scale.durable import write_whole
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.plan.exact import Measurement, measure_computing, with_engine
 from livt_scale.plan.memory import STRATEGIES, Memory, Spread, Strategy, plan_memory
 from livt_scale.plan.parameters import weights_of
-from livt_scale.recipe import Recipe, Stage
-from livt_scale.recipe_file import load_recipe
+from livt_scale.util.atomic import write_whole
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "imagenet_lt"
 MODELS = {"ViT-B": "vit_b16", "ViT-L": "vit_l16", "ViT-H": "vit_h14"}

@@ -11,9 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
+from livt_scale.config.recipe import Model
 from livt_scale.plan.devices import DEVICES
 from livt_scale.plan.flops import classifier_flops, mae_flops
-from livt_scale.recipe import Model
 
 IMAGES, CLASSES = 1_281_167, 1000  # ImageNet-1k
 RUNS = (  # name, size, pretraining, epochs, hours, V100s

@@ -37,13 +37,13 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).parent))  # beside this script, however it was started
 from loader_peers import PEERS
 
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.build.builder import build
+from livt_scale.data.build.spec import load_spec
 from livt_scale.data.loader import train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.shard_spec import load_spec
-from livt_scale.data.shards import build
-from livt_scale.data.stream import read_sample
-from livt_scale.errors import SourceError
-from livt_scale.recipe import Recipe
+from livt_scale.data.reader import read_sample
+from livt_scale.util.errors import SourceError
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT / "shards" / "fashion-mnist-lt-full.yaml"

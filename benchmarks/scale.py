@@ -17,9 +17,9 @@ from typing import Any
 
 from typer.testing import CliRunner
 
-from livt_scale import cli
-from livt_scale.durable import write_whole
-from livt_scale.errors import UsageError
+from livt_scale.cli import main as cli
+from livt_scale.util.atomic import write_whole
+from livt_scale.util.errors import UsageError
 
 MODELS = {"ViT-B/16": "vit_b16", "ViT-L/16": "vit_l16", "ViT-H/14": "vit_h14"}
 GPUS = [2**k for k in range(13)]

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from webdataset import filters
 
-from livt_scale.data.order import Ints, Order
+from livt_scale.data.order.instance import Ints, Order
 from livt_scale.longtail import class_counts_exponential
 
 NODES, PROCESSES, SEED = 8, 4, 7

@@ -26,10 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from livt_scale.config.recipe import MODEL_SIZES, Model
+from livt_scale.distributed.blocks import prepare_blocks
 from livt_scale.models.mae import MaskedAutoencoder, build_mae
 from livt_scale.optim import make_adamw, param_groups, set_lr
-from livt_scale.parallel.blocks import prepare_blocks
-from livt_scale.recipe import MODEL_SIZES, Model
 
 MASK_RATIO = 0.75
 BETAS = (0.9, 0.95)

@@ -29,11 +29,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from livt_scale.config.recipe import MODEL_SIZES, Model, Parallel
+from livt_scale.distributed.strategy import make_strategy
+from livt_scale.distributed.world import World, detect, process_group
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import param_groups
-from livt_scale.parallel.strategy import make_strategy
-from livt_scale.parallel.topology import World, detect, process_group
-from livt_scale.recipe import MODEL_SIZES, Model, Parallel
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 BETAS, LR, MASK_RATIO = (0.9, 0.95), 1e-4, 0.75

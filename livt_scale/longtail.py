@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from livt_scale.errors import DataError
+from livt_scale.util.errors import DataError
 
 Counts = NDArray[np.int64]  # [C] images of each class
 

@@ -96,7 +96,7 @@ def train(tree: Path, run_dir: Path, *, recipe: Path, sets: list[str]) -> Losses
 
 def data_sets(recipe: Path, sets: list[str]) -> list[str]:
     """The shards that this working tree would take, as --set: both revisions read the same."""
-    from livt_scale.recipe_file import load_recipe
+    from livt_scale.config.load import load_recipe
 
     data = load_recipe(recipe, sets=sets).data
     return [f"data.train={data.train}", *([f"data.val={data.val}"] if data.val else [])]

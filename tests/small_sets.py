@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from livt_scale.data.shard_spec import load_spec
-from livt_scale.data.shards import build
+from livt_scale.data.build.builder import build
+from livt_scale.data.build.spec import load_spec
 
 
 def encoded(seed: int, *, kind: str = "png", px: int = 6) -> bytes:

@@ -14,8 +14,8 @@ import typer.main
 import yaml
 
 import livt_scale
-from livt_scale import cli
-from livt_scale.recipe_file import _all_fields
+from livt_scale.cli import main
+from livt_scale.config.load import _all_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for folder in ("livt_scale", "scripts", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
@@ -94,7 +94,7 @@ def run_python(code):
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["shards", "--help"], ["--version"]])
 def test_help_comes_without_torch(arguments):
     result = run_python(
-        "import sys\nfrom livt_scale.cli import main\n"
+        "import sys\nfrom livt_scale.cli.main import main\n"
         f"sys.argv = ['livt', *{arguments!r}]\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         f"print('heavy:', [m for m in {HEAVY!r} if m in sys.modules])\n"
@@ -174,7 +174,7 @@ def make_problem(words):
 
 
 def livt_problem(words):
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(main.app)
     words = list(words)
     while hasattr(command, "commands"):
         plain = [w for w in words if not w.startswith("-")]
@@ -209,7 +209,7 @@ def test_commands_in_documents_exist(path):
 
 def test_commands_in_recipe_heads_and_in_the_help_exist():
     heads = [m for p in RECIPES for m in re.findall(r"^# Command: +(.*?)(?: {2,}.*)?$", p.read_text(), re.MULTILINE)]
-    examples = [line.strip() for line in cli.EPILOG.splitlines() if words_of(line)]
+    examples = [line.strip() for line in main.EPILOG.splitlines() if words_of(line)]
     assert len(heads) >= 5
     assert len(examples) >= 3
     assert {line: problem_in(line) for line in [*heads, *examples] if problem_in(line)} == {}

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from livt_scale.errors import DataError
 from livt_scale.longtail import (
     balanced_counts,
     choose,
@@ -15,6 +14,7 @@ from livt_scale.longtail import (
     shot_groups,
     shuffled,
 )
+from livt_scale.util.errors import DataError
 
 
 @pytest.mark.parametrize(

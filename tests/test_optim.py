@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import lr_at, make_adamw, make_lars, param_groups, set_lr
-from livt_scale.recipe import Decoder, Model
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=2, heads=2))
 

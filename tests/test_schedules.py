@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.optim import lr_at, param_groups
-from livt_scale.recipe import Model
-from livt_scale.recipe_file import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES = {"imagenet_lt": 115_846, "inat18": 437_513}

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from livt_scale.checkpoint.store import Position, Retention, Saver
+from livt_scale.checkpoint.load import Position, Retention, Saver
+from livt_scale.config.load import save_recipe
+from livt_scale.config.recipe import Recipe, digest, learnt_from
+from livt_scale.data.build.builder import build
+from livt_scale.data.build.spec import BuildSpec, Spec
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.shard_spec import BuildSpec, Spec
-from livt_scale.data.shards import build
+from livt_scale.distributed.state_dict import collect
 from livt_scale.models.classifier import Classifier, build_classifier
 from livt_scale.optim import make_adamw, param_groups
-from livt_scale.parallel.state import collect
-from livt_scale.recipe import Recipe, digest, learnt_from
-from livt_scale.recipe_file import save_recipe
 
 CLASS_NAMES = ("T-shirt/top", "two\nlines", 'a "quoted" one', "名前")
 CLASS_COUNTS = (300, 120, 20, 3)

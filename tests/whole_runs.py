@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from livt_scale.study.grid import spelt
+from livt_scale.study.runs import spelt
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = {
@@ -83,12 +83,12 @@ def metrics(run_dir: Path, stage: str) -> list[dict[str, float]]:
 
 def final_weights(run_dir: Path, stage: str = "finetune") -> dict[str, Any]:
     """All tensors of the stage's last checkpoint: weights and moments."""
-    from livt_scale.checkpoint import store
+    from livt_scale.checkpoint import load
 
-    last = store.list_checkpoints(run_dir / stage / "checkpoints")[-1]
+    last = load.list_checkpoints(run_dir / stage / "checkpoints")[-1]
     assert last.final
     assert last.whole
-    return store.read_tensors(last.path)
+    return load.read_tensors(last.path)
 
 
 def assert_same_run(one: Path, other: Path, *, stages: tuple[str, ...] = ("pretrain", "finetune")) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
-from livt_scale.errors import CheckpointDamaged
+from livt_scale.util.errors import CheckpointDamaged
 
 FORMAT = "livt-checkpoint"
 VERSION = 1

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import datetime
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from livt_scale.checkpoint.failures import Failures, warn
-from livt_scale.checkpoint.folder import clean_leftovers
+from livt_scale.checkpoint.catalog import Retention, clean_leftovers
+from livt_scale.checkpoint.commit import Job, publish
 from livt_scale.checkpoint.manifest import Position, plain_score
-from livt_scale.checkpoint.publish import Job, publish
-from livt_scale.checkpoint.retention import Retention
-from livt_scale.durable import sync_folder
-from livt_scale.errors import CheckpointError, PruneFailed, SaveFailed
-from livt_scale.parallel.peers import Peers
+from livt_scale.distributed.collectives import Peers
+from livt_scale.util.atomic import sync_folder
+from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +53,7 @@ class Saver:
         peers: Peers | None = None,
         partial: bool = False,
     ) -> None:
-        from livt_scale.checkpoint.tensors import Staging, WritePlan
+        from livt_scale.checkpoint.dcp import Staging, WritePlan
 
         self.folder = Path(folder)
         self.mode = mode
@@ -86,7 +85,7 @@ class Saver:
         state: tensors by name, plain (the same on every rank) or DTensor; the same names on every rank.
         facts: plain JSON values; `score`: higher is better (for keep_best); `final`: never pruned.
         """
-        from livt_scale.checkpoint.tensors import Pieces, plan_write, signature_of
+        from livt_scale.checkpoint.dcp import Pieces, plan_write, signature_of
 
         assert state, "nothing to save"
         self.wait()
@@ -203,3 +202,59 @@ class _Write:
                     warn(f"{error}; it is tried again")
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
         return publish(self.job, self.peers)
+
+
+def warn(text: str) -> None:
+    print(f"livt: warning: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Failures:
+    """The count, alike on all ranks. limit: so many failed saves in a row end the run; None: however many do not."""
+
+    limit: int | None = 1
+    max_age_s: float | None = None
+    clock: Callable[[], float] = time.monotonic
+    in_a_row: int = 0
+    total: int = 0
+    last: str = ""
+    durable_step: int | None = None  # of the newest that was saved since the start
+    _durable_at_s: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._durable_at_s = self.clock()
+
+    def saved(self, step: int) -> None:
+        self.in_a_row = 0
+        self.durable_step = step
+        self._durable_at_s = self.clock()
+
+    def is_old(self) -> bool:
+        """Whether the newest durable state is older than the limit: for rank 0 to say, clocks differ."""
+        return self.max_age_s is not None and self.clock() - self._durable_at_s > self.max_age_s
+
+    def failed(self, error: SaveFailed | PruneFailed, *, step: int, final: bool, old: bool) -> CheckpointError | None:
+        """Note a failure; the error that ends the run, if this one does."""
+        self.total += 1
+        self.last = str(error)
+        if isinstance(error, PruneFailed):  # it is there; a disk that fills up by it fails the next save
+            self.saved(step)
+            return error if self.limit == 1 else None
+        self.in_a_row += 1
+        if final or self.limit == 1:
+            return error
+        if self.limit is not None and self.in_a_row >= self.limit:
+            why = f"the last {self.in_a_row} saves have failed (checkpoint.max_failed_saves)"
+            return SaveFailed(f"{error.message}; {why}", remedy=error.remedy)
+        if old:
+            assert self.max_age_s is not None
+            age_min = (self.clock() - self._durable_at_s) / 60
+            why = f"nothing was saved for {age_min:.0f} min (checkpoint.max_unsaved_min: {self.max_age_s / 60:g})"
+            return SaveFailed(f"{error.message}; {why}", remedy=error.remedy)
+        return None
+
+    def report(self) -> dict[str, Any]:
+        """For status.json: nothing as long as nothing failed."""
+        if not self.total:
+            return {}
+        return {"failed_saves": self.total, "failed_saves_in_a_row": self.in_a_row, "last_failed_save": self.last}

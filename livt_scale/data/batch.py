@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from livt_scale.data.mixing import Mix
+from livt_scale.data.mixup import Mix
 from livt_scale.data.on_device import Encoded, decode_on
-from livt_scale.errors import DataError
+from livt_scale.util.errors import DataError
 
 HEADER = 64  # bytes before the images; the first says whether the block is in use
 ROUNDED = 1 << 16  # blocks are of whole multiples: keys are of other lengths in each batch

@@ -31,19 +31,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from livt_scale.data import calibrate
+from livt_scale.config.recipe import Finetune, Recipe, Stage
+from livt_scale.data import num_workers as calibrate
 from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
-from livt_scale.data.calibrate import Loading
+from livt_scale.data.image.transforms import BadImage, EvalTransform, TrainTransform
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.mixing import Mix, apply_mix, draw_mix
+from livt_scale.data.mixup import Mix, apply_mix, draw_mix
+from livt_scale.data.num_workers import Loading
 from livt_scale.data.on_device import check_gpu, encoded_arrays
-from livt_scale.data.order import Ints, eval_positions
-from livt_scale.data.remote_set import fetched_ahead, shards_in_view
+from livt_scale.data.order.instance import Ints, eval_positions
+from livt_scale.data.reader import MicroBatch, RankOrder, RawSample, SampleReader, stage_order, this_worker
+from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
-from livt_scale.data.stream import MicroBatch, RankOrder, RawSample, SampleReader, stage_order, this_worker
-from livt_scale.data.transforms import BadImage, EvalTransform, TrainTransform
-from livt_scale.errors import DataError, LivtError, UsageError
-from livt_scale.recipe import Finetune, Recipe, Stage
+from livt_scale.util.errors import DataError, LivtError, UsageError
 
 __all__ = ["Batch", "Batches", "Mix", "apply_mix", "eval_batches", "normalise", "train_batches"]
 

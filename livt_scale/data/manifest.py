@@ -28,12 +28,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
-from livt_scale.errors import DataError, ManifestError, ShardError
-from livt_scale.location import below, is_url
-from livt_scale.recipe import Data
+from livt_scale.config.recipe import Data
+from livt_scale.util.errors import DataError, ManifestError, ShardError
+from livt_scale.util.urls import below, is_url
 
 if TYPE_CHECKING:
-    from livt_scale.data.remote_set import RemoteFiles
+    from livt_scale.data.remote.prefetch import RemoteFiles
 
 FORMAT = "livt-shards"
 VERSION = 1
@@ -181,7 +181,7 @@ class ShardSet:
         missing or of another size) and, for a URL, RemoteError.
         """
         if isinstance(folder, str) and is_url(folder):
-            from livt_scale.data.remote_set import RemoteFiles  # it knows this module
+            from livt_scale.data.remote.prefetch import RemoteFiles  # it knows this module
 
             return cls._open_remote(RemoteFiles.at(folder, data))
         folder = Path(folder)

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from livt_scale.data.images import BadImage, decode
-from livt_scale.data.transforms import View
-from livt_scale.errors import DataError, UsageError
+from livt_scale.data.image.decode import BadImage, decode
+from livt_scale.data.image.transforms import View
+from livt_scale.util.errors import DataError, UsageError
 
 AT_ONCE_BYTES = 1 << 28  # of decoded pixels on the device: seven photographs of 12 megapixels
 GEOMETRY = 7  # numbers an image: height and width, the crop's top, left, height and width, is it mirrored?

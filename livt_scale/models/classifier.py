@@ -21,14 +21,12 @@ from timm.layers import trunc_normal_
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from livt_scale.errors import CheckpointMismatch
-from livt_scale.models.drop_path import DropPath
+from livt_scale.config.recipe import Model
 from livt_scale.models.head_norm import HeadNorm
+from livt_scale.models.layers import LAYER_NORM, DropPath, on_grid, vit_args
 from livt_scale.models.mae import reset_encoder
-from livt_scale.models.positions import on_grid
 from livt_scale.models.resnet import ResNetClassifier
-from livt_scale.models.sizes import LAYER_NORM, vit_args
-from livt_scale.recipe import Model
+from livt_scale.util.errors import CheckpointMismatch
 
 # What may be left over in a pretrained state, and what fine-tuning makes anew. Everything else must match.
 LEFT = re.compile(r"decoder_.*|mask_token|norm\.(weight|bias)")

@@ -22,10 +22,9 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from livt_scale.errors import UsageError
-from livt_scale.models.positions import sincos_positions
-from livt_scale.models.sizes import LAYER_NORM, MLP_RATIO
-from livt_scale.recipe import Decoder, Model
+from livt_scale.config.recipe import Decoder, Model
+from livt_scale.models.layers import LAYER_NORM, MLP_RATIO, sincos_positions
+from livt_scale.util.errors import UsageError
 
 VARIANCE_EPS = 1e-6  # of the pixel normalisation
 

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
-from livt_scale.models.drop_path import DropPath
-from livt_scale.recipe import Model
-from livt_scale.recipe_model import USUAL_FIRST_WIDTH
+from livt_scale.config.model import USUAL_FIRST_WIDTH
+from livt_scale.config.recipe import Model
+from livt_scale.models.layers import DropPath
 
 
 class BatchNorm2d(nn.BatchNorm2d):

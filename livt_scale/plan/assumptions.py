@@ -13,10 +13,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
-from livt_scale.errors import UsageError, nearest
+from livt_scale.config.yaml import parse, parse_value, shown, validated
 from livt_scale.plan.devices import DEVICES, Precision
-from livt_scale.recipe_yaml import parse, parse_value, shown
-from livt_scale.yaml_errors import validated
+from livt_scale.util.errors import UsageError, nearest
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from livt_scale.errors import RunError, UsageError
+from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_of
 from livt_scale.plan.parameters import stage_weights
-from livt_scale.recipe import Recipe, Stage
+from livt_scale.util.errors import RunError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -118,9 +118,9 @@ def _answer(question: dict[str, Any]) -> Measurement:
 
 
 def _network(recipe: Recipe, stage: Stage, num_classes: int) -> torch.nn.Module:
+    from livt_scale.config.recipe import Finetune, Pretrain
     from livt_scale.models.classifier import build_classifier
     from livt_scale.models.mae import build_mae
-    from livt_scale.recipe import Finetune, Pretrain
 
     part = recipe.stage(stage)
     if isinstance(part, Pretrain):
@@ -139,7 +139,7 @@ def _measured(
     from torch.distributed._tools.mem_tracker import MemTracker
 
     from livt_scale import optim
-    from livt_scale.parallel import state
+    from livt_scale.distributed import state_dict
 
     def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
         return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims[1])
@@ -153,7 +153,7 @@ def _measured(
     tracker.memory_tracking = _modules_unlisted()
     with fake:
         inputs = _inputs(recipe, stage, spread.micro_batch)
-        state.collect(network, optimizer)  # AdamW's moments; its fused step itself needs no memory besides
+        state_dict.collect(network, optimizer)  # AdamW's moments; its fused step itself needs no memory besides
         for parameter in network.parameters():
             if not sharded and parameter.requires_grad and spread.gpus > 1:
                 parameter.grad = torch.zeros_like(parameter)  # there from the start: views of DDP's buckets, which stay
@@ -193,8 +193,8 @@ def _sharded(
     recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any, momentum: float | None
 ) -> tuple[Any, Any, Any]:
     """How to call, go back and step. Not in the fake mode: a mesh of ranks is read as numbers."""
-    from livt_scale.parallel.strategy import make_strategy
-    from livt_scale.parallel.topology import World
+    from livt_scale.distributed.strategy import make_strategy
+    from livt_scale.distributed.world import World
 
     within = "node" if spread.within_node else "all"
     parallel = recipe.parallel.model_copy(
@@ -213,8 +213,8 @@ def _replica(spread: Spread, network: torch.nn.Module, groups: Any, momentum: fl
     import torch
 
     from livt_scale import optim
-    from livt_scale.parallel import precision
-    from livt_scale.parallel.blocks import prepare_blocks
+    from livt_scale.distributed import precision
+    from livt_scale.distributed.blocks import prepare_blocks
 
     prepare_blocks(network, recompute=spread.recompute, compiled=False)
     for name, parameter in list(network.named_parameters()):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from livt_scale.recipe import Model, Pretrain, Recipe, Stage
+from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
 
 MLP_RATIO = 4  # hidden width of a block's MLP over its width
 

@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
 from livt_scale.plan.parameters import Weight
-from livt_scale.recipe import Model, Pretrain, Recipe, Stage
 
 Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")

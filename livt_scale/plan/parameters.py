@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from livt_scale.config.recipe import Model, Recipe, Stage
 from livt_scale.plan.flops import MLP_RATIO
-from livt_scale.recipe import Model, Recipe, Stage
 
 
 @dataclass(frozen=True)

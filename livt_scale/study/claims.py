@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.plan.flops import network_flops
-from livt_scale.plan.sets import PUBLISHED
-from livt_scale.recipe import STAGES, Recipe
-from livt_scale.recipe_file import load_recipe
-from livt_scale.study.grid import Run, as_words
-from livt_scale.study.questions import Ask, Gap, Question
+from livt_scale.plan.published import PUBLISHED
+from livt_scale.study.comparison import Ask, Gap, Question
+from livt_scale.study.runs import Run, as_words
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Sets = Mapping[str, Any]

@@ -20,14 +20,14 @@ from pydantic import ValidationError
 
 from livt_scale import __version__
 from livt_scale.checkpoint.manifest import read_manifest
-from livt_scale.errors import LivtError
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.plan.parameters import weights_of
-from livt_scale.recipe import Recipe, Stage, learnt_from
-from livt_scale.recipe_file import load_recipe
 from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Claim, Setting, runs_of
-from livt_scale.study.grid import Run
-from livt_scale.study.verdict import together
-from livt_scale.train.rundir import is_done, read_status
+from livt_scale.study.comparison import together
+from livt_scale.study.runs import Run
+from livt_scale.train.run_dir import is_done, read_status
+from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-claim-results", 1
 GROUPS = ("all", "many", "medium", "few")
@@ -171,7 +171,7 @@ def num_weights(recipe: Recipe, *, num_classes: int) -> int:
 def measures_of(run: Run, place: Path) -> dict[str, float]:
     """What was measured of a finished run."""
     if run.stage == "pretrain":
-        from livt_scale.study.held_out import reconstruction_loss  # torch, only where it has to reckon
+        from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch, only where it has to reckon
 
         return {"reconstruction_loss": reconstruction_loss(place)}
     top1 = _evaluation(place)["top1"]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from livt_scale.errors import UsageError, nearest
 from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.plan.flops import stage_flops
-from livt_scale.study.grid import Run
+from livt_scale.study.runs import Run
+from livt_scale.util.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)

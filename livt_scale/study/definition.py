@@ -24,17 +24,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from livt_scale.data.shard_spec import PlainName
-from livt_scale.errors import UsageError, nearest
-from livt_scale.recipe import Recipe, Stage
-from livt_scale.recipe_file import load_recipe
-from livt_scale.recipe_model import MODEL_SIZES
-from livt_scale.recipe_stages import LOSS_NAMES
-from livt_scale.recipe_work import RecipePart
-from livt_scale.recipe_yaml import parse, shown
+from livt_scale.config.load import load_recipe
+from livt_scale.config.model import MODEL_SIZES
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.config.runtime import RecipePart
+from livt_scale.config.stages import LOSS_NAMES
+from livt_scale.config.yaml import parse, shown, validated
+from livt_scale.data.build.spec import PlainName
 from livt_scale.study.claims import loss_sets
-from livt_scale.study.grid import Run, as_words
-from livt_scale.yaml_errors import validated
+from livt_scale.study.runs import Run, as_words
+from livt_scale.util.errors import UsageError, nearest
 
 Sets = dict[str, JsonValue]
 Fraction = Annotated[float, Field(gt=0, le=1)]

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from livt_scale.data.shard_spec import CountsProfile, Spec, load_spec
-from livt_scale.data.shards import build
-from livt_scale.errors import UsageError, nearest
+from livt_scale.data.build.builder import build
+from livt_scale.data.build.spec import CountsProfile, Spec, load_spec
 from livt_scale.longtail import Counts, class_counts_exponential
 from livt_scale.study.definition import Loaded, Point
+from livt_scale.util.errors import UsageError, nearest
 
 
 def build_subsets(loaded: Loaded, points: Iterable[Point]) -> list[Path]:

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale import __version__
-from livt_scale.cluster.watch import look_at
+from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import LivtError
 from livt_scale.plan.flops import stage_flops
-from livt_scale.recipe import STAGES, Recipe
+from livt_scale.slurm.status import look_at
 from livt_scale.study.collect import (
     beside_the_recipes,
     evaluations,
@@ -32,7 +31,8 @@ from livt_scale.study.collect import (
     what_is_wrong,
 )
 from livt_scale.study.definition import Loaded, Point, last_run, points
-from livt_scale.study.grid import Run
+from livt_scale.study.runs import Run
+from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-study", 1
 MOST_POINTS = 200  # of a curve: a report holds a hundred runs
@@ -98,7 +98,7 @@ def _of_a_whole_run(loaded: Loaded, run: Run, place: Path) -> dict[str, Any]:
     stages = loaded.study.stages
     measures = measures_of(run, place)
     if "pretrain" in stages and run.stage != "pretrain":
-        from livt_scale.study.held_out import reconstruction_loss  # torch, only where it has to reckon
+        from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch, only where it has to reckon
 
         measures["reconstruction_loss"] = reconstruction_loss(place)
     curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / "metrics.jsonl") for stage in stages}

@@ -27,10 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from livt_scale.errors import NonFiniteError
-from livt_scale.parallel.strategy import Update
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Faults
+from livt_scale.config.recipe import Faults
+from livt_scale.distributed.strategy import Update
+from livt_scale.distributed.world import World
+from livt_scale.util.errors import NonFiniteError
 
 RECORD = "anomalies.jsonl"
 MOST_OVERFLOWS = 24  # 2^16, where the scale begins, is down at 1 after 16

@@ -10,21 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from livt_scale import optim
-from livt_scale.checkpoint import store
+from livt_scale.checkpoint import load
+from livt_scale.config.recipe import Finetune, Recipe, digest
 from livt_scale.data.loader import Batch, apply_mix, normalise
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import RunError, UsageError, WeightsError
+from livt_scale.distributed.ema import Averaged
+from livt_scale.distributed.strategy import Strategy
+from livt_scale.distributed.world import World
+from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
-from livt_scale.parallel.averaged import Averaged
-from livt_scale.parallel.strategy import Strategy
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Finetune, Recipe, digest
-from livt_scale.train.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
 from livt_scale.train.loop import Evaluation, Task
-from livt_scale.train.rundir import is_done, is_run, read_status
+from livt_scale.train.run_dir import is_done, is_run, read_status
+from livt_scale.util.errors import RunError, UsageError, WeightsError
 from livt_scale.weights.adapt import start_classifier
-from livt_scale.weights.imported import open_weights
+from livt_scale.weights.importer import open_weights
 
 
 def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: World) -> Task:
@@ -99,8 +99,8 @@ def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head
 def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
     """(weights of the masked autoencoder that `run_dir` ended with, their lineage, its recipe). RunError: not ended."""
     path = final_pretraining(run_dir)
-    saved = store.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
-    manifest = store.read_manifest(path)
+    saved = load.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
+    manifest = load.read_manifest(path)
     facts, at = manifest.facts, manifest.position
     lineage = weights_lineage(facts, step=at.step, epoch=at.epoch, checkpoint=path.name)
     state = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
@@ -117,7 +117,7 @@ def final_pretraining(run_dir: Path) -> Path:
             remedy="run `livt train` without --stage, or set stages.finetune.init to scratch",
         )
     folder = run_dir / "pretrain" / "checkpoints"
-    final = [c.path for c in store.list_checkpoints(folder, quick=True) if c.final]
+    final = [c.path for c in load.list_checkpoints(folder, quick=True) if c.final]
     if not final:
         raise RunError(
             f"pretraining in {run_dir} is done, but its final checkpoint is gone from {folder}",

@@ -19,20 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from livt_scale import optim
-from livt_scale.checkpoint.store import Position
-from livt_scale.checkpoint.tiers import Tiers
+from livt_scale.checkpoint.load import Position
+from livt_scale.checkpoint.manager import Tiers
+from livt_scale.config.recipe import Checkpoint, Ema, Faults, StagePart
 from livt_scale.data.loader import Batch
-from livt_scale.parallel.strategy import Groups, Strategy, Update
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Checkpoint, Ema, Faults, StagePart
+from livt_scale.distributed.strategy import Groups, Strategy, Update
+from livt_scale.distributed.world import World
 from livt_scale.train.anomalies import Anomaly, step_over
-from livt_scale.train.batches import BatchPlan
-from livt_scale.train.digest import check_alike
+from livt_scale.train.batch_plan import BatchPlan
 from livt_scale.train.preempt import Preemption
-from livt_scale.train.rundir import Status
-from livt_scale.train.state import TrainState
-from livt_scale.train.telemetry import Telemetry
-from livt_scale.train.timing import StepClock
+from livt_scale.train.replica_check import check_alike
+from livt_scale.train.run_dir import Status
+from livt_scale.train.telemetry.clock import StepClock
+from livt_scale.train.telemetry.metrics_log import Telemetry
+from livt_scale.train.train_state import TrainState
 from livt_scale.train.watchdog import Watchdog
 
 

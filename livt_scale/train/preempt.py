@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from livt_scale.errors import UsageError
+from livt_scale.util.errors import UsageError
 
 # SIGUSR1 is NCCL's: it catches it, so it is honoured only where it reaches us.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)

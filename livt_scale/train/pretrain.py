@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from livt_scale import optim
+from livt_scale.config.recipe import Recipe
 from livt_scale.data.loader import Batch, eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.seeds import sample_rng
+from livt_scale.distributed.strategy import Strategy
+from livt_scale.distributed.world import World
+from livt_scale.evaluation import pictures
 from livt_scale.models.mae import build_mae
-from livt_scale.parallel.strategy import Strategy
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Recipe
-from livt_scale.train import pictures
 from livt_scale.train.loop import Task
 from livt_scale.weights.adapt import start_mae
-from livt_scale.weights.imported import open_weights
+from livt_scale.weights.importer import open_weights
 
 
 def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:

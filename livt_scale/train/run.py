@@ -10,33 +10,34 @@ from typing import Any
 
 import torch
 
+from livt_scale.checkpoint.manager import Tiers
 from livt_scale.checkpoint.manifest import step_name
-from livt_scale.checkpoint.tiers import Tiers
+from livt_scale.config.recipe import Parallel, Recipe, Stage
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.stream import stage_order
-from livt_scale.errors import CheckpointMismatch, DataError, UsageError
-from livt_scale.parallel import cores
-from livt_scale.parallel.averaged import with_average
-from livt_scale.parallel.statistics import statistics_of
-from livt_scale.parallel.strategy import make_strategy
-from livt_scale.parallel.topology import World, detect, process_group
-from livt_scale.recipe import Parallel, Recipe, Stage
-from livt_scale.train import evaluate as evaluation
-from livt_scale.train import pictures, rundir
-from livt_scale.train.allowed import check_allowable
+from livt_scale.data.reader import stage_order
+from livt_scale.distributed import cpu_cores
+from livt_scale.distributed.batchnorm import statistics_of
+from livt_scale.distributed.ema import with_average
+from livt_scale.distributed.strategy import make_strategy
+from livt_scale.distributed.world import World, detect, process_group
+from livt_scale.evaluation import evaluate as evaluation
+from livt_scale.evaluation import pictures
+from livt_scale.train import run_dir as rundir
 from livt_scale.train.anomalies import Anomalies
-from livt_scale.train.batches import BatchPlan, plan_batches
+from livt_scale.train.batch_plan import BatchPlan, plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.layers import LayerGroups
 from livt_scale.train.loop import Guard, Schedule, Task, fit
 from livt_scale.train.preempt import Preemption, time_limit
 from livt_scale.train.pretrain import pretrain_task
-from livt_scale.train.speed import speed_of
-from livt_scale.train.state import TrainState, run_facts
-from livt_scale.train.telemetry import Telemetry, last_step_written, measured_demand
-from livt_scale.train.trackers import Trackers, check_installed, open_trackers
+from livt_scale.train.resume_rules import check_allowable
+from livt_scale.train.telemetry.layer_stats import LayerGroups
+from livt_scale.train.telemetry.metrics_log import Telemetry, last_step_written, measured_demand
+from livt_scale.train.telemetry.mfu import speed_of
+from livt_scale.train.telemetry.trackers import Trackers, check_installed, open_trackers
+from livt_scale.train.train_state import TrainState, run_facts
 from livt_scale.train.watchdog import Watchdog
+from livt_scale.util.errors import CheckpointMismatch, DataError, UsageError
 
 
 def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = ()) -> None:
@@ -61,7 +62,7 @@ def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, all
     run_dir = run_dir_of(recipe)
     limit = world.peers.lead_does(time_limit)
     with (
-        cores.told_to_loader(world),
+        cpu_cores.told_to_loader(world),
         _alone(run_dir, world),
         Preemption(limit if world.is_main else None) as preemption,
     ):

@@ -30,12 +30,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self, TypeVar
 
-from livt_scale.errors import EXIT_FAILED, LivtError, Preempted, RankLostError
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Faults
+from livt_scale.config.recipe import Faults
+from livt_scale.distributed.world import World
 from livt_scale.train import heartbeat
 from livt_scale.train.heartbeat import Heartbeat
-from livt_scale.train.rundir import Status
+from livt_scale.train.run_dir import Status
+from livt_scale.util.errors import EXIT_FAILED, LivtError, Preempted, RankLostError
 
 Phase = Literal["start", "first step", "data", "step", "evaluation", "checkpoint", "ending"]
 SLOW: tuple[Phase, ...] = ("start", "first step", "evaluation", "checkpoint")

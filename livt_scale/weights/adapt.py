@@ -18,11 +18,11 @@ import torch
 from timm.layers import resample_patch_embed
 from torch import Tensor
 
-from livt_scale.errors import WeightsError
+from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import Classifier, load_encoder
+from livt_scale.models.layers import on_grid
 from livt_scale.models.mae import MaskedAutoencoder
-from livt_scale.models.positions import on_grid
-from livt_scale.recipe import Model
+from livt_scale.util.errors import WeightsError
 
 HEAD = ("fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias")
 _OF_CLASSIFIER = re.compile(r"(fc_norm|head)\.(weight|bias)")

@@ -21,9 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from livt_scale.errors import WeightsError, nearest
-from livt_scale.recipe import Model
-from livt_scale.recipe_model import MODEL_SIZES
+from livt_scale.config.model import MODEL_SIZES
+from livt_scale.config.recipe import Model
+from livt_scale.util.errors import WeightsError, nearest
 
 Layout = Literal["mae", "livt", "timm", "hf"]
 LAYOUTS: tuple[Layout, ...] = ("mae", "livt", "timm", "hf")

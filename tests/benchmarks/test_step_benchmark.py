@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from livt_scale.recipe import Decoder, Model
+from livt_scale.config.recipe import Decoder, Model
 from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step.py"

@@ -22,9 +22,9 @@ import time
 
 import torch
 
-from livt_scale import cli
-from livt_scale.errors import SampleError
+from livt_scale.cli import main
 from livt_scale.train import loop
+from livt_scale.util.errors import SampleError
 
 
 class Sabotage:
@@ -76,4 +76,4 @@ if __name__ == "__main__":
     split = sys.argv.index("--")
     Sabotage(sys.argv[1:split]).install()
     sys.argv[1:] = sys.argv[split + 1 :]
-    cli.main()
+    main.main()

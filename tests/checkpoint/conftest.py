@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from livt_scale.checkpoint.load import Position, Retention, Saver
 from livt_scale.checkpoint.manifest import MANIFEST, FileEntry, read_manifest
-from livt_scale.checkpoint.store import Position, Retention, Saver
 
 Save = Callable[..., Path]
 

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from livt_scale.checkpoint import files
-from livt_scale.checkpoint.store import (
+from livt_scale.checkpoint import io as files
+from livt_scale.checkpoint.load import (
     Position,
     Retention,
     Saver,
@@ -34,7 +34,7 @@ from livt_scale.checkpoint.store import (
     newest_whole,
     read_tensors,
 )
-from livt_scale.errors import CheckpointError
+from livt_scale.util.errors import CheckpointError
 
 
 def state(value: float, size: int = 3000) -> dict[str, torch.Tensor]:

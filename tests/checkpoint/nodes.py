@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from livt_scale.checkpoint import files
-from livt_scale.checkpoint.store import Position, list_checkpoints
-from livt_scale.checkpoint.tiers import Tiers
-from livt_scale.parallel.peers import Peers
-from livt_scale.parallel.state import collect
-from livt_scale.recipe_work import Checkpoint
+from livt_scale.checkpoint import io
+from livt_scale.checkpoint.load import Position, list_checkpoints
+from livt_scale.checkpoint.manager import Tiers
+from livt_scale.config.runtime import Checkpoint
+from livt_scale.distributed.collectives import Peers
+from livt_scale.distributed.state_dict import collect
 
 
 def build(seed: int, *, mesh=None, offload: bool = False) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -147,16 +147,16 @@ def another_start_on_the_same_folders_is_another_run(run: Run) -> None:
 
 
 def a_node_whose_disk_is_full_stops_nothing(run: Run) -> None:
-    real = files.free_bytes
+    real = io.free_bytes
     with run.open() as tiers:
         one = run.saved(tiers, 1, 2, quick=True)
         tiers.wait()
         if run.world.rank >= 2:
-            files.free_bytes = lambda folder: 0
+            io.free_bytes = lambda folder: 0
         run.saved(tiers, 2, 4, quick=True)
         tiers.wait()
         assert tiers.report().get("failed_local_saves", 0) == (1 if run.world.rank >= 2 else 0)
-        files.free_bytes = real
+        io.free_bytes = real
     with run.open() as tiers:
         run.found(tiers, one, 2, quick=True)
 

@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from livt_scale.checkpoint import files
-from livt_scale.checkpoint.store import (
+from livt_scale.checkpoint import io
+from livt_scale.checkpoint.load import (
     Peers,
     Position,
     Retention,
@@ -32,8 +32,8 @@ from livt_scale.checkpoint.store import (
     read_tensors,
     verify,
 )
-from livt_scale.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
-from livt_scale.parallel.state import collect
+from livt_scale.distributed.state_dict import collect
+from livt_scale.util.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 
 
 class Net(nn.Module):
@@ -157,7 +157,7 @@ def ranks_that_disagree_are_told(folder: Path, rank: int, ranks: dict) -> None:
 
 def the_failure_of_one_rank_is_that_of_all(folder: Path, rank: int, ranks: dict) -> None:
     with Saver(folder / "replicated async", mode="async", **ranks) as saver:
-        real = files.HashedFile.write
+        real = io.HashedFile.write
 
         def failing(self, data):
             if rank == 1:
@@ -165,10 +165,10 @@ def the_failure_of_one_rank_is_that_of_all(folder: Path, rank: int, ranks: dict)
                 raise self.error
             return real(self, data)
 
-        files.HashedFile.write = failing
+        io.HashedFile.write = failing
         saver.save({"model.a": torch.ones(9), "model.b": torch.ones(9)}, position=Position(0, 3), facts={})
         expect(CheckpointError, "rank 1: .*the disk is full", saver.wait)
-        files.HashedFile.write = real
+        io.HashedFile.write = real
         dist.barrier()
         assert sorted(p.name for p in saver.folder.iterdir()) == ["step-00000001", "step-00000002"]
         assert verify(step_path(saver, 2)) == []

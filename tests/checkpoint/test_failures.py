@@ -6,12 +6,12 @@ import errno
 
 import pytest
 
-from livt_scale.checkpoint import files, publish, saver
-from livt_scale.checkpoint.failures import Failures
-from livt_scale.checkpoint.store import Position, Retention, Saver, newest_whole, verify
-from livt_scale.errors import CheckpointError, PruneFailed, SaveFailed
+from livt_scale.checkpoint import commit, io, saver
+from livt_scale.checkpoint.load import Position, Retention, Saver, newest_whole, verify
+from livt_scale.checkpoint.saver import Failures
+from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
 
-real_free = files.free_bytes
+real_free = io.free_bytes
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def full(monkeypatch):
     """full(True): the disk has no room; full(False): it has again."""
 
     def set_full(is_full: bool) -> None:
-        monkeypatch.setattr(files, "free_bytes", (lambda folder: 0) if is_full else real_free)
+        monkeypatch.setattr(io, "free_bytes", (lambda folder: 0) if is_full else real_free)
 
     return set_full
 
@@ -98,7 +98,7 @@ def test_the_run_ends_when_what_is_durable_has_grown_too_old(saving, full):
 
 def test_a_write_that_fails_once_is_tried_again_from_the_copy(tmp_path, state, saving, monkeypatch, capsys):
     monkeypatch.setattr(saver, "FIRST_PAUSE_S", 0.0)
-    real, calls = files.HashedFile.write, []
+    real, calls = io.HashedFile.write, []
 
     def once(self, data):
         calls.append(1)
@@ -107,7 +107,7 @@ def test_a_write_that_fails_once_is_tried_again_from_the_copy(tmp_path, state, s
             raise self.error
         return real(self, data)
 
-    monkeypatch.setattr(files.HashedFile, "write", once)
+    monkeypatch.setattr(io.HashedFile, "write", once)
     failures = Failures(limit=1)
     saving(failures, retries=1)(1)
     assert verify(tmp_path / "step-00000001") == []
@@ -120,14 +120,14 @@ def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_counts(saving
     failures = Failures(limit=2)
     save = saving(failures)
     save(1)
-    real = files.remove_folder
+    real = io.remove_folder
 
     def refused(folder):
         if folder.name.endswith("pruned") and folder.exists():
             raise PermissionError(errno.EACCES, "Permission denied")
         real(folder)
 
-    monkeypatch.setattr(files, "remove_folder", refused)
+    monkeypatch.setattr(io, "remove_folder", refused)
     for step in (2, 3, 4):
         save(step)
     assert "could not be removed" in capsys.readouterr().err
@@ -140,7 +140,7 @@ def test_an_error_of_our_own_is_never_tolerated(saving, monkeypatch):
     def broken(job, entries):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(publish, "_commit", broken)
+    monkeypatch.setattr(commit, "_commit", broken)
     with pytest.raises((CheckpointError, ValueError), match="a bug") as caught:
         saving(Failures(limit=9))(1)
     assert not isinstance(caught.value, SaveFailed)

@@ -15,7 +15,7 @@ from livt_scale.checkpoint.manifest import (
     step_name,
     step_of,
 )
-from livt_scale.errors import CheckpointDamaged
+from livt_scale.util.errors import CheckpointDamaged
 
 
 def small_manifest() -> Manifest:

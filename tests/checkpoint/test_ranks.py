@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from livt_scale.checkpoint.store import Position, Saver, list_checkpoints, load, newest_whole
-from livt_scale.parallel.state import collect, restore
+from livt_scale.checkpoint.load import Position, Saver, list_checkpoints, load, newest_whole
+from livt_scale.distributed.state_dict import collect, restore
 from tests.scripts import load_script
 
 RANKS = Path(__file__).with_name("ranks.py")

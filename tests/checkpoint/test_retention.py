@@ -3,8 +3,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from livt_scale.checkpoint.catalog import Retention
 from livt_scale.checkpoint.manifest import Manifest, Position
-from livt_scale.checkpoint.retention import Retention
 
 
 def manifest(step: int, *, per_epoch: int = 1, score: float | None = None, final: bool = False) -> Manifest:

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.data.order import Order
-from livt_scale.data.policy import order_for
-from livt_scale.data.stream import RankOrder
-from livt_scale.errors import DataError
-from livt_scale.recipe import Pretrain
+from livt_scale.config.recipe import Pretrain
+from livt_scale.data.order.class_balanced import order_for
+from livt_scale.data.order.instance import Order
+from livt_scale.data.reader import RankOrder
+from livt_scale.util.errors import DataError
 
 WORLDS = (1, 2, 3, 4, 6, 8, 16, 64, 512)
 BATCH, EPOCHS = 1536, 3  # 512 · 3: each of the worlds divides it

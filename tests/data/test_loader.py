@@ -24,13 +24,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import functional as tv
 
 from livt_scale.data.batch import _RECEIVED
+from livt_scale.data.build.verify import verify
 from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.mixing import draw_mix
+from livt_scale.data.mixup import draw_mix
+from livt_scale.data.reader import RankOrder, stage_order
 from livt_scale.data.seeds import sample_rng
-from livt_scale.data.stream import RankOrder, stage_order
-from livt_scale.data.verify import verify
-from livt_scale.errors import DataError, SampleError, ShardError, UsageError
+from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError
 from tests.data.tiny_sets import HOSTILE, tiny_recipe, tiny_set
 
 STEPS = 5  # of an epoch: 43 samples, global batch 8
@@ -294,7 +294,7 @@ SCRIPT = """
     import multiprocessing, os, signal, sys
     from livt_scale.data.loader import train_batches
     from livt_scale.data.manifest import ShardSet
-    from livt_scale.recipe import Recipe
+    from livt_scale.config.recipe import Recipe
     recipe = Recipe.model_validate_json(sys.stdin.read())
     shards = ShardSet.open(recipe.data.train)
     batches = train_batches(shards, recipe, stage="pretrain", rank=0, world_size=1, micro_batch=8, epoch=0, step=0)

@@ -23,7 +23,7 @@ from livt_scale.data.manifest import (
     ShardSet,
     _spelt,
 )
-from livt_scale.errors import ManifestError, ShardError
+from livt_scale.util.errors import ManifestError, ShardError
 from tests.small_sets import small_set
 
 SHA = "0" * 64

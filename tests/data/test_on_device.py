@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from livt_scale.data import loader, on_device, transforms
+from livt_scale.data import loader, on_device
 from livt_scale.data.batch import Batch
-from livt_scale.data.images import open_image
+from livt_scale.data.image import transforms
+from livt_scale.data.image.decode import open_image
 from livt_scale.data.loader import train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import DataError, SampleError, UsageError
+from livt_scale.util.errors import DataError, SampleError, UsageError
 from tests.data.tiny_sets import encoded, photo, tiny_recipe, tiny_set
 
 CPU = torch.device("cpu")

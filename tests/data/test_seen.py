@@ -12,13 +12,13 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from livt_scale.cli import app
+from livt_scale.cli.main import app
+from livt_scale.data.build.verify import verify
+from livt_scale.data.inspect import trace
 from livt_scale.data.loader import train_batches
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.stream import SampleStream, stage_order
-from livt_scale.data.trace import trace
-from livt_scale.data.verify import verify
-from livt_scale.errors import UsageError
+from livt_scale.data.reader import SampleStream, stage_order
+from livt_scale.util.errors import UsageError
 from tests.data.tiny_sets import tiny_recipe, tiny_set
 
 PROGRESSIVE = {"policy": "progressive", "from": "instance", "to": "class_balanced"}

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.build.builder import index_tars
 from livt_scale.data.manifest import ShardSet
-from livt_scale.data.shards import index_tars
-from livt_scale.recipe import Recipe
 
 HOSTILE = 'a set\'s "dir"\n$(touch x)'
 

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from livt_scale.data.manifest import ShardSet
-from tests.data.flaky_server import FAULTS, FlakyServer
+from tests.data.remote.flaky_server import FAULTS, FlakyServer
 from tests.whole_runs import REPO, assert_same_run
 
 SETS = REPO / "shards" / "fashion-mnist-lt"

@@ -4,12 +4,11 @@ import pytest
 import timm
 import torch
 
-from livt_scale.errors import CheckpointMismatch
+from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.classifier import build_classifier, load_encoder
+from livt_scale.models.layers import sincos_positions, vit_args
 from livt_scale.models.mae import build_mae
-from livt_scale.models.positions import sincos_positions
-from livt_scale.models.sizes import vit_args
-from livt_scale.recipe import Decoder, Model
+from livt_scale.util.errors import CheckpointMismatch
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=1, heads=2))
 

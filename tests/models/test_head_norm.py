@@ -6,9 +6,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import Classifier, build_classifier
-from livt_scale.models.sizes import vit_args
-from livt_scale.recipe import Model
+from livt_scale.models.layers import vit_args
 
 MICRO = Model(size="vit_micro", depth=2, image_px=28, channels=1)
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.errors import UsageError
+from livt_scale.config.recipe import MODEL_SIZES, Decoder, Model
+from livt_scale.models.layers import sincos_positions
 from livt_scale.models.mae import build_mae
-from livt_scale.models.positions import sincos_positions
-from livt_scale.recipe import MODEL_SIZES, Decoder, Model
+from livt_scale.util.errors import UsageError
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=1, heads=2))
 

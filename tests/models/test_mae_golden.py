@@ -12,8 +12,8 @@ import pytest
 import torch
 from scipy.special import erf
 
+from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.mae import MaskedAutoencoder, build_mae
-from livt_scale.recipe import Decoder, Model
 
 WIDTH, HEADS, DEC_WIDTH, DEC_HEADS, PATCH, GRID, BATCH = 12, 3, 8, 2, 4, 3, 2
 MASK_RATIO = 0.7  # of 9 patches: int(2.7) are kept

@@ -4,10 +4,10 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from livt_scale.errors import UsageError
+from livt_scale.config.recipe import Model, Recipe, digest, learnt_from
 from livt_scale.models.classifier import build_classifier, head_name
 from livt_scale.models.resnet import BatchNorm2d, residual_blocks
-from livt_scale.recipe import Model, Recipe, digest, learnt_from
+from livt_scale.util.errors import UsageError
 
 SMALL = Model(size="resnet18", image_px=28, channels=1)
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Model, Parallel
+from livt_scale.distributed.strategy import make_strategy
+from livt_scale.distributed.world import detect, process_group
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import param_groups
-from livt_scale.parallel.strategy import make_strategy
-from livt_scale.parallel.topology import detect, process_group
 from livt_scale.plan.memory import Spread, plan_memory
 from livt_scale.plan.parameters import weights_of
-from livt_scale.recipe import Model, Parallel
-from livt_scale.recipe_file import load_recipe
 
 IMAGES = 64
 MODEL = Model(size="vit_ti", image_px=64)

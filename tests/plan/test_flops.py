@@ -9,12 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Model
+from livt_scale.distributed.blocks import prepare_blocks
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
-from livt_scale.parallel.blocks import prepare_blocks
 from livt_scale.plan import flops
-from livt_scale.recipe import Model
-from livt_scale.recipe_file import load_recipe
 
 MODELS = {
     "vit_micro at 28 px": Model(

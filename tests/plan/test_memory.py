@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Model
+from livt_scale.distributed.deepspeed import BUCKET
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
-from livt_scale.parallel.zero_engine import BUCKET
 from livt_scale.plan.memory import (
     GIB,
     STRATEGIES,
@@ -25,10 +27,8 @@ from livt_scale.plan.memory import (
     plan_memory,
 )
 from livt_scale.plan.parameters import stage_weights, weights_of
-from livt_scale.plan.whole import checkpoint_bytes
-from livt_scale.recipe import Model
-from livt_scale.recipe_file import load_recipe
-from tests.parallel.strategies import Job, Kind, train_all
+from livt_scale.plan.stage_plan import checkpoint_bytes
+from tests.distributed.strategies import Job, Kind, train_all
 from tests.whole_runs import REPO, free_port
 
 VIT_B = Path(__file__).parents[2] / "recipes" / "imagenet_lt" / "vit_b16.yaml"

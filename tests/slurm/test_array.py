@@ -1,84 +1,121 @@
-"""Several runs by one submission, as arrays on a real Slurm: bounded, each on its own, known to livt status."""
+"""Many runs by one command: an array a stage. Slurm is the fake one of `fake_slurm`; bash really runs the scripts."""
 
 import json
-import sys
-import time
+from pathlib import Path
 
 import pytest
 
-from tests.slurm.chains import FAULTY, PYTHON, Chain
-from tests.slurm.cluster import wait_for
-from tests.whole_runs import Livt, spelt
-
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
-
-OWN_FAULTS = """\
-  export FAULTS="${5%/run/code/*}/faults"
-  shift 3"""  # the recipe is FOLDER/run/code/HASH/recipe.yaml
+from livt_scale.config.recipe import Recipe
+from livt_scale.slurm.array import array_scripts, prepare_array, submit_array
+from livt_scale.slurm.commands import look
+from livt_scale.slurm.submit import read_chain
+from livt_scale.util.errors import ClusterError, UsageError
+from tests.slurm.fake_slurm import FakeSlurm
+from tests.slurm.test_script_text import HOSTILE, run_script
 
 
 @pytest.fixture
-def runs(cluster, tmp_path):
-    """Three runs of two tasks on one node, that ask Slurm for the same; the second has a bug in its pretraining."""
-    python = tmp_path / "python of all"
-    python.write_text(PYTHON.format(python=sys.executable, faulty=FAULTY).replace("  shift 3", OWN_FAULTS))
-    python.chmod(0o755)
-    asked = {"slurm.nodes": 1, "slurm.tasks_per_node": 2, "slurm.python": python}
-    asked["slurm.environment"] = {"OMP_NUM_THREADS": "1"}
-    chains = [Chain(cluster, tmp_path / name) for name in ("a", "b", "c")]
-    for chain in chains:
-        chain.sets |= asked
-    chains[1].lay("bug", "5")
-    return chains
+def fake(tmp_path, monkeypatch):
+    fake = FakeSlurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", fake.path)
+    monkeypatch.chdir(tmp_path)
+    return fake
 
 
-def submit_together(runs, folder, *words, expect=0):
-    """By one command: what a recipe says stands in a file of its own, and the faults come by its environment."""
-    recipes = []
-    for k, chain in enumerate(runs):
-        sets = [f"--set={name}={spelt(value)}" for name, value in chain.sets.items() if not name.startswith("slurm.")]
-        text = chain.livt("recipe", "show", Livt(chain.folder).recipe, *sets).stdout
-        recipes.append(folder / f"{k}.yaml")
-        recipes[-1].write_text(text)
-    slurm = [f"--set={name}={spelt(value)}" for name, value in runs[0].sets.items() if name.startswith("slurm.")]
-    return runs[0].livt("submit", *recipes, *slurm, *words, expect=expect)
+def recipe(tmp_path, name, *, slurm=None, **parts):
+    tree = {
+        "name": name,
+        "run_dir": str(tmp_path / "runs" / name),
+        "data": {"train": "/no/set/train", "val": "/no/set/val"},
+        "stages": {"pretrain": {"epochs": 80}, "finetune": {"epochs": 50}},
+        "slurm": {"step_s": 1.0, "save_s": 2.0} | (slurm or {}),
+    }
+    return Recipe.model_validate(tree | parts)
 
 
-def states(chain):
-    return {name: chain.cluster.show(job)["JobState"] for name, job in chain.jobs.items()}
+def three(tmp_path, **parts):
+    return [recipe(tmp_path, name, **parts) for name in ("a", "b's $(x)", "c")]
 
 
-def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_other(runs, tmp_path):
-    first = runs[0]
-    told = json.loads(submit_together(runs, tmp_path, "--at-once=2", "--json").stdout)
-    arrays = [job["id"] for job in told["jobs"]]
-    most = 0
+def submit(recipes, **given):
+    return submit_array(prepare_array(recipes, **given))
 
-    def over():
-        nonlocal most
-        rows = first.cluster.run("squeue", "--noheader", "--array", "--format=%F %T").stdout.splitlines()
-        running = [row.split()[0] for row in rows if row.endswith("RUNNING")]
-        most = max([most, *(running.count(array) for array in arrays)])
-        return not rows
 
-    wait_for(over, lambda: "\n".join(chain.tell() for chain in runs), seconds=500, every_s=0.5)
-    assert most <= 2
-    for chain, ends in zip(runs, ("COMPLETED", "CANCELLED", "COMPLETED"), strict=True):
-        found = states(chain)
-        assert found["finetune"] == found["evaluate"] == ends, (found, chain.tell())
-        view = json.loads(chain.livt("status", chain.run_dir, "--json", expect=int(ends == "CANCELLED")).stdout)
-        assert view["state"] == ("done" if ends == "COMPLETED" else "failed")
-    assert "a planted bug" in first.livt("logs", runs[1].run_dir, "--stage", "pretrain").stdout
-    assert (runs[2].run_dir / "export" / "eval.json").is_file()
+def test_one_array_a_stage_each_element_after_its_own_and_a_bounded_number_at_once(tmp_path, fake):
+    told = submit(three(tmp_path), at_once=2)
+    calls = fake.calls("sbatch")
+    after = [next((w for w in call if w.startswith("--dependency")), None) for call in calls]
+    assert after == [None, "--dependency=aftercorr:101", "--dependency=aftercorr:102"]
+    assert all("#SBATCH --array=0-2%2" in Path(call[-1]).read_text() for call in calls)
+    assert told["runs"] == [r.run_dir for r in three(tmp_path)]
+    for k, of in enumerate(three(tmp_path)):
+        chain = read_chain(Path(of.run_dir))
+        assert [job["id"] for job in chain["jobs"]] == [f"{n}_{k}" for n in (101, 102, 103)]
+        assert chain["jobs"][1]["dependency"] == f"aftercorr:101_{k}"
+        assert (Path(chain["code"]["folder"]) / "recipe.yaml").is_file()
+        assert Path(chain["jobs"][0]["log"]).parent == Path(told["folder"]) / "slurm" / "logs"
 
-    # the second submission is of the one that is not done; cancelled, it leaves nothing in the queue
-    runs[1].mend("bug")
-    runs[1].lay("pace", "1 99")
-    again = json.loads(submit_together(runs[1:], tmp_path, "--json").stdout)
-    assert again["runs"] == [str(runs[1].run_dir)]
-    wait_for(lambda: states(runs[1])["pretrain"] == "RUNNING", runs[1].tell, seconds=120)
-    runs[1].await_steps(2)
-    runs[1].livt("cancel", runs[1].run_dir)
-    time.sleep(2)
-    assert not first.cluster.run("squeue", "--noheader", "--array").stdout
-    assert json.loads(runs[1].livt("status", runs[1].run_dir, "--json").stdout)["state"] == "preempted"
+
+@pytest.mark.parametrize("element", [0, 1, 2])
+def test_an_element_trains_its_own_recipe_into_its_own_folder(tmp_path, fake, element):
+    names = ["plain", HOSTILE[2].replace("/", "_"), HOSTILE[4].replace("/", "_")]
+    array = prepare_array([recipe(tmp_path, name) for name in names])
+    (pretrain, *_) = array_scripts(array, [None] * 3)
+    done, calls = run_script(tmp_path, pretrain, environ={"SLURM_ARRAY_TASK_ID": str(element)})
+    assert done.returncode == 0, done.stderr
+    (call,) = calls
+    run = tmp_path / "runs" / names[element]
+    assert call["words"][-3:] == [str(run / "slurm" / "recipe.yaml"), "--stage", "pretrain"]
+    assert (run / "slurm" / "starts-pretrain").is_file()
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_outside_an_array_its_script_refuses_to_run(tmp_path, fake):
+    (pretrain, *_) = array_scripts(prepare_array(three(tmp_path)), [None] * 3)
+    done, calls = run_script(tmp_path, pretrain)
+    assert done.returncode != 0
+    assert not calls
+
+
+def test_the_same_again_joins_and_a_part_of_it_is_refused(tmp_path, fake):
+    first = submit(three(tmp_path))
+    fake.set(queue=[[f"{job}_{k}", "PENDING", first["chain"]] for job in (101, 102, 103) for k in range(3)])
+    assert len(submit(three(tmp_path))["joined"]) == 9
+    with pytest.raises(ClusterError, match=r"jobs of 3 of these 3 runs .*101_0"):
+        submit(three(tmp_path, seed=1))
+    fake.set(queue=[["101_1", "RUNNING", first["chain"]], ["103_0", "PENDING", "another's"]])
+    with pytest.raises(ClusterError, match="jobs of 1 of these 2 runs") as told:
+        submit([*three(tmp_path)[1:]], at_once=1)
+    assert "livt cancel" in told.value.remedy
+    assert len(fake.calls("sbatch")) == 3
+
+
+def test_a_refused_array_takes_the_ones_before_it_back(tmp_path, fake):
+    fake.set(accepted=2)
+    with pytest.raises(ClusterError, match="QOS policy; jobs 101, 102, submitted before it, were taken back"):
+        submit(three(tmp_path))
+    assert fake.calls("scancel") == [["101", "102"]]
+    assert all("taken_back" in read_chain(Path(r.run_dir)) for r in three(tmp_path))
+
+
+def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp_path, fake):
+    for recipes, why in (
+        ([recipe(tmp_path, "a"), recipe(tmp_path, "a", seed=1)], "the same run directory"),
+        ([recipe(tmp_path, "a"), recipe(tmp_path, "b", slurm={"nodes": 2})], "ask Slurm for different things"),
+        (three(tmp_path, slurm={"partition": "scrap"}), "cancels the jobs that it preempts"),
+    ):
+        with pytest.raises(UsageError, match=why):
+            prepare_array(recipes)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_slurm_is_asked_for_elements_by_their_own_ids(tmp_path, fake):
+    submit(three(tmp_path))
+    chain = read_chain(tmp_path / "runs" / "c")
+    fake.program(
+        "squeue", '#!/bin/sh\necho "101_2|RUNNING|None|1:00|2:00|x|n1|$CHAIN"\n'.replace("$CHAIN", chain["chain"])
+    )
+    fake.program("sacct", f"#!/bin/sh\nprintf '%s\\n' \"$*\" >{json.dumps(str(tmp_path / 'asked'))}\n")
+    (queue,) = look([chain])
+    assert queue.jobs["101_2"].state == "RUNNING"
+    assert "-j102_2,103_2" in (tmp_path / "asked").read_text()

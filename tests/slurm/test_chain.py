@@ -1,235 +1,242 @@
-"""Whole chains by `livt submit`, on a real Slurm of two nodes: they come to the weights of an undisturbed torchrun.
-
-The chains whose time limits are too short are submitted first and judged late: they sleep most of their steps. What
-takes a node from every job stands behind them.
-"""
-
-import json
-import os
-import random
-import signal
-import time
+"""Which jobs a run needs: pure functions of recipe, site, cluster and what is measured."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.slurm.chains import ENDED, RECIPE, Chain, rank_pid
-from tests.slurm.cluster import NODES, wait_for
-from tests.whole_runs import Livt, assert_same_run
+from livt_scale.config.recipe import Recipe
+from livt_scale.config.slurm import Slurm
+from livt_scale.slurm.chain import MOST_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
+from livt_scale.slurm.commands import minutes, read_facts
+from livt_scale.slurm.sites import Ask, ask, load_site
+from livt_scale.slurm.step_times import Measured
+from livt_scale.util.errors import UsageError
+from tests.slurm.fake_slurm import CONFIG, PARTITIONS
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
-
-LOST_S = 60.0  # from kill -9 of a task to the end of its job
-SHORT = {"slurm__time_min": 2, "slurm__lead_s": 30}
-PACE = "7 2"  # two starts of 2 minutes at 7 s a step cannot do 27 steps; the third has time for them
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Both stages by torchrun, two processes, undisturbed. Read only."""
-    livt = Livt(tmp_path_factory.mktemp("torchrun"))
-    livt.train(livt.folder / "run", processes=2, **{k.replace(".", "__"): v for k, v in RECIPE.items()})
-    return livt.folder / "run"
+FACTS = read_facts(CONFIG, PARTITIONS, frozenset({"lab", "other"}))
+NOTHING = Measured()
 
 
-@pytest.fixture(scope="module")
-def short_chains(_running_cluster, tmp_path_factory):
-    """Time limits that take at least 3 segments: by requeue (spare), by numbered segments (scrap), without a signal."""
-    folder = tmp_path_factory.mktemp("short")
-    silent = {**SHORT, "slurm__partition": "normal"}
-    named = {"spare": {**SHORT, "slurm__partition": "spare"}, "silent": silent}
-    named["scrap"] = {**SHORT, "slurm__partition": "scrap", "slurm__pretrain__segments": 6}
-    chains = {}
-    for name, sets in named.items():
-        chains[name] = Chain(_running_cluster, folder / name, slurm__finetune__time_min=10, **sets)
-        chains[name].lay("pace", PACE)
-        chains[name].submit()
-    yield chains
-    _running_cluster.cancel_all()
+def recipe(**slurm):
+    tree = {"name": "r", "data": {"train": "t"}, "stages": {"pretrain": {}, "finetune": {}}, "slurm": slurm}
+    return Recipe.model_validate(tree)
 
 
-@pytest.fixture(scope="module")
-def silent_job(short_chains):
-    """One whose script lacks the line --signal; submitted by hand, as anybody may."""
-    chain = short_chains["silent"]
-    chain.cluster.run("scancel", *chain.jobs.values())
-    chain.ended()
-    text = next((chain.run_dir / "slurm" / "scripts").glob("*pretrain*")).read_text()
-    lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#SBATCH --signal")]
-    assert len(lines) == len(text.splitlines()) - 1
-    (chain.folder / "silent.sbatch").write_text("".join(lines))
-    return chain.cluster.run(
-        "sbatch", "--parsable", f"--chdir={chain.run_dir}", chain.folder / "silent.sbatch"
-    ).stdout.strip()
+def plan(of, site=None, facts=FACTS, **measured):
+    known = {"pretrain": NOTHING, "finetune": NOTHING} | measured
+    return plan_chain(of, load_site(site) if site else None, facts, known)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short_ones_first(request):
-    """The slow ones run beside the others, where any of them is asked for."""
-    if any("short_chains" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("silent_job")
+def asked(time_min, *, nodes=1, tasks=1, partition=None):
+    return Ask(nodes, tasks, 0, None, time_min, partition)
 
 
-@pytest.fixture
-def chain(_running_cluster, tmp_path):
-    """A chain on the normal partition, not yet submitted. Its jobs are gone when the test ends."""
-    made = Chain(_running_cluster, tmp_path / "it's a $(run)", slurm__partition="normal")
-    yield made
-    if (made.run_dir / "slurm" / "chain.json").exists():
-        _running_cluster.run("scancel", *made.jobs.values(), check=False)
+# --- what the controller says ---
 
 
-def test_one_command_brings_both_stages_evaluation_and_export_over_two_nodes_to_torchruns_weights(chain, reference):
-    chain.submit()
-    assert chain.ended() == dict.fromkeys(("pretrain", "finetune", "evaluate"), "COMPLETED"), chain.tell()
-    assert_same_run(chain.run_dir, reference)
-    assert sorted(p.name for p in (chain.run_dir / "export").iterdir()) == [
-        "config.json",
-        "eval.json",
-        "model.safetensors",
-    ]
-    assert 0 < json.loads((chain.run_dir / "export" / "eval.json").read_text())["top1"]["all"] < 1
-    assert len(chain.lines("starts")) == 1
-    assert "done" in chain.submit(), "a chain that is done is not submitted again"
-    assert set(chain.cluster.run("squeue", "--noheader", "--format=%i").stdout.split()).isdisjoint(chain.jobs.values())
+def test_facts_are_read_as_slurm_writes_them():
+    assert {name: (p.preempt, p.time_min, p.is_default, p.nodes, p.up) for name, p in FACTS.partitions.items()} == {
+        "normal": ("off", 1440, True, None, True),
+        "spare": ("requeue", 720, False, None, True),
+        "scrap": ("cancel", None, False, 4, False),
+    }
+    assert FACTS.kill_wait_s == 30
+    assert FACTS.requeues_by_default
+    assert FACTS.partition(None).name == "normal"
 
 
-def test_a_second_submission_joins_the_first_and_another_recipe_is_refused(short_chains):
-    chain = short_chains["spare"]
-    before = chain.jobs
-    assert "In the queue already" in chain.submit()
-    chain.sets["seed"] = 7
-    assert "in the queue still" in chain.submit(expect=1)
-    assert chain.jobs == before
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1-12:00:00", 2160), ("30:00", 30), ("02:00:30", 120.5), ("UNLIMITED", None), ("NONE", None)],
+)
+def test_time_limits_are_read_as_slurm_writes_them(text, expected):
+    assert minutes(text) == expected
 
 
-def test_requeue_signal_and_a_killed_task_at_random_moments_come_to_the_same_weights(chain, reference):
-    """Pains 15 and 17. After the kill -9 the job has failed, and a second `livt submit` goes on."""
-    cluster, dice = chain.cluster, random.Random(seed := random.randrange(10**6))
-    chain.lay("pace", "1 99")
-    chain.submit()
-    print(f"seed {seed}")
-    for disturb in dice.sample(["requeue", "signal", "kill"], 3):
-        job, before = chain.jobs["pretrain"], chain.restarts("pretrain")
-        chain.await_steps(2)
-        time.sleep(dice.uniform(0, 4))
-        print(f"{disturb} in step {chain.lines('steps')[-1]}")
-        if disturb == "requeue":
-            cluster.run("scontrol", "requeue", job)
-        elif disturb == "signal":
-            cluster.run("scancel", "--signal=USR2", *dice.choice([[], ["--batch"]]), job)
-        else:
-            began = time.monotonic()
-            os.kill(rank_pid(chain.run_dir, "pretrain", dice.choice([0, 1])), signal.SIGKILL)
-            cluster.wait(job, "FAILED", seconds=LOST_S)
-            print(f"the job ended {time.monotonic() - began:.1f} s after its task")
-            assert chain.ended() == {"pretrain": "FAILED", "finetune": "CANCELLED", "evaluate": "CANCELLED"}
-            chain.submit()
-            continue
-        chain.await_restart("pretrain", more_than=before)
-    chain.mend("pace")
-    assert set(chain.ended().values()) == {"COMPLETED"}, chain.tell()
-    assert len(chain.lines("starts")) >= 4
-    assert_same_run(chain.run_dir, reference)
+@pytest.mark.parametrize(
+    ("slurm", "said"),
+    [
+        ({"partition": "sparse"}, "no partition 'sparse' on this cluster. Did you mean 'spare'"),
+        ({"account": "lap"}, "'lap', which you cannot charge here. Did you mean 'lab'"),
+        ({"partition": "spare", "time_min": 721}, "partition spare allows 720"),
+        ({"partition": "scrap", "nodes": 8, "pretrain": {"segments": 1}}, "partition scrap allows 4"),
+    ],
+)
+def test_what_the_cluster_does_not_have_is_refused(slurm, said):
+    with pytest.raises(UsageError, match=said):
+        plan(recipe(**slurm))
 
 
-def test_a_bug_fails_its_stage_k_times_its_dependants_never_run_and_mended_the_chain_goes_on(chain, reference):
-    chain.lay("bug", "5")
-    for k in (1, 2, 3):  # each time a person submits it, and never by itself
-        chain.submit()
-        assert chain.ended() == {"pretrain": "FAILED", "finetune": "CANCELLED", "evaluate": "CANCELLED"}, chain.tell()
-        assert len(chain.lines("starts")) == k, "the chain does not submit itself again"
-        assert chain.restarts("pretrain") == 0
-        view = json.loads(chain.livt("status", chain.run_dir, "--json", expect=1).stdout)
-        assert view["state"] == "failed"
-        assert "a planted bug" in view["why"]
-        log = next(job["log"] for job in view["jobs"] if job["stage"] == "pretrain")
-        assert "a planted bug" in (chain.run_dir / log).read_text()
-        assert not chain.cluster.run("squeue", "--noheader", f"--jobs={','.join(chain.jobs.values())}").stdout
-        assert not (chain.run_dir / "finetune").exists()
-    chain.mend("bug")
-    chain.submit()
-    chain.assert_pretrains_like(reference)
+def test_a_partition_that_is_down_is_told():
+    notes = plan(recipe(partition="scrap", pretrain={"segments": 1}, finetune={"segments": 1})).notes
+    assert any("partition scrap is not up" in note for note in notes)
 
 
-def test_a_task_that_hangs_ends_its_job_within_the_bound_and_is_named(chain):
-    chain.sets |= {"faults.hang_s": 10, "faults.heartbeat_s": 1}
-    chain.lay("hang", "5")
-    chain.submit()
-    wait_for(lambda: any(line.endswith(" 5") for line in chain.lines("steps")), "the 5th step", seconds=120)
-    chain.cluster.wait(chain.jobs["pretrain"], "FAILED", seconds=LOST_S)
-    assert chain.ended()["finetune"] == "CANCELLED"
-    assert "rank 1" in chain.status("pretrain")["why"]
+def test_a_profile_that_says_other_than_the_cluster_is_told():
+    site = load_site("two_cpu_nodes")
+    notes = plan_chain(recipe(), site, FACTS, {"pretrain": NOTHING, "finetune": NOTHING}).notes
+    assert "partition spare: the site profile says time_min 1440, the cluster 720" in notes
+    assert "partition scrap: the site profile says nodes 2, the cluster 4" in notes
+    lost = plan(recipe(account="lab"), site="h100_infiniband", facts=None).notes
+    assert not any("this cluster" in note for note in lost)
 
 
-def test_a_run_that_comes_no_further_over_k_restarts_ends_with_its_reason(chain, tmp_path):
-    """Pain 17: a crash loop that would go on for ever."""
-    chains = {mode: Chain(chain.cluster, tmp_path / mode, slurm__mode=mode) for mode in ("requeue", "segments")}
-    chains["segments"].sets |= {"slurm.pretrain.segments": 6, "slurm.finetune.segments": 1}
-    for chain in chains.values():
-        chain.sets["slurm.most_idle_restarts"] = 2
-        chain.lay("leave")
-        chain.submit()
-    for (mode, chain), last in zip(chains.items(), ("pretrain", "pretrain-4"), strict=True):
-        states = chain.ended()
-        assert len(set(chain.lines("starts"))) == 3, chain.tell()
-        assert {states[name] for name in states if not name.startswith("pretrain")} == {"CANCELLED"}
-        assert states[last] == "FAILED"
-        assert "no progress: 3 starts of pretrain after another found the same newest checkpoint" in chain.log(last)
-        if mode == "segments":
-            assert states["pretrain-5"] == states["pretrain-6"] == "FAILED"
-            assert "pretrain failed in an earlier segment" in chain.log("pretrain-6")
+def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job():
+    with pytest.raises(UsageError, match="4096"):
+        plan(recipe(nodes=3, tasks_per_node=1))
 
 
-def test_the_time_limit_itself_makes_a_job_save_where_no_signal_comes(short_chains, silent_job):
-    """Pain 12."""
-    chain = short_chains["silent"]
-    wait_for(lambda: chain.cluster.show(silent_job)["Restarts"] != "0", lambda: f"a save\n{chain.tell()}", seconds=240)
-    chain.cluster.run("scancel", silent_job)
-    chain.cluster.wait(silent_job, *ENDED)
-    log = (chain.run_dir / "slurm" / "logs" / f"pretrain-{silent_job}.log").read_text()
-    assert "stopped by the clock" in log
-    assert "stopped by SIG" not in log
+# --- the mode ---
 
 
-@pytest.mark.parametrize("name", ["spare", "scrap"])
-def test_a_time_limit_too_short_takes_at_least_three_segments_and_comes_to_the_same_weights(
-    short_chains, reference, name
-):
-    """Pain 14: on scrap, which cancels what it preempts, `submit` has taken numbered segments by itself."""
-    chain = short_chains[name]
-    states = chain.ended()
-    assert set(states.values()) == {"COMPLETED"}, chain.tell()
-    starts = chain.lines("starts")
-    assert len(starts) >= 3, starts
-    if name == "spare":
-        assert list(states) == ["pretrain", "finetune", "evaluate"]
-        assert chain.restarts("pretrain") >= len(starts) - 1  # one more where the last signal came after the last step
+@pytest.mark.parametrize(
+    ("slurm", "site", "facts", "mode"),
+    [
+        ({}, None, FACTS, "requeue"),
+        ({"partition": "spare"}, None, FACTS, "requeue"),
+        ({"partition": "scrap"}, None, FACTS, "segments"),
+        ({"partition": "scrap", "mode": "requeue"}, None, FACTS, "requeue"),
+        ({"mode": "segments"}, None, FACTS, "segments"),
+        ({}, "a100_slingshot", None, "segments"),  # forbids requeue
+        ({}, "h100_infiniband", None, "requeue"),
+        ({"partition": "scavenge"}, "a100_slingshot", None, "segments"),
+        ({"partition": "scrap"}, "two_cpu_nodes", None, "segments"),  # by the profile, without a controller
+        ({}, None, None, "requeue"),
+    ],
+)
+def test_the_mode_follows_recipe_then_profile_then_preempt_mode(slurm, site, facts, mode):
+    slurm, site = Slurm.model_validate(slurm), load_site(site) if site else None
+    assert choose_mode(slurm, site, facts, {"pretrain": ask(slurm, site, "pretrain")})[0] == mode
+
+
+BY_QOS = "\nPreemptMode             = {mode}\nPreemptType             = preempt/qos"
+
+
+@pytest.mark.parametrize(
+    ("cluster", "qos", "mode"),
+    [
+        ("REQUEUE", "long", "requeue"),  # it says "cluster"
+        ("CANCEL", "long", "segments"),
+        ("GANG,CANCEL", None, "segments"),
+        ("REQUEUE", "scavenge", "segments"),
+        ("CANCEL", "kept", "requeue"),
+        ("OFF", None, "requeue"),
+    ],
+)
+def test_where_qos_decide_who_is_preempted_the_mode_follows_the_qos_and_not_the_partition(cluster, qos, mode):
+    said = "long|cluster\nscavenge|cancel\nkept|requeue\n"
+    facts = read_facts(CONFIG + BY_QOS.format(mode=cluster), PARTITIONS, None, qos=said)
+    for partition in ("normal", "scrap"):
+        slurm = Slurm(partition=partition, qos=qos)
+        assert choose_mode(slurm, None, facts, {"pretrain": ask(slurm, None, "pretrain")})[0] == mode
+
+
+def test_without_preemption_by_qos_the_partition_decides_whatever_the_qos_says():
+    facts = read_facts(CONFIG, PARTITIONS, None, qos="scavenge|cancel\n")
+    slurm = Slurm(partition="normal", qos="scavenge")
+    assert choose_mode(slurm, None, facts, {"pretrain": ask(slurm, None, "pretrain")})[0] == "requeue"
+
+
+def test_a_qos_that_the_cluster_does_not_have_is_refused_with_the_nearest():
+    facts = read_facts(CONFIG, PARTITIONS, None, qos="normal|cluster\nscavenge|cancel\n")
+    with pytest.raises(UsageError, match=r"'scavange'.*") as told:
+        plan(recipe(qos="scavange"), facts=facts)
+    assert "scavenge" in told.value.remedy
+
+
+def test_a_qos_that_is_not_given_where_some_cancel_is_told():
+    facts = read_facts(CONFIG + BY_QOS.format(mode="REQUEUE"), PARTITIONS, None, qos="scavenge|cancel\n")
+    assert any("slurm.qos does not say" in note for note in plan(recipe(), facts=facts).notes)
+
+
+# --- time ---
+
+
+@pytest.mark.parametrize(
+    ("lead_s", "step_s", "save_s", "fits"),
+    [(60, 10, 20, True), (59, 10, 20, False), (60, 30, None, True), (59, 30, None, False)],
+)
+def test_the_lead_is_at_least_twice_a_step_and_a_save(lead_s, step_s, save_s, fits):
+    slurm = Slurm(lead_s=lead_s)
+    known = Measured(longest_step_s=step_s, save_s=save_s)
+    if fits:
+        check_times(slurm, "pretrain", asked(600), known)
     else:
-        assert len({line.split()[0] for line in starts}) == len(starts), "each start is a job of its own"
-        assert "pretrain is done already" in chain.log("pretrain-6")
-    assert_same_run(chain.run_dir, reference)
+        with pytest.raises(UsageError, match=r"--set slurm\.lead_s=60"):
+            check_times(slurm, "pretrain", asked(600), known)
 
 
-def test_a_preempted_chain_saves_waits_and_goes_on(chain, reference):
-    """On a partition that requeues; the tasks are told by Slurm's SIGTERM or its early signal, and save."""
-    chain.sets["slurm.partition"] = "spare"
-    chain.lay("pace", "1 1")
-    chain.submit()
-    chain.await_steps(4)
-    rest = ("--partition=urgent", f"--nodelist={NODES[0]}", "--nodes=1", "--exclusive", "--time=5", "--wrap=sleep 8")
-    chain.cluster.run("sbatch", *rest, cwd=chain.folder)
-    chain.await_restart("pretrain")
-    assert chain.status("pretrain")["state"] == "preempted"
-    chain.assert_pretrains_like(reference)
+def test_a_planned_step_and_save_win_over_measured_ones():
+    slurm = Slurm(lead_s=60, step_s=1, save_s=2)
+    assert check_times(slurm, "pretrain", asked(600), Measured(longest_step_s=100, save_s=500)) == []
 
 
-def test_a_lost_node_costs_a_restart_and_nothing_else(chain, reference):
-    """Pain 15: it goes on from its newest checkpoint, by itself."""
-    chain.lay("pace", "1 1")
-    chain.submit()
-    chain.await_steps(6)
-    chain.cluster.lose(NODES[1])
-    chain.cluster.wait(chain.jobs["pretrain"], "PENDING", seconds=60)
-    chain.cluster.bring_back(NODES[1])
-    chain.assert_pretrains_like(reference)
-    assert len(chain.lines("starts")) == 2
+def test_what_is_not_known_is_told():
+    (note,) = check_times(Slurm(save_s=3), "finetune", asked(600), NOTHING)
+    assert "how long a step takes is not known yet" in note
+
+
+@pytest.mark.parametrize(("time_min", "fits"), [(8, False), (9, True)])
+def test_a_job_too_short_for_any_progress_is_refused(time_min, fits):
+    slurm = Slurm(start_s=120, lead_s=300, step_s=2, save_s=10)  # 120 + 300 + 60 (the signal may be early) + 12 = 492 s
+    if fits:
+        check_times(slurm, "pretrain", asked(time_min), NOTHING)
+    else:
+        with pytest.raises(UsageError, match=r"makes no progress.*Ask for more than 9 min"):
+            check_times(slurm, "pretrain", asked(time_min), NOTHING)
+
+
+def test_the_runs_own_clock_may_stop_it_before_slurm_does():
+    slurm = Slurm(
+        start_s=0, lead_s=10, step_s=1
+    )  # a save not yet measured is taken for 30 s: 2 · (1 + 30) = 62, under 70
+    with pytest.raises(UsageError, match="stopped 70 s"):
+        check_times(slurm, "pretrain", asked(1), NOTHING)
+    with pytest.raises(UsageError, match="stopped 200 s"):
+        check_times(Slurm(start_s=0, lead_s=140, step_s=10, save_s=60), "pretrain", asked(3), NOTHING)
+
+
+# --- segments ---
+
+
+def test_segments_are_what_is_left_over_what_a_job_trains_and_one_to_spare():
+    slurm = Slurm(start_s=120, lead_s=300)
+    known = Measured(step=1000, total=11_000, step_s=2.0, save_s=5.0, longest_step_s=3.0, world_size=8)
+    count, how = num_segments(slurm, "pretrain", asked(128, nodes=1, tasks=8), known)
+    assert count == 4  # 20000 s over 7200 s a job is 2.8
+    assert "10000 steps · 2 s (measured) / 7200 s" in how
+
+
+def test_a_step_measured_on_fewer_ranks_is_taken_to_shrink_with_more():
+    known = Measured(total=10_000, step_s=4.0, world_size=4)
+    assert num_segments(Slurm(), "pretrain", asked(128, tasks=8), known)[0] == 4
+
+
+def test_a_given_number_of_segments_holds():
+    assert num_segments(Slurm(pretrain={"segments": 7}), "pretrain", asked(60), NOTHING)[0] == 7
+
+
+def test_an_unknown_step_time_gives_one_segment_and_says_so():
+    count, how = num_segments(Slurm(), "pretrain", asked(60), Measured(total=5))
+    assert count == 1
+    assert "a step's time is not known" in how
+
+
+def test_too_many_segments_are_a_mistake():
+    with pytest.raises(UsageError, match=f"more than {MOST_SEGMENTS}"):
+        num_segments(Slurm(step_s=1000), "pretrain", asked(60), Measured(total=100_000))
+
+
+@given(
+    left=st.integers(0, 10**6), step_s=st.floats(0.01, 60), time_min=st.integers(20, 2880), lead_s=st.integers(10, 600)
+)
+def test_the_planned_segments_are_enough_and_no_more_than_one_too_many(left, step_s, time_min, lead_s):
+    slurm = Slurm(step_s=step_s, lead_s=lead_s, save_s=1)
+    useful_s = time_min * 60 - slurm.start_s - max(lead_s + 60, 2 * (step_s + 1), 10)
+    try:
+        count, _ = num_segments(slurm, "pretrain", asked(time_min), Measured(total=left))
+    except UsageError:
+        assert left * step_s / useful_s > MOST_SEGMENTS - 2
+        return
+    assert (count - 1) * useful_s >= left * step_s * (1 - 1e-9)
+    assert (count - 2) * useful_s < left * step_s or left == 0

@@ -1,86 +1,312 @@
-"""One run through every state that `livt status` knows, each of them real: on the cluster, by what happens there."""
+"""What is made of a run's record, its processes and Slurm's words: each state, and what is missing or damaged."""
+
+from __future__ import annotations
 
 import json
-import sys
+import os
+import time
 
 import pytest
 
-from tests.slurm.chains import Chain
-from tests.slurm.cluster import wait_for
-
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
+from livt_scale.slurm import commands, processes, progress, status
+from livt_scale.slurm.commands import JobState
+from livt_scale.train.run_dir import hold
+from tests.slurm.made_runs import CHAIN_NAME, MadeRun, ended, ended_pid, row
+from tests.slurm.replayed_slurm import ReplayedSlurm
 
 
 @pytest.fixture
-def chain(cluster, tmp_path):
-    return Chain(cluster, tmp_path / "a run", slurm__partition="normal")
+def fake(tmp_path, monkeypatch):
+    return ReplayedSlurm(tmp_path, monkeypatch)
 
 
-def told(chain, state, *, seconds=180):
-    """What `livt status --json` says, once the run is in `state`."""
-    seen = {}
-
-    def arrived():
-        done = chain.cluster.run(sys.executable, "-m", "livt_scale", "status", chain.run_dir, "--json", check=False)
-        seen.update(json.loads(done.stdout))
-        assert done.returncode == int(seen["state"] == "failed")
-        return seen["state"] == state
-
-    wait_for(arrived, lambda: f"{state}: {seen}\n{chain.tell()}", seconds=seconds, every_s=1)
-    return seen
+@pytest.fixture
+def run(tmp_path):
+    return MadeRun(tmp_path / 'runs "a b"')
 
 
-def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain):
-    # pending: others have the nodes
-    full = ("--exclusive", "--nodes=2", "--time=10", "--parsable", "--wrap=sleep 600")
-    others = chain.cluster.run("sbatch", *full, cwd=chain.folder).stdout.strip()
-    chain.cluster.wait(others, "RUNNING")
-    chain.lay("pace", "1 99")
-    chain.submit()
-    pending = told(chain, "pending")
-    assert chain.jobs["pretrain"] in pending["why"]
-    assert {job["stage"]: job["reason"] for job in pending["jobs"]}["finetune"] == "Dependency"
-    wait_for(lambda: told(chain, "pending")["jobs"][0]["reason"] in ("Resources", "Priority"), "a reason", seconds=60)
+def test_a_job_that_waits_is_pending_with_slurms_reason(run, fake):
+    run.chain(("14", "pretrain"), ("15", "finetune"))
+    fake.squeue(row("14", "PENDING", "Resources"), row("15", "PENDING", "Dependency"))
+    view = status.look_at(run.dir)
+    assert (view.state, view.stage, view.why) == ("pending", "pretrain", "job 14 waits (Resources)")
+    assert [call[0] for call in fake.calls] == ["squeue"]  # nothing is gone, so accounting is not asked
+    assert "--jobs=14,15" in fake.calls[0]
 
-    # running
-    chain.cluster.run("scancel", others)
-    chain.await_steps(4)
-    running = told(chain, "running")
-    assert running["stage"] == "pretrain"
-    assert running["stages"][0]["total_steps"] == 27
-    assert running["jobs"][0]["state"] == "RUNNING"
-    assert running["jobs"][0]["nodes"] == "livt-n[1-2]"
 
-    # preempted: saved first, and nothing of it is in the queue
-    chain.livt("cancel", chain.run_dir)
-    preempted = told(chain, "preempted")
-    assert preempted["stages"][0]["checkpoint"]["step"] > 0
-    assert chain.ended()["finetune"] == "CANCELLED"
+def test_nothing_started_and_nothing_submitted_is_pending(run):
+    assert status.look_at(run.dir).why == "not started, and no job of it is in the queue"
 
-    # stalled: a task hangs, so that at the job's end it could not say a word, and no job of it is left
-    chain.lay("hang", str(int(chain.lines("steps")[-1].split()[1]) + 3))
-    chain.submit()
-    chain.await_steps(3)
-    told(chain, "running")
-    chain.cluster.run("scancel", *chain.jobs.values())
-    stalled = told(chain, "stalled")
-    assert chain.jobs["pretrain"] in stalled["why"]
-    assert "CANCELLED" in stalled["why"]
-    chain.mend("hang")
 
-    # failed: by a bug, and the log is named
-    chain.lay("bug", str(min(int(chain.lines("steps")[-1].split()[1]) + 3, 26)))
-    chain.submit()
-    failed = told(chain, "failed")
-    assert "a planted bug" in failed["why"]
-    assert chain.ended()["finetune"] == "CANCELLED"
-    log = next(job["log"] for job in failed["jobs"] if job["stage"] == "pretrain")
-    assert "a planted bug" in (chain.run_dir / log).read_text()
+def test_a_living_process_or_a_fresh_heartbeat_or_a_job_bears_running_out(run, fake):
+    run.status("running", step=120, total_steps=1000)
+    assert status.look_at(run.dir).state == "running"  # this process
+    run.status("running", host="gpu07", step=120)
+    assert status.look_at(run.dir).state == "running"  # of another host, but heard of a moment ago
+    run.status("running", host="gpu07", step=120, old_s=4000)
+    assert status.look_at(run.dir).state == "stalled"
+    run.chain(("14", "pretrain"), old_s=5000)
+    fake.squeue(row("14", "RUNNING", start="2026-11-23T23:06:32", nodes="gpu07"))
+    view = status.look_at(run.dir)
+    assert (view.state, view.why) == ("running", "job 14 runs, no sign of life for 66 min from its ranks")
 
-    # done
-    chain.mend("bug")
-    chain.mend("pace")
-    chain.submit()
-    assert set(chain.ended().values()) == {"COMPLETED"}, chain.tell()
-    done = told(chain, "done")
-    assert [stage["state"] for stage in done["stages"]] == ["done", "done", "done"]
+
+def test_a_run_whose_processes_are_gone_is_stalled_at_once(run):
+    run.status("running", pid=ended_pid(), step=120)
+    run.beat(0, pid=ended_pid())
+    view = status.look_at(run.dir)
+    assert view.state == "stalled"
+    assert view.why.startswith("its processes are gone, no sign of life for ")
+
+
+def test_a_number_that_was_given_again_is_not_the_run(run):
+    run.status("running", pid=os.getpid(), old_s=10**7)  # this process started later than that
+    assert status.look_at(run.dir).state == "stalled"
+
+
+def test_the_record_comes_before_accounting(run, fake):
+    """Slurm calls a stopped and saved job COMPLETED or PREEMPTED; neither is the end of the run, nor a failure."""
+    run.chain(("14", "pretrain"))
+    for said, slurm in (("preempted", "COMPLETED"), ("preempted", "PREEMPTED"), ("done", "FAILED"), ("failed", "")):
+        run.status(said, why="SIGUSR2", step=120)
+        fake.sacct(*([ended("14", slurm)] if slurm else []))
+        stage = status.look_at(run.dir).stages[0]
+        assert (stage.name, stage.state, stage.why) == ("pretrain", said, "SIGUSR2")
+
+
+@pytest.mark.parametrize(
+    ("slurm", "state", "why"),
+    [
+        ("PREEMPTED", "preempted", "job 14 ended as PREEMPTED, exit code 1:0, without a save"),
+        ("FAILED", "failed", "job 14 ended as FAILED, exit code 1:0; its log: slurm/logs/pretrain-14.log"),
+        ("OUT_OF_MEMORY", "failed", "job 14 ended as OUT_OF_MEMORY, exit code 1:0; its log: "),
+        ("NODE_FAIL", "stalled", "job 14 ended as NODE_FAIL, exit code 1:0, and no other job of it is in the queue"),
+        ("TIMEOUT", "stalled", "job 14 ended as TIMEOUT"),
+        ("CANCELLED by 1000", "stalled", "job 14 ended as CANCELLED"),
+    ],
+)
+def test_accounting_tells_what_the_run_could_not(run, fake, slurm, state, why):
+    run.chain(("14", "pretrain"), ("15", "finetune"))
+    run.status("running", host="gpu07", step=120, old_s=30)  # its last word, when it was killed
+    fake.sacct(ended("14", "REQUEUED"), ended("14", slurm, "1:0"))  # a row a start; the last one counts
+    view = status.look_at(run.dir)
+    assert view.state == state
+    assert view.why.startswith(why)
+
+
+def test_a_stage_that_was_preempted_waits_starts_and_runs_again(run, fake):
+    run.chain(("14", "pretrain"))
+    run.status("preempted", why="SIGUSR2", step=120)
+    assert status.look_at(run.dir).state == "preempted"
+    fake.squeue(row("14", "PENDING", "BeginTime"))
+    view = status.look_at(run.dir)
+    assert (view.state, view.why) == ("pending", "job 14 waits (BeginTime); before it: SIGUSR2")
+    fake.squeue(row("14", "RUNNING", start="2026-11-23T23:06:32"))
+    view = status.look_at(run.dir)
+    assert (view.state, view.why) == ("running", "job 14 is starting")
+
+
+def test_a_stage_that_failed_stays_so_while_its_dependants_wait(run, fake):
+    run.chain(("14", "pretrain"), ("15", "finetune"))
+    run.status("failed", why="the loss is nan")
+    fake.sacct(ended("14", "FAILED", "1:0"))
+    fake.squeue(row("15", "PENDING", "DependencyNeverSatisfied"))
+    view = status.look_at(run.dir)
+    assert (view.state, view.stage, view.why) == ("failed", "pretrain", "the loss is nan")
+    never = "job 15 can never start: the job that it waits for did not end well"
+    assert view.stages[1].why == never
+    assert never in view.notes
+    fake.squeue(row("14", "PENDING", "BeginTime"))  # it was put back into the queue all the same
+    assert status.look_at(run.dir).state == "pending"
+
+
+def test_what_a_segment_left_is_a_failure_until_somebody_goes_on(run, fake):
+    run.chain(("14", "pretrain"))
+    run.status("preempted", why="SIGUSR2")
+    (run.dir / "slurm" / "failed-pretrain").write_text("job 14: no progress: 4 starts of pretrain\n")
+    view = status.look_at(run.dir)
+    assert (view.state, view.why) == ("failed", "job 14: no progress: 4 starts of pretrain")
+    with hold(run.dir):  # by hand, in this process
+        assert status.look_at(run.dir).state == "running"
+    assert status.look_at(run.dir).state == "failed"  # the lock is free again, its file is there
+
+
+def test_the_evaluation_is_done_when_its_file_is_there(run, fake):
+    run.chain(("14", "pretrain"), ("15", "finetune"), ("16", "evaluate"))
+    run.status("done", step=10)
+    run.status("done", "finetune", step=5)
+    fake.sacct(ended("16", "FAILED", "1:0"))
+    assert (status.look_at(run.dir).stage, status.look_at(run.dir).state) == ("evaluate", "failed")
+    made = run.dir / "export" / "eval.json"
+    made.parent.mkdir()
+    made.write_text("{}")
+    assert status.look_at(run.dir).state == "done"
+    os.utime(made, (1, 1))  # of weights before these
+    assert status.look_at(run.dir).state == "failed"
+
+
+def test_jobs_of_another_chain_with_the_same_number_do_not_count(run, fake):
+    run.chain(("14", "pretrain"), old_s=600)
+    fake.squeue(row("14", "RUNNING").replace(CHAIN_NAME, "livt 0123456789abcdef"))
+    fake.sacct(ended("14", "FAILED", "1:0", old_s=5000))  # before this chain was submitted
+    view = status.look_at(run.dir)
+    assert view.state == "pending"
+    assert view.jobs[0].now == JobState("14", "")
+
+
+def test_an_end_of_before_this_start_does_not_count(run, fake):
+    run.chain(("14", "pretrain"), old_s=1000)
+    fake.sacct(ended("14", "FAILED", "1:0", old_s=300))
+    run.status("running", host="gpu07", old_s=5)  # gone on with by hand
+    assert status.look_at(run.dir).state == "running"
+
+
+# --- Slurm that is not there, or does not answer ---
+
+
+@pytest.mark.parametrize(
+    ("command", "said", "note"),
+    [
+        (
+            "sacct",
+            {"error": "Slurm accounting storage is disabled\n", "code": 1},
+            "Slurm accounting storage is disabled",
+        ),
+        ("squeue", {"error": "slurm_load_jobs error: Unable to contact slurm controller\n", "code": 1}, "Unable to"),
+        ("squeue", {"sleeps": 30}, "squeue did not answer within 1 s"),
+        ("squeue", {"out": "a|b\n|||||||\n\x00\xff\n" * 3}, None),
+        ("sacct", {"out": "14\n14|FAILED\n|||||||\n"}, None),
+    ],
+)
+def test_what_slurm_cannot_say_is_told_and_the_rest_shown(run, fake, monkeypatch, command, said, note):
+    if "sleeps" in said:
+        monkeypatch.setattr(commands, "ASK_S", 1.0)
+    run.chain(("14", "pretrain"))
+    run.status("preempted", why="SIGUSR2", step=120)
+    fake.says(command, **said)
+    view = status.look_at(run.dir)
+    assert (view.state, view.jobs[0].now.state) == ("preempted", "")
+    assert [n for n in view.notes if note and note in n] if note else view.notes == []
+
+
+def test_without_slurm_it_is_said_which_command_is_missing(run, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    run.chain(("14", "pretrain"))
+    assert status.look_at(run.dir).notes == ["there is no squeue here", "there is no sacct here"]
+
+
+def test_a_single_job_that_squeue_has_forgotten_is_no_error(run, fake):
+    run.chain(("14", "pretrain"))
+    run.status("done")
+    fake.says("squeue", error="slurm_load_jobs error: Invalid job id specified\n", code=1)
+    assert status.look_at(run.dir).notes == []
+
+
+# --- files that are missing, half written, damaged ---
+
+
+def test_whatever_is_damaged_is_told_and_nothing_raised(run):
+    run.status("running", step=120, total_steps=1000)
+    run.metrics(1.0, 0.5)
+    run.chain(("14", "pretrain"))
+    run.beat(0)
+    checkpoint = run.dir / "pretrain" / "checkpoints" / "step-00000100"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").write_text("{")
+    (run.dir / "pretrain" / "anomalies.jsonl").write_text('{"step": 3}\n[]\n{"what": 1}\n{"step": "x"}\n{"ste')
+    files = [p for p in run.dir.rglob("*") if p.is_file()]
+    assert len(files) >= 6
+    contents = (
+        b"",
+        b"\0" * 40,
+        b"[1, 2]",
+        b'{"state": 3}',
+        b"{",
+        b"\xff\xfe",
+        b"[" * 5000,
+        b"null",
+        b'{"jobs": [3]}',
+    )
+    for path in files:
+        kept = path.read_bytes()
+        for content in contents:
+            path.write_bytes(content)
+            view = status.look_at(run.dir)
+            if path.name in ("status.json", "chain.json"):
+                assert [note for note in view.notes if str(path) in note], (path, content)
+        path.unlink()
+        path.mkdir()  # not even a file
+        status.look_at(run.dir)
+        path.rmdir()
+        status.look_at(run.dir)
+        path.write_bytes(kept)
+    assert "is damaged" in " ".join(status.look_at(run.dir).notes)
+    assert "3 lines of" in " ".join(status.look_at(run.dir).notes)
+
+
+@pytest.mark.parametrize("name", ["step", "total_steps", "pid", "host", "since", "at", "why", "history", "ranks"])
+@pytest.mark.parametrize("value", [None, "x", -1, [], {}, float("nan"), 1e400, True])
+def test_fields_of_another_kind_are_no_error(run, name, value):
+    run.status("running")
+    path = run.dir / "pretrain" / "status.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    assert status.look_at(run.dir).stage == "pretrain"
+
+
+def test_a_half_line_of_metrics_is_not_damage(run):
+    run.metrics(1.0, None, 0.5)
+    path = run.dir / "pretrain" / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 80, "lo')
+    record = progress.read_record(run.dir, "pretrain")
+    assert (len(record.lines), record.step, record.damage) == (3, 60, [])
+
+
+def test_long_files_are_read_from_their_end(run, monkeypatch):
+    monkeypatch.setattr(progress, "TAIL_BYTES", 2000)
+    run.metrics(*[1.0] * 500)
+    record = progress.read_record(run.dir, "pretrain")
+    assert record.step == 10_000
+    assert 5 < len(record.lines) < 20
+    assert record.damage == []
+
+
+def test_ranks_that_an_earlier_start_had_are_not_counted(run):
+    run.status("running", old_s=100)
+    for rank, old_s in ((0, 1), (1, 2), (2, 5000)):
+        run.beat(rank, old_s=old_s)
+    (run.dir / "pretrain" / "heartbeats" / "rank-3.json").write_text("{")
+    assert [beat.rank for beat in progress.read_record(run.dir, "pretrain").beats] == [0, 1]
+
+
+def test_the_time_to_finish_counts_saves_and_the_steps_of_this_number_of_ranks(run):
+    run.status("running", step=40, total_steps=1040)
+    run.metrics(*[1.0] * 2, step_s=0.5, checkpoint_stall_s=0.1, evaluation_s=0.2)
+    assert progress.read_record(run.dir, "pretrain").to_finish_s == pytest.approx(1000 * 0.8)
+    path = run.dir / "pretrain" / "metrics.jsonl"
+    line = json.loads(path.read_text().splitlines()[-1]) | {"step": 60, "world_size": 16, "step_s": 0.3}
+    path.write_text(path.read_text() + json.dumps(line) + "\n")  # went on with twice the ranks
+    assert progress.read_record(run.dir, "pretrain").to_finish_s == pytest.approx(980 * 0.6)
+
+
+@pytest.mark.parametrize("count", [1, 29, 30, 31, 1000])
+def test_samples_keep_order_and_mean(count):
+    values = [float(n) for n in range(count)]
+    means = progress.sampled(values, count=30)
+    assert len(means) == min(count, 30)
+    assert means == sorted(means)
+    assert means[0] >= values[0]
+    assert means[-1] <= values[-1]
+
+
+def test_a_process_is_known_by_number_host_start_and_owner():
+    began = processes.started_at(os.getpid())
+    assert began is not None
+    assert began <= time.time() + 1
+    host = os.uname().nodename
+    assert processes.may_be_signalled(os.getpid(), host, wrote_at=time.time())
+    assert not processes.may_be_signalled(os.getpid(), host, wrote_at=began - 60)  # it had the number before us
+    assert not processes.may_be_signalled(os.getpid(), "gpu07", wrote_at=time.time())
+    assert not processes.may_be_signalled(1, host, wrote_at=time.time())
+    assert not processes.may_be_signalled(ended_pid(), host, wrote_at=time.time())
+    assert processes.is_there(os.getpid(), "gpu07", wrote_at=None) is None
+    assert "python" in processes.command_of(os.getpid())

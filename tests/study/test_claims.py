@@ -4,17 +4,17 @@ from pathlib import Path
 
 import pytest
 
-from livt_scale import cli
-from livt_scale.errors import UsageError
+from livt_scale.cli import main
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import learnt_from
 from livt_scale.longtail import class_counts_exponential
 from livt_scale.losses import LOSSES
 from livt_scale.plan.flops import classifier_flops, mae_flops
-from livt_scale.recipe import learnt_from
-from livt_scale.recipe_file import load_recipe
 from livt_scale.study import claims
 from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, loss_sets, runs_of
 from livt_scale.study.cost import cost_of
-from livt_scale.study.grid import Run, in_order
+from livt_scale.study.runs import Run, in_order
+from livt_scale.util.errors import UsageError
 
 ALL = [(claim, on) for claim in CLAIMS for on in SETTINGS]
 
@@ -133,7 +133,7 @@ def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
 def livt(monkeypatch, capsys, *words):
     monkeypatch.setattr("sys.argv", ["livt", "reproduce", *words])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     return ended.value.code, capsys.readouterr()
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from livt_scale.checkpoint.manifest import Manifest
-from livt_scale.errors import DataError
+from livt_scale.config.load import load_recipe, to_yaml
 from livt_scale.models.classifier import build_classifier
-from livt_scale.recipe_file import load_recipe, to_yaml
-from livt_scale.study import page, picture
+from livt_scale.study import results_figure, results_page
 from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
 from livt_scale.study.collect import collect, num_weights
+from livt_scale.util.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
@@ -152,7 +152,7 @@ def test_the_page_is_made_of_the_results_and_names_what_is_not_there(tmp_path):
     for seed in SEEDS:
         (tmp_path / "lade" / f"seed-{seed}" / "finetune" / "status.json").unlink()
     told = results(tmp_path)
-    text = page.page([told])
+    text = results_page.page([told])
     assert f"| ce | {told['weights']['ce'] / 1e6:.2f} | 3 | 71.0 ± 1.0 |" in text
     assert "bce, seed 0 (not run)" in text
     assert "| bal_bce above lade in top1 all |  |  | 0 | not run |" in text
@@ -164,10 +164,10 @@ def test_results_are_json_that_comes_back_even_where_an_interval_is_infinite(tmp
     made(tmp_path, top1=lambda arm, seed: 0.7)
     told = collect("losses", "fashion_mnist_lt", tmp_path, seeds=[0], sets={})
     (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "losses.json").write_bytes(page.results_json(told))
-    assert page.read_results(tmp_path / "kept") == [told]
+    (tmp_path / "kept" / "losses.json").write_bytes(results_page.results_json(told))
+    assert results_page.read_results(tmp_path / "kept") == [told]
     assert told["verdicts"][0]["low"] is None
-    assert "| bal_bce above bce in top1 all | +0.0 |  | 1 | not decidable here |" in page.page([told])
+    assert "| bal_bce above bce in top1 all | +0.0 |  | 1 | not decidable here |" in results_page.page([told])
 
 
 @pytest.mark.parametrize("claim", ["losses", "size"])
@@ -175,9 +175,9 @@ def test_the_same_results_give_the_same_picture(tmp_path, claim):
     told = results(made(tmp_path, top1=lambda arm, seed: 0.7 + 0.01 * seed))
     if claim == "size":  # another number of weights an arm: drawn against it
         told["weights"] = {arm: 1000 * (k + 1) for k, arm in enumerate(told["weights"])}
-    picture.draw(told, tmp_path / "p.png")
+    results_figure.draw(told, tmp_path / "p.png")
     first = (tmp_path / "p.png").read_bytes()
-    picture.draw(told, tmp_path / "p.png")
+    results_figure.draw(told, tmp_path / "p.png")
     assert (tmp_path / "p.png").read_bytes() == first
     assert first.startswith(b"\x89PNG")
 
@@ -185,7 +185,7 @@ def test_the_same_results_give_the_same_picture(tmp_path, claim):
 def test_damaged_results_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(DataError, match=r"x\.json is not JSON"):
-        page.read_results(tmp_path)
+        results_page.read_results(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,10 @@ def test_damaged_results_are_named(tmp_path):
 def test_results_of_another_kind_are_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match="Collect it again"):
-        page.read_results(tmp_path)
+        results_page.read_results(tmp_path)
 
 
 def test_docs_results_is_what_its_results_make():
-    assert (ROOT / "docs" / "results.md").read_text() == page.page(page.read_results(ROOT / "docs" / "results"))
+    assert (ROOT / "docs" / "results.md").read_text() == results_page.page(
+        results_page.read_results(ROOT / "docs" / "results")
+    )

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from livt_scale.study.questions import Ask, Gap
+from livt_scale.study.comparison import Ask, Gap
 
 LOSSES = {
     "a": {"reconstruction_loss": {0: 0.4, 1: 0.41, 2: 0.4}},

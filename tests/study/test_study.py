@@ -11,15 +11,15 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from livt_scale import cli
+from livt_scale.cli import main
+from livt_scale.config.recipe import learnt_from
 from livt_scale.data.manifest import ShardSet
-from livt_scale.errors import UsageError
-from livt_scale.recipe import learnt_from
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
-from livt_scale.study.on_slurm import ready, whole_recipe
-from livt_scale.study.runner import run_all
+from livt_scale.study.local_runner import run_all
+from livt_scale.study.slurm_runner import ready, whole_recipe
 from livt_scale.study.subsets import build_subsets, subset_counts
 from livt_scale.study.table import as_csv, collect_study, state_of
+from livt_scale.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ROOT / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
@@ -246,14 +246,14 @@ def test_slurm_gets_whole_recipes_and_what_waits_for_a_pretraining_is_said(train
 
 def test_the_commands(copied):
     where = [str(copied.path), "--out", str(copied.folder)]
-    said = CliRunner().invoke(cli.app, ["study", "status", *where], catch_exceptions=False)
+    said = CliRunner().invoke(main.app, ["study", "status", *where], catch_exceptions=False)
     assert said.exit_code == 0
     assert said.stdout.splitlines()[-1] == "2 done"
-    said = CliRunner().invoke(cli.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
+    said = CliRunner().invoke(main.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
     bill = json.loads(said.stdout)
     assert [one["images"] for one in bill["runs"]] == [2432, 2432, 2432]
     shutil.rmtree(copied.folder / "ce" / "finetune")
-    said = CliRunner().invoke(cli.app, ["study", "collect", *where], catch_exceptions=False)
+    said = CliRunner().invoke(main.app, ["study", "collect", *where], catch_exceptions=False)
     assert "not counted: ce: not run" in said.stdout
     assert json.loads((copied.folder / "table.json").read_text())["runs"][0]["state"] == "done"
     assert len((copied.folder / "table.csv").read_text().splitlines()) == 3

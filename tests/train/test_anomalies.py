@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from livt_scale.errors import NonFiniteError
-from livt_scale.parallel.strategy import Update
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Faults
+from livt_scale.config.recipe import Faults
+from livt_scale.distributed.strategy import Update
+from livt_scale.distributed.world import World
 from livt_scale.train.anomalies import MOST_OVERFLOWS, Anomalies, Anomaly, step_over
+from livt_scale.util.errors import NonFiniteError
 
 
 def judged(anomalies: Anomalies, losses: list[float]) -> list[bool]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from livt_scale.train.telemetry import Telemetry, measured_demand
+from livt_scale.train.telemetry.metrics_log import Telemetry, measured_demand
 
 
 def test_demand_is_what_the_steps_would_take_without_waiting(tmp_path):

@@ -8,14 +8,14 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from livt_scale.config.recipe import Finetune
 from livt_scale.data.loader import Batch
+from livt_scale.distributed.world import World
 from livt_scale.losses import LOSSES, make_loss, soft_targets
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Finetune
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.run import train
 from tests.data.tiny_sets import tiny_recipe, tiny_set
-from tests.test_losses import OTHERWISE
+from tests.losses.test_losses import OTHERWISE
 from tests.whole_runs import metrics
 
 LABELS_ONLY = {"mixup": 0, "cutmix": 0, "smoothing": 0}

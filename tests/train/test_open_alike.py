@@ -12,9 +12,9 @@ from tests.whole_runs import REPO, free_port
 TWO_RANKS = """
 import shutil, sys
 from pathlib import Path
-from livt_scale.errors import DataError
-from livt_scale.parallel.topology import detect, process_group
-from livt_scale.recipe_file import load_recipe
+from livt_scale.util.errors import DataError
+from livt_scale.distributed.world import detect, process_group
+from livt_scale.config.load import load_recipe
 from livt_scale.train.run import open_alike
 
 world = detect()

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from livt_scale.errors import UsageError
 from livt_scale.train import preempt
 from livt_scale.train.preempt import LEAST_LEAD_S, UNMEASURED_SAVE_S, Preemption, lead, time_limit
+from livt_scale.util.errors import UsageError
 
 
 class Clock:

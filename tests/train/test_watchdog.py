@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import pytest
 
-from livt_scale.errors import Preempted, RankLostError, SampleError
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Faults
+from livt_scale.config.recipe import Faults
+from livt_scale.distributed.world import World
 from livt_scale.train import heartbeat
 from livt_scale.train.heartbeat import Heartbeat
-from livt_scale.train.rundir import Status
+from livt_scale.train.run_dir import Status
 from livt_scale.train.watchdog import SLOW_TIMES, Watchdog
+from livt_scale.util.errors import Preempted, RankLostError, SampleError
 
 BEAT = Heartbeat(0, socket.gethostname(), os.getpid(), "running", "step", 12, since=100.0, at=103.0)
 GONE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:5043"

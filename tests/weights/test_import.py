@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from livt_scale.errors import LivtError, UsageError, WeightsError
+from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import build_classifier
-from livt_scale.recipe import Model
+from livt_scale.util.errors import LivtError, UsageError, WeightsError
 from livt_scale.weights.adapt import adapt, start_classifier
-from livt_scale.weights.imported import import_weights, open_weights
+from livt_scale.weights.importer import import_weights, open_weights
 from tests.weights.small_mae import official_state
 from tests.weights.test_parity import DIMS, MODEL
 

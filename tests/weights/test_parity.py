@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from livt_scale.config.recipe import Model
 from livt_scale.models.mae import MaskedAutoencoder, build_mae
-from livt_scale.recipe import Model
 from livt_scale.weights.adapt import start_mae
-from livt_scale.weights.imported import import_weights, open_weights
+from livt_scale.weights.importer import import_weights, open_weights
 from livt_scale.weights.layouts import to_hf
 from tests.weights import small_mae
 from tests.weights.small_mae import official_state

@@ -10,19 +10,19 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from livt_scale.checkpoint.store import Position, Retention, Saver
-from livt_scale.errors import CheckpointMismatch, WeightsError
-from livt_scale.export import export_run
+from livt_scale.checkpoint.load import Position, Retention, Saver
+from livt_scale.config.recipe import Recipe, digest, learnt_from
+from livt_scale.distributed.state_dict import collect
+from livt_scale.distributed.world import World
+from livt_scale.export.timm import export_run
 from livt_scale.models.mae import build_mae
-from livt_scale.parallel.state import collect
-from livt_scale.parallel.topology import World
-from livt_scale.recipe import Recipe, digest, learnt_from
-from livt_scale.train.allowed import check_same
 from livt_scale.train.finetune import initial_classifier
 from livt_scale.train.pretrain import pretrain_task
-from livt_scale.train.rundir import Status
-from livt_scale.train.state import run_facts
-from livt_scale.weights.imported import import_weights
+from livt_scale.train.resume_rules import check_same
+from livt_scale.train.run_dir import Status
+from livt_scale.train.train_state import run_facts
+from livt_scale.util.errors import CheckpointMismatch, WeightsError
+from livt_scale.weights.importer import import_weights
 from tests.tiny_run import tiny_recipe, tiny_run, tiny_shards
 
 DECODER = {"width": 16, "depth": 1, "heads": 2}

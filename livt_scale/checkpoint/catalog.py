@@ -1,0 +1,216 @@
+"""The folder of a run's checkpoints, read: which there are, which are whole, which is the newest. No torch needed.
+
+    checkpoints/step-00000200/            whole, or (damaged since) named and passed over
+    checkpoints/.step-00000400.partial/   being written, or left by a killed save
+    checkpoints/.step-00000200.replaced/  the old one, while another of the same step takes its place
+    checkpoints/.step-00000100.pruned/    being removed
+
+There is no pointer to the latest: it is found by reading, so nothing can point at a checkpoint that is not there.
+"""
+
+from __future__ import annotations
+
+import re
+import stat
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from livt_scale.checkpoint.io import remove_folder, sha256_of_all
+from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, read_manifest, step_name, step_of
+from livt_scale.distributed.collectives import Peers
+from livt_scale.util.atomic import sync_folder
+from livt_scale.util.errors import CheckpointDamaged, CheckpointError
+
+LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|pruned)")
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """One `step-*` folder. `manifest` is None where it cannot be read; `why` says what is damaged, file by file."""
+
+    path: Path
+    position: Position | None
+    bytes: int
+    whole: bool
+    why: str
+    best: bool
+    final: bool
+    score: float | None
+    manifest: Manifest | None
+
+
+def temporary(folder: Path, step: int, kind: str) -> Path:
+    return folder / f".{step_name(step)}.{kind}"
+
+
+def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInfo]:
+    """All checkpoints in `folder`, oldest first; an absent folder has none.
+
+    Every byte is read and hashed; `quick` compares the sizes alone. `best` marks the whole one with the best score.
+    """
+    found = []
+    for path in _step_folders(folder):
+        why = damages(path, quick=quick)
+        try:
+            manifest = read_manifest(path)
+        except CheckpointDamaged:
+            manifest = None
+        found.append((path, manifest, why))
+    best = best_of([m for _, m, why in found if m and not why])
+    return [
+        CheckpointInfo(
+            path=path,
+            position=manifest.position if manifest else None,
+            bytes=_folder_bytes(path),
+            whole=not why,
+            why="; ".join(why),
+            best=manifest is not None and not why and manifest.position == best,
+            final=bool(manifest and manifest.final),
+            score=manifest.score if manifest else None,
+            manifest=manifest,
+        )
+        for path, manifest, why in found
+    ]
+
+
+def best_of(manifests: Sequence[Manifest]) -> Position | None:
+    """The position with the highest score, the earliest where two are equal; None without scores."""
+    scored = [(m.score, m.position) for m in manifests if m.score is not None]
+    return min(scored, key=lambda pair: (-pair[0], pair[1]))[1] if scored else None
+
+
+def verify(path: Path) -> list[str]:
+    """What is wrong with the checkpoint `path`, a line a file, the file named first; empty: whole, every byte read."""
+    return damages(path)
+
+
+def damages(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1)) -> list[str]:
+    """As `verify`; `quick`: sizes alone; `share` (k, n): of the files, hash only the k-th of every n."""
+    if not path.is_dir():
+        return [f"{path} is not a folder"]
+    try:
+        manifest = read_manifest(path)
+    except CheckpointDamaged as error:
+        return [error.message.removeprefix(f"{path}: ")]
+    wrong = []
+    to_hash = []
+    for number, entry in enumerate(manifest.files):
+        try:
+            found = (path / entry.name).stat()
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            wrong.append(f"{entry.name} is missing" if missing else f"{entry.name} cannot be read ({error.strerror})")
+            continue
+        if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            wrong.append(f"{entry.name} is not a file")
+        elif found.st_size != entry.bytes:
+            wrong.append(f"{entry.name} has {found.st_size} bytes, not {entry.bytes}")
+        elif number % share[1] == share[0] and not quick:
+            to_hash.append(entry)
+    for entry, digest in zip(to_hash, sha256_of_all(path / e.name for e in to_hash), strict=True):
+        if isinstance(digest, OSError):
+            wrong.append(f"{entry.name} cannot be read ({digest.strerror})")
+        elif digest != entry.sha256:
+            wrong.append(f"{entry.name} was changed (its SHA-256 does not match)")
+    return wrong
+
+
+def newest_whole(
+    folder: Path,
+    *,
+    on_damage: Callable[[Path, list[str]], None] | None = None,
+    peers: Peers | None = None,
+    steps: Container[int] | None = None,
+) -> Path | None:
+    """The newest checkpoint of which every byte is right, or None; each damaged one on the way goes to `on_damage`.
+
+    steps: of these steps alone. With several `peers` it is a collective call: rank 0 picks, the ranks share the
+    hashing, all get the same answer; `on_damage` is called on rank 0 alone.
+    """
+    peers = peers or Peers(all_raise=CheckpointError)
+    for name in reversed(peers.lead_does(lambda: [path.name for path in _step_folders(folder)])):
+        path = folder / name
+        if steps is not None and step_of(name) not in steps:
+            continue
+        wrong = agreed_damages(path, peers)
+        if not wrong:
+            return path
+        if on_damage is not None and peers.leads:
+            on_damage(path, wrong)
+    return None
+
+
+def agreed_damages(path: Path, peers: Peers) -> list[str]:
+    """What any rank finds wrong with `path`, the hashing shared; CheckpointError where they read different ones."""
+
+    def look() -> tuple[str, list[str]]:
+        raw = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
+        return raw[:80].decode(errors="replace"), damages(path, share=(peers.rank, peers.world_size))
+
+    looks = peers.gather(peers.all_do(look))
+    different = [rank for rank, (seen, _) in enumerate(looks) if seen != looks[0][0]]
+    if different:
+        raise CheckpointError(
+            f"rank {different[0]} reads another {path.name} in {path.parent} than rank 0",
+            remedy="The run directory must be one shared folder, seen alike by all nodes",
+        )
+    return list(dict.fromkeys(line for _, wrong in looks for line in wrong))
+
+
+def clean_leftovers(folder: Path) -> list[Path]:
+    """Remove what killed saves left under temporary names, and return them. Only for the holder of the run's lock.
+
+    A checkpoint set aside for another of its step comes back, if the other did not arrive.
+    """
+    if not folder.is_dir():
+        return []
+    cleaned = []
+    for path in sorted(folder.iterdir()):
+        match = LEFTOVER.fullmatch(path.name)
+        if match is None:
+            continue
+        if match[2] == "replaced" and not (folder / match[1]).exists():
+            path.rename(folder / match[1])
+        else:
+            remove_folder(path)
+        cleaned.append(path)
+    if cleaned:
+        sync_folder(folder)
+    return cleaned
+
+
+def _step_folders(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    steps = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None and path.is_dir()]
+    return [path for _, path in sorted(steps)]
+
+
+def _folder_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+
+
+@dataclass(frozen=True)
+class Retention:
+    keep_last: int = 2
+    keep_every_epochs: int | None = None
+    keep_best: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.keep_last >= 1, "the newest checkpoint always stays"
+        assert self.keep_every_epochs is None or self.keep_every_epochs >= 1
+
+    def kept(self, whole: Sequence[Manifest]) -> set[Position]:
+        """The positions that stay, of the `whole` checkpoints in any order."""
+        ordered = sorted(whole, key=lambda m: m.position.step)
+        stay = {m.position for m in ordered[-self.keep_last :]} | {m.position for m in ordered if m.final}
+        if self.keep_best and (best := best_of(ordered)) is not None:
+            stay.add(best)
+        if self.keep_every_epochs is not None:
+            first: dict[int, Position] = {}
+            for manifest in ordered:
+                first.setdefault(manifest.position.epoch // self.keep_every_epochs, manifest.position)
+            first.pop(0, None)  # before the nth epoch
+            stay |= set(first.values())
+        return stay

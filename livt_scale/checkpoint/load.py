@@ -1,0 +1,171 @@
+"""The checkpoint store: save whole or not at all, keep what the rule says, load strictly. All ranks call alike.
+
+    saver = Saver(run / "checkpoints", mode="async", retention=Retention(keep_last=2), rank=0, world_size=1)
+    saver.save(collect(model, optimizer), position=Position(epoch=3, step=1234), facts={"stage": "pretrain"})
+    …                                 # training goes on; what is saved are the values at the call
+    saver.close()                     # waits; a save that failed says so here, or at the next save
+    path = newest_whole(run / "checkpoints")
+    manifest = load(path, into=collect(model, optimizer))
+
+The order on disk: every rank's file synced, `.metadata` synced, `manifest.json` synced, the temporary folder synced,
+the rename, the parent synced. A kill between any two leaves either no new checkpoint or a whole one.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from livt_scale.checkpoint.catalog import (
+    CheckpointInfo,
+    Retention,
+    agreed_damages,
+    clean_leftovers,
+    list_checkpoints,
+    newest_whole,
+    verify,
+)
+from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, differences, read_manifest
+from livt_scale.checkpoint.saver import Saver
+from livt_scale.distributed.collectives import Peers
+from livt_scale.util.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from livt_scale.checkpoint.dcp_metadata import SavedTensor, TensorIndex
+
+__all__ = [
+    "CheckpointInfo",
+    "Manifest",
+    "Peers",
+    "Position",
+    "Retention",
+    "Saver",
+    "clean_leftovers",
+    "differences",
+    "list_checkpoints",
+    "load",
+    "newest_whole",
+    "read_manifest",
+    "read_tensors",
+    "verify",
+]
+MOST_NAMES = 8  # listed in one error
+
+
+def load(
+    path: Path,
+    into: dict[str, Tensor],
+    *,
+    allow_missing: Iterable[str] = (),
+    allow_unexpected: Iterable[str] = (),
+    check: bool = True,
+    peers: Peers | None = None,
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Fill the tensors of `into` from the checkpoint `path` and return its manifest.
+
+    Strict: names, shapes and dtypes must be the checkpoint's (CheckpointMismatch lists what differs), except names that
+    match a pattern (`fnmatch`) of `allow_missing` (absent in the checkpoint, left as they are) or of
+    `allow_unexpected` (absent in `into`). Nothing loaded is an error too. Any world size; DTensors fill their own part.
+    `check` reads and hashes every byte first (CheckpointDamaged names the file), the ranks of `peers` sharing the work:
+    leave it out right after `newest_whole`. `partial`: the checkpoint of one node, of which this rank needs its part.
+    With `peers` a collective call: the ranks must agree on the manifest first.
+    """
+    peers = peers or Peers(all_raise=CheckpointError)
+    path = Path(path)
+    manifest = peers.all_do(lambda: read_manifest(path))
+    _agree(manifest, peers)
+    if check and (wrong := agreed_damages(path, peers)):
+        raise CheckpointDamaged(
+            f"{path}: {'; '.join(wrong)}", remedy="Remove this checkpoint to continue from the one before it"
+        )
+    may_miss, may_exceed = tuple(allow_missing), tuple(allow_unexpected)
+    index = peers.all_do(
+        lambda: _match(path, manifest, into, may_miss, may_exceed, partial=partial)
+    )  # on all ranks before any loads
+    peers.all_do(lambda: _read(path, into, index))
+    return manifest.as_dict()
+
+
+def read_tensors(path: Path, *, choose: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
+    """The tensors of `path` (of them, those whose name `choose` accepts): whole, on the CPU, every byte checked."""
+    import torch
+
+    from livt_scale.checkpoint.dcp import read_into
+    from livt_scale.checkpoint.dcp_metadata import read_index
+
+    path = Path(path)
+    if wrong := verify(path):
+        raise CheckpointDamaged(f"{path}: {'; '.join(wrong)}")
+    index = read_index(path, read_manifest(path))
+    into = {
+        name: torch.empty(t.shape, dtype=t.dtype) for name, t in index.tensors.items() if choose is None or choose(name)
+    }
+    if into:
+        read_into(path, into, index)
+    return into
+
+
+def _agree(manifest: Manifest, peers: Peers) -> None:
+    seen = peers.gather((manifest.position.step, manifest.to_bytes()[:80]))
+    for rank, theirs in enumerate(seen):
+        if theirs != seen[0]:
+            raise CheckpointError(
+                f"rank {rank} would load step {theirs[0]} and rank 0 step {seen[0][0]}, or another {MANIFEST} of it",
+                remedy="The run directory must be one shared folder, seen alike by all nodes",
+            )
+
+
+def _match(
+    path: Path,
+    manifest: Manifest,
+    into: dict[str, Tensor],
+    may_miss: tuple[str, ...],
+    may_exceed: tuple[str, ...],
+    *,
+    partial: bool,
+) -> TensorIndex:
+    from livt_scale.checkpoint.dcp import not_covered
+    from livt_scale.checkpoint.dcp_metadata import read_index
+
+    index = read_index(path, manifest, partial=partial)
+    missing = not_covered(into, index) if partial else [name for name in into if name not in index.tensors]
+    unexpected = [name for name in index.tensors if name not in into]
+    wrong = _list("missing in the checkpoint", [n for n in missing if not _matches(n, may_miss)])
+    wrong += _list("in the checkpoint alone", [n for n in unexpected if not _matches(n, may_exceed)])
+    wrong += _list("of another form", [_form(n, into[n], index.tensors[n]) for n in into if n in index.tensors])
+    if wrong or not index.tensors.keys() & into.keys():
+        what = "; ".join(wrong) or "none of the wanted tensors is in it"
+        raise CheckpointMismatch(f"{path} is not a checkpoint of this model: {what}")
+    return index
+
+
+def _read(path: Path, into: dict[str, Tensor], index: TensorIndex) -> None:
+    from livt_scale.checkpoint.dcp import read_into
+
+    try:
+        read_into(path, {name: tensor for name, tensor in into.items() if name in index.tensors}, index)
+    except OSError as error:
+        raise CheckpointDamaged(f"{path}: {error}") from error
+
+
+def _form(name: str, here: Tensor, saved: SavedTensor) -> str:
+    if tuple(here.shape) == saved.shape and here.dtype == saved.dtype:
+        return ""
+    return f"{name} ({list(saved.shape)} {saved.dtype} in the checkpoint, {list(here.shape)} {here.dtype} here)"
+
+
+def _list(what: str, names: list[str]) -> list[str]:
+    names = [name for name in names if name]
+    if not names:
+        return []
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return [f"{what}: {', '.join(names[:MOST_NAMES])}{more}"]
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,76 @@
+"""`livt doctor`: what this machine has, and what would not work here.
+
+Each line is one check: its status (ok; note: works, but know this; problem: something would fail), what was found, and
+what to do. Only a problem makes the exit code 1. The checks are in `livt_scale.doctor.checks`.
+
+    note     shared memory   0.1 GiB in /dev/shm: loader processes hand their batches over there
+             fix: give the container more (docker run --shm-size=8g), or --set data.workers=0
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from livt_scale.doctor.finding import Finding
+from livt_scale.util.errors import UsageError
+
+
+def doctor(
+    bench: Annotated[
+        bool, typer.Option("--bench", help="Also measure network, disks and decoding, on all ranks: a minute.")
+    ] = False,
+    dirs: Annotated[
+        list[Path] | None, typer.Option("--dir", help="With --bench: a folder whose disk is measured; again for more.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="With --bench: its run directory, cache and images are measured.")
+    ] = None,
+    node: Annotated[
+        Path | None, typer.Option("--node", help="A batch job's quick look at this node, written to FOLDER/NODE.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: how long, about.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Tell what this machine has, and what would not work here. Exit code 1 if something essential is missing."""
+    if node is not None:
+        _look_at_node(node)
+    measured: dict[str, Any] = {}
+    findings: list[Finding] = []
+    if bench:
+        found = _bench(dirs or [], recipe, seconds=seconds)
+        if found is None:
+            return  # the first rank speaks for all
+        measured, findings = {"bench": found[0]}, found[1]
+    elif dirs or recipe:
+        raise UsageError("--dir and --recipe say what --bench measures", remedy="give --bench too")
+    from livt_scale.doctor.checks import examine
+
+    findings = examine() + findings
+    failed = any(f.status == "problem" for f in findings)
+    if as_json:
+        typer.echo(json.dumps({"ok": not failed, "checks": [asdict(f) for f in findings], **measured}, indent=2))
+    else:
+        for finding in findings:
+            typer.echo(f"{finding.status:<9}{finding.name:<16}{finding.message}")
+            if finding.fix:
+                typer.echo(f"{'':<9}fix: {finding.fix}")
+    raise typer.Exit(1 if failed else 0)
+
+
+def _look_at_node(folder: Path) -> None:
+    from livt_scale.doctor.node import look_at_node
+
+    raise typer.Exit(1 if look_at_node(folder) else 0)
+
+
+def _bench(dirs: list[Path], recipe: Path | None, *, seconds: float) -> tuple[dict[str, Any], list[Finding]] | None:
+    from livt_scale.config.load import load_recipe
+    from livt_scale.doctor import bench as doctor_bench
+
+    loaded = None if recipe is None else load_recipe(recipe)
+    return doctor_bench.bench(doctor_bench.folders_to_measure(dirs, loaded), loaded, seconds=seconds)

@@ -1,0 +1,175 @@
+"""`livt logs`: what the jobs of a stage printed, and what its ranks left when they failed or hung."""
+
+from __future__ import annotations
+
+import codecs
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from livt_scale.cli.status import clean
+
+if TYPE_CHECKING:
+    from livt_scale.slurm.status import Job, Stage, View
+
+POLL_S = 0.5
+TAIL_BYTES = 2**22  # however long the lines
+OVER_AFTER_S = 5.0  # -f ends when the run is over and nothing has come for so long
+
+
+def logs(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    stage: Annotated[str | None, typer.Option("--stage", help="pretrain, finetune or evaluate; else the last.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="What this rank said and left.")] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as the log grows, until the run is over.")
+    ] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines of each file.")] = 40,
+) -> None:
+    """Show the end of a stage's log, why it failed, and the stacks of ranks that hung.
+
+    livt logs runs/try --stage pretrain -n 100
+
+    livt logs runs/try --rank 3
+    """
+    from livt_scale.slurm.progress import is_run
+    from livt_scale.slurm.status import look_at
+    from livt_scale.util.errors import UsageError, nearest
+
+    if not is_run(run):
+        raise UsageError(f"{run} is not a run directory", remedy="one holds recipe.yaml, or slurm/chain.json")
+    view = look_at(run)
+    names = [each.name for each in view.stages]
+    if stage is not None and stage not in names:
+        raise UsageError(f"this run has no stage {stage!r}", remedy=nearest(stage, names))
+    chosen = next((each for each in view.stages if each.name == (stage or _last_started(view))), None)
+    if chosen is None:
+        raise UsageError(f"nothing of {run} was started", remedy=f"livt status {run}")
+    job = _newest_log(view, chosen.name)
+    _say(f"== {chosen.name}: {chosen.state}" + (f", {chosen.why}" if chosen.why else ""))
+    if rank is not None:
+        _rank(view, chosen, rank, lines=lines, job=job)
+        return
+    _failures(view, chosen, lines=lines)
+    if job is None:
+        _no_log(view, chosen)
+        return
+    path = run / job.log
+    _say(f"== job {job.id}: {path}")
+    with path.open("rb") as file:
+        for line in _tail(file.fileno(), lines):
+            _say(line)
+        if follow:
+            _follow(run, file.fileno())
+
+
+def _last_started(view: View) -> str:
+    """The stage that is on, or the last one that has something to show."""
+    begun = [each.name for each in view.stages if each.record.status or _newest_log(view, each.name)]
+    return begun[-1] if begun else view.stage
+
+
+def _newest_log(view: View, stage: str) -> Job | None:
+    jobs = [job for job in view.jobs if job.stage == stage and job.log and (view.run_dir / job.log).is_file()]
+    return jobs[-1] if jobs else None
+
+
+def _failures(view: View, stage: Stage, *, lines: int) -> None:
+    """Each rank's own error, and the files of stacks."""
+    for beat in stage.record.beats:
+        if beat.state == "failed" and beat.why:
+            _say(f"== rank {beat.rank} ({beat.process}): {beat.why}")
+    for path in sorted((view.run_dir / stage.name / "stacks").glob("rank-*.txt")):
+        _say(f"== {path}")
+        _head(path, lines)
+
+
+def _rank(view: View, stage: Stage, rank: int, *, lines: int, job: Job | None) -> None:
+    """Heartbeat and stacks of one rank, and the lines of the job's log that name it."""
+    from livt_scale.util.errors import UsageError
+
+    beat = next((b for b in stage.record.beats if b.rank == rank), None)
+    stacks = view.run_dir / stage.name / "stacks" / f"rank-{rank}.txt"
+    if beat is None and not stacks.is_file():
+        known = ", ".join(str(b.rank) for b in stage.record.beats[:16]) or "none"
+        raise UsageError(f"rank {rank} of {stage.name} has left nothing", remedy=f"ranks that have: {known}")
+    if beat is not None:
+        _say(f"== rank {rank}: {beat.state}, {beat.where}" + (f": {beat.why}" if beat.why else ""))
+    if stacks.is_file():
+        _say(f"== {stacks}")
+        _head(stacks, lines)
+    if job is not None:
+        path = view.run_dir / job.log
+        with path.open("rb") as file:
+            named = [line for line in _tail(file.fileno(), sys.maxsize) if f"rank {rank}:" in line]
+        _say(f"== lines of rank {rank} in {path} (all ranks print to it; most lines do not say whose they are)")
+        for line in named[-lines:] if lines else []:
+            _say(line)
+
+
+def _no_log(view: View, stage: Stage) -> None:
+    host, pid = stage.record.status.get("host"), stage.record.status.get("pid")
+    if any(job.stage == stage.name for job in view.jobs):
+        _say("== none of its jobs has written a log yet")
+    else:
+        who = f", process {pid} on {host}" if pid is not None else ""
+        _say(
+            f"== it was not submitted by livt submit{who}: what it printed went to the terminal, or the file, that it "
+            "was started with (sbatch by hand: JOB-NAME-ID.log where that was given)"
+        )
+    shown = [
+        p for p in ("status.json", "metrics.jsonl", "anomalies.jsonl") if (view.run_dir / stage.name / p).is_file()
+    ]
+    if shown:
+        _say(f"== what it recorded: {', '.join(str(view.run_dir / stage.name / name) for name in shown)}")
+
+
+def _tail(handle: int, count: int) -> list[str]:
+    """The last `count` lines, of the last TAIL_BYTES; the file is then read to its end."""
+    size = os.fstat(handle).st_size
+    os.lseek(handle, max(size - TAIL_BYTES, 0), os.SEEK_SET)
+    raw = b""
+    while part := os.read(handle, 2**16):
+        raw += part
+    lines = raw.decode(errors="replace").splitlines()
+    return lines[-count:] if count else []
+
+
+def _head(path: Path, count: int) -> None:
+    with path.open(errors="replace") as file:
+        for _, line in zip(range(count), file, strict=False):
+            _say(line.rstrip("\n"))
+
+
+def _follow(run: Path, handle: int) -> None:
+    try:
+        for text in _grown(run, handle):
+            _say(text, end="")
+    except KeyboardInterrupt:
+        return  # how one leaves it
+
+
+def _grown(run: Path, handle: int) -> Iterator[str]:
+    """What is added to the file, until the run is over and nothing comes any more."""
+    from livt_scale.slurm.status import look_at
+
+    quiet, decoder = time.monotonic(), codecs.getincrementaldecoder("utf-8")(errors="replace")
+    while True:
+        while part := os.read(handle, 2**16):
+            quiet = time.monotonic()
+            yield decoder.decode(part)
+        if time.monotonic() - quiet > OVER_AFTER_S:
+            if look_at(run).state not in ("running", "pending"):
+                return
+            quiet = time.monotonic()
+        time.sleep(POLL_S)
+
+
+def _say(text: str, *, end: str = "\n") -> None:
+    """A line for the terminal: without control characters, which a log may hold."""
+    typer.echo("".join(c if c in "\n\t" else clean(c) for c in text) + end, nl=False)

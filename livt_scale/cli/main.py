@@ -1,0 +1,134 @@
+"""The `livt` command: parse, call one function, print. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from livt_scale import __version__
+from livt_scale.cli import (
+    baselines,
+    cancel,
+    ckpt,
+    doctor,
+    logs,
+    model,
+    plan,
+    predict,
+    recipe,
+    reproduce,
+    run,
+    shards,
+    status,
+    study,
+    submit,
+    weights,
+)
+from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
+
+EPILOG = """
+Examples:
+
+    livt quickstart
+
+    livt train recipes/fashion_mnist_lt/quickstart.yaml --set run_dir=runs/try --set stages.pretrain.epochs=2
+
+    torchrun --nproc-per-node 2 -m livt_scale train recipes/fashion_mnist_lt/quickstart.yaml
+
+    livt plan recipes/imagenet_lt/vit_h14.yaml --gpus 64 --device h100
+
+    livt submit recipes/fashion_mnist_lt/quickstart.yaml --set slurm.time_min=60 --dry-run
+
+    livt status runs/try --watch
+
+    livt ckpt ls runs/try
+
+    livt export runs/try --out exports/try
+
+    livt predict exports/try photos --out photos.csv
+
+Exit codes: 0 done, 1 failed, 2 wrong usage, 85 preempted (saved; start again to go on).
+"""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+    help="Train Vision Transformers on long-tailed images: masked pretraining, then balanced fine-tuning (LiVT).",
+)
+_debug = False
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=lambda v: _print_version() if v else None, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+def _print_version() -> None:
+    typer.echo(f"livt_scale {__version__}")
+    raise typer.Exit
+
+
+app.command()(run.quickstart)
+app.command()(run.train)
+app.command()(plan.plan)
+app.command()(submit.submit)
+app.command()(status.status)
+app.command()(cancel.cancel)
+app.command()(logs.logs)
+app.command(name="eval")(model.eval_)
+app.command()(model.export)
+app.command()(predict.predict)
+app.command(name="import")(weights.import_)
+app.command()(baselines.retrain)
+app.command(name="tau-norm")(baselines.tau_norm)
+app.command()(baselines.soup)
+app.add_typer(shards.app, name="shards")
+app.add_typer(ckpt.app, name="ckpt")
+app.add_typer(recipe.app, name="recipe")
+app.command()(reproduce.reproduce)
+app.add_typer(study.app, name="study")
+app.command()(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line; what a user can meet becomes one line on stderr and an exit code, not a traceback."""
+    try:
+        app(prog_name="livt")
+    except LivtError as error:
+        _tell(error, "stopped" if error.exit_code == EXIT_PREEMPTED else "error")
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # `livt … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
+    except OSError as error:  # a full disk, a read-only file system, a folder that is not ours
+        if error.errno is None:
+            raise
+        _tell(error, "error")
+        sys.exit(EXIT_FAILED)
+
+
+def _tell(error: Exception, kind: str) -> None:
+    if _debug:
+        traceback.print_exc()
+    rank = f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    print(f"livt: {kind}{rank}: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`livt predict`: a folder of images to a CSV."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from livt_scale.cli.model import AsJson, From
+
+
+def predict(
+    path: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory, or an export.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The CSV to write.")],
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes told of each image.")] = 5,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="A damaged image is a row with its error, not the end.")
+    ] = False,
+    tau: Annotated[float, typer.Option("--tau", help="Take the training prior out of the logits, so strongly.")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", help="Divide the logits: see livt eval.")] = 1.0,
+    views: Annotated[int, typer.Option("--views", metavar="1|2|5|10", help="As livt eval has it.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 64,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Decoding processes; by default the cores, up to 8.")
+    ] = None,
+    which: From = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell the likeliest classes of all images in a folder, as CSV.
+
+    livt predict exports/try photos --out photos.csv
+
+    livt predict runs/try photos --out photos.csv --top-k 3 --skip-bad --json
+    """
+    from livt_scale.distributed.world import detect
+    from livt_scale.evaluation.tta import Views
+    from livt_scale.export.timm import open_trained
+    from livt_scale.posthoc.predict import Prediction
+    from livt_scale.posthoc.predict import predict as run
+    from livt_scale.util.errors import UsageError
+
+    if detect().world_size > 1:
+        raise UsageError("livt predict runs in one process", remedy="start it without torchrun, one folder at a time")
+    how = Prediction(top_k, tau, temperature, Views(views))
+    summary = run(
+        open_trained(path, which=which), folder, out, how=how, skip_bad=skip_bad, batch=batch, workers=workers
+    )
+    if as_json:
+        typer.echo(json.dumps(summary))
+        return
+    typer.echo(f"{summary['predicted']:,} of {summary['images']:,} images: {out}")
+    for bad in summary["bad_files"][:10]:
+        typer.echo(f"bad: {bad['file']!r}: {bad['error']}", err=True)
+    if summary["bad"] > 10:
+        typer.echo(f"bad: {summary['bad'] - 10:,} more, in the CSV", err=True)

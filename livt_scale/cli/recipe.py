@@ -1,0 +1,182 @@
+"""`livt recipe show | check | schema`: look at a recipe before anything is allocated.
+
+`show` prints what a run would use, defaults and all, with the derived numbers and their arithmetic as comments (the
+output is itself a recipe). `check` tells for each file whether it is a possible run; that its data are not on this
+machine is a note, and an error only with --data, since a recipe is often checked elsewhere. `schema` is for editors.
+
+    livt recipe check recipes/imagenet_lt/*.yaml
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from livt_scale.util.errors import LivtError
+
+if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does without
+    from livt_scale.config.recipe import Model, Recipe
+
+app = typer.Typer(no_args_is_help=True, help="Show, check or describe recipes.")
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, as recipes/SET/SIZE.yaml.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over the recipe's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command(name="list")
+def list_(
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write the table as a page, e.g. docs/recipes.md.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """The recipes that ship: what each reproduces, and what to expect."""
+    from livt_scale.config.catalog import page as made
+    from livt_scale.config.catalog import rows
+    from livt_scale.util.atomic import write_whole
+
+    found = rows()
+    if page is not None:
+        write_whole(page, made(found).encode())
+    if as_json:
+        keys = ("path", "reproduces", "hardware", "expect", "command")
+        typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in found]))
+        return
+    for row in found:
+        typer.echo(f"recipes/{row.path}\n    {summary(row.recipe)}\n    {row.reproduces}")
+
+
+@app.command()
+def show(recipe: RecipePath, *, sets: Sets = None, as_json: AsJson = False) -> None:
+    """Print the resolved recipe: bases and --set laid over each other, defaults filled in."""
+    from livt_scale.config.load import load_recipe, to_yaml
+
+    loaded = load_recipe(recipe, sets=sets or ())
+    if as_json:
+        typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2))
+    else:
+        typer.echo("".join(f"# {line}\n" for line in derived(loaded)) + to_yaml(loaded), nl=False)
+
+
+@app.command()
+def check(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")],
+    *,
+    sets: Sets = None,
+    data: Annotated[bool, typer.Option("--data", help="Their shards must be here, and open.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell for each recipe whether it is a possible run, and what is wrong with it. Exit code 2 if one is not."""
+    results = [check_one(path, sets=sets or [], data=data) for path in recipes]
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        for result in results:
+            _print_result(result)
+    raise typer.Exit(max((int(result["exit_code"]) for result in results), default=0))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe file, for editors that complete and check YAML."""
+    typer.echo(json.dumps(file_schema(), indent=2, ensure_ascii=False))
+
+
+def check_one(path: Path, *, sets: list[str], data: bool) -> dict[str, Any]:
+    """What `check` has to say of one file: recipe, exit_code, errors, notes, and a summary if it is sound."""
+    from livt_scale.config.load import load_recipe
+
+    result: dict[str, Any] = {"recipe": str(path), "exit_code": 0, "summary": "", "errors": [], "notes": []}
+    try:
+        recipe = load_recipe(path, sets=sets)
+        result["summary"] = summary(recipe)
+        result["notes"] = [] if data else _missing_data(recipe)
+        if data:
+            _open_data(recipe)
+    except LivtError as error:
+        result.update(exit_code=error.exit_code, errors=str(error).splitlines())
+    return result
+
+
+def summary(recipe: Recipe) -> str:
+    """The run on one line: "vit_b 224 px; pretrain 800 epochs of 4096; finetune 100 epochs of 1024, bal_bce"."""
+    parts = [f"{recipe.model.size} {recipe.model.image_px} px"]
+    for name in recipe.stage_names:
+        stage = recipe.stage(name)
+        px = recipe.at(name).model.image_px
+        at = f" at {px} px" if px != recipe.model.image_px else ""
+        parts.append(f"{name} {stage.epochs} epochs{at}, batch {stage.global_batch}")
+    if recipe.stages.finetune:
+        parts[-1] += f", {recipe.stages.finetune.loss.name}"
+        parts[-1] += ", head alone" * recipe.stages.finetune.backbone_frozen
+    return "; ".join(parts)
+
+
+def derived(recipe: Recipe) -> list[str]:
+    """What follows from the recipe's numbers, each with its arithmetic."""
+    lines = _model_lines(recipe.model)
+    for name in recipe.stage_names:
+        stage, model = recipe.stage(name), recipe.at(name).model
+        if model.image_px != recipe.model.image_px:
+            lines.append(f"{name} patches: {model.num_patches} = ({model.image_px} / {model.dims[3]})^2")
+        lines.append(f"{name} peak lr: {stage.peak_lr:g} = {stage.base_lr:g} * {stage.global_batch} / 256")
+    return lines
+
+
+def _model_lines(model: Model) -> list[str]:
+    if not model.is_vit:
+        stem = "3x3, stride 1" if model.has_small_stem else "7x7, stride 2, max pooling"
+        return [f"model: {model.size}, blocks {' + '.join(map(str, model.stage_blocks))}, stem {stem}"]
+    width, depth, heads, patch_px = model.dims
+    return [
+        f"model: width {width}, depth {depth}, heads {heads}, patch {patch_px} px",
+        f"patches: {model.num_patches} = ({model.image_px} / {patch_px})^2",
+    ]
+
+
+def file_schema() -> dict[str, Any]:
+    """JSON schema of a file. Nothing is required in it: a file may leave to its bases what it does not say."""
+    from livt_scale.config.recipe import Recipe
+
+    tree: dict[str, Any] = Recipe.model_json_schema()
+    for part in (tree, *tree.get("$defs", {}).values()):
+        part.pop("required", None)
+    path = {"type": "string", "minLength": 1}
+    extends = {
+        "description": "recipe files, relative to this one, over which this one is laid",
+        "anyOf": [path, {"type": "array", "items": path}],
+    }
+    tree["properties"] = {"extends": extends, **tree["properties"]}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **tree}
+
+
+def _missing_data(recipe: Recipe) -> list[str]:
+    """Notes on shards that are not here; what lies elsewhere (a URL) cannot be told from here."""
+    folders = {"data.train": recipe.data.train, "data.val": recipe.data.val}
+    return [
+        f"{name}: no shards in {folder} (docs/data.md tells how they are made)"
+        for name, folder in folders.items()
+        if folder and "://" not in folder and not (Path(folder) / "manifest.json").is_file()
+    ]
+
+
+def _open_data(recipe: Recipe) -> None:
+    from livt_scale.data.manifest import ShardSet
+
+    for folder in (recipe.data.train, recipe.data.val):
+        if folder:
+            ShardSet.open(folder, data=recipe.data)
+
+
+def _print_result(result: dict[str, Any]) -> None:
+    if not result["errors"]:
+        typer.echo(f"ok       {result['recipe']}: {result['summary']}")
+    for line in result["errors"]:
+        where = "" if line.startswith(result["recipe"]) else f"{result['recipe']}: "  # most name the file themselves
+        typer.echo(f"problem  {where}{line}", err=True)
+    for line in result["notes"]:
+        typer.echo(f"note     {line}")

@@ -1,0 +1,141 @@
+"""`livt reproduce`: parse, run and collect, print."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:  # `livt --help` does without what is heavy
+    from livt_scale.study.runs import Run
+
+DEVICE, MFU = "h100", 0.35
+
+
+def reproduce(
+    claim: Annotated[str, typer.Argument(help="balance, two-stages, losses, reconstruction, size, or all.")],
+    on: Annotated[str, typer.Option(help="Data and size: fashion_mnist_lt, fashion_mnist_lt_if10, imagenet_lt.")] = (
+        "fashion_mnist_lt"
+    ),
+    out: Annotated[Path, typer.Option("--out", help="The runs lie in OUT/ON; they are continued there.")] = Path(
+        "runs/claims"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="So many, from 0 on; a verdict needs 3.")] = 3,
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="So many runs at a time.")] = 1,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Laid over all runs alike.")] = None,
+    collect_only: Annotated[bool, typer.Option("--collect-only", help="Train nothing: judge what is there.")] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write this page, of all results kept in results/ beside it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; start nothing.")] = False,
+    device: Annotated[str | None, typer.Option(help=f"With --dry-run: hours of this device [{DEVICE}].")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1, help=f"With --dry-run: share of its peak that is reached [{MFU}].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a claim of the paper: train its arms over several seeds, compare them, and say what holds.
+
+    livt reproduce losses --at-once 2
+
+    livt reproduce losses --on imagenet_lt --dry-run
+    """
+    from livt_scale.study.claims import CLAIMS, SETTINGS
+    from livt_scale.util.errors import UsageError, nearest
+
+    if on not in SETTINGS:
+        raise UsageError(f"there is no setting {on!r}", remedy=nearest(on, SETTINGS))
+    if claim != "all" and claim not in CLAIMS:
+        raise UsageError(f"there is no claim {claim!r}", remedy=nearest(claim, [*CLAIMS, "all"]))
+    if not dry_run and (device is not None or mfu is not None):
+        raise UsageError("--device and --mfu tell the cost of runs", remedy="add --dry-run, or leave them out")
+    names = list(CLAIMS) if claim == "all" else [claim]
+    laid, folder = _parsed(sets or []), out / on  # a run of one setting is never taken for another's
+    runs = _runs(names, on, range(seeds), laid)
+    if dry_run:
+        _tell_cost(runs, on, folder, device=device or DEVICE, mfu=mfu or MFU, as_json=as_json)
+        return
+    failed = {} if collect_only else _run(runs, folder, at_once=at_once, quiet=as_json)
+    results = _collect(names, on, folder, range(seeds), laid)
+    if page is not None:
+        _write_page(page, results)
+    typer.echo(json.dumps(results) if as_json else "\n".join(_told(result) for result in results))
+    if failed:
+        for name, why in failed.items():
+            typer.echo(f"failed: {name}: {why}", err=True)
+        raise typer.Exit(1)
+
+
+def _parsed(sets: list[str]) -> dict[str, str]:
+    from livt_scale.util.errors import UsageError
+
+    for text in sets:
+        if "=" not in text:
+            raise UsageError(f"--set {text}: there is no =", remedy="write --set a.b=c")
+    return {path: value for path, _, value in (text.partition("=") for text in sets)}
+
+
+def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any]) -> list[Run]:
+    from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
+    from livt_scale.study.runs import in_order
+
+    every = [runs_of(CLAIMS[name], SETTINGS[on], seeds=[seed], sets=sets) for seed in seeds for name in names]
+    return in_order(run for of in every for runs in of.values() for run in runs)
+
+
+def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: float, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from livt_scale.study.claims import SETTINGS
+    from livt_scale.study.cost import bill_of
+
+    bill = bill_of(runs, folder, SETTINGS[on].size_of, device=device, mfu=mfu)
+    typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
+
+
+def _run(runs: list[Run], folder: Path, *, at_once: int, quiet: bool) -> dict[str, str]:
+    from livt_scale.study.local_runner import check_runs, run_all
+
+    check_runs(runs, folder)
+    outcome = run_all(runs, folder, at_once=at_once, say=(lambda _: None) if quiet else typer.echo)
+    return outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
+
+
+def _collect(names: list[str], on: str, folder: Path, seeds: range, sets: Mapping[str, Any]) -> list[dict[str, Any]]:
+    from livt_scale.study.collect import collect
+
+    results = [collect(name, on, folder, seeds=seeds, sets=sets) for name in names]
+    for result in results:
+        _keep(result, folder / "results")
+    return results
+
+
+def _write_page(page: Path, results: list[dict[str, Any]]) -> None:
+    """Keep the results beside the page, and make it of all that are kept. A claim of which nothing ran has none."""
+    from livt_scale.study import results_page as pages
+    from livt_scale.util.atomic import write_whole
+
+    for result in results:
+        if result["values"]:
+            _keep(result, page.parent / "results")
+    write_whole(page, pages.page(pages.read_results(page.parent / "results")).encode())
+
+
+def _keep(result: dict[str, Any], folder: Path) -> None:
+    from livt_scale.study.results_figure import draw
+    from livt_scale.study.results_page import picture_name, results_json
+    from livt_scale.util.atomic import write_whole
+
+    picture = folder / Path(picture_name(result)).name
+    write_whole(picture.with_suffix(".json"), results_json(result))
+    draw(result, picture)
+
+
+def _told(result: dict[str, Any]) -> str:
+    lines = [f"{result['claim']} on {result['on']}: {result['word']}", f"  {result['says']}"]
+    for verdict in result["verdicts"]:
+        lines.append(f"  {verdict['word']:<19} {verdict['says']} ({verdict['num_seeds']} seeds)")
+    return "\n".join([*lines, *(f"  not counted: {who}: {why}" for who, why in result["missing"].items())])

@@ -1,0 +1,327 @@
+"""`livt shards`: raw images to shards, and what is to know about shards.
+
+livt shards build shards/fashion-mnist-lt.yaml --out data/fashion-mnist-lt
+livt shards verify data/fashion-mnist-lt/train-lt --decode
+livt shards index downloads/tars              a manifest for tars that others wrote
+livt shards info data/fashion-mnist-lt/train-lt
+livt shards trace recipes/fashion_mnist_lt/quickstart.yaml --epoch 3 --step 5 --world-size 4 --rank 1
+livt shards bench recipes/fashion_mnist_lt/quickstart.yaml --gpus 8 --images-per-s-per-gpu 1200
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from livt_scale.cli.shards_bench import bench
+
+if TYPE_CHECKING:
+    from livt_scale.data.build.builder import Progress
+    from livt_scale.data.build.verify import Fault
+
+app = typer.Typer(help="Make, check and look at shards.", no_args_is_help=True)
+MIB = 2**20
+EVERY_S = 10.0  # a plain line of progress, where there is no terminal
+MOST_FAULTS = 20  # shown; --json has all
+MOST_CLASSES = 20  # rows of the histogram
+BAR = 40  # characters of the longest bar
+
+Folder = Annotated[str, typer.Argument(help="a folder of shards, or its URL: the one with manifest.json")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")]
+
+
+@app.command("build")
+def build(
+    spec: Annotated[Path, typer.Argument(help="a YAML file: sources, and sets made of them")],
+    out: Annotated[Path | None, typer.Option(help="folder for the sets; default: named as the spec, beside it")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=FOLDER: where the raw files of a source lie; NAME.FIELD=PATH: one of its files"),
+    ] = None,
+    resize_shorter: Annotated[
+        int | None, typer.Option(min=1, help="make images smaller, once: px of the shorter side; none is made larger")
+    ] = None,
+    quality: Annotated[int | None, typer.Option(min=50, max=100, help="of those JPEGs; default: 92")] = None,
+    ignore_expected: Annotated[
+        bool, typer.Option("--ignore-expected", help="build it though its counts are not those of the published set")
+    ] = False,
+    workers: Workers = None,
+) -> None:
+    """Build the shards that SPEC describes. Killed and started again, it goes on where it stopped."""
+    from livt_scale.data.build.builder import build as build_shards
+    from livt_scale.data.build.spec import load_spec
+    from livt_scale.data.build.writer import Prepare
+    from livt_scale.util.errors import UsageError
+
+    if quality and not resize_shorter:
+        raise UsageError("--quality is that of images made smaller", remedy="add --resize-shorter 256")
+    prepare = Prepare(resize_shorter=resize_shorter, quality=quality or 92) if resize_shorter else None
+    loaded = load_spec(spec, overrides=source or (), prepare=prepare, ignore_expected=ignore_expected)
+    out = out or loaded.folder / loaded.build.name
+    with _progress("images") as progress:
+        built = build_shards(loaded, out, workers=workers, progress=progress)
+    for one in built:
+        there = f" ({one.kept} were there)" if one.kept and one.made else ""
+        state = f"{one.made} shards written{there}" if one.made else "finished already, nothing to do"
+        typer.echo(f"{one.folder}: {one.num_samples:,} images, {one.num_bytes / MIB:.1f} MiB: {state}")
+
+
+@app.command("verify")
+def verify(
+    folder: Folder,
+    decode: Annotated[bool, typer.Option("--decode", help="also decode every image")] = False,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="write the bad samples beside the manifest: training leaves them out")
+    ] = False,
+    as_json: Json = False,
+    workers: Workers = None,
+) -> None:
+    """Compare every byte with the manifest. Exit code 1 if anything is wrong (0 if it went into quarantine)."""
+    from livt_scale.data.build.verify import verify as verify_shards
+
+    with _progress("shards") as progress:
+        faults = verify_shards(folder, decode=decode, quarantine=quarantine, workers=workers, progress=progress)
+    if as_json:
+        rows = [{"shard": f.shard, "key": f.key, "offset": f.offset, "what": f.what} for f in faults]
+        typer.echo(json.dumps({"whole": not faults, "quarantined": quarantine, "faults": rows}, indent=1))
+    else:
+        _tell_faults(folder, faults, quarantine=quarantine)
+    if faults and not quarantine:
+        raise typer.Exit(1)
+
+
+@app.command("index")
+def index(
+    folder: Annotated[Path, typer.Argument(help="a folder of WebDataset tars: key.jpg|jpeg|png + key.cls")],
+    class_names: Annotated[
+        Path | None, typer.Option(help="a text file, one name a line; default: the labels' numbers")
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Make a manifest and an index for tars that others wrote. The tars stay as they are."""
+    from livt_scale.data.build.builder import index_tars
+
+    names = _lines(class_names) if class_names else None
+    with _progress("shards") as progress:
+        shards = index_tars(folder, class_names=names, workers=workers, progress=progress)
+    empty = [n for n, count in zip(shards.manifest.class_names, shards.manifest.class_counts, strict=True) if not count]
+    typer.echo(f"{folder}: {shards.num_samples:,} images of {shards.num_classes} classes: manifest written")
+    if empty:
+        typer.echo(f"note: {len(empty)} classes have no image ({', '.join(empty[:5])}): they cannot be trained on")
+
+
+@app.command("info")
+def info(
+    folder: Folder,
+    recipe: Annotated[Path | None, typer.Option(help="also tell how often a stage of it sees each class")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; default: the recipe's last stage")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over RECIPE")] = None,
+    as_json: Json = False,
+) -> None:
+    """Counts, bytes, imbalance factor, and a small histogram of the classes."""
+    from livt_scale.data.build.builder import info as shard_info
+    from livt_scale.util.errors import UsageError
+
+    if recipe is None and (stage or sets):
+        raise UsageError("--stage and --set are about a recipe", remedy="add --recipe RECIPE")
+    facts = shard_info(folder)
+    if recipe is not None:
+        facts["seen"] = _seen(folder, recipe, stage, sets or [])
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    factor = facts["imbalance_factor"]
+    each = facts["bytes"] / max(facts["samples"] + facts["quarantined"], 1)
+    typer.echo(f"{facts['name']}: {facts['samples']:,} images ({', '.join(facts['image_types'])}) in {folder}")
+    typer.echo(f"shards            {facts['shards']}, {facts['bytes'] / MIB:.1f} MiB, {each:,.0f} bytes an image")
+    typer.echo(
+        f"classes           {facts['classes']}: {facts['largest_class']:,} to {facts['smallest_class']:,} images"
+    )
+    typer.echo(f"imbalance factor  {'no image in a class' if factor is None else f'{factor:g}'}")
+    if facts["quarantined"]:
+        typer.echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
+    if recipe is not None:
+        for line in _seen_table(facts["seen"]):
+            typer.echo(line)
+        return
+    for line in histogram(facts["class_names"], facts["class_counts"]):
+        typer.echo(line)
+
+
+@app.command("trace")
+def trace(
+    recipe: Annotated[Path, typer.Argument(help="a recipe")],
+    world_size: Annotated[int, typer.Option(min=1, help="how many ranks share each global batch")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="whose samples")] = 0,
+    epoch: Annotated[int, typer.Option(min=0, help="which epoch")] = 0,
+    step: Annotated[int | None, typer.Option(min=0, help="one step of the epoch; default: all of them")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; default: the recipe's first stage")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over it")] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell which samples a rank sees, step by step, without reading an image: the loader's own order."""
+    from livt_scale.config.load import load_recipe
+    from livt_scale.config.recipe import STAGES
+    from livt_scale.data.inspect import trace as trace_rank
+    from livt_scale.util.errors import UsageError, nearest
+
+    loaded = load_recipe(recipe, sets=sets or [])
+    chosen = next((name for name in loaded.stage_names if name == (stage or name)), None)
+    if chosen is None:
+        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
+    seen = trace_rank(loaded, chosen, rank=rank, world_size=world_size, epoch=epoch, step=step)
+    if as_json:
+        typer.echo(json.dumps(seen))
+        return
+    typer.echo(f"{chosen}, epoch {epoch} of {seen['steps_per_epoch']} steps, rank {rank} of {world_size}")
+    for one in seen["steps"]:
+        typer.echo(f"step {one['step']}: {' '.join(one['keys'])}")
+
+
+app.command("bench")(bench)
+
+
+def _seen(folder: str, recipe: Path, stage: str | None, sets: list[str]) -> dict[str, Any]:
+    from livt_scale.config.load import load_recipe
+    from livt_scale.config.recipe import STAGES
+    from livt_scale.data.inspect import class_report
+    from livt_scale.data.manifest import ShardSet
+    from livt_scale.util.errors import UsageError, nearest
+
+    loaded = load_recipe(recipe, sets=sets)
+    chosen = next((name for name in reversed(loaded.stage_names) if name == (stage or name)), None)
+    if chosen is None:
+        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
+    return class_report(ShardSet.open(folder), loaded, chosen)
+
+
+def _seen_table(seen: dict[str, Any]) -> list[str]:
+    """One row a class, largest first; of many classes, as many of even ranks as fit."""
+    sampling = seen["sampling"]
+    policy = sampling["policy"] + (f" from {sampling['from']} to {sampling['to']}" if "from" in sampling else "")
+    views = f", {seen['repeats']} views each" if seen["repeats"] > 1 else ""
+    rows = [
+        f"{seen['stage']} draws {policy}{views}: {seen['epochs']} epochs of {seen['steps_per_epoch']} steps, "
+        f"{seen['draws_per_epoch']:,} draws"
+    ]
+    classes = _even_ranks(sorted(seen["classes"], key=lambda c: -c["images"]))
+    width = max([5, *(min(len(c["class"]), 24) for c in classes)])
+    heads = ("images", "first epoch", "last epoch", "stage", "each image")
+    rows.append(f"  {'class':<{width}}" + "".join(f"  {head:>12}" for head in heads))
+    for c in classes:
+        each = f"{c['stage'] / c['images']:,.1f}" if c["images"] else "-"
+        counts = (f"{c[name]:,}" for name in ("images", "first_epoch", "last_epoch", "stage"))
+        rows.append(f"  {c['class'][:24]:<{width}}" + "".join(f"  {value:>12}" for value in (*counts, each)))
+    if len(classes) < len(seen["classes"]):
+        rows.append(f"  … {len(classes)} of {len(seen['classes'])} classes (--json lists all)")
+    return rows
+
+
+def _even_ranks(ranked: list[Any]) -> list[Any]:
+    if len(ranked) <= MOST_CLASSES:
+        return ranked
+    return [ranked[k * (len(ranked) - 1) // (MOST_CLASSES - 1)] for k in range(MOST_CLASSES)]
+
+
+def histogram(names: list[str], counts: list[int]) -> list[str]:
+    """Bars for the classes by size, largest first; of many classes, as many of even ranks as fit."""
+    shown = _even_ranks(sorted(range(len(counts)), key=lambda c: -counts[c]))
+    width = max((min(len(names[c]), 24) for c in shown), default=0)
+    most = max(counts, default=0) or 1
+    rows = []
+    for c in shown:
+        bar = "█" * round(BAR * counts[c] / most) or ("▏" if counts[c] else "")
+        rows.append(f"  {names[c][:24]:<{width}}  {counts[c]:>8,}  {bar}")
+    return rows
+
+
+def _by_class(facts: dict[str, Any]) -> str:
+    lost = zip(facts["class_names"], facts["quarantined_by_class"], strict=True)
+    return ", ".join(f"{count} of class {name}" for name, count in lost if count)
+
+
+def _tell_faults(folder: str, faults: list[Fault], *, quarantine: bool) -> None:
+    if not faults:
+        typer.echo(f"{folder}: whole")
+        return
+    for fault in faults[:MOST_FAULTS]:
+        typer.echo(str(fault))
+    if len(faults) > MOST_FAULTS:
+        typer.echo(f"… and {len(faults) - MOST_FAULTS} more (--json lists all)")
+    if quarantine:
+        from livt_scale.data.build.builder import info as shard_info
+
+        facts = shard_info(folder)
+        typer.echo(f"in quarantine: {facts['quarantined']} samples: {_by_class(facts)}. Training leaves them out")
+
+
+def _lines(path: Path) -> list[str]:
+    from livt_scale.util.errors import UsageError
+
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise UsageError(f"{path} cannot be read: {said}", remedy="give a file with one class name a line") from error
+
+
+@contextmanager
+def _progress(unit: str) -> Iterator[Progress]:
+    """A bar on a terminal, else a line every EVERY_S seconds; on stderr, so that --json stays JSON."""
+    if not sys.stderr.isatty():
+        yield _Lines(unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), unit)
+    with Progress(
+        *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True)
+    ) as bar:
+        tasks: dict[str, Any] = {}
+        rate = _Rate(unit)
+
+        def show(name: str, done: int, total: int, num_bytes: int) -> None:
+            if name not in tasks:
+                tasks[name] = bar.add_task(name, total=total, rate="")
+            bar.update(tasks[name], completed=done, rate=rate(name, done, num_bytes))
+
+        yield show
+
+
+class _Lines:
+    """Progress for a log file."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._rate = _Rate(unit)
+        self._said = time.monotonic()
+
+    def __call__(self, name: str, done: int, total: int, num_bytes: int) -> None:
+        rate = self._rate(name, done, num_bytes)
+        if time.monotonic() - self._said >= EVERY_S or done == total:
+            self._said = time.monotonic()
+            print(f"{name}: {done:,} of {total:,} {self._unit}, {rate}", file=sys.stderr, flush=True)
+
+
+class _Rate:
+    """Units and MiB a second of the set in work; its clock starts where the set before ended."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._name = unit, ""
+        self._begun = self._last = time.monotonic()
+
+    def __call__(self, name: str, done: int, num_bytes: int) -> str:
+        if name != self._name:
+            self._name, self._begun = name, self._last
+        self._last = time.monotonic()
+        seconds = max(self._last - self._begun, 1e-3)
+        return f"{done / seconds:,.0f} {self._unit}/s, {num_bytes / MIB / seconds:,.1f} MiB/s"

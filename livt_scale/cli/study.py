@@ -1,0 +1,238 @@
+"""`livt study`: many runs over sizes, lengths, data and losses; what became of them, and the laws they follow."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from livt_scale.util.errors import EXIT_FAILED
+
+if TYPE_CHECKING:
+    from livt_scale.study.definition import Loaded, Point
+    from livt_scale.study.runs import Run
+
+app = typer.Typer(help="Train a grid of runs, collect them, fit laws to them, report.", no_args_is_help=True)
+TABLE = "table.json"
+DEVICE, MFU = "h100", 0.35
+
+StudyFile = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="A YAML file, as studies/fashion_mnist_lt/sizes.yaml.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Where the runs lie; without it the study's own folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command("submit")
+def submit(
+    study: StudyFile,
+    out: Out = None,
+    at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="So many runs at a time [here 1].")] = None,
+    slurm: Annotated[bool, typer.Option("--slurm", help="As Slurm arrays, not on this machine.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; start nothing.")] = False,
+    device: Annotated[str, typer.Option(help="With --dry-run: hours of this device.")] = DEVICE,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="With --dry-run: share of its peak reached.")] = MFU,
+    as_json: AsJson = False,
+) -> None:
+    """Train every run of the study. Given again it goes on where it stopped, and leaves what is done.
+
+    livt study submit studies/fashion_mnist_lt/sizes.yaml --at-once 2
+
+    livt study submit studies/imagenet_lt/sizes.yaml --slurm --at-once 4
+    """
+    from livt_scale.study.definition import load_study, points, runs
+
+    loaded = load_study(study, folder=out)
+    every = points(loaded)
+    if dry_run:
+        _tell_cost(loaded, runs(loaded), device=device, mfu=mfu, as_json=as_json)
+        return
+    from livt_scale.study.subsets import build_subsets
+
+    for where in build_subsets(loaded, every):
+        typer.echo(f"{where}: there", err=as_json)
+    _write_command(loaded)
+    if slurm:
+        _submit_arrays(loaded, every, at_once=at_once, as_json=as_json)
+        return
+    from livt_scale.study.local_runner import check_runs, run_all
+
+    check_runs(runs(loaded), loaded.folder)
+    say = (lambda _: None) if as_json else typer.echo
+    outcome = run_all(runs(loaded), loaded.folder, at_once=at_once or 1, say=say)
+    failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
+    if as_json:
+        typer.echo(json.dumps({"done": outcome.done, "failed": failed}))
+    else:
+        typer.echo(f"{len(outcome.done)} done, {len(failed)} failed; next: livt study report {study}")
+    for name, why in failed.items():
+        typer.echo(f"failed: {name}: {why}", err=True)
+    if failed:
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _tell_cost(loaded: Loaded, runs: list[Run], *, device: str, mfu: float, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from livt_scale.study.cost import bill_of
+    from livt_scale.study.table import Sets
+    from livt_scale.util.errors import DataError
+
+    sets = Sets()
+
+    def size_of(run: Run) -> tuple[int, int]:
+        recipe = run.load(loaded.folder)
+        images, classes = sets.of(recipe)
+        if images is None or classes is None:
+            raise DataError(
+                f"{run.name}: how many images {recipe.data.train} has is not known: it is not built",
+                remedy="build it first (livt shards build); sets of fractions are built by livt study submit",
+            )
+        return images, classes
+
+    bill = bill_of(runs, loaded.folder, size_of, device=device, mfu=mfu)
+    typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
+
+
+def _write_command(loaded: Loaded) -> None:
+    """What was asked, kept beside the runs: the report says how its numbers came about."""
+    from livt_scale.util.atomic import write_whole
+
+    loaded.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(loaded.folder / "study.yaml", loaded.path.read_bytes())
+    write_whole(loaded.folder / "command.txt", f"{shlex.join(['livt', *sys.argv[1:]])}\n".encode())
+
+
+def _submit_arrays(loaded: Loaded, points: list[Point], *, at_once: int | None, as_json: bool) -> None:
+    from livt_scale.slurm.array import submit_array
+    from livt_scale.study.slurm_runner import prepare, ready
+
+    now = ready(loaded, points)
+    told: dict[str, Any] = {"jobs": []}
+    if now.points:
+        told = submit_array(prepare(loaded, now.points, at_once=at_once))
+    told |= {"submitted": [p.name for p in now.points], "waits": now.waits, "done": now.done}
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    verb = "in the queue already" if told.get("joined") else "submitted"
+    typer.echo(f"{len(now.points)} runs {verb}, {len(now.done)} done")
+    if now.waits:
+        typer.echo(f"{len(now.waits)} start from a pretraining that is not done: give this command again when it is")
+    typer.echo(f"next: livt study status {loaded.path}")
+
+
+@app.command("status")
+def status(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
+    """How each run stands, and how many there are of each kind. Exit code 1 where one has failed.
+
+    livt study status studies/fashion_mnist_lt/sizes.yaml
+    """
+    from livt_scale.study.definition import load_study, points
+    from livt_scale.study.table import state_of
+
+    loaded = load_study(study, folder=out)
+    rows = [(point.name, *state_of(loaded, point)) for point in points(loaded)]
+    if as_json:
+        typer.echo(json.dumps({"runs": [dict(zip(("name", "state", "why"), row, strict=True)) for row in rows]}))
+    else:
+        width = max(len(name) for name, _, _ in rows)
+        for name, state, why in rows:
+            typer.echo(f"{name:<{width}}  {state:<11} {why}".rstrip())
+        typer.echo(", ".join(f"{count} {state}" for state, count in Counter(state for _, state, _ in rows).items()))
+    if any(state == "failed" for _, state, _ in rows):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command("collect")
+def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
+    """Read all runs into one table: FOLDER/table.json and FOLDER/table.csv. What does not count is named with why.
+
+    livt study collect studies/fashion_mnist_lt/sizes.yaml
+    """
+    from livt_scale.study.definition import load_study
+
+    loaded = load_study(study, folder=out)
+    table = _collected(loaded)
+    if as_json:
+        typer.echo(json.dumps(table))
+        return
+    _tell_table(loaded, table)
+
+
+def _collected(loaded: Loaded, *, fit: bool = False) -> dict[str, Any]:
+    """The table of all runs, with the laws of its measures where they are asked for; kept beside the runs."""
+    from livt_scale.study.scaling_law import fit_table
+    from livt_scale.study.table import as_csv, collect_study
+    from livt_scale.util.atomic import write_whole
+
+    kept = loaded.folder / "command.txt"
+    command = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+    table = collect_study(loaded, command=command)
+    if fit:
+        table["fits"] = fit_table(table, measures=loaded.study.measures)
+    loaded.folder.mkdir(parents=True, exist_ok=True)
+    write_whole(loaded.folder / TABLE, (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(loaded.folder / "table.csv", as_csv(table).encode())
+    return table
+
+
+def _tell_table(loaded: Loaded, table: dict[str, Any]) -> None:
+    counts = Counter(run["state"] for run in table["runs"])
+    typer.echo(", ".join(f"{count} {state}" for state, count in counts.items()))
+    for run in table["runs"]:
+        if run["state"] != "done":
+            typer.echo(f"not counted: {run['name']}: {run['state']}{': ' + run['why'] if run['why'] else ''}")
+    typer.echo(f"{loaded.folder / TABLE}, {loaded.folder / 'table.csv'}")
+
+
+@app.command("fit")
+def fit(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
+    """Collect, and fit L = E + A·N^−α + B·D^−β to each measure; the largest size is held out as a check.
+
+    livt study fit studies/fashion_mnist_lt/sizes.yaml
+    """
+    from livt_scale.study.definition import load_study
+
+    loaded = load_study(study, folder=out)
+    fits = _collected(loaded, fit=True)["fits"]
+    typer.echo(json.dumps({"fits": fits}) if as_json else "\n".join(line for one in fits for line in _law_lines(one)))
+
+
+def _law_lines(fit: dict[str, Any]) -> list[str]:
+    head = f"{fit['measure']} over {' and '.join(fit['over'])}, {fit['num_points']} runs"
+    if fit["problem"]:
+        return [f"{head}: no law: {fit['problem']}"]
+    lines = [f"{head}: {fit['law']}"]
+    for name, value in fit["parameters"].items():
+        low, high = fit["intervals"].get(name, (None, None))
+        lines.append(f"  {name:<6} {value:.4g}" + (f"  ({low:.4g} to {high:.4g})" if low is not None else ""))
+    if fit["note"]:
+        lines.append(f"  note: {fit['note']}")
+    held = fit.get("held_out") or {}
+    for point in held.get("points", []):
+        lines.append(
+            f"  held out {point['name']}: predicted {point['predicted']:.4f} ({point['low']:.4f} to "
+            f"{point['high']:.4f}), measured {point['measured']:.4f}"
+            + ("" if point["relative_error"] is None else f", off by {point['relative_error']:+.1%}")
+        )
+    return lines
+
+
+@app.command("report")
+def report(study: StudyFile, out: Out = None) -> None:
+    """Collect, fit, and write report.html (one file, no network), report.md and pictures into the study's folder.
+
+    livt study report studies/fashion_mnist_lt/sizes.yaml
+    """
+    from livt_scale.study.definition import load_study
+    from livt_scale.study.report.html import write_report
+
+    loaded = load_study(study, folder=out)
+    for written in write_report(_collected(loaded, fit=True), loaded.folder):
+        typer.echo(str(written))

@@ -1,0 +1,155 @@
+"""`livt submit`: parse, plan, then print or submit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from livt_scale.config.recipe import Recipe
+    from livt_scale.slurm.chain import Plan
+    from livt_scale.slurm.code_snapshot import Frozen
+    from livt_scale.slurm.script import JobPlan
+    from livt_scale.slurm.submit import Prepared
+
+SETS_HELP = "Lay a value over the recipe's: a.b=c. Can be given again."
+
+
+def submit(
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="One recipe, or several for an array.")],
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SETS_HELP)] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print plan and scripts; write and submit nothing.")
+    ] = False,
+    follow_checkout: Annotated[
+        bool, typer.Option("--follow-checkout", help="Run the code as it lies when a job starts, not a frozen copy.")
+    ] = False,
+    stage_in: Annotated[
+        bool, typer.Option("--stage-in", help="Copy local shards to each node's own disk first (slurm.stage_in).")
+    ] = False,
+    at_once: Annotated[
+        int | None, typer.Option("--at-once", min=1, help="Of several runs, so many at a time in each stage.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Submit both stages, evaluation and export to Slurm, as a chain that comes to its end by itself.
+
+    livt submit RECIPE --set slurm.nodes=4 --set slurm.time_min=720
+
+    livt submit RECIPE --dry-run
+
+    livt submit RECIPE RECIPE RECIPE --at-once 2
+    """
+    from livt_scale.config.load import load_recipe
+    from livt_scale.util.errors import UsageError
+
+    extra = ["slurm.code=checkout"] * follow_checkout + ["slurm.stage_in=true"] * stage_in
+    loaded = [load_recipe(recipe, sets=[*(sets or []), *extra]) for recipe in recipes]
+    if len(loaded) > 1:
+        _submit_array(loaded, at_once=at_once, dry_run=dry_run, as_json=as_json)
+        return
+    if at_once is not None:
+        raise UsageError(
+            "--at-once bounds an array, and one recipe is none", remedy="leave it out, or give more recipes"
+        )
+    from livt_scale.slurm import submit as chains  # reads cluster, run and shards
+    from livt_scale.slurm.chain import dependency
+
+    prepared = chains.prepare(loaded[0])
+    plan = prepared.plan
+    if dry_run:
+        texts = chains.scripts(prepared, _not_yet_frozen(prepared))
+        _print_dry_run(
+            plan.jobs, texts, [dependency(plan.jobs, k) for k in range(len(plan.jobs))], plan, as_json=as_json
+        )
+        return
+    if not plan.jobs:
+        typer.echo(json.dumps({"jobs": []}) if as_json else f"This run is done: {prepared.run_dir}")
+        return
+    chain = chains.submit(prepared)
+    if as_json:
+        typer.echo(json.dumps(chain))
+        return
+    _print_chain(chain, plan.notes)
+    if not chain.get("joined"):
+        typer.echo(f"{chain['mode']}, because {chain['why']}; record: {prepared.run_dir / 'slurm' / 'chain.json'}")
+
+
+def _submit_array(recipes: list[Recipe], *, at_once: int | None, dry_run: bool, as_json: bool) -> None:
+    from livt_scale.slurm import array
+    from livt_scale.slurm.chain import Plan
+
+    prepared = array.prepare_array(recipes, at_once=at_once)
+    if not prepared.jobs:
+        typer.echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
+        return
+    if dry_run:
+        texts = array.array_scripts(prepared, [_not_yet_frozen(run) for run in prepared.runs])
+        after = [("aftercorr", k - 1) if k else None for k in range(len(prepared.jobs))]
+        plan = Plan("requeue", prepared.why, notes=prepared.notes)
+        _print_dry_run(prepared.jobs, texts, after, plan, as_json=as_json)
+        return
+    told = array.submit_array(prepared)
+    if as_json:
+        typer.echo(json.dumps(told))
+        return
+    _print_chain(told, prepared.notes)
+    if not told.get("joined"):
+        runs = f"{len(told['runs'])} runs, at most {told['at_once']} at once in each stage"
+        typer.echo(f"{runs}; scripts and logs: {told['folder']}")
+
+
+def _not_yet_frozen(prepared: Prepared) -> Frozen | None:
+    """Where the code will lie; its digest is known when it is frozen."""
+    from livt_scale.slurm.code_snapshot import Frozen
+
+    if prepared.recipe.slurm.code != "frozen":
+        return None
+    return Frozen(prepared.run_dir / "code" / "SHA256", "SHA256", "", {})
+
+
+def _print_chain(chain: dict[str, Any], notes: Sequence[str]) -> None:
+    if chain.get("joined"):
+        states = ", ".join(f"{job} {state.lower()}" for job, state in chain["joined"].items())
+        typer.echo(f"In the queue already, so nothing was submitted: {states}")
+        return
+    for note in notes:
+        typer.echo(f"note: {note}")
+    for job in chain["jobs"]:
+        typer.echo(f"{job['id']:>8}  {job['name']:<14} {_asked(job['ask'])}  {job['dependency'] or 'starts first'}")
+
+
+def _asked(ask: dict[str, Any]) -> str:
+    gpus = f" · {ask['gpus_per_node']} GPUs" if ask["gpus_per_node"] else ""
+    return f"{ask['nodes']} nodes · {ask['tasks_per_node']} tasks{gpus}, {ask['time_min']} min"
+
+
+def _print_dry_run(
+    jobs: Sequence[JobPlan],
+    texts: Sequence[str],
+    waits: Sequence[tuple[str, int] | None],
+    plan: Plan,
+    *,
+    as_json: bool,
+) -> None:
+    """waits: for each job, how it waits and for which. plan: mode, why and notes."""
+    if as_json:
+        told = [
+            {"name": job.name, "ask": asdict(job.ask), "after": after, "script": text}
+            for job, text, after in zip(jobs, texts, waits, strict=True)
+        ]
+        typer.echo(json.dumps({"mode": plan.mode, "why": plan.why, "notes": plan.notes, "jobs": told}))
+        return
+    for job, text in zip(jobs, texts, strict=True):
+        typer.echo(f"# ===== {job.name} =====\n{text}")
+    typer.echo(f"# plan: {plan.mode}, because {plan.why}")
+    for job, after in zip(jobs, waits, strict=True):
+        then = f"{after[0]} {jobs[after[1]].name}" if after else "starts first"
+        typer.echo(f"#   {job.name:<14} {_asked(asdict(job.ask))}  {then}")
+    for note in plan.notes:
+        typer.echo(f"# note: {note}")

@@ -1,0 +1,54 @@
+"""`livt import`: weights from elsewhere, as a folder that a run can start from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def import_(
+    file: Annotated[Path, typer.Argument(help="A .safetensors or .pth file, or a folder that holds one.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new.")],
+    layout: Annotated[str, typer.Option(help="auto, mae, livt, timm or hf: whose names the weights have.")] = "auto",
+    heads: Annotated[int | None, typer.Option(min=1, help="Of the encoder; known sizes need none.")] = None,
+    decoder_heads: Annotated[int | None, typer.Option(min=1, help="Of the decoder; without it, 16.")] = None,
+    image_px: Annotated[int | None, typer.Option(min=1, help="Resample the positions to this image size.")] = None,
+    patch_px: Annotated[int | None, typer.Option(min=1, help="Resample the patch embedding to this size.")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="Of the images.")] = None,
+    drop_head: Annotated[bool, typer.Option("--drop-head", help="Leave a fine-tuned head behind.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Bring weights of MAE, LiVT, timm or Hugging Face into a folder that a run can start from.
+
+    livt import mae_pretrain_vit_base.pth --out weights/mae-b
+
+    livt train RECIPE --set stages.finetune.init=weights --set stages.finetune.weights=weights/mae-b
+    """
+    from livt_scale.weights.importer import import_weights
+
+    report = import_weights(
+        file, out, layout=layout, heads=heads, decoder_heads=decoder_heads, image_px=image_px, patch_px=patch_px,
+        channels=channels, drop_head=drop_head,
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(report))
+        return
+    _show(report)
+
+
+def _show(report: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("what", "tensors", "which")
+    for what in ("used", "left", "made"):
+        names = report[what]
+        table.add_row(what, str(len(names)), ", ".join(names[:4]) + (" …" if len(names) > 4 else ""))
+    for name, how in report["changed"].items():
+        table.add_row("changed", "1", f"{name}: {how}")
+    Console().print(table)
+    source = report["source"]
+    typer.echo(f"{source['file']}, layout {source['layout']}, is in {report['out']}")

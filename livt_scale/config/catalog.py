@@ -1,0 +1,104 @@
+"""The recipes that ship, as a table: what `livt recipe list` prints, and docs/recipes.md.
+
+A recipe opens with what it reproduces, on what hardware, the number to expect, and the command; those lines are read
+here, and the rest is taken from the recipe as it resolves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.util.errors import UsageError
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+HEAD = re.compile(r"^# (Reproduces|Hardware|Expect|Command):\s*(.*)$")
+PAGE = """\
+# Recipes
+
+The recipes that ship. This page is made by `livt recipe list --page docs/recipes.md`; how to write and change one:
+[recipe files](recipe-files.md).
+
+Where a value is not the paper's, the file says whose it is beside it. `_code` recipes are what the public code and logs
+have, where these differ from the paper's table: their learning rate follows the six public logs in every epoch
+(`tests/test_schedules.py`). A larger model, another schedule or another loss is a `--set` away:
+
+```sh
+livt recipe show recipes/imagenet_lt/vit_b16.yaml --set stages.pretrain.epochs=400 --set model.size=vit_s
+```
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe: its path below recipes/, what its head says, and what it resolves to."""
+
+    path: str
+    reproduces: str
+    hardware: str
+    expect: str
+    command: str
+    recipe: Recipe
+
+    @property
+    def model(self) -> str:
+        model = self.recipe.model
+        return f"{model.size}/{model.dims[3]}" if model.is_vit else model.size
+
+    def stage(self, name: Stage) -> str:
+        """ "800 × 4096 at 224 px", for fine-tuning with the loss and what alone is trained; "-" where there is none."""
+        if name not in self.recipe.stage_names:
+            return "-"
+        part = self.recipe.stage(name)
+        px = self.recipe.at(name).model.image_px
+        loss = (
+            f", {self.recipe.stages.finetune.loss.name}" if name == "finetune" and self.recipe.stages.finetune else ""
+        )
+        trained = ", head alone" if part.backbone_frozen else ""
+        return f"{part.epochs} × {part.global_batch} at {px} px{loss}{trained}"
+
+
+def rows(folder: Path = RECIPES) -> list[Row]:
+    """Every recipe below `folder`, but those that others share (base/). Raises UsageError: one has no head."""
+    if not folder.is_dir():
+        raise UsageError(f"there are no recipes in {folder}", remedy="run it from a clone of the repository")
+    paths = sorted(path for path in folder.rglob("*.yaml") if "base" not in path.relative_to(folder).parts)
+    return [_row(path, folder) for path in paths]
+
+
+def _row(path: Path, folder: Path) -> Row:
+    said: dict[str, str] = {}
+    name = ""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if match := HEAD.match(line):
+            name = match[1]
+            said[name] = match[2].strip()
+        elif name:
+            said[name] += " " + line.lstrip("# ").strip()
+    missing = [word for word in ("Reproduces", "Hardware", "Expect", "Command") if word not in said]
+    if missing:
+        raise UsageError(f"{path} does not open with {', '.join(missing)}", remedy="see the head of the others")
+    told = {word.lower(): said[word] for word in ("Reproduces", "Hardware", "Expect", "Command")}
+    return Row(str(path.relative_to(folder)), **told, recipe=load_recipe(path))
+
+
+def page(found: Sequence[Row]) -> str:
+    """docs/recipes.md: a table for each folder of recipes."""
+    parts = [PAGE]
+    for group in dict.fromkeys(row.path.split("/")[0] for row in found):
+        parts += [f"## {group}", ""]
+        parts += ["| recipe | model | pretraining | fine-tuning | reproduces | expect |"]
+        parts += ["| --- | --- | --- | --- | --- | --- |"]
+        for row in (row for row in found if row.path.startswith(f"{group}/")):
+            stages = f"{row.stage('pretrain')} | {row.stage('finetune')}"
+            link = f"[{row.path.split('/')[1]}](../recipes/{row.path})"
+            cells = [link, row.model, stages, row.reproduces, row.expect]
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)

@@ -1,0 +1,68 @@
+"""Which shards a run reads, and how: the recipe's part `data`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from livt_scale.config.runtime import RecipePart
+from livt_scale.util.urls import is_url, url_problem
+
+
+class Cache(RecipePart):
+    """Where shards from a URL are kept on each node, and how much of them. Local folders are read in place."""
+
+    dir: str | None = Field(
+        None, min_length=1, description="on the node's own disk; None: LIVT_CACHE_DIR, else livt-cache-UID in $TMPDIR"
+    )
+    limit_gib: PositiveFloat = Field(64, description="GiB a node, over all its processes; what was used last stays")
+    ahead: PositiveInt = Field(4, description="shards that each loader process has fetched before it needs them")
+
+
+class Remote(RecipePart):
+    """How a file is fetched from a URL."""
+
+    tries: PositiveInt = Field(8, description="of a time-out, reset, wrong body, 429 or 5xx; 404 and 403 end at once")
+    connect_timeout_s: PositiveFloat = Field(10, description="for the connection to be made")
+    stall_timeout_s: PositiveFloat = Field(30, description="a connection that says nothing for so long is cut")
+    deadline_s: PositiveFloat = Field(900, description="for one file, all tries and waits together")
+
+
+class Data(RecipePart):
+    """Which shards, and how they are read."""
+
+    train: str = Field(min_length=1, description="folder or URL of the training shards (the one with manifest.json)")
+    val: str | None = Field(None, min_length=1, description="the same of the evaluation shards; None: no evaluation")
+    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="of the pixels in [0, 1], one a channel")
+    std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
+    many_over: PositiveInt = Field(100, description="many-shot: classes with more training images than this")
+    few_under: PositiveInt = Field(20, description="few-shot: classes with fewer training images than this")
+    workers: NonNegativeInt | Literal["auto"] = Field(
+        2, description="loader processes a rank; 0 decodes in the training process; auto: measured at the start"
+    )
+    prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready; with auto, at most")
+    decode: Literal["cpu", "gpu"] = Field(
+        "cpu", description="who decodes training JPEGs; gpu: nvJPEG, but for fine-tuning with RandAugment or erasing"
+    )
+    lane_groups: PositiveInt | None = Field(
+        None, description="groups of slots with shards of their own; None: the most that leave each 12 shards"
+    )
+    shuffle_window: PositiveInt = Field(65536, description="samples among which a lane group shuffles")
+    cache: Cache = Cache()
+    remote: Remote = Remote()
+
+    @model_validator(mode="after")
+    def _urls_hold_no_secret(self) -> Self:
+        for name in ("train", "val"):
+            location = getattr(self, name)
+            problem = url_problem(location) if location and is_url(location) else None
+            if problem:  # the URL itself is not repeated: it may hold a password
+                raise ValueError(f"{name} is a URL that cannot be: {problem}")
+        return self
+
+    @model_validator(mode="after")
+    def _thresholds_leave_a_middle(self) -> Self:
+        if self.few_under > self.many_over + 1:
+            raise ValueError(f"few_under is {self.few_under}, above many_over = {self.many_over}: groups overlap")
+        return self

@@ -1,0 +1,302 @@
+"""Recipes on disk: YAML, `extends:`, `--set a.b=c`, and errors that name file, line and nearest valid name.
+
+    extends: ../base/livt.yaml      # or a list; what stands here wins, part by part; `null` takes a stage away
+    data: {train: shards/x/train}   # a relative path is looked for here, then beside and above the recipe file
+
+Every value remembers where it was written (`Tree.origins`), so that a mistake in a base recipe is reported there.
+Reading the YAML itself, plain values alone and nothing ever executed, is `livt_scale.config.yaml`'s.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from livt_scale.config.recipe import STAGES, Recipe
+from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
+from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.urls import is_url, redacted
+
+
+def load_recipe(path: str | Path, *, sets: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path` with `sets` ("a.b=c") laid over it, checked.
+
+    Raises RecipeError; UsageError for one of the `sets` that cannot be laid.
+    """
+    path = Path(path)
+    tree = _read(path, seen=())
+    for text in sets:
+        _apply_set(tree, text)
+    recipe = _validate(tree, path)
+    return _resolve_paths(recipe, path)
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML. The caller sees to the temporary name."""
+    path.write_text(to_yaml(recipe), encoding="utf-8")
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The whole recipe, defaults and all; `load_recipe` reads it back to the same values."""
+    return dump(recipe.model_dump(mode="json"))
+
+
+# --- files and `extends` ---
+
+
+def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
+    """The tree of `path` laid over the trees that it extends; `seen`: the files on the way here."""
+    text, real = _text(path), path.resolve()
+    if real in seen:
+        chain = " -> ".join(p.name for p in (*seen[seen.index(real) :], real))
+        raise RecipeError(f"{shown(path)}: `extends` goes round in a circle: {chain}", remedy="take one of them out")
+    own = parse(text, path)
+    where = own.origins.get(("extends",), shown(path))
+    tree = Tree()
+    for base in _bases(own.values.pop("extends", []), where):
+        file = _beside(path, base)
+        if not file.is_file():
+            raise RecipeError(f"{where}: extends {base}, but there is no such file", remedy=_near(file))
+        _lay_over(tree, _read(file, seen=(*seen, real)))
+    _lay_over(tree, own)
+    return tree
+
+
+def _bases(extends: Any, where: str) -> list[str]:
+    bases = [extends] if isinstance(extends, str) else extends
+    if not isinstance(bases, list) or not all(isinstance(b, str) and b and "\0" not in b for b in bases):
+        raise RecipeError(
+            f"{where}: extends is {extends!r}", remedy="give the path of a recipe file, or a list of them"
+        )
+    return bases
+
+
+def _beside(path: Path, base: str) -> Path:
+    """`base` as seen from `path`, without `..` on the way where that is the same file (a link may lead elsewhere)."""
+    direct = path.parent / base
+    short = Path(os.path.normpath(direct))
+    return short if short.resolve() == direct.resolve() else direct
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RecipeError(f"there is no recipe {shown(path)}", remedy=_near(path)) from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{shown(path)} is not a recipe: not a text file in UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        said = getattr(error, "strerror", None) or error
+        raise RecipeError(f"the recipe {shown(path)} cannot be read: {said}") from error
+
+
+def _near(path: Path) -> str:
+    options = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    return nearest(str(path), options) if options else "give the path of a YAML file, such as recipes/SET/SIZE.yaml"
+
+
+def _lay_over(base: Tree, over: Tree) -> None:
+    """Put `over` on `base` in place: parts are joined name by name, anything else is replaced."""
+
+    def laid(under: Any, top: Any, where: Where) -> Any:
+        if isinstance(under, dict) and isinstance(top, dict):
+            return {**under, **{key: laid(under.get(key), value, (*where, key)) for key, value in top.items()}}
+        _forget_below(base, where)
+        return top
+
+    base.values = laid(base.values, over.values, ())
+    base.origins.update(over.origins)
+
+
+def _forget_below(tree: Tree, where: Where) -> None:
+    """A value is replaced: what stood in it is written nowhere any more."""
+    depth = len(where)
+    for path in [p for p in tree.origins if len(p) > depth and p[:depth] == where]:
+        del tree.origins[path]
+
+
+# --- `--set` ---
+
+
+def _apply_set(tree: Tree, text: str) -> None:
+    name, equals, raw = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise UsageError(
+            f"--set {text!r} is not of the form a.b=value", remedy="for example --set stages.finetune.epochs=30"
+        )
+    if not raw.strip():
+        raise UsageError(f"--set {name}= has no value", remedy="give one, or null for none")
+    if keys == ["extends"]:
+        raise UsageError("--set extends=…: only a file can extend another", remedy="write a recipe that extends both")
+    for where in _expand(keys, tree):
+        _put(tree, where, _set_value(where, raw, text), origin=f"--set {name}")
+
+
+def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
+    """`stages.*.epochs` stands for every stage that the recipe runs; anything else for itself."""
+    if keys[:2] != ["stages", "*"]:
+        return [keys]
+    stages = tree.values.get("stages")
+    present = [s for s in STAGES if isinstance(stages, dict) and stages.get(s) is not None]
+    if not present:
+        raise UsageError(f"--set {'.'.join(keys)}: the recipe has no stage", remedy="name one: stages.pretrain.…")
+    return [["stages", stage, *keys[2:]] for stage in present]
+
+
+def _set_value(where: list[str], raw: str, text: str) -> Any:
+    """`raw` as YAML; but as it stands where the recipe wants text: a path may hold `: `, `#` or look like a number."""
+    if str in _types_at(where) and raw not in ("null", "~"):
+        return raw
+    try:
+        return parse_value(raw)
+    except RecipeError as error:
+        remedy = error.remedy or "give the value as YAML would have it"
+        raise UsageError(f"--set {text}: {error.message}", remedy=remedy) from error
+
+
+def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
+    node = tree.values
+    for depth, key in enumerate(keys[:-1], start=1):
+        child = node.get(key)
+        if child is None:  # not there, or taken away by `null`; and now a part of it is wanted
+            child = node[key] = {}
+            tree.origins[tuple(keys[:depth])] = origin
+        if not isinstance(child, dict):
+            raise UsageError(f"{origin}: {'.'.join(keys[:depth])} is {child!r}, a value: it has no parts")
+        node = child
+    node[keys[-1]] = value
+    _forget_below(tree, tuple(keys))
+    tree.origins[tuple(keys)] = origin
+
+
+# --- checking, and telling what is wrong ---
+
+_PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "a valid string": "text"}
+
+
+def _validate(tree: Tree, path: Path) -> Recipe:
+    try:
+        # by way of JSON: strict (no "12" or true for 12), yet a list is a tuple
+        return Recipe.model_validate_json(json.dumps(tree.values), strict=True)
+    except ValidationError as error:
+        lines = [_explain(e, tree, path) for e in error.errors(include_url=False)]
+        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+
+
+def _explain(error: Any, tree: Tree, path: Path) -> str:
+    """One line of one mistake: where it was written, the field, what is wrong, what would be right."""
+    where: Where = tuple(error["loc"])
+    name, given = _dotted(where), _shown(error["input"])
+    if error["type"] == "value_error":  # a rule over a whole part: its message starts with the field
+        said = str(error["ctx"]["error"])
+        field = (*where, *said.split(" ", 1)[0].split("."))
+        prefix = f"{name}." if where else ""
+        return f"{tree.origin_of(field if field in tree.origins else where, default=shown(path))}: {prefix}{said}"
+    origin = tree.origin_of(where, default=shown(path))
+    if error["type"] == "extra_forbidden":
+        return f"{origin}: there is no field {name}: {_hint(where)}"
+    if error["type"] == "missing":
+        return f"{origin}: {name} is missing and has no default"
+    if error["type"] == "literal_error":
+        names = [n.strip().strip("'") for n in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        return f"{origin}: {name} is {given}: {nearest(str(error['input']), names)}"
+    if error["type"] == "json_invalid":  # the one text that YAML or a shell can hold and JSON cannot
+        raise UsageError(f"{shown(path)}: a value or a name is not UTF-8 text")
+    if error["type"] in ("model_type", "model_attributes_type"):
+        if not where:
+            return f"{origin}: a recipe is a mapping of names to values, not {given}"
+        fields = ", ".join(_fields_at(where))
+        return f"{origin}: {name} is {given}, but it is a part with fields of its own: {fields}"
+    said = error["msg"].removeprefix("Input ")
+    for theirs, ours in (
+        ("a valid boolean", "true or false"),
+        ("a valid array", "a list"),
+        ("a valid tuple", "a list"),
+    ):
+        said = said.replace(theirs, ours)
+    return f"{origin}: {name} is {given}: {said[0].lower()}{said[1:]}"
+
+
+def _dotted(where: Where) -> str:
+    return ".".join(map(str, where)) or "recipe"
+
+
+def _shown(value: Any) -> str:
+    text = redacted(_plain(value))
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
+def _plain(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def _hint(where: Where) -> str:
+    """The nearest field of the same part; else the places where a field of this very name stands; else all fields."""
+    name, fields = str(where[-1]), _fields_at(where[:-1])
+    said = nearest(name, fields)
+    elsewhere = [_dotted(path) for path in _all_fields() if path[-1] == name]
+    if not said.startswith("did you mean") and elsewhere:
+        return f"did you mean {' or '.join(repr(e) for e in elsewhere)}?"
+    return said
+
+
+def _fields_at(where: Where) -> list[str]:
+    """The fields that a part of the recipe has: `stages.pretrain` -> epochs, …; none for a plain value."""
+    part = _part_at(where)
+    return list(part.model_fields) if part else []
+
+
+def _part_at(where: Sequence[str | int]) -> type[BaseModel] | None:
+    part: type[BaseModel] | None = Recipe
+    for key in where:
+        if part is None or key not in part.model_fields:
+            return None
+        options = _options(part.model_fields[str(key)].annotation)
+        part = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+    return part
+
+
+def _types_at(where: Sequence[str]) -> tuple[Any, ...]:
+    """What a field may be, as Python types: (str, NoneType) for `data.val`; nothing for a field that is not there."""
+    part = _part_at(where[:-1])
+    return _options(part.model_fields[where[-1]].annotation) if part and where[-1] in part.model_fields else ()
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return tuple(o for a in typing.get_args(annotation) for o in _options(a))
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _options(typing.get_args(annotation)[0])
+    return (annotation,)
+
+
+def _all_fields(where: Where = ()) -> list[Where]:
+    here = [(*where, name) for name in _fields_at(where)]
+    return [path for field in here for path in (field, *_all_fields(field))]
+
+
+# --- the data's folders ---
+
+
+def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
+    data = {name: _find(getattr(recipe.data, name), path) for name in ("train", "val")}
+    run_dir = recipe.run_dir or str(Path("runs") / recipe.name)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data), "run_dir": run_dir})
+
+
+def _find(location: str | None, recipe_path: Path) -> str | None:
+    """A relative folder as it is; or, if nothing is there, beside the recipe file or in a folder above it."""
+    if location is None or is_url(location) or Path(location).is_absolute():
+        return location
+    for folder in (Path(), *recipe_path.resolve().parents):
+        if (folder / location).exists():
+            return str((folder / location).resolve())
+    return str(Path(location).resolve())

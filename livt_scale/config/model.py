@@ -1,0 +1,140 @@
+"""The Vision Transformer that a run trains, and the MAE's decoder; or a ResNet: the recipe's part `model`."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from livt_scale.config.runtime import RecipePart
+from livt_scale.util.errors import UsageError
+
+# width, depth, heads, patch size in px. vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
+MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
+    "vit_micro": (96, 4, 3, 4),
+    "vit_ti": (192, 12, 3, 16),
+    "vit_s": (384, 12, 6, 16),
+    "vit_b": (768, 12, 12, 16),
+    "vit_l": (1024, 24, 16, 16),
+    "vit_h": (1280, 32, 16, 14),
+}
+
+# residual blocks of the four stages: ResNet, arXiv 1512.03385, table 1; from 50 on a block is a bottleneck.
+# resnet_micro is ours, for images of 28 to 32 px: about as many weights as vit_micro has
+RESNETS: dict[str, tuple[int, int, int, int]] = {
+    "resnet_micro": (1, 1, 1, 1),
+    "resnet18": (2, 2, 2, 2),
+    "resnet34": (3, 4, 6, 3),
+    "resnet50": (3, 4, 6, 3),
+}
+FIRST_WIDTH = {"resnet_micro": 20}  # channels of the first stage; each next one has twice as many
+USUAL_FIRST_WIDTH = 64
+SMALL_STEM_UP_TO_PX = 64
+
+
+class Decoder(RecipePart):
+    """The MAE's decoder, thrown away after pretraining."""
+
+    width: PositiveInt = 512
+    depth: PositiveInt = 8
+    heads: PositiveInt = 16
+
+
+class Model(RecipePart):
+    """The Vision Transformer. A size gives width, depth, heads and patch; each can be set on its own.
+
+    Or a ResNet, to be trained from scratch with labels: it has a size, and nothing else of these.
+    """
+
+    size: Literal[
+        "vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet_micro", "resnet18", "resnet34", "resnet50"
+    ] = Field("vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1, no pooling")  # fmt: skip
+    width: PositiveInt | None = Field(None, description="None: from the size")
+    depth: PositiveInt | None = Field(None, description="None: from the size")
+    heads: PositiveInt | None = Field(None, description="None: from the size")
+    patch_px: PositiveInt | None = Field(None, description="None: from the size")
+    image_px: PositiveInt = 224
+    channels: PositiveInt = 3
+    decoder: Decoder = Decoder()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if not self.is_vit:
+            return self
+        width, _, heads, patch_px = self.dims
+        if width % heads:
+            raise ValueError(f"heads is {heads} and does not divide the width {width}")
+        if self.decoder.width % self.decoder.heads:
+            raise ValueError(f"decoder.heads is {self.decoder.heads} and does not divide {self.decoder.width}")
+        check_patches("image_px", self.image_px, patch_px=patch_px)
+        for name, dim in (("width", width), ("decoder.width", self.decoder.width)):
+            if dim % 4:
+                raise ValueError(f"{name} is {dim}: sine-cosine positions need a multiple of 4")
+        return self
+
+    @model_validator(mode="after")
+    def _a_resnet_has_a_size_alone(self) -> Self:
+        given = [name for name in ("width", "depth", "heads", "patch_px") if getattr(self, name) is not None]
+        if given and not self.is_vit:
+            raise ValueError(
+                f"{' and '.join(given)} has no effect on size {self.size!r}: leave it out, or take a vit_*"
+            )
+        if self.size in FIRST_WIDTH and not self.has_small_stem:
+            raise ValueError(
+                f"image_px is {self.image_px}, and {self.size} is for images up to {SMALL_STEM_UP_TO_PX} px: "
+                "take resnet18, or smaller images"
+            )
+        return self
+
+    @property
+    def is_vit(self) -> bool:
+        return self.size in MODEL_SIZES
+
+    @property
+    def stage_blocks(self) -> tuple[int, int, int, int]:
+        """A ResNet's residual blocks, by stage."""
+        return RESNETS[self.size]
+
+    @property
+    def stage_widths(self) -> tuple[int, int, int, int]:
+        """A ResNet's channels by stage, inside of a block; a bottleneck gives out four times as many."""
+        first = FIRST_WIDTH.get(self.size, USUAL_FIRST_WIDTH)
+        return first, 2 * first, 4 * first, 8 * first
+
+    @property
+    def has_bottlenecks(self) -> bool:
+        return self.size == "resnet50"
+
+    @property
+    def has_small_stem(self) -> bool:
+        return not self.is_vit and self.image_px <= SMALL_STEM_UP_TO_PX
+
+    @property
+    def num_branches(self) -> int:
+        """Residual branches, each with a coin of its own in stochastic depth: two a ViT's block, one a ResNet's."""
+        return 2 * self.dims[1] if self.is_vit else sum(self.stage_blocks)
+
+    @property
+    def dims(self) -> tuple[int, int, int, int]:
+        """(width, depth, heads, patch_px) of a ViT, what is set over what the size gives. UsageError: it is none."""
+        if not self.is_vit:
+            raise UsageError(f"model.size is {self.size}, which has no patches", remedy="take a vit_* for this")
+        width, depth, heads, patch_px = MODEL_SIZES[self.size]
+        return self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_px // self.dims[3]) ** 2
+
+    def num_kept(self, mask_ratio: float) -> int:
+        """Patches that pretraining shows its encoder."""
+        return int(self.num_patches * (1 - mask_ratio))
+
+
+def check_patches(name: str, px: int, *, patch_px: int) -> None:
+    """Raise ValueError unless images of `px` are cut into whole patches."""
+    if px % patch_px:
+        lower = max(px // patch_px, 1) * patch_px
+        raise ValueError(
+            f"{name} is {px}, not a multiple of patch_px = {patch_px}: the nearest are {lower} and {lower + patch_px}"
+        )

@@ -1,0 +1,294 @@
+"""What a run is: one recipe, made of typed, frozen parts. The names here are the names in the YAML.
+
+A default stands in its part and nowhere else. Unless a description says otherwise it is the paper's (LiVT, arXiv
+2212.02015, table of hyper-parameters for ImageNet-LT; MAE, arXiv 2111.06377, table 8). `None` means "derived",
+and the description says from what. What the recipe alone decides is checked here; what needs the world size is
+checked by `livt_scale.train.batch_plan`. The parts: `livt_scale.config.data`, `recipe_model`, `recipe_stages`; how the
+work is done (`parallel`, `checkpoint`, `faults`, `log`) is `livt_scale.config.runtime`'s, `slurm` is
+`livt_scale.config.slurm`'s; reading YAML, `extends:` and `--set` is `livt_scale.config.load`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from livt_scale.config.data import Cache, Data, Remote
+from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_patches
+from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
+from livt_scale.config.slurm import Slurm
+from livt_scale.config.stages import (
+    LOSS_NAMES,
+    LOSS_OPTIONS,
+    Ema,
+    Finetune,
+    Loss,
+    Policy,
+    Pretrain,
+    Sampling,
+    StagePart,
+)
+
+__all__ = [  # the parts are found here too
+    "LOSS_NAMES",
+    "MODEL_SIZES",
+    "STAGES",
+    "Cache",
+    "Checkpoint",
+    "Data",
+    "Decoder",
+    "Ema",
+    "Faults",
+    "Finetune",
+    "Log",
+    "Loss",
+    "Model",
+    "Parallel",
+    "Policy",
+    "Pretrain",
+    "Recipe",
+    "RecipePart",
+    "Remote",
+    "Sampling",
+    "Slurm",
+    "Stage",
+    "StagePart",
+    "Stages",
+    "digest",
+    "learnt_from",
+]
+
+Stage = Literal["pretrain", "finetune"]
+STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
+
+
+class Stages(RecipePart):
+    """A stage that is absent is not run."""
+
+    pretrain: Pretrain | None = None
+    finetune: Finetune | None = None
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if not (self.pretrain or self.finetune):
+            raise ValueError("stages is empty: give pretrain, finetune or both")
+        if self.finetune and self.finetune.init == "pretrain" and not self.pretrain:
+            raise ValueError("finetune.init is 'pretrain' but there is no stage pretrain: add it, or set 'scratch'")
+        if self.finetune and self.finetune.init == "weights" and self.pretrain:
+            raise ValueError(
+                "finetune.init is 'weights', so the stage pretrain would be of no use: "
+                "take it away (pretrain: null), or set init: pretrain"
+            )
+        return self
+
+
+class Recipe(RecipePart):
+    """One run: data, model, stages, parallelism, checkpoints."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="names the folder below runs/")
+    run_dir: str | None = Field(None, description="None: runs/NAME")
+    seed: NonNegativeInt = 0
+    data: Data
+    model: Model = Model()
+    stages: Stages
+    parallel: Parallel = Parallel()
+    checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
+    log: Log = Log()
+    slurm: Slurm = Slurm()
+
+    @model_validator(mode="after")
+    def _name_is_one_folder(self) -> Self:
+        if self.name in (".", "..") or "/" in self.name or "\0" in self.name:
+            raise ValueError(f"name is {self.name!r}: it names the folder runs/NAME, so it cannot hold a slash")
+        return self
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Self:
+        for name in ("mean", "std"):
+            if len(getattr(self.data, name)) != self.model.channels:
+                raise ValueError(
+                    f"data.{name} has {len(getattr(self.data, name))} values for model.channels = {self.model.channels}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _a_gpu_has_something_to_decode(self) -> Self:
+        if self.data.decode == "gpu" and not any(self.decodes_on_gpu(stage) for stage in self.stage_names):
+            raise ValueError(
+                "data.decode = gpu has no effect: RandAugment and erasing change pixels on the CPU, so fine-tuning "
+                "with them decodes there; leave it out, or set stages.finetune.rand_augment: null, random_erasing: 0"
+            )
+        if self.data.decode == "gpu" and self.model.channels != 3:
+            raise ValueError(f"data.decode = gpu reads colour alone, and model.channels is {self.model.channels}")
+        return self
+
+    def decodes_on_gpu(self, stage: Stage) -> bool:
+        """Does `data.decode: gpu` reach this stage?"""
+        part = self.stage(stage)
+        augments = isinstance(part, Finetune) and bool(part.rand_augment or part.random_erasing)
+        return self.data.decode == "gpu" and not augments
+
+    @model_validator(mode="after")
+    def _a_resnet_is_trained_from_scratch(self) -> Self:
+        """A ResNet has no patches to mask and no layers of decaying rates, and its batch norm keeps statistics."""
+        part, size = self.stages.finetune, self.model.size
+        if self.model.is_vit:
+            return self
+        if self.stages.pretrain:
+            raise ValueError(
+                f"stages.pretrain masks patches, and model.size {size!r} has none: set stages.pretrain: null "
+                "and stages.finetune.init: scratch, or take a vit_*"
+            )
+        assert part is not None
+        if part.init != "scratch":
+            raise ValueError(
+                f"stages.finetune.init is {part.init!r}: {size} begins from scratch alone, set init: scratch"
+            )
+        if part.layer_decay != 1:
+            raise ValueError(f"stages.finetune.layer_decay has no effect on {size}: set layer_decay: 1.0")
+        if part.micro_batch < 2:
+            raise ValueError(f"stages.finetune.micro_batch is 1, and {size}'s batch norm needs at least 2 images")
+        if self.parallel.activation_checkpointing:
+            raise ValueError(
+                f"parallel.activation_checkpointing computes blocks twice, and {size}'s batch norm would count each "
+                "batch twice: leave it out"
+            )
+        if part.ema:
+            raise ValueError(
+                f"stages.finetune.ema averages weights, and {size}'s batch norm keeps the statistics of the others: "
+                "leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layer_groups_can_be_seen(self) -> Self:
+        if self.log.layer_groups and self.parallel.strategy.startswith("zero"):
+            raise ValueError(
+                f"log.layer_groups has no effect on strategy {self.parallel.strategy!r}, whose engine keeps the "
+                "gradients to itself: take ddp or fsdp, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _both_stages_cut_whole_patches(self) -> Self:
+        if self.stages.pretrain and self.stages.pretrain.image_px:
+            check_patches("stages.pretrain.image_px", self.stages.pretrain.image_px, patch_px=self.model.dims[3])
+        return self
+
+    def at(self, name: Stage) -> Self:
+        """The recipe with the model as stage `name` sees it: `model.image_px` is that stage's."""
+        px = self.stages.pretrain.image_px if name == "pretrain" and self.stages.pretrain else None
+        if px is None or px == self.model.image_px:
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"image_px": px})})
+
+    @model_validator(mode="after")
+    def _an_average_can_be_kept(self) -> Self:
+        if self.stages.finetune and self.stages.finetune.ema and self.parallel.strategy == "zero3":
+            raise ValueError(
+                "stages.finetune.ema cannot be kept under parallel.strategy 'zero3', which holds no weight whole or as "
+                "torch's shards: take fsdp, which shards as zero3 does, or leave ema out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_probe_can_be_spread(self) -> Self:
+        part, strategy = self.stages.finetune, self.parallel.strategy
+        if part is None:
+            return self
+        if part.optimizer == "lars" and strategy.startswith("zero"):
+            raise ValueError(
+                f"stages.finetune.optimizer 'lars' asks for the norm of each layer, which the flat pieces of "
+                f"parallel.strategy {strategy!r} do not know: take ddp or fsdp"
+            )
+        if part.train == "head" and strategy.startswith("zero"):
+            raise ValueError(
+                f"stages.finetune.train 'head' leaves parallel.strategy {strategy!r} next to no gradients and moments "
+                "to share out: take ddp, or fsdp for a backbone that fits no single device"
+            )
+        if part.train == "head" and self.parallel.activation_checkpointing and self.stages.pretrain is None:
+            raise ValueError(
+                "parallel.activation_checkpointing has no effect on stages.finetune.train 'head': nothing of a frozen "
+                "backbone is kept for a backward pass; leave it out"
+            )
+        if part.optimizer == "lars" and self.parallel.adamw == "foreach" and self.stages.pretrain is None:
+            raise ValueError("parallel.adamw has no effect on stages.finetune.optimizer 'lars': leave it out")
+        return self
+
+    def stage(self, name: Stage) -> Pretrain | Finetune:
+        part = self.stages.pretrain if name == "pretrain" else self.stages.finetune
+        if part is None:
+            raise KeyError(name)
+        return part
+
+    @property
+    def stage_names(self) -> tuple[Stage, ...]:
+        return tuple(s for s in STAGES if getattr(self.stages, s) is not None)
+
+
+# What may change between a run's start and its continuation: it moves files and work, not the numbers learnt.
+HARMLESS = (
+    "name",
+    "run_dir",
+    "data.train",
+    "data.val",
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "data.remote",
+    "parallel",
+    "checkpoint",
+    "faults",
+    "log",
+    "slurm",
+)
+# weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
+HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
+# left out where they have this value: runs that were begun before them go on
+ADDED_LATER: dict[str, Any] = {
+    "stages.finetune.ema": None,
+    "stages.finetune.train": "all",
+    "stages.finetune.optimizer": "adamw",
+    "stages.finetune.momentum": None,
+    "stages.finetune.head_norm": "none",
+    "stages.pretrain.image_px": None,
+    **{f"stages.finetune.loss.{option}": None for option in LOSS_OPTIONS if option != "tau"},
+}
+
+
+def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """The recipe's fields, dotted, that decide what `stage` learns; a continued run must not change them."""
+    flat = _flatten(recipe.at(stage).model_dump(mode="json"))
+    # a ViT learns the same at any size of the micro-batch; batch norm takes its mean and deviation over it
+    harmless = tuple(name for name in HARMLESS_IN_STAGE if recipe.model.is_vit or name != "micro_batch")
+    kept = {}
+    for path, value in flat.items():
+        if any(path == h or path.startswith(f"{h}.") for h in HARMLESS):
+            continue
+        if path.startswith("stages.") and (
+            not path.startswith(f"stages.{stage}.") or path.removeprefix(f"stages.{stage}.") in harmless
+        ):
+            continue
+        if path in ADDED_LATER and value == ADDED_LATER[path]:
+            continue
+        kept[path] = value
+    return kept
+
+
+def digest(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields in one spelling, as hex."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

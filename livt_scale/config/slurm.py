@@ -1,0 +1,118 @@
+"""How a run is submitted to Slurm: what each job asks for, and how the jobs follow each other. Decides nothing learnt.
+
+`livt submit` reads it (docs/slurm.md). What is None comes from the site's profile (slurm/sites/NAME.yaml), and where
+that says nothing either, from the defaults in `livt_scale.slurm.sites`. Text that stands in a line of #SBATCH, where
+nothing can be quoted, is of letters, digits and a few signs; all other text may hold anything and is quoted.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from livt_scale.config.runtime import RecipePart
+
+# one word of an #SBATCH line: no space, quote, #, backslash or control character
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:&|*()\[\]@/=+-]+$", max_length=200)]
+Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Value = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # of anything but NUL, which no process can be given
+
+
+class SlurmStage(RecipePart):
+    """What one stage's jobs ask for, where it differs from the rest."""
+
+    nodes: PositiveInt | None = Field(None, description="None: slurm.nodes")
+    time_min: PositiveInt | None = Field(None, description="limit of one job, minutes. None: slurm.time_min")
+    partition: Word | None = Field(None, description="None: slurm.partition")
+    segments: PositiveInt | None = Field(
+        None, description="numbered jobs, by mode segments; None: from the step time and what is left to train"
+    )
+
+
+class SlurmEvaluation(RecipePart):
+    """The chain's last job: the evaluation on the data.val set, then the export, in one task."""
+
+    time_min: PositiveInt = Field(60, description="limit of the job, minutes")
+    partition: Word | None = Field(None, description="None: slurm.partition")
+
+
+class Container(RecipePart):
+    """Tasks run inside this image; the batch shell itself does not."""
+
+    by: Literal["apptainer", "pyxis"] = Field(description="apptainer exec around each task, or srun --container-image")
+    image: Value = Field(min_length=1, description="a .sif or .sqsh file, or what the runtime can pull")
+    mounts: tuple[Value, ...] = Field((), description="FROM:TO; the run, the code and local shards come by themselves")
+    python: Value = Field("python3", min_length=1, description="inside the image, with what livt_scale needs")
+
+
+class Slurm(RecipePart):
+    """What the jobs of a run ask for, and how they follow each other."""
+
+    site: str | None = Field(
+        None, min_length=1, description="a profile: NAME of slurm/sites/NAME.yaml, or the path of one; None: none"
+    )
+    nodes: PositiveInt = Field(1, description="nodes of each training job")
+    gpus_per_node: NonNegativeInt | None = Field(None, description="None: the partition's in the profile, else 0")
+    tasks_per_node: PositiveInt | None = Field(None, description="processes a node; None: one a GPU; without GPUs 1")
+    cpus_per_task: PositiveInt | None = Field(
+        None, description="None: the partition's cores of a node, shared out; without a profile, Slurm's default"
+    )
+    memory_gib: PositiveInt | None = Field(None, description="of a node; None: the site's default")
+    time_min: PositiveInt | None = Field(None, description="limit of one job, minutes; None: the partition's longest")
+    partition: Word | None = Field(None, description="None: the profile's, else Slurm's default")
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    exclude: Word | None = Field(None, description="nodes that are not to be used, as Slurm writes them: gpu[03-05]")
+    mode: Literal["auto", "requeue", "segments"] = Field(
+        "auto",
+        description="requeue: a stage is one job, put back when it stopped early; segments: a stage is several jobs. "
+        "auto: segments where the partition's PreemptMode is CANCEL or the profile forbids requeue, else requeue",
+    )
+    lead_s: PositiveInt = Field(
+        300, ge=10, le=65535, description="before its time limit a job is told to save; Slurm may be 60 s early"
+    )
+    step_s: PositiveFloat | None = Field(None, description="planned seconds of a step; None: measured, else unknown")
+    save_s: PositiveFloat | None = Field(None, description="planned seconds of a save; None: measured, else unknown")
+    start_s: NonNegativeFloat = Field(120, description="planned seconds from a job's start to its first step")
+    most_idle_restarts: PositiveInt = Field(
+        3,
+        description="restarts in a row that find no new checkpoint; one more, and the stage ends with its reason",
+    )
+    check_nodes: Literal["no", "report", "exclude"] = Field(
+        "report",
+        description="a quick look at each node before its tasks start. report: a bad one ends the job and is named; "
+        "exclude: the job also goes on without it, by itself",
+    )
+    check_min: PositiveInt = Field(5, description="a node that has not answered after so many minutes is bad")
+    code: Literal["frozen", "checkout"] = Field(
+        "frozen",
+        description="frozen: package and recipe as they were submitted, kept in RUN/code; checkout: as they lie",
+    )
+    python: Value | None = Field(None, min_length=1, description="None: the one that runs `livt submit`")
+    modules: tuple[Value, ...] = Field((), description="`module load` of each, after those of the profile")
+    environment: dict[Variable, Value] = Field({}, description="set in each job, over those of the profile")
+    container: Container | None = Field(None, description="None: the tasks run on the node itself")
+    stage_in: bool = Field(
+        False, description="copy local shards to each node's own disk first, verified; removed when the job ends"
+    )
+    stage_in_dir: Value | None = Field(
+        None, pattern="^/", description="on each node; None: the profile's, else the node's own $TMPDIR or /tmp"
+    )
+    pretrain: SlurmStage = SlurmStage()
+    finetune: SlurmStage = SlurmStage()
+    evaluate: SlurmEvaluation = SlurmEvaluation()
+
+    @model_validator(mode="after")
+    def _each_has_an_effect(self) -> Self:
+        if self.stage_in_dir and not self.stage_in:
+            raise ValueError("stage_in_dir has no effect without stage_in: leave it out, or set stage_in: true")
+        if self.container and self.python:
+            raise ValueError("python has no effect beside a container: set container.python")
+        if self.check_nodes == "no" and self.check_min != type(self).model_fields["check_min"].default:
+            raise ValueError("check_min has no effect on check_nodes 'no': leave it out")
+        given = [name for name in ("pretrain", "finetune") if getattr(self, name).segments is not None]
+        if given and self.mode == "requeue":
+            raise ValueError(f"{given[0]}.segments has no effect on mode 'requeue': leave it out, or take segments")
+        return self

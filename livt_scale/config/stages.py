@@ -1,0 +1,319 @@
+"""What each stage learns from and how: the recipe's parts `stages.pretrain` and `stages.finetune`.
+
+Defaults are the paper's, as `livt_scale.config.recipe` says.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self, get_args
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    create_model,
+    model_validator,
+)
+
+from livt_scale.config.runtime import RecipePart
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Policy = Literal["instance", "class_balanced", "sqrt"]
+LossName = Literal["ce", "ls_ce", "bce", "bal_ce", "bal_bce", "cb_ce", "ldam", "mislas", "lade", "focal"]
+LOSS_NAMES: tuple[LossName, ...] = get_args(LossName)
+
+
+class _Policy(RecipePart):
+    policy: Literal["instance", "class_balanced", "sqrt", "progressive"] = Field(
+        "instance", description="instance: each image once an epoch; the others draw by class, see docs/order.md"
+    )
+
+
+# `from` is a word of Python's, so these two fields cannot be written as the others are
+_FromTo: Any = create_model(  # type: ignore[call-overload]
+    "_FromTo",
+    __base__=_Policy,
+    **{
+        "from": (Policy | None, Field(None, description="progressive: the policy that the stage begins with")),
+        "to": (Policy | None, Field(None, description="progressive: the policy that it moves towards")),
+    },
+)
+
+
+class Sampling(_FromTo):
+    """How likely each class is drawn: by images, evenly, by the root of its images, or moving between two of them."""
+
+    @model_validator(mode="after")
+    def _ends_go_with_progressive(self) -> Self:
+        given = [name for name in ("from", "to") if getattr(self, name) is not None]
+        if self.policy == "progressive" and len(given) < 2:
+            raise ValueError("policy is 'progressive': give both from and to, as {from: instance, to: class_balanced}")
+        if self.policy != "progressive" and given:
+            raise ValueError(f"{' and '.join(given)} has no effect on policy {self.policy!r}: leave it out")
+        return self
+
+    @property
+    def ends(self) -> tuple[Policy, Policy]:
+        """The policies of the first epoch and towards the last: twice the same but for progressive."""
+        if self.policy == "progressive":
+            begin, end = (getattr(self, name) for name in ("from", "to"))
+            return begin, end
+        return self.policy, self.policy
+
+
+class StagePart(RecipePart):
+    """What both stages have."""
+
+    epochs: PositiveInt
+    global_batch: PositiveInt = Field(description="images an optimizer step, over all ranks")
+    micro_batch: PositiveInt = Field(
+        64, description="images a forward pass on one rank, at most: a rank with fewer slots takes them all"
+    )
+    base_lr: PositiveFloat = Field(description="learning rate for a global batch of 256; scaled linearly")
+    min_lr: NonNegativeFloat = Field(description="where the cosine ends")
+    warmup_epochs: NonNegativeFloat = Field(description="epochs of linear warm-up")
+    weight_decay: NonNegativeFloat = Field(
+        0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either"
+    )
+    betas: tuple[Fraction, Fraction]
+    clip_grad: PositiveFloat | None = Field(None, description="largest global gradient norm; None: not clipped")
+    crop_scale: tuple[Fraction, Fraction] = Field(description="share of the image's area in a random resized crop")
+    flip: bool = Field(True, description="mirror half of the images")
+    sampling: Sampling = Sampling()
+    repeats: PositiveInt = Field(
+        1, description="views of an image in one batch, neighbours; an epoch keeps its steps and sees 1/repeats of them"
+    )
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, more than epochs = {self.epochs}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
+            raise ValueError(f"crop_scale is {self.crop_scale}: give 0 < smallest <= largest <= 1")
+        if self.micro_batch > self.global_batch:
+            raise ValueError(f"micro_batch is {self.micro_batch}, more than global_batch = {self.global_batch}")
+        return self
+
+    @property
+    def mixes(self) -> bool:
+        """Whether neighbouring slots (2k, 2k + 1) are mixed with each other."""
+        return False
+
+    @property
+    def lars_momentum(self) -> float | None:
+        """None: the stage is trained by AdamW."""
+        return None
+
+    @property
+    def backbone_frozen(self) -> bool:
+        """Whether the head alone is trained."""
+        return False
+
+    @model_validator(mode="after")
+    def _views_fill_the_batch(self) -> Self:
+        unit = self.repeats * (2 if self.mixes and self.repeats > 1 else 1)
+        if self.global_batch % unit:
+            pairs = "; with mixup or cutmix the views of two images share 2 · repeats slots" if self.mixes else ""
+            near = max(1, round(self.global_batch / unit)) * unit
+            raise ValueError(
+                f"repeats is {self.repeats}: global_batch must be a multiple of {unit}, not {self.global_batch}"
+                f"{pairs}. The nearest is {near}"
+            )
+        return self
+
+    @property
+    def peak_lr(self) -> float:
+        """`base_lr` · `global_batch` / 256, the linear rule of both papers."""
+        return self.base_lr * self.global_batch / 256
+
+
+class Pretrain(StagePart):
+    """Stage 1, masked generative pretraining (MAE, arXiv 2111.06377). No labels, so no imbalance."""
+
+    epochs: PositiveInt = 800
+    global_batch: PositiveInt = 4096
+    base_lr: PositiveFloat = 1.5e-4
+    min_lr: NonNegativeFloat = 0.0
+    warmup_epochs: NonNegativeFloat = 40
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of patches left out")
+    norm_pix: bool = Field(True, description="the target: each patch less its mean, over its deviation")
+    image_px: PositiveInt | None = Field(
+        None, description="side of the images of this stage, e.g. 128 before a fine-tuning at 224; None: model.image_px"
+    )
+    weights: str | None = Field(
+        None, description="go on from these: what `livt import` wrote, a file; None: from the seed"
+    )
+
+
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Loss(RecipePart):
+    """Which loss, from `livt_scale.losses`, and what it takes; docs/losses.md tells them apart."""
+
+    name: LossName = "bal_bce"
+    tau: NonNegativeFloat | None = Field(None, description="bal_ce, bal_bce: strength of the margin; None: 1")
+    smoothing: BelowOne | None = Field(None, description="ls_ce: ε of its own smoothing; None: 0.1")
+    beta: BelowOne | None = Field(
+        None, description="cb_ce: how slowly more images of a class stop counting; None: 0.9999"
+    )
+    max_margin: NonNegativeFloat | None = Field(None, description="ldam: margin of the smallest class; None: 0.5")
+    scale: PositiveFloat | None = Field(None, description="ldam: what logits are multiplied by; None: 30")
+    head_smoothing: BelowOne | None = Field(None, description="mislas: ε of the largest class; None: 0.3")
+    tail_smoothing: BelowOne | None = Field(None, description="mislas: ε of the smallest class; None: 0")
+    dv_weight: NonNegativeFloat | None = Field(None, description="lade: weight of its regulariser; None: 0.1")
+    dv_penalty: NonNegativeFloat | None = Field(None, description="lade: λ within its regulariser; None: 0.1")
+    gamma: NonNegativeFloat | None = Field(None, description="focal: how little the easy terms weigh; None: 2")
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What the recipe gives of `make_loss`'s options."""
+        return self.model_dump(exclude={"name"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _options_have_an_effect(self) -> Self:
+        for option in self.options:
+            takers = LOSS_OPTIONS[option]
+            if self.name not in takers:
+                instead = " or ".join(takers)
+                raise ValueError(f"{option} has no effect on the loss {self.name!r}: leave it out, or take {instead}")
+        return self
+
+
+LOSS_OPTIONS: dict[str, tuple[LossName, ...]] = {  # which losses take it
+    "tau": ("bal_ce", "bal_bce"),
+    "smoothing": ("ls_ce",),
+    "beta": ("cb_ce",),
+    "max_margin": ("ldam",),
+    "scale": ("ldam",),
+    "head_smoothing": ("mislas",),
+    "tail_smoothing": ("mislas",),
+    "dv_weight": ("lade",),
+    "dv_penalty": ("lade",),
+    "gamma": ("focal",),
+}
+# What the targets of these must not have been through, and why.
+LOSS_REFUSES: dict[LossName, tuple[tuple[str, ...], str]] = {
+    "ls_ce": (("smoothing",), "smooths its targets itself (loss.smoothing)"),
+    "mislas": (("smoothing",), "smooths its targets itself (loss.head_smoothing, loss.tail_smoothing)"),
+    "lade": (("mixup", "cutmix", "smoothing"), "needs to know which class an image is of"),
+}
+
+
+class Ema(RecipePart):
+    """An exponential moving average of the weights, kept beside them; what is learnt does not depend on it."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.9999, description="how much of the average stays at an update")
+    warmup: bool = Field(True, description="at update k (from 0) no more than (1 + k) / (10 + k) stays")
+
+
+LARS_MOMENTUM = 0.9  # MAE, arXiv 2111.06377, table 10
+
+
+class Finetune(StagePart):
+    """Stage 2, balanced fine-tuning. Defaults: the paper's table for ImageNet-LT."""
+
+    epochs: PositiveInt = 100
+    global_batch: PositiveInt = 1024
+    base_lr: PositiveFloat = 1e-3
+    min_lr: NonNegativeFloat = 1e-6
+    warmup_epochs: NonNegativeFloat = 10
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    init: Literal["pretrain", "scratch", "weights"] = Field(
+        "pretrain", description="where the encoder's weights come from"
+    )
+    weights: str | None = Field(
+        None, description="with init: weights. What `livt import` or `livt export` wrote, a file, or another run"
+    )
+    keep_head: bool = Field(False, description="with init: weights. Take the head too; its classes must be the same")
+    train: Literal["all", "head"] = Field("all", description="head: a linear probe; all else stays as it begins")
+    optimizer: Literal["adamw", "lars"] = "adamw"
+    momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
+    head_norm: Literal["none", "batch"] = Field(
+        "none",
+        description="with train: head. batch: BatchNorm without weights before the head, of all images of the steps "
+        "before, on all ranks",
+    )
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's notation; None: none")
+    random_erasing: Fraction = Field(0.25, description="share of images with a rectangle of noise")
+    mixup: NonNegativeFloat = Field(0.8, description="a of Beta(a, a); 0: no mixup")
+    cutmix: NonNegativeFloat = Field(1.0, description="a of Beta(a, a); 0: no cutmix. With mixup: half and half")
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
+    loss: Loss = Loss()
+    eval_every_epochs: PositiveInt | None = Field(None, description="None: at the end alone")
+    ema: Ema | None = Field(None, description="also keep an average of the weights, as {decay: 0.9999}; None: none")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def backbone_frozen(self) -> bool:
+        return self.train == "head"
+
+    @property
+    def lars_momentum(self) -> float | None:
+        if self.optimizer == "adamw":
+            return None
+        return LARS_MOMENTUM if self.momentum is None else self.momentum
+
+    @model_validator(mode="after")
+    def _a_frozen_backbone_is_left_alone(self) -> Self:
+        if self.train == "all":
+            if self.head_norm != "none":
+                raise ValueError(
+                    f"head_norm is {self.head_norm!r}, whose statistics are of a backbone that stays as it is: "
+                    "set train: head, or head_norm: none"
+                )
+            return self
+        if self.init == "scratch":
+            raise ValueError("train is 'head', so the backbone of init 'scratch' would stay random: take other weights")
+        for name, neutral in (("layer_decay", 1), ("drop_path", 0)):
+            if getattr(self, name) != neutral:
+                raise ValueError(
+                    f"{name} is {getattr(self, name):g}, which has no effect on the frozen backbone of train 'head': "
+                    f"set {name}: {neutral}"
+                )
+        if self.keep_head and self.head_norm != "none":
+            raise ValueError("keep_head: that head was trained without head_norm: set head_norm: none, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _the_optimizer_takes_these_options(self) -> Self:
+        if self.optimizer == "adamw" and self.momentum is not None:
+            raise ValueError("momentum has no effect on optimizer 'adamw', which has betas: leave it out, or take lars")
+        if self.optimizer == "lars" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError("betas has no effect on optimizer 'lars', which has momentum: leave it out, or take adamw")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_come_from_one_place(self) -> Self:
+        if self.init == "weights" and self.weights is None:
+            raise ValueError("init is 'weights', but weights names no file: give it, or set init: scratch")
+        for name in ("weights", "keep_head"):
+            if self.init != "weights" and getattr(self, name):
+                raise ValueError(f"{name} has no effect with init {self.init!r}: set init: weights, or leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_stay_on_one_rank(self) -> Self:
+        for name in ("micro_batch", "global_batch"):
+            if self.mixes and getattr(self, name) % 2:
+                raise ValueError(f"{name} is {getattr(self, name)}: mixup and cutmix pair neighbours, so make it even")
+        return self
+
+    @model_validator(mode="after")
+    def _the_loss_takes_these_targets(self) -> Self:
+        refused, why = LOSS_REFUSES.get(self.loss.name, ((), ""))
+        given = {name: getattr(self, name) for name in refused if getattr(self, name)}
+        if given:
+            values = ", ".join(f"{name} is {value:g}" for name, value in given.items())
+            zeros = ", ".join(f"{name}: 0" for name in given)
+            raise ValueError(f"{values}, but the loss {self.loss.name!r} {why}: set {zeros}")
+        return self

@@ -1,0 +1,402 @@
+"""How a data set becomes shards, as one YAML file says it: sources, and sets made of them.
+
+    name: fashion-mnist-lt
+    sources:
+      train: {idx: {root: /usr/share/datasets/fashion-mnist, images: train-images-idx3-ubyte.gz, labels: …}}
+    sets:
+      train-lt: {source: train, exponential: {n0: 1000, imbalance: 100}}
+      train-balanced: {source: train, balanced: {like: train-lt}}       # as many images, the classes alike
+
+A set without exponential, counts or balanced takes every image. Relative paths are looked for below `root`, and a
+relative `root` or counts file beside the spec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+from livt_scale.config.yaml import Tree, parse, validated
+from livt_scale.data.build import sources
+from livt_scale.data.build.cifar import open_cifar
+from livt_scale.data.build.inaturalist import open_inaturalist
+from livt_scale.data.build.writer import Prepare
+from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
+from livt_scale.util.errors import SourceError, UsageError, nearest
+
+PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Folder(_Part):
+    """root/CLASS/**/image."""
+
+    root: str
+
+
+class ListFile(_Part):
+    """Lines `path label`, the paths below root."""
+
+    root: str
+    list: str
+
+
+class Idx(_Part):
+    """Grey images and labels in the IDX format, .gz or not."""
+
+    root: str
+    images: str
+    labels: str
+
+
+class INaturalist(_Part):
+    """Images below root, listed by a JSON file as iNaturalist publishes it."""
+
+    root: str
+    annotations: str
+    as_text: bool = Field(False, description="categories in the order 0, 1, 10, 100 …, as LiVT's published weights")
+
+
+class Cifar(_Part):
+    """Records of CIFAR's binary version, in one or more files below root."""
+
+    root: str
+    files: list[str] = Field(min_length=1)
+    classes: Literal[10, 100]
+
+
+class Tars(_Part):
+    """Every *.tar in root: WebDataset's key.jpg|jpeg|png + key.cls."""
+
+    root: str
+
+
+class SourceSpec(_Part):
+    """Where labelled images come from: one of the formats."""
+
+    folder: Folder | None = None
+    list: ListFile | None = None
+    idx: Idx | None = None
+    inaturalist: INaturalist | None = None
+    cifar: Cifar | None = None
+    tars: Tars | None = None
+
+    @model_validator(mode="after")
+    def _one_format(self) -> Self:
+        _exactly_one(self, tuple(type(self).model_fields), at_least=1)
+        return self
+
+    @property
+    def format(self) -> str:
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+
+class Exponential(_Part):
+    """n_c = int(n0 · imbalance^(−c / (C − 1)))."""
+
+    n0: PositiveInt | None = Field(None, description="images of the first class; None: all that the source has of it")
+    imbalance: Annotated[float, Field(ge=1)]
+
+
+class CountsProfile(_Part):
+    """Images of each class, written here or in a JSON file that holds a list."""
+
+    values: list[NonNegativeInt] | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        _exactly_one(self, ("values", "file"), at_least=1)
+        return self
+
+
+class Balanced(_Part):
+    """The same number of images of each class."""
+
+    like: PlainName | None = Field(None, description="as many images in all as this set has")
+    per_class: PositiveInt | None = None
+    total: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        _exactly_one(self, ("like", "per_class", "total"), at_least=1)
+        return self
+
+
+class Expected(_Part):
+    """What is known of a published set: another number means other files, another list or another order of classes."""
+
+    images: PositiveInt
+    classes: PositiveInt
+    largest: PositiveInt | None = Field(None, description="images of the largest class; None: not compared")
+    smallest: PositiveInt | None = Field(None, description="images of the smallest class; None: not compared")
+    counts: str | None = Field(None, description="a JSON file with the images of each class, in the classes' order")
+
+
+class SetSpec(_Part):
+    """One set: a folder of shards."""
+
+    source: PlainName
+    exponential: Exponential | None = None
+    counts: CountsProfile | None = None
+    balanced: Balanced | None = None
+    prepare: Prepare | None = Field(None, description="images made smaller once; None: their bytes as they are")
+    expected: Expected | None = Field(None, description="compared before anything is written; None: nothing is")
+    shard_samples: PositiveInt = Field(1024, description="samples a shard, at most; shards of a set are of one size")
+
+    @model_validator(mode="after")
+    def _at_most_one_profile(self) -> Self:
+        _exactly_one(self, ("exponential", "counts", "balanced"), at_least=0)
+        return self
+
+
+class BuildSpec(_Part):
+    """The whole file."""
+
+    name: PlainName
+    seed: NonNegativeInt = Field(0, description="of the choice of images and of their order")
+    class_names: list[str] | None = Field(None, description="None: the folders' names, or the labels' numbers")
+    sources: dict[PlainName, SourceSpec]
+    sets: dict[PlainName, SetSpec]
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        if not self.sets:
+            raise ValueError("sets is empty: name a set to build")
+        for name, part in self.sets.items():
+            if part.source not in self.sources:
+                raise ValueError(
+                    f"sets.{name}.source is {part.source!r}, which is none of the sources: "
+                    + nearest(part.source, self.sources)
+                )
+            like = part.balanced and part.balanced.like
+            if like and (like not in self.sets or like == name):
+                others = [other for other in self.sets if other != name]
+                raise ValueError(f"sets.{name}.balanced.like is {like!r}, no other set: {nearest(like, others)}")
+            if like and self.sets[like].balanced:
+                raise ValueError(
+                    f"sets.{name}.balanced.like is {like!r}, itself balanced: give the set that it is like"
+                )
+        return self
+
+
+class Spec(_Part):
+    """A spec and the folder that its relative paths start from."""
+
+    build: BuildSpec
+    folder: Path
+
+    def open_source(self, name: str) -> sources.Source:
+        """The source `name`, its files looked at and its labels read. Raises SourceError."""
+        spec = self.build.sources[name]
+        part: Any = getattr(spec, spec.format)
+        root = self.folder / Path(part.root).expanduser()
+        classes = tuple(self.build.class_names) if self.build.class_names is not None else None
+        if spec.folder:
+            return sources.open_folder(name, root, class_names=classes)
+        if spec.list:
+            return sources.open_list(name, root, list_file=root / spec.list.list, class_names=classes)
+        if spec.idx:
+            labels = root / spec.idx.labels
+            return sources.open_idx(name, root / spec.idx.images, labels=labels, class_names=classes)
+        if spec.inaturalist:
+            annotations = root / spec.inaturalist.annotations
+            as_text = spec.inaturalist.as_text
+            return open_inaturalist(name, root, annotations=annotations, class_names=classes, as_text=as_text)
+        if spec.cifar:
+            return open_cifar(name, root, files=spec.cifar.files, classes=spec.cifar.classes, class_names=classes)
+        return sources.open_tars(name, root, class_names=classes)
+
+    def class_counts(self, name: str, source: sources.Source) -> Counts:
+        """[C] Images of each class in the set `name`, drawn from `source`. Raises SourceError: not what is expected."""
+        counts = self._profile_counts(name, source)
+        expected = self.build.sets[name].expected
+        if expected is not None:
+            known = None
+            if expected.counts:
+                listed = CountsProfile(file=expected.counts)
+                known = self._listed_counts(name, listed, expected.classes)
+            check_expected(
+                name,
+                counts,
+                images=expected.images,
+                classes=expected.classes,
+                known=known,
+                largest=expected.largest,
+                smallest=expected.smallest,
+            )
+        return counts
+
+    def _profile_counts(self, name: str, source: sources.Source) -> Counts:
+        part, num_classes = self.build.sets[name], len(source.class_names)
+        available = np.bincount(source.labels, minlength=num_classes).astype(np.int64)
+        if part.exponential:
+            return class_counts_exponential(
+                part.exponential.n0 or int(available[0]), num_classes, part.exponential.imbalance
+            )
+        if part.counts:
+            return self._listed_counts(name, part.counts, num_classes)
+        if part.balanced and part.balanced.per_class:
+            return np.full(num_classes, part.balanced.per_class, dtype=np.int64)
+        if part.balanced and part.balanced.like:
+            twin = self.build.sets[part.balanced.like]
+            other = source if twin.source == part.source else self.open_source(twin.source)
+            return balanced_counts(int(self._profile_counts(part.balanced.like, other).sum()), num_classes)
+        if part.balanced:
+            return balanced_counts(part.balanced.total or 0, num_classes)
+        return available
+
+    def _listed_counts(self, name: str, part: CountsProfile, num_classes: int) -> Counts:
+        values: Any = part.values
+        where = f"sets.{name}.counts"
+        if part.file:
+            where = str(self.folder / part.file)
+            try:
+                values = json.loads((self.folder / part.file).read_bytes())
+            except (OSError, ValueError, RecursionError) as error:
+                raise SourceError(f"{where}: the counts cannot be read: {error}") from error
+        whole = isinstance(values, list) and all(type(v) is int and 0 <= v < 2**31 for v in values)
+        if not whole or len(values) != num_classes:
+            raise SourceError(
+                f"{where}: not a list of {num_classes} whole numbers", remedy="give one count for each class, in order"
+            )
+        if 0 in values:
+            raise SourceError(f"{where}: class {values.index(0)} has no image", remedy="give it one, or leave it out")
+        return np.array(values, dtype=np.int64)
+
+    def neutral(self, name: str) -> dict[str, Any]:
+        """What of the spec decides what the set `name` holds: no folders, so that it can be built elsewhere."""
+        part = self.build.sets[name]
+        source = self.build.sources[part.source].model_dump(exclude_none=True)
+        for fields in source.values():
+            fields.pop("root")
+        told: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True, exclude={"expected"})}
+        if part.balanced and part.balanced.like:
+            told["like"] = self.neutral(part.balanced.like)
+        if part.counts and part.counts.file:
+            told["counts_sha256"] = hashlib.sha256(_bytes(self.folder / part.counts.file)).hexdigest()
+        return told
+
+
+def load_spec(
+    path: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    prepare: Prepare | None = None,
+    ignore_expected: bool = False,
+) -> Spec:
+    """The spec in `path`, with `overrides`: "source=FOLDER" for its root, "source.field=PATH" for one of its files.
+
+    `prepare`: for every set, instead of what the spec says. `ignore_expected`: build whatever is there.
+
+    Raises UsageError: field, file and line, and the nearest valid name.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        hint = nearest(str(path), near) if near else "give the path of a YAML file, as shards/fashion-mnist-lt.yaml"
+        raise UsageError(f"the spec {path} cannot be read: {said}", remedy=hint) from error
+    tree = parse(text, path)
+    for override in overrides:
+        _override(tree, override)
+    build = validated(tree, path, BuildSpec)
+    if prepare:
+        sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
+        build = build.model_copy(update={"sets": sets})
+    if ignore_expected:
+        sets = {name: part.model_copy(update={"expected": None}) for name, part in build.sets.items()}
+        build = build.model_copy(update={"sets": sets})
+    return Spec(build=build, folder=path.resolve().parent)
+
+
+def _override(tree: Tree, text: str) -> None:
+    name, equals, value = text.partition("=")
+    source, _, field = name.partition(".")
+    known = tree.values.get("sources")
+    known = known if isinstance(known, dict) else {}
+    if not equals or not value:
+        raise UsageError(f"--source {text!r} is not of the form NAME=FOLDER or NAME.FIELD=PATH")
+    if source not in known:
+        raise UsageError(f"--source {text}: there is no source {source!r}: {nearest(source, known)}")
+    field = field or "root"
+    parts = known[source] if isinstance(known[source], dict) else {}
+    for kind, fields in parts.items():
+        if isinstance(fields, dict):
+            # a path on the command line is relative to where the command is given, not to the spec
+            fields[field] = str(Path(value).resolve()) if field == "root" or "/" in value else value
+            tree.origins[("sources", source, kind, field)] = f"--source {name}"
+
+
+def _exactly_one(part: BaseModel, names: tuple[str, ...], *, at_least: int) -> None:
+    given = [name for name in names if getattr(part, name) is not None]
+    if not at_least <= len(given) <= 1:
+        said = " and ".join(given) if given else "none"
+        raise ValueError(f"give {'one' if at_least else 'at most one'} of {', '.join(names)}: there is {said}")
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from error
+
+
+REMEDY = "compare list file and folder with what the authors publish; to build it all the same: --ignore-expected"
+SHOWN = 5  # classes that a complaint names
+
+
+def check_expected(
+    name: str,
+    counts: Counts,
+    *,
+    images: int,
+    classes: int,
+    known: Counts | None = None,
+    largest: int | None = None,
+    smallest: int | None = None,
+) -> None:
+    """Raise SourceError where `counts` [C] are not the published ones.
+
+    known [C]: those of each class, where there are; largest, smallest: images of these classes, for sets whose numbers
+    are published no closer.
+    """
+    if len(counts) != classes:
+        raise SourceError(f"set {name} has {len(counts)} classes, the published set {classes}", remedy=REMEDY)
+    total = int(counts.sum())
+    if known is not None and (differ := np.flatnonzero(counts != known)).size:
+        same = np.array_equal(np.sort(counts), np.sort(known))
+        order = "; the same numbers in another order, so the classes are numbered otherwise" if same else ""
+        raise SourceError(
+            f"set {name} has {total:,} images, the published set {int(known.sum()):,}; "
+            f"{differ.size} of {classes} classes differ ({_first(counts, known, differ)}){order}",
+            remedy=REMEDY,
+        )
+    if total != images:
+        raise SourceError(f"set {name} has {total:,} images, the published set {images:,}", remedy=REMEDY)
+    for which, wanted, found, c in (
+        ("largest", largest, counts.max(), counts.argmax()),
+        ("smallest", smallest, counts.min(), counts.argmin()),
+    ):
+        if wanted is not None and found != wanted:
+            raise SourceError(
+                f"set {name} has {total:,} images as the published set, but its {which} class, {c}, has {found} "
+                f"of them and the published one's {wanted}",
+                remedy=REMEDY,
+            )
+
+
+def _first(counts: Counts, known: Counts, differ: Counts) -> str:
+    first = ", ".join(f"class {c}: {counts[c]} instead of {known[c]}" for c in differ[:SHOWN])
+    return first + (f" and {differ.size - SHOWN} more" if differ.size > SHOWN else "")

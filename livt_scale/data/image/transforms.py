@@ -1,0 +1,202 @@
+"""Crop, flip and augment one sample; every number it draws comes from (seed, epoch, key).
+
+    transform = TrainTransform(recipe, "pretrain")
+    transform(jpeg_bytes, slot, epoch=3, key="img-12")     # slot: uint8 [C, T, T], a place in the batch, is filled
+
+Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats, and `F.interpolate` has vector code
+for uint8 in channels-last order that is several times faster than Pillow's (benchmarks/loader.py). The geometry is
+torchvision's RandomResizedCrop, Resize and CenterCrop; the augmentation timm's RandAugment; so recipes from the
+papers mean here what they mean there. Two deviations, both stated at their place: large crops are decoded at half,
+quarter or eighth size, and random erasing draws its noise in the range of a pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from livt_scale.config.recipe import Finetune, Recipe, Stage
+from livt_scale.data.image.augment import augment, erase, erasing_noise, make_augment
+from livt_scale.data.image.decode import SHRINKS, BadImage, EncodedImage, Pixels, Workspace, decode, open_image
+from livt_scale.data.seeds import sample_rng
+from livt_scale.util.errors import UsageError
+
+__all__ = ["BadImage", "Box", "EvalTransform", "TrainTransform", "View", "decode", "draw_crop", "make_augment"]
+
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and both papers'
+CROP_TRIES = 10  # torchvision's
+EVAL_CROP = 0.875  # share of the resized shorter side that the centre crop takes, up to EVAL_CROP_UP_TO_PX
+EVAL_CROP_UP_TO_PX = 224
+MOST_ELONGATED = 16  # longer side / shorter side that the evaluation resizes whole
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A part of an image: rows [top, top + height), columns [left, left + width)."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """An image as it is seen this time."""
+
+    image: EncodedImage
+    box: Box
+    is_mirrored: bool
+
+
+class TrainTransform:
+    """What happens to a training image: random resized crop, flip, and in fine-tuning RandAugment and erasing."""
+
+    def __init__(self, recipe: Recipe, stage: Stage) -> None:
+        part = recipe.stage(stage)
+        finetune = part if isinstance(part, Finetune) else None
+        self._seed = recipe.seed
+        self._workspace = Workspace()
+        self._channels = image_channels(recipe)
+        self._scale = part.crop_scale
+        self._flip = part.flip
+        self._erasing = finetune.random_erasing if finetune else 0.0
+        self._noise = erasing_noise(recipe.data.mean, recipe.data.std)
+        self._augment = (
+            make_augment(finetune.rand_augment, image_px=recipe.model.image_px, mean=recipe.data.mean)
+            if finetune and finetune.rand_augment
+            else None
+        )
+
+    def __call__(self, data: bytes, slot: torch.Tensor, *, epoch: int, key: str) -> None:
+        """Fill `slot`, uint8 [C, T, T] in channels-last order. Raises BadImage."""
+        self.fill(slot, self.view(data, epoch=epoch, key=key), epoch=epoch, key=key)
+
+    def view(self, data: bytes, *, epoch: int, key: str) -> View:
+        """What is drawn before a pixel is decoded. Raises BadImage where the header is bad."""
+        image = open_image(data, channels=self._channels)
+        uniforms = sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist()
+        box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:])
+        return View(image, box, is_mirrored=self._flip and uniforms[0] < 0.5)
+
+    def fill(self, slot: torch.Tensor, view: View, *, epoch: int, key: str) -> None:
+        resize(*cut(view.image, view.box, target_px=slot.shape[-1], workspace=self._workspace), slot)
+        if view.is_mirrored:
+            slot.copy_(slot[None].flip(-1)[0])
+        if self._augment is not None:
+            augment(slot, self._augment, sample_rng(self._seed, epoch, key, "augment"))
+        if self._erasing:
+            erase(slot, sample_rng(self._seed, epoch, key, "erase"), share=self._erasing, noise=self._noise)
+
+
+class EvalTransform:
+    """What happens to an evaluation image: the shorter side to T / 0.875 (above 224 px: to T), centre crop to T."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._workspace = Workspace()
+        self._channels = image_channels(recipe)
+        target_px = recipe.model.image_px
+        self._resized_px = int(target_px / EVAL_CROP) if target_px <= EVAL_CROP_UP_TO_PX else target_px
+
+    def __call__(self, data: bytes, slot: torch.Tensor) -> None:
+        """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
+        self.crops(data, slot[None])
+
+    def crops(self, data: bytes, slots: torch.Tensor) -> None:
+        """Fill `slots`, uint8 [n, C, T, T]: the centre crop; with n = 5 then the corners of the resized image too, left
+        before right, top before bottom. Raises BadImage."""
+        pixels = _centre(open_image(data, channels=self._channels).pixels(workspace=self._workspace))
+        height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
+        resized = _channels_last(height, width, self._channels)
+        resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
+        px = slots.shape[-1]  # torchvision's CenterCrop rounds half to even, so do we
+        centre = round((height - px) / 2), round((width - px) / 2)
+        corners = [(top, left) for top in (0, height - px) for left in (0, width - px)]
+        for slot, (top, left) in zip(slots, [centre, *corners], strict=False):
+            slot.copy_(resized[:, top : top + px, left : left + px])
+
+
+def image_channels(recipe: Recipe) -> int:
+    """1 (grey) or 3 (colour). Raises UsageError for a model of other channels: images have no others."""
+    if recipe.model.channels not in (1, 3):
+        raise UsageError(
+            f"model.channels is {recipe.model.channels}: images are read as grey (1) or colour (3)",
+            remedy="take 1 or 3",
+        )
+    return recipe.model.channels
+
+
+def draw_crop(height: int, width: int, *, scale: tuple[float, float], uniforms: list[float]) -> Box:
+    """torchvision's RandomResizedCrop.get_params from 22 uniforms: (area, aspect) for ten tries, then top and left.
+
+    An area from U(scale) and an aspect from exp(U(log 3/4, log 4/3)), until the box fits; after ten tries the
+    largest centre crop whose aspect lies in that range.
+    """
+    log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
+    for k in range(CROP_TRIES):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[2 * k])
+        aspect = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * uniforms[2 * k + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = (int(u * n) for u, n in zip(uniforms[-2:], (height - h + 1, width - w + 1), strict=True))
+            return Box(top, left, h, w)
+    w, h = width, height
+    if width / height < ASPECT[0]:
+        h = round(width / ASPECT[0])
+    elif width / height > ASPECT[1]:
+        w = round(height * ASPECT[1])
+    return Box((height - h) // 2, (width - w) // 2, h, w)
+
+
+def cut(image: EncodedImage, box: Box, *, target_px: int, workspace: Workspace | None = None) -> tuple[Pixels, Box]:
+    """Decode what `box` needs: (pixels, the box in them).
+
+    Where both sides of the box are at least 2, 4 or 8 times the target, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size, which libjpeg-turbo does in a fraction of the time. The box is then rounded to pixels of that size, so an
+    edge moves by at most half of one: a quarter of a percent of the crop at 224 px.
+    """
+    shrink = next((s for s in SHRINKS if image.shrinks and min(box.height, box.width) >= s * target_px), 1)
+    pixels = image.pixels(shrink=shrink, workspace=workspace, bottom=box.top + box.height)
+    if shrink == 1:
+        return pixels, box
+    top, left = round(box.top / shrink), round(box.left / shrink)
+    bottom, right = round((box.top + box.height) / shrink), round((box.left + box.width) / shrink)
+    return pixels, Box(top, left, bottom - top, right - left)
+
+
+def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
+    """Fill `slot` [C, h, w] with `box` of `pixels` [H, W, C], bicubic with antialias.
+
+    On photographs Pillow's `resize` gives the same to within 1 of 255 levels, in 6 values of a million 2 to 4 (both
+    round between two passes).
+    The operator that F.interpolate calls, with `out=`: written into a slot of the batch in channels-last order it
+    takes 128 µs for 320 x 330 -> 224 (one core), F.interpolate and a copy 179 µs.
+    """
+    crop = torch.from_numpy(pixels[box.top : box.top + box.height, box.left : box.left + box.width])
+    source = crop.permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w], a view
+    if source.shape[2:] == slot.shape[1:]:
+        slot.copy_(source[0])
+        return
+    torch.ops.aten._upsample_bicubic2d_aa.out(source, slot.shape[1:], False, None, None, out=slot[None])
+
+
+def _centre(pixels: Pixels) -> Pixels:
+    """The middle of a strip: one of 1 x 65,500, resized whole, would take 13 GB. What is kept reaches far beyond the
+    centre crop, whose pixels stay what they were to within the rounding of the longer side."""
+    height, width = pixels.shape[:2]
+    top, left = (max(0, (long - MOST_ELONGATED * short) // 2) for long, short in ((height, width), (width, height)))
+    return pixels[top : height - top, left : width - left]
+
+
+def _shorter_side_to(height: int, width: int, target_px: int) -> tuple[int, int]:
+    """torchvision's Resize(int): the longer side is cut to an integer."""
+    if height <= width:
+        return target_px, int(target_px * width / height)
+    return int(target_px * height / width), target_px
+
+
+def _channels_last(height: int, width: int, channels: int) -> torch.Tensor:
+    """An empty uint8 [C, H, W] whose memory is [H, W, C]."""
+    return torch.empty((height, width, channels), dtype=torch.uint8).permute(2, 0, 1)

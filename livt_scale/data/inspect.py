@@ -1,0 +1,117 @@
+"""What a rank would see, step by step, without reading an image: the loader's own order, keys from the index."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.order.class_balanced import ClassOrder, Repeated
+from livt_scale.data.order.instance import Ints, Order, SampleOrder
+from livt_scale.data.reader import RankOrder, stage_order, usable_labels
+from livt_scale.util.errors import UsageError
+
+
+def trace(
+    recipe: Recipe, stage: Stage, *, rank: int, world_size: int, epoch: int, step: int | None = None
+) -> dict[str, Any]:
+    """{"steps": [{"step": s, "keys": [...]}, …]}: the rank's keys in slot order, for one epoch or one step of it.
+
+    Where a sample may come more than once in an epoch, "views" beside the keys counts its appearances from 0.
+    """
+    shards = ShardSet.open(recipe.data.train, data=recipe.data)
+    order = stage_order(shards, recipe, stage)
+    if epoch < 0 or not (step is None or 0 <= step < order.steps_per_epoch):
+        raise UsageError(f"there is no step {step} of epoch {epoch}: an epoch has {order.steps_per_epoch} steps")
+    ranks = RankOrder(shards, order, epochs=epoch + 1, rank=rank, world_size=world_size)  # all slots of a step at once
+    batches = ranks.micro_batches(epoch=epoch, step=step or 0)
+    if step is not None:
+        batches = itertools.islice(batches, 1)
+    once = isinstance(order, Order)
+    steps = []
+    for batch in batches:
+        views = {} if once or batch.views is None else {"views": batch.views.tolist()}
+        steps.append({"step": batch.step, "keys": shards.keys(batch.samples), **views})
+    return {
+        "stage": stage,
+        "epoch": epoch,
+        "rank": rank,
+        "world_size": world_size,
+        "steps_per_epoch": order.steps_per_epoch,
+        "steps": steps,
+    }
+
+
+def class_report(shards: ShardSet, recipe: Recipe, stage: Stage) -> dict[str, Any]:
+    """How often `stage` sees each class of `shards`, as plain values: in its first epoch, its last, and altogether."""
+    part = recipe.stage(stage)
+    order = stage_order(shards, recipe, stage)
+    labels = usable_labels(shards)
+    spans = {"first_epoch": range(1), "last_epoch": range(part.epochs - 1, part.epochs), "stage": range(part.epochs)}
+    seen = {name: _padded(times_seen(order, labels, epochs), shards.num_classes) for name, epochs in spans.items()}
+    return {
+        "stage": stage,
+        "sampling": part.sampling.model_dump(exclude_none=True),
+        "repeats": part.repeats,
+        "epochs": part.epochs,
+        "steps_per_epoch": order.steps_per_epoch,
+        "draws_per_epoch": order.steps_per_epoch * order.global_batch,
+        "classes": [
+            {
+                "class": name,
+                "images": int(shards.class_counts[c]),
+                **{span: int(counts[c]) for span, counts in seen.items()},
+            }
+            for c, name in enumerate(shards.manifest.class_names)
+        ],
+    }
+
+
+def times_seen(order: SampleOrder, labels: Ints, epochs: range) -> Ints:
+    """[C] How often each class is drawn in `epochs`, a run of them; `labels`: [N] the class of each position."""
+    if isinstance(order, Repeated):
+        return _of_repeated(order, labels, epochs) * order.views
+    if isinstance(order, ClassOrder):
+        return order.class_counts(epochs)
+    assert isinstance(order, Order)
+    return sum((_of_epoch(order, labels, e) for e in epochs), start=_none(labels))
+
+
+def _of_repeated(order: Repeated, labels: Ints, epochs: range) -> Ints:
+    """Samples, not views: whole passes by arithmetic, the epochs of a pass that is not whole step by step."""
+    base, each = order.base, order.epochs_a_pass
+    if not isinstance(base, Order):
+        return times_seen(base, labels, epochs)
+    seen = _none(labels)
+    for turn in sorted({e // each for e in epochs}):
+        inside = [e % each for e in epochs if e // each == turn]
+        if len(inside) == each:
+            seen += _of_epoch(base, labels, turn)
+            seen -= _of_steps(base, labels, turn, range(each * order.steps_per_epoch, base.steps_per_epoch))
+        else:
+            first = inside[0] * order.steps_per_epoch
+            seen += _of_steps(base, labels, turn, range(first, first + len(inside) * order.steps_per_epoch))
+    return seen
+
+
+def _of_epoch(order: Order, labels: Ints, epoch: int) -> Ints:
+    size = int(labels.max()) + 1
+    return np.bincount(labels, minlength=size) - np.bincount(labels[order.left_out(epoch)], minlength=size)
+
+
+def _of_steps(order: Order, labels: Ints, epoch: int, steps: range) -> Ints:
+    seen = _none(labels)
+    for step in steps:
+        seen += np.bincount(labels[order.positions(epoch, step)], minlength=seen.size)
+    return seen
+
+
+def _none(labels: Ints) -> Ints:
+    return np.zeros(int(labels.max()) + 1, dtype=np.int64)
+
+
+def _padded(counts: Ints, num_classes: int) -> Ints:
+    return np.pad(counts, (0, num_classes - counts.size))  # the last classes may have no image

@@ -1,0 +1,157 @@
+"""How many loader processes a rank starts, and how much memory they may fill.
+
+    data.workers: 6        6, and data.prefetch micro-batches ready in each
+    data.workers: auto     the first samples are decoded for two seconds at most; then as many as the step asks for, if
+                           an earlier part of the run has measured that, else as many as this rank has cores to spare
+
+    rank with 8 cores, a GPU, one process decodes 900 images/s, the step took 3000 images/s before
+    -> 1.25 · 3000 / 900 -> 5 processes
+
+The samples, their crops and their order never depend on it. What is ready and not yet taken is bounded: workers x
+prefetch x bytes of a micro-batch; `auto` lowers prefetch until that fits `MOST_READY_BYTES` and half of /dev/shm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from livt_scale.config.recipe import Data, Recipe
+from livt_scale.data.reader import MicroBatch
+from livt_scale.util.process_pool import usable_cores
+
+CALIBRATION_S = 2.0
+CHUNK = 8  # samples decoded between two looks at the clock; even, for pairs
+SPARE = 1.25  # what is loaded over what the step takes: shards differ, and a full queue hides a slow disk
+MOST_WORKERS = 16  # for one rank; beyond it, its own pipe and memory are the limit
+MOST_READY_BYTES = 4 << 30  # of one node: shared by its ranks
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written to
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a rank loads: the choice and its reason."""
+
+    workers: int
+    prefetch: int
+    batch_bytes: int  # of one micro-batch
+    why: str
+
+    @property
+    def most_bytes(self) -> int:
+        """Of micro-batches that are ready; with no processes there is one, the one in use."""
+        return max(self.workers * self.prefetch, 1) * self.batch_bytes
+
+    def __str__(self) -> str:
+        ready = f"{self.workers} processes x {self.prefetch} micro-batches" if self.workers else "no processes"
+        most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.most_bytes / 1e6:.1f} MB ready"
+        return f"loader: {ready} of {most} ({self.why})"
+
+
+def batch_bytes(recipe: Recipe, micro_batch: int) -> int:
+    """Bytes of one micro-batch as it crosses from a loader process: images, masking noise or stochastic depth."""
+    model = recipe.model
+    return micro_batch * (
+        model.image_px**2 * model.channels + 4 * max(model.num_patches if model.is_vit else 0, model.num_branches) + 64
+    )
+
+
+def as_told(data: Data, *, micro_batch_bytes: int) -> Loading:
+    """The recipe's numbers."""
+    assert data.workers != "auto"
+    return Loading(data.workers, data.prefetch, micro_batch_bytes, "data.workers and data.prefetch")
+
+
+def choose(
+    data: Data,
+    *,
+    rate: float,
+    demand: float | None,
+    cores: int,
+    has_gpu: bool,
+    micro_batch_bytes: int,
+    most_ready_bytes: int = MOST_READY_BYTES,
+) -> Loading:
+    """For one rank: `rate` images/s of one process, `demand` images/s of the step if known, `cores` of this rank.
+
+    Without a demand: on a GPU all cores but one; where the CPU trains, it needs them itself, so two processes at most.
+    """
+    most = max(1, min(cores - 1 if has_gpu else 2, cores, MOST_WORKERS))
+    told = f"one process decodes {rate:,.0f} images/s, {cores} cores for this rank"
+    if demand is None:
+        workers, told = most, f"{told}, what the step takes is not known yet"
+    else:
+        wanted = max(1, math.ceil(SPARE * demand / rate))
+        workers, told = min(wanted, most), f"{told}, the step took {demand:,.0f} images/s"
+        if wanted > most:
+            told += f": {wanted} processes would be needed, the step will wait for data"
+    prefetch = max(1, min(data.prefetch, most_ready_bytes // (workers * micro_batch_bytes)))
+    if prefetch < data.prefetch:
+        told += f"; prefetch lowered from {data.prefetch} to fit {most_ready_bytes / 1e6:,.0f} MB"
+    return Loading(workers, prefetch, micro_batch_bytes, told)
+
+
+def ready_bytes(local_ranks: int) -> int:
+    """What the loader of one rank may fill: its share of MOST_READY_BYTES, and of half of what /dev/shm has left."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else MOST_READY_BYTES
+    return min(MOST_READY_BYTES, free // 2) // local_ranks
+
+
+@contextmanager
+def cores_are(cores: int) -> Iterator[None]:
+    """For as long as it lasts this process has `cores` for itself: what ranks that asked each other found."""
+    global _own_cores
+    before, _own_cores = _own_cores, cores
+    try:
+        yield
+    finally:
+        _own_cores = before
+
+
+_own_cores: int | None = None  # of this process, as torch's number of threads is
+
+
+def cores_for_rank(local_ranks: int) -> int:
+    """This rank's share of its node's cores: what `cores_are` told; else of those that it may run on, an equal part."""
+    return max(1, usable_cores() // local_ranks) if _own_cores is None else _own_cores
+
+
+def most_workers(data: Data, *, local_ranks: int) -> int:
+    """Loader processes of this rank, at most."""
+    return min(cores_for_rank(local_ranks), MOST_WORKERS) if data.workers == "auto" else data.workers
+
+
+def decode_rate(
+    load: Callable[[MicroBatch], object], batch: MicroBatch, *, seconds: float = CALIBRATION_S
+) -> tuple[float, int]:
+    """(images/s, images) of one process on one thread: `load` over parts of `batch`, for `seconds` at most.
+
+    The first part is not counted: it imports, opens shards and fills caches.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        load(_part(batch, 0))
+        images, begun = 0, time.perf_counter()
+        while (passed := time.perf_counter() - begun) < seconds:
+            part = _part(batch, CHUNK + images)
+            load(part)
+            images += len(part.samples)
+        return images / passed, images
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _part(batch: MicroBatch, first: int) -> MicroBatch:
+    """CHUNK samples from `first` on, round and round."""
+    chosen = slice(first % len(batch.samples), first % len(batch.samples) + CHUNK)
+    views = None if batch.views is None else batch.views[chosen]
+    return dataclasses.replace(batch, samples=batch.samples[chosen], views=views)

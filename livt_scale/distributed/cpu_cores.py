@@ -1,0 +1,57 @@
+"""The cores that a rank has for its loader processes: each core divided by the ranks of the machine that may use it.
+
+    torchrun on 16 cores, 4 ranks       each may use 0-15                      16 · 1/4 = 4 cores a rank
+    srun --cpus-per-task=4, 4 tasks     bound to 0-3, 4-7, 8-11, 12-15         4 · 1/1 = 4 cores a rank
+
+Ranks tell each other what they may use: a rank alone cannot know whether its 4 cores are its own or all that there is.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Sequence, Set
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+
+from livt_scale.data.num_workers import cores_are
+from livt_scale.distributed.world import World
+
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the machine, also inside containers
+
+
+def share(own: Set[int], on_machine: Sequence[Set[int]]) -> int:
+    """Whole cores of the rank that may use the cores `own`; `on_machine`: those of each rank there, `own` too."""
+    parts = (Fraction(1, sum(core in cores for cores in on_machine)) for core in own)
+    return max(1, int(sum(parts, Fraction())))
+
+
+@contextmanager
+def told_to_loader(world: World) -> Iterator[None]:
+    """Meanwhile `data.workers: auto` reckons with this rank's share. Enter on all ranks of the process group."""
+    if world.world_size == 1:  # all that it may use
+        yield
+        return
+    with cores_are(ask(world)):
+        yield
+
+
+def ask(world: World) -> int:
+    """The share of this rank, after each has told its machine and its cores. Call on all ranks of the process group."""
+    import torch.distributed as dist
+
+    told: list[tuple[str, frozenset[int]]] = [("", frozenset())] * world.world_size
+    own = _machine(), _cores()
+    dist.all_gather_object(told, own)
+    return share(own[1], [cores for machine, cores in told if machine == own[0]])
+
+
+def _machine() -> str:
+    return BOOT_ID.read_text() if BOOT_ID.is_file() else socket.gethostname()
+
+
+def _cores() -> frozenset[int]:
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))

@@ -1,0 +1,91 @@
+"""One process, or DistributedDataParallel over several: the whole model on each rank."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from livt_scale.config.recipe import Parallel
+from livt_scale.distributed import precision
+from livt_scale.distributed.optimizer_step import TorchUpdates, Updates
+from livt_scale.distributed.strategy import Groups, Update
+from livt_scale.distributed.world import World
+
+LOOK_EVERY = 5  # steps between two looks at what DDP has measured: a look takes a tenth of a millisecond
+# Not to be sent at every forward: batch norm's statistics are made alike at each update (`parallel.statistics`), and no
+# other buffer changes. torch 2.14 gave the option a new name.
+_NAMES = inspect.signature(DistributedDataParallel).parameters
+_OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
+}
+
+
+class Ddp(TorchUpdates):
+    """A `Strategy`; `model` is moved to this rank's device."""
+
+    name = "ddp"
+    lockstep = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        *,
+        parallel: Parallel,
+        betas: tuple[float, float],
+        momentum: float | None,
+        world: World,
+    ) -> None:
+        self.model = model.to(world.device)
+        self._device, self._precision = world.device, parallel.precision
+        self._updates = Updates(
+            groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=world.device.type
+        )
+        self._updates_done = 0
+        self._exchange_s: float | None = None
+        self._wrapped: nn.Module = self.model
+        if world.world_size > 1:
+            # Buckets are views of .grad: no copy before the exchange. No unused parameters in either stage.
+            self._wrapped = DistributedDataParallel(
+                self.model,
+                device_ids=[world.device.index] if world.device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                **_OWN_BUFFERS,
+            )
+
+    def call(self, *inputs: Any, last: bool) -> Any:
+        with self._exchange(last=last), precision.autocast(self._device, self._precision):
+            return self._wrapped(*inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        with self._exchange(last=last):
+            self._updates.scale(loss).backward()
+
+    def update(self, lr: float, *, max_norm: float | None) -> Update:
+        if self._updates_done % LOOK_EVERY == 0:
+            self._exchange_s = self._measured_exchange_s()
+        self._updates_done += 1
+        return replace(super().update(lr, max_norm=max_norm), exchange_s=self._exchange_s)
+
+    def _measured_exchange_s(self) -> float | None:
+        """DDP's own measurement of its newest sampled step: it samples the first ten, then every hundredth."""
+        if not isinstance(self._wrapped, DistributedDataParallel):
+            return 0.0
+        measured = self._wrapped._get_ddp_logging_data()  # no public way; None where a torch has it no more
+        told = [measured.get(f"backward_{name}") for name in ("comm_time", "compute_comm_overlap_time")]
+        return None if None in told else max(told[0] - told[1], 0) / 1e9
+
+    def infer(self, *inputs: Any, **named: Any) -> Any:
+        with torch.inference_mode():
+            return precision.infer(self.model, self._device, self._precision, *inputs, **named)
+
+    def _exchange(self, *, last: bool) -> AbstractContextManager[None]:
+        if last or not isinstance(self._wrapped, DistributedDataParallel):
+            return nullcontext()
+        return self._wrapped.no_sync()

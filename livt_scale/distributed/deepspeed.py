@@ -1,0 +1,284 @@
+"""fp16's dynamic loss scale as a rule on numbers, for engines that do not go through torch's GradScaler.
+
+The rule and its constants are GradScaler's, so that a run may change the strategy: begin at 65536; halve where a
+gradient is not finite, and leave that step out; double after 2000 steps without one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import logging
+import os
+import tempfile
+import warnings
+import weakref
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from packaging.version import Version
+from torch import Tensor, nn
+from torch.distributed import distributed_c10d
+from torch.distributed.device_mesh import init_device_mesh
+
+from livt_scale import optim
+from livt_scale.config.recipe import Parallel
+from livt_scale.distributed import precision
+from livt_scale.distributed.deepspeed_state import ZeroState
+from livt_scale.distributed.optimizer_step import LOWEST_SCALE
+from livt_scale.distributed.strategy import Groups, Update
+from livt_scale.distributed.world import World
+from livt_scale.util.errors import UsageError
+
+GROWTH_INTERVAL = 2000
+
+
+@dataclass
+class DynamicScale:
+    value: float = 65536.0
+    good_steps: int = 0
+
+    def note(self, *, finite: bool) -> bool:
+        """Go on after a step; whether it is the scale's fault that its gradient was not finite."""
+        at_fault = not finite and self.value > LOWEST_SCALE
+        self.good_steps = self.good_steps + 1 if finite else 0
+        if not finite:
+            self.value /= 2
+        elif self.good_steps == GROWTH_INTERVAL:
+            self.value, self.good_steps = self.value * 2, 0
+        return at_fault
+
+    def saved(self) -> dict[str, float]:
+        return {"scale": self.value, "good_steps": self.good_steps}
+
+
+OLDEST = Version("0.19.8")  # the one tried: that its step changes nothing on a norm that is not finite is not promised
+BUCKET = 50_000_000  # elements exchanged at a time, at most: 200 MB of gradients
+
+
+def import_deepspeed(world: World) -> Any:
+    """The module `deepspeed`. UsageError where it is missing or too old."""
+    if world.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ImportError as error:
+        raise UsageError(
+            f"the zero strategies need deepspeed, which cannot be imported: {error}",
+            remedy=f"run pip install 'deepspeed>={OLDEST}', or set parallel.strategy: fsdp, which shards as zero3 does",
+        ) from error
+    found = Version(Version(deepspeed.__version__).base_version)
+    if found < OLDEST:
+        raise UsageError(
+            f"the zero strategies need deepspeed {OLDEST} or newer, and {deepspeed.__version__} is installed",
+            remedy=f"run pip install 'deepspeed>={OLDEST}', or set parallel.strategy: fsdp",
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings(  # names that torch 2.14 has renamed, used by deepspeed 0.19.8
+        "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
+    )
+    # an all-reduce through shared memory, for inference alone: not to be compiled at the start of a run
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def start_engine(
+    deepspeed: Any,
+    model: nn.Module,
+    optimizer: Any,
+    *,
+    stage: int,
+    parallel: Parallel,
+    world: World,
+) -> Any:
+    """The engine that holds `model` and `optimizer` from now on. A collective call."""
+    _process_group_of_one(world, timeout_s=parallel.timeout_s)
+    config = engine_config(model, stage=stage, parallel=parallel, world=world)
+    _name_device(world)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    # DeepSpeed speaks over a copy of the process group, which has torch's own time-out.
+    group = deepspeed.utils.groups._get_data_parallel_group()
+    set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # torch 2.11 has the latter
+    set_timeout(timedelta(seconds=parallel.timeout_s), group)
+    return engine
+
+
+def engine_config(model: nn.Module, *, stage: int, parallel: Parallel, world: World) -> dict[str, Any]:
+    """What `deepspeed.initialize` is given. UsageError where the machine has not what `offload` needs.
+
+    Precision is not the engine's: it holds and exchanges fp32, and the forward pass runs under autocast (`zero`).
+    Batches are not its either: the sizes below satisfy its checks, and the strategy tells it which micro-batch is last.
+    """
+    numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": min(BUCKET, numel),  # allocated in full
+        "allgather_bucket_size": BUCKET,
+        "stage3_prefetch_bucket_size": BUCKET,
+        # biases, norms and tokens stay gathered: a few thousandths of the weights, and half of the messages
+        "stage3_param_persistence_threshold": 1 + max((p.numel() for p in model.parameters() if p.ndim < 2), default=0),
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own AdamW for CPUs is compiled on the spot; torch's is fused too
+        "zero_optimization": {**zero, **_offloaded(parallel, stage=stage, world=world)},
+    }
+
+
+def _offloaded(parallel: Parallel, *, stage: int, world: World) -> dict[str, Any]:
+    if parallel.offload == "none":
+        return {}
+    to: dict[str, Any] = {"device": parallel.offload, "pin_memory": world.device.type == "cuda"}
+    if parallel.offload == "nvme":
+        assert parallel.offload_dir is not None, "the recipe has checked it"
+        to["nvme_path"] = _usable_disk(parallel.offload_dir)
+    # `offload_param` is stage 3's alone: the others keep all weights on the device
+    return {"offload_optimizer": to, **({"offload_param": to} if stage == 3 else {})}
+
+
+def _usable_disk(folder: str) -> str:
+    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
+    if not builder.is_compatible(verbose=False):
+        raise UsageError(
+            "parallel.offload is nvme, and deepspeed cannot build its asynchronous file access here",
+            remedy="install libaio's headers (Debian: libaio-dev) and a C++ compiler on all nodes, or take cpu",
+        )
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"parallel.offload_dir {folder} cannot be written: {error.strerror}", remedy="name a folder on a local disk"
+        ) from error
+    return folder
+
+
+def _name_device(world: World) -> None:
+    """DeepSpeed takes the device of LOCAL_RANK, now and later; srun sets none, and a task may see one GPU alone."""
+    index = world.device.index
+    os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it would have to be the same
+
+
+def _process_group_of_one(world: World, *, timeout_s: int) -> None:
+    """DeepSpeed wants a process group where a process is alone too."""
+    if world.world_size > 1 or dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timedelta(seconds=timeout_s))
+    atexit.register(_end_process_group)
+
+
+def _end_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+
+class Zero:
+    """A `Strategy`; the model's parameters are the engine's from now on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        *,
+        name: str,
+        parallel: Parallel,
+        betas: tuple[float, float],
+        world: World,
+    ) -> None:
+        stage = STAGES[name]
+        deepspeed = import_deepspeed(world)
+        self.name, self.model, self.lockstep = name, model.to(world.device), stage == 3
+        self._device, self._precision = world.device, parallel.precision
+        self._adamw = optim.make_adamw(groups(model), betas=betas, implementation=parallel.adamw)
+        # Inside the module: the engine switches an autocast around it off.
+        model.forward = partial(_under_autocast, model.forward, world.device, parallel.precision)
+        self._engine = start_engine(deepspeed, model, self._adamw, stage=stage, parallel=parallel, world=world)
+        self._zero = self._engine.optimizer  # DeepSpeed's, around AdamW
+        mesh = init_device_mesh(world.device.type, (world.world_size,)) if world.world_size > 1 else None
+        self._state = ZeroState(deepspeed, self._engine, mesh=mesh)
+        # Its hooks hold engine and model where no garbage collector looks, and the next stage wants the room.
+        weakref.finalize(self, _end, self._engine, self._state).atexit = False
+        self._scale = DynamicScale() if parallel.precision == "fp16" else None
+        self._tell_scale()
+
+    def call(self, *inputs: Any, last: bool) -> Any:
+        self._engine.set_gradient_accumulation_boundary(last)
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def update(self, lr: float, *, max_norm: float | None) -> Update:
+        optim.set_lr(self._adamw, lr)
+        self._zero.clip_grad = max_norm or 0.0
+        self._engine.step()  # leaves everything as it was where the norm is not finite
+        finite = self._engine.was_step_applied()
+        overflow = False
+        if self._scale is not None:
+            overflow = self._scale.note(finite=finite)
+            self._tell_scale()
+        return Update(float(self._engine.get_global_grad_norm()), applied=finite, overflow=overflow)
+
+    def discard(self) -> None:
+        """By the engine's own way of leaving out a step: a norm that says so."""
+        of = "_get_norm_groups" if self.lockstep else "scaled_global_norm"
+        refused = torch.tensor(float("inf"), device=self._device)
+        setattr(self._zero, of, lambda: [refused] if self.lockstep else refused)
+        try:
+            self._engine.step()
+        finally:
+            delattr(self._zero, of)
+        assert not self._engine.was_step_applied(), "deepspeed takes a step on a norm that is not finite"
+
+    def infer(self, *inputs: Any, **named: Any) -> Any:
+        with torch.no_grad():  # not inference_mode: the gathered weights' memory is used again in training
+            return precision.infer(self.model, self._device, self._precision, *inputs, **named)
+
+    def state(self) -> dict[str, Tensor]:
+        return self._state.collect()
+
+    def restored(self, state: dict[str, Tensor]) -> None:
+        self._state.restore(state)
+
+    def scaler(self) -> dict[str, float] | None:
+        return None if self._scale is None else self._scale.saved()
+
+    def set_scaler(self, saved: dict[str, float] | None) -> None:
+        if self._scale is not None and saved is not None:
+            self._scale = DynamicScale(saved["scale"], int(saved["good_steps"]))
+            self._tell_scale()
+
+    def held_bytes(self) -> int:
+        """Bytes of weights, gradients and moments that this rank holds now: call it before `update`."""
+        return sum(storage.nbytes() for storage in self._state.storages())
+
+    def _tell_scale(self) -> None:
+        if self._scale is not None:
+            self._zero.override_loss_scale(self._scale.value)
+
+
+def _under_autocast(forward: Any, device: torch.device, kind: str, *inputs: Any, **named: Any) -> Any:
+    with precision.autocast(device, kind):
+        return forward(*inputs, **named)
+
+
+def _end(engine: Any, state: ZeroState) -> None:
+    storages = state.storages() if engine.zero_optimization_stage() == 3 else []
+    engine.destroy()
+    for storage in storages:  # stage 3's engine stays alive for all that
+        storage.resize_(0)

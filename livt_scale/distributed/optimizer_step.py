@@ -1,0 +1,116 @@
+"""AdamW or LARS with an exact global gradient norm and fp16's dynamic loss scale, for plain parameters and DTensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.amp import GradScaler
+from torch.distributed.tensor import DTensor
+
+from livt_scale import optim
+from livt_scale.config.recipe import Parallel
+from livt_scale.distributed.state_dict import collect
+from livt_scale.distributed.strategy import Update
+from livt_scale.models import head_norm
+
+LOWEST_SCALE = 1.0  # an fp16 gradient that is not finite at this scale is not the scale's fault
+
+
+class Updates:
+    """The optimizer of a strategy whose parameters are `groups`'; `momentum`: LARS's, None: AdamW."""
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        *,
+        parallel: Parallel,
+        betas: tuple[float, float],
+        momentum: float | None,
+        device_type: str,
+    ) -> None:
+        self.optimizer: torch.optim.Optimizer
+        if momentum is None:
+            self.optimizer = optim.make_adamw(groups, betas=betas, implementation=parallel.adamw)
+        else:
+            self.optimizer = optim.make_lars(groups, momentum=momentum)
+        self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._scaler = GradScaler(device_type) if parallel.precision == "fp16" else None
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss whose gradient does not underflow in fp16."""
+        return loss if self._scaler is None else self._scaler.scale(loss)
+
+    def step(self, lr: float, *, max_norm: float | None) -> Update:
+        if self._scaler is not None:
+            self._scaler.unscale_(self.optimizer)
+        total = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        finite = math.isfinite(norm)
+        overflow = False
+        if finite:
+            if max_norm is not None:
+                nn.utils.clip_grads_with_norm_(self._parameters, max_norm, total, foreach=True)
+            optim.set_lr(self.optimizer, lr)
+            self.optimizer.step()
+        if self._scaler is not None:
+            overflow = not finite and self._scaler.get_scale() > LOWEST_SCALE
+            self._scaler.update()
+        self.optimizer.zero_grad()
+        return Update(norm, applied=finite, overflow=overflow)
+
+    def scaler(self) -> dict[str, float] | None:
+        if self._scaler is None:
+            return None
+        state = self._scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
+
+    def set_scaler(self, saved: dict[str, float] | None) -> None:
+        if self._scaler is not None and saved is not None:
+            state = self._scaler.state_dict()
+            self._scaler.load_state_dict(
+                {**state, "scale": saved["scale"], "_growth_tracker": int(saved["good_steps"])}
+            )
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+        if self._scaler is not None:
+            self._scaler.update(self._scaler.get_scale())  # forgets what it saw of this step
+
+
+class TorchUpdates:
+    """What strategies share whose gradients are torch's own: `update`, `state` and the loss scale of a `Strategy`."""
+
+    model: nn.Module
+    _updates: Updates
+
+    def update(self, lr: float, *, max_norm: float | None) -> Update:
+        update = self._updates.step(lr, max_norm=max_norm)
+        head_norm.settle(self.model, keep=update.applied)
+        return update
+
+    def discard(self) -> None:
+        self._updates.discard()
+        head_norm.settle(self.model, keep=False)
+
+    def state(self) -> dict[str, Tensor]:
+        return collect(self.model, self._updates.optimizer)
+
+    def restored(self, state: dict[str, Tensor]) -> None:
+        """Nothing to do: `state()` gave the live tensors, and they have been filled."""
+
+    def held_bytes(self) -> int:
+        gradients = {f"grad.{n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        return sum(_local(tensor).nbytes for tensor in (self.state() | gradients).values())
+
+    def scaler(self) -> dict[str, float] | None:
+        return self._updates.scaler()
+
+    def set_scaler(self, saved: dict[str, float] | None) -> None:
+        self._updates.set_scaler(saved)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

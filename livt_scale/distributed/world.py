@@ -1,0 +1,163 @@
+"""Who am I: rank and world size from torchrun, accelerate or srun, or alone; and the process group.
+
+    nothing                 World(rank 0 of 1)
+    torchrun, accelerate    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    mpirun                  OMPI_COMM_WORLD_RANK, …; MASTER_ADDR where there are several nodes
+    srun                    SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; master: the first host of SLURM_STEP_NODELIST
+
+Every collective has a bound (`parallel.timeout_s`): a rank that waits longer ends with an error, never at the job's
+time limit. Why not accelerate's PartialState for this: it reads no Slurm variables.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from livt_scale.distributed.collectives import Peers
+from livt_scale.distributed.rendezvous import meet
+from livt_scale.util.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """One process's place among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0, which writes what one process writes for all."""
+        return self.rank == 0
+
+    @property
+    def peers(self) -> Peers:
+        """All ranks, speaking over the process group of the training."""
+        return Peers(self.rank, self.world_size)
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+
+
+def detect(environ: Mapping[str, str] = os.environ) -> World:
+    """The launcher's word on rank and world size. Raises UsageError where its variables contradict each other.
+
+    torchrun's word comes before mpirun's, and both before srun's: inside a task that srun started, they start more.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "OMPI_COMM_WORLD_RANK" in environ:
+        mpi = "OMPI_COMM_WORLD_"
+        names = (f"{mpi}RANK", f"{mpi}SIZE", f"{mpi}LOCAL_RANK", f"{mpi}LOCAL_SIZE")
+    elif _srun_started_several(environ):
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")
+    else:
+        _refuse_lone_accelerate(environ)
+        return World()
+    rank, world_size = _number(environ, names[0]), _number(environ, names[1])
+    if not 0 <= rank < world_size:
+        raise UsageError(f"{names[0]} is {rank} with {names[1]} = {world_size}", remedy="start by torchrun or srun")
+    local_rank, local_size = _number(environ, names[2], rank), _number(environ, names[3], 0)
+    if not local_size and _srun_started_several(environ) and _number(environ, "SLURM_NTASKS") == world_size:
+        local_size = (
+            _slurm_tasks_here(environ) or world_size
+        )  # also where a batch script has set RANK from Slurm's word
+        local_rank = _number(environ, names[2], _number(environ, "SLURM_LOCALID", local_rank))
+    local_size = local_size or world_size
+    if not 0 <= local_rank < local_size <= world_size:
+        raise UsageError(
+            f"{names[2]} is {local_rank} with {local_size} processes on this node and {world_size} in all",
+            remedy="start by torchrun or srun",
+        )
+    return World(rank, world_size, local_rank, local_size)
+
+
+def _srun_started_several(environ: Mapping[str, str]) -> bool:
+    return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _number(environ, "SLURM_NTASKS", 1) > 1
+
+
+def _refuse_lone_accelerate(environ: Mapping[str, str]) -> None:
+    """`accelerate launch --cpu --num_processes 4` starts one process and tells it a meeting place for four."""
+    if environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and "MASTER_ADDR" in environ:
+        raise UsageError(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, unless it has an MPI hostfile",
+            remedy="say --multi_gpu instead of --cpu (it starts processes on CPUs too), or take torchrun",
+        )
+
+
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError as error:
+        raise UsageError(
+            f"the launcher's variable {name} is {text!r}: not a number", remedy="start by torchrun or srun"
+        ) from error
+
+
+def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
+    """Tasks of the step on this node, where Slurm says it."""
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        if name in environ:
+            by_node = tasks_by_node(environ[name])
+            node = _number(environ, "SLURM_NODEID", 0)
+            return by_node[min(node, len(by_node) - 1)]  # SLURM_NTASKS_PER_NODE is one number for all of them
+    return None
+
+
+def tasks_by_node(text: str) -> list[int]:
+    """Slurm's "2(x3),1", tasks node by node, as [2, 2, 2, 1]; UsageError for what is not of that form."""
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
+    if not all(parts):
+        raise UsageError(f"Slurm's tasks by node are {text!r}: not of the form 2(x3),1")
+    return [int(part[1]) for part in parts if part for _ in range(int(part[2] or 1))]
+
+
+@contextmanager
+def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
+    """The process group of `world` (gloo on CPU, nccl with gloo beside it on GPU); none where it is alone."""
+    import torch
+    import torch.distributed as dist
+
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.world_size == 1:
+        yield
+        return
+    master = _slurm_master(os.environ)
+    os.environ.setdefault("MASTER_ADDR", master[0])
+    os.environ.setdefault("MASTER_PORT", master[1])
+    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+    store = meet(world.rank, world.world_size, timeout_s=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _slurm_master(environ: Mapping[str, str]) -> tuple[str, str]:
+    """(host, port) that every task of a Slurm step derives alike; localhost outside Slurm."""
+    nodes = environ.get("SLURM_STEP_NODELIST", "")
+    first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)  # "gpu[03-07,12],cpu1" -> "gpu03"
+    host = (first[1] + (first[2] or "")) if first else "127.0.0.1"
+    return host, str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)

@@ -1,0 +1,90 @@
+"""`livt doctor --node FOLDER`: a job's quick look at one node, before its tasks start there (slurm/pretrain.sbatch).
+
+Started once on each node. FOLDER/NODE then holds "ok", or a line for each thing that would fail; a node that leaves no
+file has not even come so far. FOLDER lies in the run directory, so that writing the file is the first check. What is
+looked at takes seconds: torch comes up, the GPUs that Slurm gave are seen, empty and reckon right, gloo and the JPEG
+decoder work, /dev/shm can hold a batch.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from livt_scale.doctor import checks
+from livt_scale.doctor.finding import Finding
+from livt_scale.util.atomic import write_whole
+
+MIB = 2**20
+LEAST_SHARED_BYTES = 64 * MIB  # docker's default, in which no batch of photographs is handed over
+MOST_TAKEN = 0.1  # of a GPU's memory, before anything of ours is there: a driver's own share is 1 to 2 %
+SIDE = 1024  # of the matrices that are multiplied
+
+
+def look_at_node(folder: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Look, and write FOLDER/NODE whole. The problems; none: the node is well. OSError: it cannot be written."""
+    looks: tuple[Callable[[], list[Finding]], ...] = (
+        lambda: [judge_given_gpus(int(environ.get("SLURM_GPUS_ON_NODE") or 0), seen_gpus())],
+        _each_gpu,
+        checks._collectives,
+        checks._jpeg,
+        lambda: [judge_shared(checks.free_shared_memory())],
+    )
+    problems = [f for f in checks.examine(looks) if f.status == "problem"]
+    told = "\n".join(f"{f.name}: {f.message}" for f in problems) or "ok"
+    write_whole(folder / (environ.get("SLURMD_NODENAME") or socket.gethostname()), f"{told}\n".encode())
+    return problems
+
+
+def judge_given_gpus(given: int, seen: int) -> Finding:
+    if seen < given:
+        return Finding("gpus", "problem", f"Slurm gave this job {given} GPUs here, and torch sees {seen}")
+    return Finding("gpus", "ok", f"{seen} of {given}")
+
+
+def judge_gpu(name: str, *, free: int, total: int, is_right: bool) -> Finding:
+    """free, total: bytes of its memory. is_right: a product of whole numbers came out exact."""
+    taken = 1 - free / total
+    if not is_right:
+        return Finding(name, "problem", "a product of whole numbers came out wrong")
+    if taken > MOST_TAKEN:
+        return Finding(
+            name, "problem", f"{taken:.0%} of its memory is taken already: by a process that was left behind?"
+        )
+    return Finding(name, "ok", f"{free / 2**30:.0f} GiB free")
+
+
+def judge_shared(free: int | None) -> Finding:
+    if free is not None and free < LEAST_SHARED_BYTES:
+        return Finding("shared memory", "problem", f"{free / MIB:.0f} MiB free in /dev/shm, less than a batch takes")
+    return Finding("shared memory", "ok", "")
+
+
+def seen_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _each_gpu() -> list[Finding]:
+    import torch
+
+    found = []
+    for k in range(seen_gpus()):
+        free, total = torch.cuda.mem_get_info(k)
+        found.append(
+            judge_gpu(f"gpu {k}", free=free, total=total, is_right=multiplies_exactly(torch.device("cuda", k)))
+        )
+    return found
+
+
+def multiplies_exactly(device: object) -> bool:
+    """Products of numbers from 0 to 7 stay below 2^24, so that any order, and TF32 too, gives them exactly."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(0, 8, (SIDE, SIDE), generator=generator).float() for _ in range(2))
+    product = (a.to(device) @ b.to(device)).cpu()  # type: ignore[call-overload]
+    return bool(torch.equal(product.double(), a.double() @ b.double()))

@@ -1,0 +1,207 @@
+"""Evaluation: accuracy by group, per class, calibration and confusion, each sample counted exactly once.
+
+    rank 0 of 2   samples 0 2 4 6 8        counts ─┐
+    rank 1 of 2   samples 1 3 5 7          counts ─┴─ sum ─► top1 = right / 9
+
+Ranks may hold different numbers of batches. No sample is padded, and no rank waits for another inside the loop, unless
+the model is sharded: then a rank that has no batch left calls it on nothing that counts, because the others need its
+shard of the weights. The counts are summed once at the end. So the score does not depend on the world size (as with a
+padding sampler, or with means of batch means, it would). The sum must give the set's number of samples, or it is an
+error.
+
+Groups come from the counts of the *training* set; the classes of both sets must be the same, in the same order. The
+report says which data and which weights it is about.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.loader import eval_batches
+from livt_scale.data.manifest import ShardSet
+from livt_scale.data.num_workers import most_workers
+from livt_scale.data.order.instance import eval_positions
+from livt_scale.data.remote.prefetch import check_evaluation_room
+from livt_scale.distributed import precision
+from livt_scale.distributed.strategy import Strategy
+from livt_scale.distributed.world import World
+from livt_scale.evaluation.tta import Views
+from livt_scale.metrics import Tally
+from livt_scale.util.atomic import write_whole
+from livt_scale.util.errors import DataError, RunError
+
+FORMAT = "livt-eval"
+VERSION = 1
+BATCH = 64  # the same everywhere, so that a run, its log and its export agree to the last digit
+
+
+@dataclass(frozen=True)
+class TrainingClasses:
+    """What the model was trained to tell apart, and from how many images of each."""
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]  # usable images; the groups and the loss prior come from them
+    where: str  # for messages: the folder, or the export that says so
+
+    @classmethod
+    def of(cls, shards: ShardSet) -> TrainingClasses:
+        counts = tuple(int(n) for n in shards.class_counts)
+        return cls(tuple(shards.manifest.class_names), counts, shards.where)
+
+
+def evaluate(
+    model: nn.Module | Strategy,
+    shards: ShardSet,
+    recipe: Recipe,
+    *,
+    world: World,
+    classes: TrainingClasses | None = None,
+    batch: int = BATCH,
+    views: Views = Views(),  # noqa: B008 - frozen
+    keep: list[Tensor] | None = None,
+) -> dict[str, Any]:
+    """The report of `model` (a Classifier on `world.device`, or a strategy that holds one) on `shards`, on every rank.
+
+    classes: None: those of the recipe's training set. batch: images a forward pass, which sees one view of each. keep:
+    gets this rank's logits, float [B, C] on the CPU, in the order of the set (`train.outputs`). The model is left in
+    the mode it was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
+    """
+    classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
+    check_same_classes(shards, classes)
+    world.peers.all_do(lambda: check_room(shards, recipe, world=world, batch=batch))
+    tally = Tally(shards.num_classes, device=world.device)
+    infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
+    if not isinstance(model, nn.Module) and model.lockstep:
+        owed = _most_batches(shards, world, batch) * views.number  # forward passes, at least
+
+    def counted(images: Tensor) -> Tensor:
+        nonlocal owed
+        logits = infer(images)
+        owed -= 1
+        return logits
+
+    error: Exception | None = None
+    try:
+        for logits, labels in _answers(counted, shards, recipe, world=world, batch=batch, views=views):
+            tally.update(logits, labels)
+            if keep is not None:
+                keep.append(logits.float().cpu())
+    except Exception as raised:
+        error = raised
+    for _ in range(owed):  # after an error too: the others count to the end
+        infer(torch.zeros(1, recipe.model.channels, *[recipe.model.image_px] * 2, device=world.device))
+    world.peers.all_or_none(error)
+    if world.world_size > 1:
+        for sums in tally.tensors():
+            dist.all_reduce(sums)
+    report = tally.report(classes.counts, many_over=recipe.data.many_over, few_under=recipe.data.few_under)
+    if report["num_samples"] != shards.num_samples:
+        raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
+    facts = {"precision": recipe.parallel.precision, "views": views.facts(), "data": data_lineage(shards)}
+    return {**report, **facts}
+
+
+def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
+    """Raise DataError where there is nothing to evaluate, or the classes are not `classes`, in that order."""
+    names = tuple(shards.manifest.class_names)
+    if not shards.num_samples:
+        raise DataError(f"{shards.where} holds no usable sample to evaluate on", remedy="give another set")
+    if names == classes.names:
+        return
+    if sorted(names) == sorted(classes.names):
+        first = next(k for k, pair in enumerate(zip(names, classes.names, strict=True)) if pair[0] != pair[1])
+        what = f"the same names in another order: class {first} is {names[first]!r} against {classes.names[first]!r}"
+    else:
+        extra, lacking = _some(set(names) - set(classes.names)), _some(set(classes.names) - set(names))
+        what = f"{len(names)} against {len(classes.names)}; only in the first: {extra}; only in the second: {lacking}"
+    raise DataError(
+        f"{shards.where} and {classes.where} do not have the same classes: {what}",
+        remedy="build the evaluation set from the same list of classes as the training set",
+    )
+
+
+def check_room(
+    shards: ShardSet, recipe: Recipe, *, world: World, batch: int = BATCH, train: ShardSet | None = None
+) -> None:
+    """Raise DataError where `data.cache.limit_gib` is too small to evaluate on `shards`, with `train` open too."""
+    workers = most_workers(recipe.data, local_ranks=world.local_size)
+    check_evaluation_room(shards, batch=batch, ranks=world.local_size, workers=workers, train=train)
+
+
+def data_lineage(shards: ShardSet) -> dict[str, Any]:
+    """Which data: name, folder, and the digest of its manifest (and quarantine), which changes with any of them."""
+    return {
+        "name": shards.manifest.name,
+        "folder": shards.where,
+        "manifest_digest": shards.digest,
+        "num_samples": shards.num_samples,
+    }
+
+
+def weights_lineage(facts: dict[str, Any], *, step: int, epoch: int, checkpoint: str) -> dict[str, Any]:
+    """Which weights: the checkpoint's name, its position, the digest of what it learnt from, and how it began.
+
+    `facts` are those of the checkpoint (`train.state.run_facts`).
+    """
+    return {
+        "stage": facts["stage"],
+        "checkpoint": checkpoint,
+        "position": {"epoch": epoch, "step": step},
+        "recipe_digest": facts["recipe_digest"],
+        "trained_on": facts["learnt_from"].get("data.manifest"),
+        "init": facts.get("init"),
+    }
+
+
+def write_eval(report: dict[str, Any], path: Path, *, weights: dict[str, Any]) -> None:
+    """Write `report` of `evaluate` as eval.json, whole or not at all; `weights`: what was evaluated, and its origin."""
+    write_whole(path, eval_json(report, weights=weights))
+
+
+def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
+    """The contents of eval.json: one spelling, no NaN, a long list on one line."""
+    body = {"format": FORMAT, "version": VERSION, **report, "weights": weights}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in body.items()]
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _answers(
+    infer: Callable[[Tensor], Tensor], shards: ShardSet, recipe: Recipe, *, world: World, batch: int, views: Views
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits and labels of this rank's batches."""
+    ranks = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
+    with eval_batches(shards, recipe, **ranks, batch=batch, crops=views.crops) as batches:
+        for own in batches:
+            on_device = own.to(world.device)
+            yield views.logits(infer, on_device.images, recipe.data), on_device.labels
+
+
+def _most_batches(shards: ShardSet, world: World, batch: int) -> int:
+    """Of the rank that has the most."""
+    sizes = (
+        len(eval_positions(shards.num_samples, rank=r, world_size=world.world_size)) for r in range(world.world_size)
+    )
+    return -(-max(sizes) // batch)
+
+
+def _plain(model: nn.Module, recipe: Recipe, world: World) -> Callable[[Tensor], Tensor]:
+    def infer(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = precision.infer(model, world.device, recipe.parallel.precision, images)
+        return logits
+
+    return infer
+
+
+def _some(names: Sequence[str] | set[str]) -> str:
+    shown = ", ".join(repr(n) for n in sorted(names)[:5])
+    return f"{shown}{', …' if len(names) > 5 else ''}" or "none"

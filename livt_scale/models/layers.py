@@ -1,0 +1,95 @@
+"""Pieces that the models share: dimensions by name, sine-cosine positions, drop path keyed by sample."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from livt_scale.config.recipe import Model
+
+MLP_RATIO = 4.0  # hidden width of a block's MLP over the block's width, in every ViT of the sources
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's, whose weights may lie in a lower precision than its input (a sharded strategy gathers them so).
+
+    The input keeps its precision: the residual stream of a bf16 run is fp32, as autocast has it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)  # no copy where they agree
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
+LAYER_NORM = partial(LayerNorm, eps=1e-6)  # eps of the MAE and LiVT code; torch's default is 1e-5
+
+
+def vit_args(model: Model) -> dict[str, Any]:
+    """Plain keyword arguments (JSON types) of timm's VisionTransformer for this encoder, without head and pooling."""
+    width, depth, heads, patch_px = model.dims
+    return {
+        "img_size": model.image_px,
+        "patch_size": patch_px,
+        "in_chans": model.channels,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": heads,
+        "mlp_ratio": MLP_RATIO,
+        "qkv_bias": True,
+    }
+
+
+def sincos_positions(width: int, grid: int) -> torch.Tensor:
+    """Positions of a class token and `grid` x `grid` patches, row by row: float32 `[1, 1 + grid², width]`.
+
+    `width` is a multiple of 4: sine and cosine of column and row. Computed in float64.
+    """
+    assert width % 4 == 0, width
+    frequency = 10000.0 ** (-np.arange(width // 4) / (width // 4))  # [width / 4]
+    rows, columns = np.divmod(np.arange(grid * grid), grid)  # [grid²] each
+    table = np.zeros((1 + grid * grid, width))
+    halves = []
+    for coordinate in (columns, rows):
+        angle = np.multiply.outer(coordinate, frequency)  # [grid², width / 4]
+        halves += [np.sin(angle), np.cos(angle)]
+    table[1:] = np.concatenate(halves, axis=1)
+    return torch.from_numpy(table).float().unsqueeze(0)
+
+
+def on_grid(positions: torch.Tensor, *, old: int, new: int) -> torch.Tensor:
+    """`positions` `[1, 1 + old², width]` resampled to `[1, 1 + new², width]`, the class token's kept.
+
+    Bicubic without antialiasing, as MAE's and LiVT's codes go from 224 to 384 px.
+    """
+    return resample_abs_pos_embed(positions, [new, new], [old, old], num_prefix_tokens=1, antialias=False)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth of one residual branch: a sample's branch is 0, or scaled by 1 / keep. Identity in evaluation.
+
+    `uniforms` `[B]` is set before each forward pass and stays until the next, for activation checkpointing runs the
+    branch a second time during the backward pass.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+        self.uniforms: Tensor | None = None
+
+    def forward(self, branch: Tensor) -> Tensor:  # [B, tokens, D] or [B, C, H, W]
+        if not self.training or self.rate == 0:
+            return branch
+        keep = 1 - self.rate
+        assert self.uniforms is not None, "stochastic depth in training needs `drop`"
+        assert len(self.uniforms) == len(branch), (self.uniforms.shape, branch.shape)
+        scale = (self.uniforms < keep).to(branch.dtype) / keep
+        return branch * scale.view(-1, *[1] * (branch.ndim - 1))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"

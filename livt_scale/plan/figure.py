@@ -1,0 +1,139 @@
+"""A plan as a picture: what a rank holds by strategy at the height of a step, and hours against the number of GPUs.
+
+    draw(plans, Path("plan.png"))   # a panel of bars for each stage, and one of the whole's hours
+
+Bars: the plan's own micro-batch, blocks kept and recomputed; their parts add up to the peak. Hours: all stages, each by
+the strategy's fastest micro-batch that fits, on 1, 2, 4, … 4096 GPUs, as far as the global batches can be cut. The same
+input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from livt_scale.plan.memory import GIB, STRATEGIES, Peak
+from livt_scale.plan.stage_plan import StagePlan, Task, candidates, plan_stage, spread_of
+from livt_scale.util.atomic import write_whole
+from livt_scale.util.plots import new_figure, png_of
+
+MOST_GPUS = 4096
+PARTS = {  # of a `Peak`, in the order in which they are stacked: label and colour
+    "weights": ("weights", "#4c78a8"),
+    "grads": ("gradients", "#f58518"),
+    "moments": ("AdamW's moments", "#54a24b"),
+    "computing": ("activations, casts", "#b7b2d8"),
+    "buffers": ("gathered and exchanged", "#9d755d"),
+}
+LINES = {"ddp": ("#000000", "o"), "fsdp": ("#1f77b4", "s"), "zero1": ("#d62728", "^"), "zero2": ("#e6a000", "v"),
+         "zero3": ("#2ca02c", "D")}  # fmt: skip
+FAR = 3.0  # a limit so many times the longest bar is told, not drawn: the bars would be slivers
+UNITS = ((1, "h"), (60, "min"), (3600, "s"))
+
+
+def draw(plans: Sequence[StagePlan], path: Path) -> None:
+    """Write the picture of a run's stages, all on one number of GPUs, to `path` (PNG)."""
+    figure = new_figure(4.6 * (len(plans) + 1), 4.4)
+    axes = figure.subplots(1, len(plans) + 1, squeeze=False)[0]
+    for panel, planned in zip(axes, plans, strict=False):
+        _memory(panel, planned)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
+    _hours(axes[-1], [planned.task for planned in plans])
+    write_whole(path, png_of(figure))
+
+
+def by_strategy(planned: StagePlan) -> list[StagePlan]:
+    """The same micro-batch under each strategy, kept and recomputed."""
+    task, spread = planned.task, planned.spread
+    cut = {"micro_batch": spread.micro_batch, "accumulation": spread.accumulation}
+    return [
+        plan_stage(task, spread_of(task, name, recompute=recompute, **cut))
+        for name in STRATEGIES
+        for recompute in (False, True)
+    ]
+
+
+def hours_by_gpus(tasks: Sequence[Task]) -> dict[str, dict[int, float | None]]:
+    """Strategy -> GPUs -> hours of all stages; None: a stage does not fit; no entry: a batch cannot be cut so."""
+    found: dict[str, dict[int, float | None]] = {name: {} for name in STRATEGIES}
+    gpus = 1
+    while gpus <= MOST_GPUS:
+        spread = [replace(task, gpus=gpus) for task in tasks]
+        if all(task.can_be_cut for task in spread):
+            tried = [candidates(task) for task in spread]
+            for name in STRATEGIES:
+                best = [
+                    min((p.hours for p in of if p.spread.strategy == name and p.fits), default=None) for of in tried
+                ]
+                found[name][gpus] = None if None in best else sum(filter(None, best))
+        gpus *= 2
+    return found
+
+
+def _memory(axes: Any, planned: StagePlan) -> None:
+    task, plans = planned.task, list(reversed(by_strategy(planned)))
+    peaks = [p.memory.at_peak for p in plans]
+    longest, usable = max(peak.total for peak in peaks), task.usable_bytes
+    size, unit = (GIB, "GiB") if longest >= GIB else (2**20, "MiB")
+    _stack(axes, peaks, size)
+    for row, peak in enumerate(peaks):
+        axes.annotate(
+            f"{peak.total / size:.1f}", (peak.total / size, row), xytext=(3, 0), textcoords="offset points",
+            va="center", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )  # fmt: skip
+    axes.set_yticks(range(len(plans)), [_row(p) for p in plans], fontsize=8)
+    drawn = usable <= FAR * longest
+    axes.set_xlim(0, 1.15 * max(longest, usable if drawn else 0) / size)
+    limit = f"{task.usable_bytes / GIB:.1f} GiB of {task.device.name} usable"
+    if drawn:
+        axes.axvline(usable / size, color="#c00000", linestyle="--", linewidth=1.2)
+    where = f"dashed: {limit}" if drawn else f"{limit}, far to the right"
+    axes.set_xlabel(f"{unit} of a rank at its peak ({where})", fontsize=8)
+    spread = planned.spread
+    axes.set_title(
+        f"{task.stage}, {_gpus(task.gpus)}, micro-batch {spread.micro_batch} × {spread.accumulation}", fontsize=10
+    )
+
+
+def _gpus(number: int) -> str:
+    return f"{number} GPU{'s' * (number > 1)}"
+
+
+def _row(planned: StagePlan) -> str:
+    return planned.spread.strategy + (", recomputed" if planned.spread.recompute else "")
+
+
+def _stack(axes: Any, peaks: Sequence[Peak], size: int) -> None:
+    left = [0.0] * len(peaks)
+    for name, (label, colour) in PARTS.items():
+        wide = [getattr(peak, name) / size for peak in peaks]
+        axes.barh(range(len(peaks)), wide, left=left, color=colour, label=label, height=0.75)
+        left = [a + b for a, b in zip(left, wide, strict=True)]
+
+
+def _hours(axes: Any, tasks: Sequence[Task]) -> None:
+    """One line a strategy; thin dots show what the first point would come to if GPUs added up in full."""
+    found = hours_by_gpus(tasks)
+    fitting = {gpus: h for hours in found.values() for gpus, h in hours.items() if h is not None}
+    axes.set_title("all stages" if len(tasks) > 1 else tasks[0].stage, fontsize=10)
+    if not fitting:
+        axes.text(0.5, 0.5, "nothing fits on any number of GPUs", ha="center", transform=axes.transAxes)
+        return
+    factor, unit = next((f, name) for f, name in UNITS if max(fitting.values()) * f >= 1 or name == "s")
+    for name, (colour, marker) in LINES.items():
+        at = {gpus: h * factor for gpus, h in found[name].items() if h is not None}
+        axes.plot(list(at), list(at.values()), color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+    first = min(fitting)
+    start = factor * min(h for h in (hours.get(first) for hours in found.values()) if h is not None)
+    every = sorted({gpus for hours in found.values() for gpus in hours})
+    axes.plot(every, [start * first / n for n in every], ":", color="#888888", linewidth=1, label="in full")
+    axes.axvline(tasks[0].gpus, color="#888888", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(every, [str(n) for n in every], fontsize=8, rotation=45 if len(every) > 9 else 0)
+    axes.set_xlabel(f"GPUs ({tasks[0].device.name}); grey line: {_gpus(tasks[0].gpus)}, as in the bars", fontsize=8)
+    axes.set_ylabel(f"{unit}, the fastest micro-batch that fits", fontsize=8)
+    axes.legend(fontsize=8)

@@ -1,0 +1,98 @@
+"""What a trained model says of each image of a set, and the two halves of the set: one to choose on, one to report on.
+
+What is chosen on a set (a τ, the members of a soup) looks better there than it is. So each choice is made on the first
+half, and the figures are of the second. The halves are a function of the labels in the set's order and of a fixed seed;
+each class is split evenly (to one image).
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.loader import eval_batches, normalise
+from livt_scale.data.manifest import ShardSet
+from livt_scale.distributed import precision
+from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, check_same_classes, data_lineage
+from livt_scale.evaluation.holdout import SEED, half_rows
+from livt_scale.export.timm import evaluation_set, is_export
+from livt_scale.metrics import Tally
+from livt_scale.models.classifier import head_name
+from livt_scale.train.load_trained import Trained
+from livt_scale.train.run_dir import is_run
+from livt_scale.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Said:
+    """values float32 [N, K] (logits, or features before the head) and labels int64 [N], in the order of the set."""
+
+    values: Tensor
+    labels: Tensor
+
+    def rows(self, rows: NDArray[np.int64]) -> Said:
+        chosen = torch.from_numpy(rows)
+        return Said(self.values[chosen], self.labels[chosen])
+
+
+@torch.inference_mode()
+def says(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: int = BATCH) -> Said:
+    """What `model` gives for the images of `shards`, prepared as for evaluation, on the model's device."""
+    device = next(model.parameters()).device
+    values, labels = [], []
+    with eval_batches(shards, recipe, rank=0, world_size=1, batch=batch) as batches:
+        for one in batches:
+            images = normalise(one.to(device).images, recipe.data.mean, recipe.data.std, torch.float32)
+            values.append(precision.infer(model, device, recipe.parallel.precision, images).float().cpu())
+            labels.append(one.labels.cpu())
+    return Said(torch.cat(values).clone(), torch.cat(labels).clone())
+
+
+def features(trained: Trained, shards: ShardSet, *, batch: int = BATCH) -> Said:
+    """What the head of `trained` is given: values [N, D]."""
+    body = copy.deepcopy(trained.model)
+    setattr(body, head_name(body), nn.Identity())
+    return says(body, shards, trained.recipe, batch=batch)
+
+
+def held_out_set(trained: Trained, where: Path, data: str | None) -> ShardSet:
+    """The set to choose and report on: `data`, or that of the run at `where`. Raises UsageError, DataError."""
+    own = None if is_export(where) else trained.recipe.data.val
+    folder = data or (evaluation_set(where, trained) if is_run(where) else own)
+    if folder is None:
+        raise UsageError(f"no evaluation set for {where}", remedy="give a folder of shards with --data")
+    shards = ShardSet.open(folder, data=trained.recipe.data)
+    check_same_classes(shards, trained.classes)
+    return shards
+
+
+def halves(labels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ascending rows to choose on, and rows to report on, of `labels` int64 [N]: those of `livt eval --tau auto`."""
+    return half_rows(labels.numpy())
+
+
+def figures(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Recipe) -> dict[str, Any]:
+    """The report of logits float [N, C], as `livt eval` counts it."""
+    tally = Tally(len(classes.names))
+    tally.update(logits, labels)
+    data = recipe.data
+    return tally.report(classes.counts, many_over=data.many_over, few_under=data.few_under)
+
+
+def mean_class_accuracy(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Recipe) -> float:
+    """What choices are made by: mean of the classes' top-1, so that no class counts more for having more images."""
+    return float(figures(logits, labels, classes, recipe)["top1"]["mean_class"])
+
+
+def about_halves(shards: ShardSet, chosen: NDArray[np.int64], reported: NDArray[np.int64]) -> dict[str, Any]:
+    """For the lineage: which images decided, and how many the figures are of."""
+    digest = data_lineage(shards)["manifest_digest"]
+    return {"manifest_digest": digest, "chosen_on": len(chosen), "reported_on": len(reported), "seed": SEED}

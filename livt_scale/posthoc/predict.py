@@ -1,0 +1,245 @@
+"""A trained model on a folder of images without labels: a CSV with the likeliest classes of each.
+
+    summary = predict(open_trained(Path("exports/try")), Path("photos"), Path("photos.csv"), top_k=3)
+
+    file,error,number_1,class_1,probability_1,number_2,…
+    trip/a.jpg,,4,coat,0.812345,2,…
+    trip/b.jpg,the JPEG is cut or damaged: …,,,,
+
+Images are read by the decoder of training and cut by the evaluation's transform, so a picture from a shard gets here
+what it gets in `livt eval`. Nothing but the weights is needed: no run directory, no shards. Rows stand in the order of
+the paths; the file is written as the images go, and appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import stat
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.build.sources import IMAGE_ENDINGS, OTHER_IMAGE_ENDINGS
+from livt_scale.data.build.tar import MOST_SAMPLE_BYTES
+from livt_scale.data.image.transforms import BadImage, EvalTransform
+from livt_scale.data.num_workers import cores_for_rank
+from livt_scale.distributed import precision
+from livt_scale.distributed.world import World
+from livt_scale.evaluation.adjust import adjust
+from livt_scale.evaluation.evaluate import BATCH
+from livt_scale.evaluation.logits import logit_scale
+from livt_scale.evaluation.tta import Views
+from livt_scale.train.load_trained import Trained
+from livt_scale.util.atomic import new_file
+from livt_scale.util.errors import DataError, SampleError, UsageError
+from livt_scale.util.urls import one_line
+
+MOST_WORKERS = 8
+MOST_TOLD = 100  # bad images that the summary names; the CSV names all
+PROGRESS_S = 10.0
+COLUMNS = ("number", "class", "probability")  # for each of the top k
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How logits become probabilities: softmax((z - τ · margin) / T), cut to the `top_k` largest."""
+
+    top_k: int = 5
+    tau: float = 0.0
+    temperature: float = 1.0
+    views: Views = Views()  # noqa: RUF009 - frozen
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < float("inf"):
+            raise UsageError(f"--temperature {self.temperature:g} divides no logits", remedy="give a number above 0")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """error: why there is no prediction. top: (class number, probability), the likeliest first."""
+
+    file: str
+    error: str = ""
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def predict(
+    trained: Trained,
+    folder: Path,
+    out: Path,
+    *,
+    how: Prediction = Prediction(),
+    skip_bad: bool = False,
+    batch: int = BATCH,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Write the CSV of all images below `folder` to `out`; the summary, as JSON values.
+
+    skip_bad: a file that is no image is a row with its error; else SampleError, and nothing is written. workers:
+    decoding processes; None: as many as the machine has cores, up to 8. Raises DataError where there is no image.
+    """
+    files, others = images_below(folder)
+    if not files:
+        raise DataError(f"there is no image below {one_line(str(folder))}", remedy="give the folder that holds them")
+    names, counts, bad, sure = trained.classes.names, Counter[int](), list[dict[str, str]](), 0.0
+    rows = _rows(trained, folder, files, how=how, batch=batch, workers=workers)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with new_file(out) as file, _text(file) as text:
+        writer = csv.writer(text)
+        top_k = min(how.top_k, len(names))
+        writer.writerow(["file", "error", *(f"{w}_{k + 1}" for k in range(top_k) for w in COLUMNS)])
+        for row in _told(rows, len(files)):
+            if row.error:
+                bad.append({"file": row.file, "error": row.error})
+                if not skip_bad:
+                    raise SampleError(
+                        f"{one_line(str(folder / row.file))}: {row.error}",
+                        remedy="take it away, or give --skip-bad to have it in the CSV with its error",
+                    )
+            else:
+                counts[row.top[0][0]] += 1
+                sure += row.top[0][1]
+            writer.writerow([row.file, row.error, *(v for c, p in row.top for v in (c, names[c], f"{p:.6f}"))])
+    predicted = len(files) - len(bad)
+    return {
+        "out": str(out),
+        "images": len(files),
+        "predicted": predicted,
+        "other_files": others,
+        "bad": len(bad),
+        "bad_files": bad[:MOST_TOLD],
+        "mean_confidence": sure / predicted if predicted else None,
+        "classes": {names[c]: n for c, n in sorted(counts.items())},
+        "tau": how.tau,
+        "temperature": how.temperature,
+        "views": how.views.facts(),
+        "weights": trained.weights,
+    }
+
+
+def images_below(folder: Path) -> tuple[list[str], int]:
+    """(paths below `folder` of all files with an image's ending, by name; how many other files there are).
+
+    At any depth. Hidden files and folders are passed over. A link to a file is a file; one to a folder is not followed,
+    for it may lead round. Raises DataError where a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        where = one_line(os.fsdecode(error.filename or folder))
+        raise DataError(f"{where}: {error.strerror}", remedy="give a folder of images") from error
+
+    found, others = [], 0
+    for here, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = os.path.relpath(os.path.join(here, name), folder)  # noqa: PTH118 - a million times
+            if name.lower().endswith((*IMAGE_ENDINGS, *OTHER_IMAGE_ENDINGS)) and not name.startswith("."):
+                found.append(path)
+            else:
+                others += 1
+    return sorted(found), others
+
+
+class _Images(Dataset[tuple[str, Tensor | str]]):
+    """File number i: (its path, uint8 [crops, C, T, T] or what is wrong with it)."""
+
+    def __init__(self, folder: Path, files: list[str], recipe: Recipe, *, crops: int) -> None:
+        self._folder, self._files = folder, files
+        self._shape = (crops, recipe.model.image_px, recipe.model.image_px, recipe.model.channels)
+        self._transform = EvalTransform(recipe)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, i: int) -> tuple[str, Tensor | str]:
+        slots = torch.empty(self._shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        try:
+            self._transform.crops(_read(self._folder / self._files[i]), slots)
+        except BadImage as error:
+            return self._files[i], str(error)
+        except OSError as error:
+            return self._files[i], f"cannot be read: {error.strerror}"
+        return self._files[i], slots
+
+
+@contextmanager
+def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
+    """`file` for text in UTF-8; it stays open, for who opened it syncs it. Bytes that are none: as \\udcXX."""
+    text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
+    try:
+        yield text
+    finally:
+        text.detach()  # what is still in its buffer is written
+
+
+def _read(path: Path) -> bytes:
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_SAMPLE_BYTES:  # a pipe would never end
+        raise BadImage(f"no file of at most {MOST_SAMPLE_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def _rows(
+    trained: Trained, folder: Path, files: list[str], *, how: Prediction, batch: int, workers: int | None
+) -> Iterator[_Row]:
+    """A row for each of `files`, in their order."""
+    recipe, device = trained.recipe, World().device
+    model, top_k = trained.model.to(device), min(how.top_k, len(trained.classes.names))
+    most = min(cores_for_rank(1), MOST_WORKERS) if workers is None else workers
+    images = _Images(folder, files, recipe, crops=how.views.crops)
+    num_workers = min(most, len(files) // batch)  # a single batch is decoded here
+    loader = DataLoader(images, batch, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
+
+    def infer(view: Tensor) -> Tensor:
+        with torch.inference_mode():
+            logits: Tensor = precision.infer(model, device, recipe.parallel.precision, view)
+        return logits
+
+    for items in loader:
+        good = [pixels for _, pixels in items if isinstance(pixels, Tensor)]
+        tops: list[tuple[tuple[int, float], ...]] = []
+        if good:
+            logits = how.views.logits(infer, torch.cat(good).to(device), recipe.data)
+            tops = _tops(_adjusted(logits, trained, how), top_k, temperature=how.temperature)
+        for file, pixels in items:
+            if isinstance(pixels, Tensor):
+                yield _Row(file, top=tops.pop(0))
+            else:
+                yield _Row(file, error=pixels)
+
+
+def _adjusted(logits: Tensor, trained: Trained, how: Prediction) -> Tensor:
+    if not how.tau:
+        return logits
+    assert trained.recipe.stages.finetune is not None
+    loss, counts = trained.recipe.stages.finetune.loss, trained.classes.counts
+    return adjust(logits.float(), how.tau, loss=loss.name, class_counts=counts, logit_scale=logit_scale(loss))
+
+
+def _tops(logits: Tensor, top_k: int, *, temperature: float) -> list[tuple[tuple[int, float], ...]]:
+    shares = (logits.double() / temperature).softmax(dim=1)
+    values, numbers = shares.sort(dim=1, descending=True, stable=True)  # of equal ones the lower number
+    rows = zip(numbers[:, :top_k].tolist(), values[:, :top_k].tolist(), strict=True)
+    return [tuple(zip(n, v, strict=True)) for n, v in rows]
+
+
+def _told(rows: Iterable[_Row], total: int) -> Iterator[_Row]:
+    """`rows`, with a line on stderr now and then."""
+    said = time.monotonic()
+    for done, row in enumerate(rows):
+        if time.monotonic() - said > PROGRESS_S:
+            said = time.monotonic()
+            print(f"predict: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+        yield row

@@ -1,0 +1,176 @@
+"""Model soups: the mean of several models' weights, one model to run.
+
+    uniform    the mean of all members
+    greedy     members by accuracy, the best first; each next one stays in if the mean with it is no worse
+
+Members are fine-tuned from the same start (checkpoints of one run; runs from one pretraining): models that began apart
+have no useful mean. What greedy decides, it decides on half of the evaluation set; the figures are of the other half.
+Sums are made in float64, so the order of members does not show.
+
+Source: Wortsman et al. 2022, Model soups, arXiv 2203.05482, algorithm 1.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from livt_scale.checkpoint import load
+from livt_scale.checkpoint.manifest import MANIFEST, differences
+from livt_scale.config.recipe import digest
+from livt_scale.data.manifest import ShardSet
+from livt_scale.export.timm import check_target, open_trained, write_export
+from livt_scale.models.classifier import AnyClassifier
+from livt_scale.posthoc import features
+from livt_scale.posthoc.features import Said
+from livt_scale.train.load_trained import Trained, Weights, read_trained
+from livt_scale.util.errors import CheckpointMismatch, RunError, UsageError
+
+Method = Literal["uniform", "greedy"]
+
+
+@dataclass(frozen=True)
+class Member:
+    path: Path
+    trained: Trained
+
+
+def mean_of(models: Sequence[AnyClassifier]) -> AnyClassifier:
+    """A classifier whose every tensor is the mean of the models', summed in float64."""
+    states = [model.state_dict() for model in models]
+    mean: dict[str, Tensor] = {}
+    for name, first in states[0].items():
+        total = torch.zeros_like(first, dtype=torch.float64)
+        for state in states:
+            total += state[name]
+        mean[name] = (total / len(states)).to(first.dtype)
+    mixed = copy.deepcopy(models[0])
+    mixed.load_state_dict(mean)
+    return mixed
+
+
+def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weights: Weights = "raw") -> list[Member]:
+    """What to average: each path a run (its final checkpoint, or all whole ones), a checkpoint's folder or an export.
+
+    Every byte is checked. Raises CheckpointMismatch where models, classes or pixel statistics differ; UsageError for
+    fewer than two.
+    """
+    members = []
+    for path in paths:
+        places = [path]
+        if all_checkpoints:
+            places = [c.path for c in load.list_checkpoints(path / "finetune" / "checkpoints", quick=True) if c.whole]
+            if not places:
+                raise RunError(f"there is no whole fine-tuning checkpoint in {path}", remedy="see `livt ckpt ls RUN`")
+        for place in places:
+            is_checkpoint = (place / MANIFEST).is_file()
+            trained = read_trained(place, weights=weights) if is_checkpoint else open_trained(place, weights=weights)
+            members.append(Member(place, trained))
+    if len(members) < 2:
+        raise UsageError("a soup has at least two members", remedy="give more paths, or --all-checkpoints")
+    if not members[0].trained.recipe.model.is_vit:
+        raise UsageError(
+            f"{members[0].path} is a {members[0].trained.recipe.model.size}: for the mean of weights, batch norm's "
+            "statistics would have to be counted anew, which is not offered",
+            remedy="make soups of ViTs",
+        )
+    for other in members[1:]:
+        _check_alike(members[0], other)
+    return members
+
+
+def make_soup(
+    members: Sequence[Member],
+    out: Path,
+    *,
+    method: Method = "uniform",
+    data: str | None = None,
+    run: Path | None = None,
+) -> dict[str, Any]:
+    """Export the soup of `members`; `run`: whose evaluation set is taken where `data` is None.
+
+    Returns each member's accuracy on the half that choices are made on, which stayed in, and on the other half top-1 of
+    the best single member (`before`) and of the soup (`after`).
+    """
+    check_target(out)
+    first = members[0].trained
+    shards = features.held_out_set(first, run or members[0].path, data)
+    alone = [features.says(member.trained.model, shards, first.recipe) for member in members]
+    rows = features.halves(alone[0].labels)
+    scores = [_score(said.rows(rows[0]), first) for said in alone]
+    ranked = sorted(range(len(members)), key=lambda k: -scores[k])
+    chosen = list(range(len(members)))
+    if method == "greedy":
+        chosen = _greedy(members, ranked, scores[ranked[0]], shards, rows[0])
+    model = mean_of([members[k].trained.model for k in chosen])
+    ended = features.says(model, shards, first.recipe).rows(rows[1])
+    before = alone[ranked[0]].rows(rows[1])
+    table = [
+        {**_named(member), "mean_class": score, "in": k in chosen}
+        for k, (member, score) in enumerate(zip(members, scores, strict=True))
+    ]
+    made = {"method": f"{method} soup", "members": table, "held_out": features.about_halves(shards, *rows)}
+    write_export(_lineage([members[k] for k in chosen], replace(first, model=model), made), out)
+    about = (first.classes, first.recipe)
+    return {
+        "out": str(out),
+        **made,
+        "before": features.figures(before.values, before.labels, *about)["top1"],
+        "after": features.figures(ended.values, ended.labels, *about)["top1"],
+    }
+
+
+def _greedy(members: Sequence[Member], ranked: list[int], best: float, shards: ShardSet, rows: Any) -> list[int]:
+    """The numbers of the members that stay in, the best first."""
+    chosen, first = ranked[:1], members[0].trained
+    for k in ranked[1:]:
+        mixed = mean_of([members[j].trained.model for j in [*chosen, k]])
+        score = _score(features.says(mixed, shards, first.recipe).rows(rows), first)
+        if score >= best:
+            chosen, best = [*chosen, k], score
+    return chosen
+
+
+def _score(said: Said, trained: Trained) -> float:
+    return features.mean_class_accuracy(said.values, said.labels, trained.classes, trained.recipe)
+
+
+def _check_alike(first: Member, other: Member) -> None:
+    wrong = differences(_shape_of(other.trained), _shape_of(first.trained))
+    if wrong:
+        lines = [line.replace("in the checkpoint", "in this one").replace("here", "in the first") for line in wrong]
+        raise CheckpointMismatch(
+            f"{other.path} and {first.path} cannot be averaged: {'; '.join(lines[:8])}",
+            remedy="give models of one shape, fine-tuned on the same classes",
+        )
+
+
+def _shape_of(trained: Trained) -> dict[str, Any]:
+    data = trained.recipe.data
+    about = {"model": trained.recipe.model.model_dump(mode="json"), "classes": list(trained.classes.names)}
+    return {**about, "mean": list(data.mean), "std": list(data.std), "class_counts": list(trained.classes.counts)}
+
+
+def _named(member: Member) -> dict[str, Any]:
+    weights = member.trained.weights
+    return {"checkpoint": weights["checkpoint"], "recipe_digest": weights["recipe_digest"], "ema": "ema" in weights}
+
+
+def _lineage(members: Sequence[Member], mixed: Trained, made: dict[str, Any]) -> Trained:
+    """What the members learnt from in common, and a digest of all that made the soup."""
+    learnt = [member.trained.learnt_from for member in members]
+    common = {k: v for k, v in learnt[0].items() if all(k in other and other[k] == v for other in learnt[1:])}
+    weights = {
+        **mixed.weights,
+        "checkpoint": f"soup of {len(members)}",
+        "position": None,
+        "recipe_digest": digest({"members": [_named(member) for member in members]}),
+        "baseline": made,
+    }
+    return replace(mixed, weights=weights, learnt_from=common)

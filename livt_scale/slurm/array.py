@@ -1,0 +1,187 @@
+"""Many runs submitted together, for a study: an array job a stage, a bounded number of runs at once in each.
+
+    livt submit runs/*.yaml --at-once 4
+
+    pretrain[0-11%4] ──aftercorr──> finetune[0-11%4] ──aftercorr──> evaluate[0-11%4]
+
+Element k is run k in each array, and waits for element k of the one before it alone: a run that fails stops no other.
+Each run has its own directory, frozen code and chain.json, whose jobs are its elements (12_3); so livt status, cancel
+and logs know it as any other. Scripts and logs of all lie in PARENT/array-HEX/slurm.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from livt_scale.config.recipe import Recipe
+from livt_scale.slurm import commands
+from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
+from livt_scale.slurm.code_snapshot import Frozen
+from livt_scale.slurm.script import LOGS, Array, JobPlan, Shared, log_name, render
+from livt_scale.slurm.submit import (
+    Prepared,
+    alone,
+    code_of,
+    describe,
+    entry,
+    frozen_code,
+    prepare,
+    read_chain,
+    shared_by_all,
+    start_anew,
+    take_back,
+    template,
+    write_chain,
+    write_scripts,
+)
+from livt_scale.util.errors import ClusterError, UsageError
+
+
+@dataclass(frozen=True)
+class PreparedArray:
+    """The runs that are not done, and the jobs that any of them needs."""
+
+    runs: tuple[Prepared, ...]
+    jobs: tuple[JobPlan, ...]
+    at_once: int
+    why: str  # the mode is what it is
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_array(recipes: Sequence[Recipe], *, at_once: int | None = None) -> PreparedArray:
+    """Plan each run, and the arrays. Writes nothing. at_once: None for all. UsageError: they do not go together."""
+    prepared = [prepare(recipe) for recipe in recipes]
+    _check_apart(prepared)
+    runs = tuple(run for run in prepared if run.plan.jobs)
+    notes = [f"done already: {run.run_dir}" for run in prepared if not run.plan.jobs]
+    if not runs:
+        return PreparedArray((), (), 0, "", notes)
+    first = runs[0]
+    for run in runs:
+        if run.recipe.slurm != first.recipe.slurm:
+            raise UsageError(
+                f"{run.recipe.name} and {first.recipe.name} ask Slurm for different things, and an array asks once",
+                remedy="submit them in two commands, or lay the same slurm.* over all with --set",
+            )
+        if run.plan.mode != "requeue":
+            raise UsageError(
+                f"an array needs jobs that are put back into the queue, and here {run.plan.why}",
+                remedy="take another partition, or submit the runs one by one",
+            )
+    jobs = {job.job: job for run in runs for job in run.plan.jobs}
+    order = [jobs[name] for name in ("pretrain", "finetune", "evaluate") if name in jobs]
+    notes += list(dict.fromkeys(note for run in runs for note in run.plan.notes))
+    return PreparedArray(runs, tuple(order), min(at_once or len(runs), len(runs)), first.plan.why, notes)
+
+
+def _check_apart(prepared: Sequence[Prepared]) -> None:
+    seen: dict[Path, str] = {}
+    for run in prepared:
+        if run.run_dir in seen:
+            raise UsageError(
+                f"two recipes have the same run directory {run.run_dir}: {seen[run.run_dir]} and {run.recipe.name}",
+                remedy="give each recipe a name of its own, and no run_dir",
+            )
+        seen[run.run_dir] = run.recipe.name
+
+
+def array_scripts(prepared: PreparedArray, frozen: Sequence[Frozen | None]) -> list[str]:
+    """The batch script of each array."""
+    runs = tuple(shared_by_all(run, code) for run, code in zip(prepared.runs, frozen, strict=True))
+    array = Array(runs, prepared.at_once)
+    return [render(template(job), job, _first_of(prepared, runs), array=array) for job in prepared.jobs]
+
+
+def _first_of(prepared: PreparedArray, runs: Sequence[Shared]) -> Shared:
+    """The first run's settings, with what any of them needs in a container, and without any node that one found bad."""
+    bad = {node.name: node for run in prepared.runs for node in read_bad_nodes(run.run_dir)}
+    return replace(
+        runs[0],
+        name=f"{runs[0].name}-and-{len(runs) - 1}",
+        data=tuple(dict.fromkeys(folder for run in runs for folder in (run.run_dir, run.code, *run.data))),
+        slurm=excluding(prepared.runs[0].recipe.slurm, list(bad.values())),
+    )
+
+
+def submit_array(prepared: PreparedArray) -> dict[str, Any]:
+    """Submit all or nothing: `folder`, `chain`, `jobs`, `runs`; with `joined` where the very same is in the queue.
+
+    Raises ClusterError: sbatch's own words, after the jobs before it were taken back; or some of the runs have jobs in
+    the queue.
+    """
+    with ExitStack() as locks:
+        for run in prepared.runs:
+            locks.enter_context(alone(run.run_dir))
+        frozen = [frozen_code(run) for run in prepared.runs]
+        earlier = [read_chain(run.run_dir) for run in prepared.runs]
+        joined = _in_the_queue(prepared, frozen, earlier)
+        if joined is not None:
+            return joined
+        for run, code in zip(prepared.runs, frozen, strict=True):
+            start_anew(run, code)
+        chains = [describe(*each) for each in zip(prepared.runs, frozen, earlier, strict=True)]
+        name = chains[0]["chain"]
+        folder = Path(os.path.commonpath([run.run_dir.parent for run in prepared.runs])) / f"array-{name.split()[1]}"
+        for k, chain in enumerate(chains):
+            chain["chain"] = name
+            chain["array"] = {"index": k, "runs": len(chains), "at_once": prepared.at_once, "folder": str(folder)}
+        written = write_scripts(folder, prepared.jobs, array_scripts(prepared, frozen))
+        return _submit_all(prepared, folder, written, chains)
+
+
+def _in_the_queue(
+    prepared: PreparedArray, frozen: Sequence[Frozen | None], earlier: Sequence[dict[str, Any] | None]
+) -> dict[str, Any] | None:
+    """The array that is in the queue, if it is of the same; None: nothing of it is; else the second one is refused."""
+    waiting = [commands.alive(chain) if chain else {} for chain in earlier]
+    if not any(waiting):
+        return None
+    same = all(
+        chain and chain["code"]["runs"] == code_of(code, run)["runs"] and not chain.get("taken_back")
+        for run, code, chain in zip(prepared.runs, frozen, earlier, strict=True)
+    )
+    if same and all(waiting) and len({chain["chain"] for chain in earlier if chain}) == 1:
+        return {"jobs": [], "joined": {job: state for jobs in waiting for job, state in jobs.items()}}
+    told = [f"{run.run_dir} ({', '.join(jobs)})" for run, jobs in zip(prepared.runs, waiting, strict=True) if jobs]
+    raise ClusterError(
+        f"jobs of {len(told)} of these {len(waiting)} runs are in the queue still: {'; '.join(told[:5])}",
+        remedy="leave those recipes out, or end the runs first: livt cancel RUN",
+    )
+
+
+def _submit_all(
+    prepared: PreparedArray, folder: Path, written: Sequence[Path], chains: list[dict[str, Any]]
+) -> dict[str, Any]:
+    ids: list[str] = []
+    told: list[dict[str, Any]] = []
+    places = [(run.run_dir, chain) for run, chain in zip(prepared.runs, chains, strict=True)]
+    try:
+        for place in places:
+            write_chain(*place)
+        for job, script in zip(prepared.jobs, written, strict=True):
+            after = f"aftercorr:{ids[-1]}" if ids else None
+            log = f"{LOGS}/{log_name(job, array=True)}"
+            ids.append(commands.sbatch(script, chdir=folder, log=log, comment=chains[0]["chain"], dependency=after))
+            told.append(entry(job, id=ids[-1], script=str(script), log=str(folder / log), dependency=after))
+            for k, place in enumerate(places):
+                own = str(folder / log).replace("%A_%a", f"{ids[-1]}_{k}")
+                waits = f"{after}_{k}" if after else None
+                place[1]["jobs"].append(entry(job, id=f"{ids[-1]}_{k}", script=str(script), log=own, dependency=waits))
+                write_chain(*place)
+    except BaseException as error:
+        take_back(places, ids, error)
+        raise
+    return {
+        "chain": chains[0]["chain"],
+        "mode": "requeue",
+        "why": prepared.why,
+        "folder": str(folder),
+        "at_once": prepared.at_once,
+        "jobs": told,
+        "runs": [str(run.run_dir) for run in prepared.runs],
+    }

@@ -1,0 +1,237 @@
+"""Which jobs a run needs, and in what order: decided by pure functions, before anything is submitted.
+
+    requeue     pretrain ──afterok──> finetune ──afterok──> evaluate          one job a stage, put back on exit 85
+    segments    pretrain-1 ──afterany──> pretrain-2 ──afterok──> finetune-1 …  a stage that stopped goes on in the next
+
+A segment waits for the end of the one before it, however that ended: preempted by cancelling, a lost node and the time
+limit are no "ok" to Slurm. Whether it goes on is for the run's own record to say: where a segment has failed, the next
+ones end at once and the stages behind them are never started. A stage that is done is not in the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.config.slurm import Slurm
+from livt_scale.slurm.commands import ClusterFacts
+from livt_scale.slurm.script import JobPlan
+from livt_scale.slurm.sites import Ask, Site, ask
+from livt_scale.slurm.step_times import Measured
+from livt_scale.train.batch_plan import plan_batches
+from livt_scale.train.preempt import lead
+from livt_scale.util.errors import UsageError, nearest
+
+Mode = Literal["requeue", "segments"]
+SIGNAL_EARLY_S = 60  # "due to the resolution of event handling by Slurm, the signal may be sent so much earlier"
+MOST_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
+SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing to do ends in seconds
+
+
+@dataclass
+class Plan:
+    """The jobs in their order, and what a person should know before they are submitted."""
+
+    mode: Mode
+    why: str  # this mode
+    jobs: list[JobPlan] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def dependency(jobs: list[JobPlan], number: int) -> tuple[str, int] | None:
+    """(kind, number of the job) that job `number` waits for; None for the first."""
+    if number == 0:
+        return None
+    return ("afterany" if jobs[number].job == jobs[number - 1].job else "afterok", number - 1)
+
+
+def plan_chain(
+    recipe: Recipe,
+    site: Site | None,
+    facts: ClusterFacts | None,
+    measured: Mapping[Stage, Measured],
+    *,
+    exported: bool = False,
+) -> Plan:
+    """What to submit for `recipe`. Raises UsageError for what cannot run, or would make no progress.
+
+    exported: the run's classifier is exported, and evaluated, already.
+    """
+    slurm = recipe.slurm
+    stages = [stage for stage in recipe.stage_names if not measured[stage].done]
+    evaluates = recipe.stages.finetune is not None and not (exported and not stages)
+    asks = {job: ask(slurm, site, job) for job in (*stages, *(["evaluate"] if evaluates else []))}  # type: ignore[arg-type]
+    mode, why = choose_mode(slurm, site, facts, asks)
+    plan = Plan(mode, why)
+    plan.notes += [f"{stage} is done already" for stage in recipe.stage_names if measured[stage].done]
+    if facts is not None:
+        plan.notes += check_cluster(slurm, site, facts, asks)
+    if site and site.needs_account and not slurm.account:
+        raise UsageError("slurm.account is not given, and this site needs one", remedy="--set slurm.account=NAME")
+    for stage in stages:
+        _check_batch(recipe, stage, asks[stage])
+        plan.notes += check_times(slurm, stage, asks[stage], measured[stage])
+        segments = 1
+        if mode == "segments":
+            segments, how = num_segments(slurm, stage, asks[stage], measured[stage])
+            plan.notes.append(f"{stage}: {how}")
+        plan.jobs += _jobs(stage, asks[stage], segments, mode)
+    if evaluates:
+        plan.jobs += _jobs("evaluate", asks["evaluate"], 1, mode)
+    return plan
+
+
+def _jobs(job: str, asked: Ask, segments: int, mode: Mode) -> list[JobPlan]:
+    if mode == "requeue":
+        return [JobPlan(job, asked)]  # type: ignore[arg-type]
+    made = [JobPlan(job, asked, k, segments, "next") for k in range(1, segments + 1)]  # type: ignore[arg-type]
+    return [*made[:-1], replace(made[-1], when_stopped="last")]
+
+
+def choose_mode(
+    slurm: Slurm, site: Site | None, facts: ClusterFacts | None, asks: Mapping[str, Ask]
+) -> tuple[Mode, str]:
+    """How a stage that stopped early goes on, and why so."""
+    if slurm.mode != "auto":
+        return slurm.mode, "slurm.mode says so"
+    if site is not None and not site.requeue:
+        return "segments", "the site profile forbids requeue"
+    if facts is not None and facts.preempts_by_qos:
+        return _mode_by_qos(slurm, facts)
+    for asked in asks.values():
+        known = facts.partition(asked.partition) if facts else None
+        offered = site.partitions.get(str(asked.partition)) if site else None
+        preempt = known.preempt if known else offered.preempt if offered else "off"
+        if preempt == "cancel":
+            name = known.name if known else asked.partition
+            return "segments", f"partition {name} cancels the jobs that it preempts (PreemptMode=CANCEL)"
+    return "requeue", "no partition of the chain cancels what it preempts"
+
+
+def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
+    """Where PreemptType=preempt/qos, the job's QOS decides; for one that says nothing, the cluster's PreemptMode."""
+    own = facts.qos.get(slurm.qos) if slurm.qos else None
+    of = f"QOS {slurm.qos}" if own else "this cluster, whose QOS decide,"
+    if (own or facts.preempt) == "cancel":
+        return "segments", f"{of} cancels the jobs that it preempts (PreemptMode=CANCEL)"
+    return "requeue", f"{of} does not cancel what it preempts"
+
+
+def check_cluster(slurm: Slurm, site: Site | None, facts: ClusterFacts, asks: Mapping[str, Ask]) -> list[str]:
+    """Compare what is asked for with what the controller says. Raises UsageError; returns what is unusual."""
+    notes = []
+    for job, asked in asks.items():
+        if asked.partition is not None and asked.partition not in facts.partitions:
+            raise UsageError(
+                f"{job}: there is no partition {asked.partition!r} on this cluster",
+                remedy=nearest(asked.partition, facts.partitions),
+            )
+        known = facts.partition(asked.partition)
+        if known is None:
+            raise UsageError(f"{job}: this cluster has no default partition", remedy="set slurm.partition")
+        if known.time_min is not None and asked.time_min > known.time_min:
+            raise UsageError(
+                f"{job}: time_min is {asked.time_min}, and partition {known.name} allows {known.time_min:.0f}",
+                remedy=f"--set slurm.time_min={math.floor(known.time_min)}",
+            )
+        if known.nodes is not None and asked.nodes > known.nodes:
+            raise UsageError(f"{job}: nodes is {asked.nodes}, and partition {known.name} allows {known.nodes} a job")
+        if not known.up:
+            notes.append(f"partition {known.name} is not up: {job} will wait until it is")
+    if slurm.account and facts.accounts is not None and slurm.account not in facts.accounts:
+        raise UsageError(
+            f"slurm.account is {slurm.account!r}, which you cannot charge here",
+            remedy=nearest(slurm.account, facts.accounts),
+        )
+    if slurm.qos and facts.qos and slurm.qos not in facts.qos:
+        raise UsageError(
+            f"slurm.qos is {slurm.qos!r}, which this cluster does not have", remedy=nearest(slurm.qos, facts.qos)
+        )
+    if facts.preempts_by_qos and not slurm.qos and "cancel" in facts.qos.values():
+        notes.append("jobs are preempted by QOS here, some of which cancel, and slurm.qos does not say which is yours")
+    return [*notes, *(profile_differs(site, facts) if site else [])]
+
+
+def profile_differs(site: Site, facts: ClusterFacts) -> list[str]:
+    """Where a site profile says something else than the controller."""
+    notes = []
+    for name, offer in site.partitions.items():
+        known = facts.partitions.get(name)
+        if known is None:
+            notes.append(f"the site profile has a partition {name}, and this cluster does not")
+            continue
+        for what, said, true in (
+            ("time_min", offer.time_min, None if known.time_min is None else math.floor(known.time_min)),
+            ("preempt", offer.preempt, known.preempt),
+            ("nodes", offer.nodes, known.nodes),
+        ):
+            if true is not None and said is not None and said != true:
+                notes.append(f"partition {name}: the site profile says {what} {said}, the cluster {true}")
+    return notes
+
+
+def check_times(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> list[str]:
+    """Is the lead long enough for a save, and a job for some progress? Raises UsageError; returns what is not known."""
+    step_s = slurm.step_s or known.longest_step_s
+    save_s = slurm.save_s or known.save_s
+    needed = 2 * ((step_s or 0) + (save_s or 0))
+    if slurm.lead_s < needed:
+        raise UsageError(
+            f"slurm.lead_s is {slurm.lead_s}, less than twice a step of {step_s or 0:.1f} s and a save of "
+            f"{save_s or 0:.1f} s of {stage}: a job could be ended in the middle of its last save",
+            remedy=f"--set slurm.lead_s={math.ceil(needed)}",
+        )
+    least_s = slurm.start_s + end_s(slurm, known) + (step_s or 0) + (save_s or 0)
+    if asked.time_min * 60 <= least_s:
+        raise UsageError(
+            f"{stage}: a job of {asked.time_min} min makes no progress: {slurm.start_s:.0f} s to start, a step and a "
+            f"save, and being stopped {end_s(slurm, known):.0f} s before its end take {least_s:.0f} s",
+            remedy=f"ask for more than {math.ceil(least_s / 60)} min, or shorten slurm.lead_s or slurm.start_s",
+        )
+    unknown = [name for name, value in (("step", step_s), ("save", save_s)) if value is None]
+    if unknown:
+        return [
+            f"{stage}: how long a {' and a '.join(unknown)} takes is not known yet, so lead_s = {slurm.lead_s} is not "
+            f"checked against it; {' and '.join(f'slurm.{name}_s' for name in unknown)} would say"
+        ]
+    return []
+
+
+def end_s(slurm: Slurm, known: Measured) -> float:
+    """How long before its time limit a job may stop training: by Slurm's signal, or by the run's own clock."""
+    turn_s = slurm.step_s or known.longest_step_s or 0.0
+    return max(slurm.lead_s + SIGNAL_EARLY_S, lead(turn_s=turn_s, save_s=slurm.save_s or known.save_s))
+
+
+def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tuple[int, str]:
+    """How many jobs the rest of a stage takes, and where the number is from."""
+    given: int | None = getattr(slurm, stage).segments
+    if given is not None:
+        return given, f"{given} segments, by slurm.{stage}.segments"
+    step_s = slurm.step_s or known.step_s
+    if step_s is None or known.total is None:
+        what = "a step's time" if step_s is None else "the number of steps"
+        return 1, f"1 segment, because {what} is not known: set slurm.{stage}.segments, or slurm.step_s"
+    measured = slurm.step_s is None and known.world_size is not None
+    if measured and known.world_size is not None:
+        step_s *= known.world_size / asked.world_size
+    left = max(known.total - known.step, 0)
+    useful_s = asked.time_min * 60 - slurm.start_s - end_s(slurm, known)
+    count = math.ceil(left * step_s / useful_s) + SPARE_SEGMENTS
+    how = (
+        f"{count} segments = {left} steps · {step_s:.3g} s ({'measured' if measured else 'slurm.step_s'}) / "
+        f"{useful_s:.0f} s that train in each job of {asked.time_min} min, and {SPARE_SEGMENTS} to spare"
+    )
+    if count > MOST_SEGMENTS:
+        raise UsageError(f"{stage}: {how}: more than {MOST_SEGMENTS}", remedy="ask for longer jobs or more nodes")
+    return count, how
+
+
+def _check_batch(recipe: Recipe, stage: Stage, asked: Ask) -> None:
+    """The global batch has to divide over the ranks that are asked for: said here, not when the job starts."""
+    part = recipe.stage(stage)
+    pairs = stage == "finetune" and recipe.stages.finetune is not None and recipe.stages.finetune.mixes
+    plan_batches(part.global_batch, part.micro_batch, world_size=asked.world_size, pairs=pairs)

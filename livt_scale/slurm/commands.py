@@ -1,0 +1,324 @@
+"""Slurm's own commands: what the cluster says of itself, and jobs submitted, listed and taken back.
+
+    facts = cluster_facts()             None where there is no scontrol; else partitions, accounts, PreemptMode
+    sbatch(script, chdir=RUN, …)  ->  "1234"
+    alive(chain.json)             ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
+
+Commands are started from lists, never through a shell. One that fails raises ClusterError with what it said.
+"""
+
+from __future__ import annotations
+
+import getpass
+import re
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from livt_scale.slurm.sites import Preempt
+from livt_scale.util.errors import ClusterError, UsageError
+
+TIMEOUT_S = 120.0  # a controller under load answers late; one that is gone, never
+
+
+@dataclass(frozen=True)
+class PartitionFacts:
+    """One partition, as the controller tells of it."""
+
+    name: str
+    is_default: bool
+    time_min: float | None  # None: no limit
+    preempt: Preempt
+    nodes: int | None = None  # most of one job; None: no limit
+    up: bool = True
+
+
+@dataclass(frozen=True)
+class ClusterFacts:
+    """A cluster, as its controller tells of it."""
+
+    partitions: dict[str, PartitionFacts]
+    requeues_by_default: bool  # JobRequeue
+    accounts: frozenset[str] | None = None  # that this user may charge; None: nobody says
+    kill_wait_s: int | None = None
+    said: list[str] = field(default_factory=list)
+    preempts_by_qos: bool = False  # PreemptType=preempt/qos: the partition's PreemptMode is not looked at
+    preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that has none of its own
+    qos: dict[str, Preempt | None] = field(default_factory=dict)  # None: it has no PreemptMode of its own
+
+    def partition(self, name: str | None) -> PartitionFacts | None:
+        """The one called `name`, or the default one; None where there is none."""
+        if name is not None:
+            return self.partitions.get(name)
+        return next((p for p in self.partitions.values() if p.is_default), None)
+
+
+def cluster_facts() -> ClusterFacts | None:
+    """What scontrol and sacctmgr say; None where scontrol is not there. Raises ClusterError if it fails."""
+    try:
+        config = _run("scontrol", "show", "config")
+    except FileNotFoundError:
+        return None
+    partitions = _run("scontrol", "--oneliner", "show", "partition")
+    try:
+        who = ("user=" + getpass.getuser(), "format=account", "--noheader", "--parsable2")
+        accounts = frozenset(_run("sacctmgr", "show", "associations", *who).split())
+    except (FileNotFoundError, ClusterError, KeyError):
+        accounts = frozenset()  # no accounting here
+    try:
+        qos = _run("sacctmgr", "show", "qos", "format=name,preemptmode", "--noheader", "--parsable2")
+    except (FileNotFoundError, ClusterError):
+        qos = ""
+    return read_facts(config, partitions, accounts or None, qos=qos)
+
+
+def read_facts(config: str, partitions: str, accounts: frozenset[str] | None, *, qos: str = "") -> ClusterFacts:
+    """The facts in the output of `scontrol show config`, `scontrol --oneliner show partition`, `sacctmgr show qos`."""
+    found = [_partition(line) for line in partitions.splitlines() if line.startswith("PartitionName=")]
+    wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
+    cluster_wide = re.search(r"^PreemptMode\s*=\s*(\S+)", config, re.MULTILINE)
+    rows = [line.split("|") for line in qos.splitlines() if line.count("|") == 1]
+    return ClusterFacts(
+        {p.name: p for p in found},
+        requeues_by_default=re.search(r"^JobRequeue\s*=\s*0", config, re.MULTILINE) is None,
+        accounts=accounts,
+        kill_wait_s=int(wait[1]) if wait else None,
+        preempts_by_qos=re.search(r"^PreemptType\s*=\s*preempt/qos\b", config, re.MULTILINE) is not None,
+        preempt=_preempt(cluster_wide[1]) if cluster_wide else "off",
+        # sacctmgr says "cluster" for a QOS without a mode of its own
+        qos={name: None if mode in ("", "cluster") else _preempt(mode) for name, mode in rows},
+    )
+
+
+def _preempt(words: str) -> Preempt:
+    """What a PreemptMode, "REQUEUE" or "GANG,CANCEL", does to a job that it ends."""
+    modes = words.upper().split(",")
+    return "cancel" if "CANCEL" in modes else "requeue" if "REQUEUE" in modes else "off"
+
+
+def _partition(line: str) -> PartitionFacts:
+    values = dict(word.split("=", 1) for word in line.split() if "=" in word)
+    nodes = values.get("MaxNodes", "")
+    return PartitionFacts(
+        values["PartitionName"],
+        is_default=values.get("Default") == "YES",
+        time_min=minutes(values.get("MaxTime", "UNLIMITED")),
+        preempt=_preempt(values.get("PreemptMode", "OFF")),
+        nodes=int(nodes) if nodes.isdecimal() else None,
+        up=values.get("State", "UP") == "UP",
+    )
+
+
+def minutes(text: str) -> float | None:
+    """A time limit as Slurm writes it, "1-12:00:00" -> 2160; None for UNLIMITED."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if match is None:
+        return None
+    days, hours, mins, seconds = (int(group or 0) for group in match.groups())
+    return (days * 24 + hours) * 60 + mins + seconds / 60
+
+
+def sbatch(script: Path, *, chdir: Path, log: str, comment: str, dependency: str | None = None) -> str:
+    """Submit `script`, to write into `log` beneath `chdir`; the job's id. Raises ClusterError with sbatch's own words.
+
+    What holds a user's path comes as an argument of its own, in which nothing needs quoting; but a % in a log's path
+    has to be doubled, also where it stands in the folder that a relative one is beneath (seen with Slurm 22.05).
+    """
+    if "\\" in str(chdir):  # Slurm would then take %j as it stands, and one log for all
+        raise UsageError(f"run_dir is {str(chdir)!r}: Slurm cannot write logs beneath a name with a backslash")
+    output = f"{chdir}/".replace("%", "%%") + log
+    words = ["--parsable", f"--chdir={chdir}", f"--output={output}", f"--comment={comment}"]
+    if dependency:
+        words += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
+    try:
+        told = _run("sbatch", *words, str(script))
+    except FileNotFoundError:
+        raise no_slurm("sbatch") from None
+    job = told.strip().split(";")[0]  # "12;cluster" on a federation
+    if not job.isdecimal():
+        raise ClusterError(f"sbatch gave no job id, but said: {told.strip()!r}")
+    return job
+
+
+def no_slurm(command: str) -> ClusterError:
+    return ClusterError(
+        f"there is no {command} here", remedy="submit from a login node of the cluster; --dry-run shows what would be"
+    )
+
+
+def alive(chain: Mapping[str, Any]) -> dict[str, str]:
+    """State by id of this user's jobs that carry the comment of a chain.json and have not ended. Raises ClusterError.
+
+    Runs that were submitted as an array share the comment: of those, the elements of this run.
+    """
+    try:
+        told = _run("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%k")
+    except FileNotFoundError:
+        raise no_slurm("squeue") from None
+    rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
+    element = f"_{chain['array']['index']}" if chain.get("array") else ""
+    return {job: state for job, state, said in rows if said.strip() == chain["chain"] and job.endswith(element)}
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """End the jobs, also those that wait. Raises ClusterError."""
+    if jobs:
+        _run("scancel", *jobs)
+
+
+def _run(*words: str) -> str:
+    """The output of a command. FileNotFoundError where it is not there; ClusterError where it fails or is silent."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, errors="replace")
+    except subprocess.TimeoutExpired:
+        raise ClusterError(f"{words[0]} did not answer within {TIMEOUT_S:.0f} s", remedy="try again later") from None
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split()) or "nothing"
+        raise ClusterError(f"{words[0]} failed with exit code {done.returncode} and said: {said}")
+    return done.stdout
+
+
+ASK_S = 15.0  # a screen that waits longer is no use; --watch asks again
+JOB_ID = r"[0-9]+(_[0-9]+)?"  # 12, or 12_3 of an array
+SQUEUE = "--format=%i|%T|%r|%M|%L|%S|%N|%k"
+SACCT = "--format=JobID,State,ExitCode,Start,End,NodeList,Reason"
+EARLIER_S = 120.0  # clocks of login node and controller may differ so much
+
+WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
+RUNS = frozenset({"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})
+FAILS = frozenset({"FAILED", "OUT_OF_MEMORY"})  # the job's own doing; TIMEOUT, NODE_FAIL, CANCELLED are not
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job. Times as Slurm writes them; empty: not said."""
+
+    id: str
+    state: str  # Slurm's word, without "by 1000"; "" where nobody knows
+    reason: str = ""
+    left: str = ""
+    start: str = ""
+    end: str = ""
+    nodes: str = ""
+    exit_code: str = ""
+
+    @property
+    def waits(self) -> bool:
+        return self.state in WAITS
+
+    @property
+    def runs(self) -> bool:
+        return self.state in RUNS
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.state) and not self.waits and not self.runs
+
+    @property
+    def never_starts(self) -> bool:
+        """It waits for a job that did not end well."""
+        return self.waits and self.reason == "DependencyNeverSatisfied"
+
+
+@dataclass
+class Queue:
+    """The jobs that are known, by id, and what could not be asked."""
+
+    jobs: dict[str, JobState] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
+    """Ask for the jobs of each chain.json: squeue first, sacct for those that it does not show any more."""
+    ids = [[job for job in (str(j.get("id")) for j in c.get("jobs", [])) if re.fullmatch(JOB_ID, job)] for c in chains]
+    queues, wanted = [Queue() for _ in chains], list(dict.fromkeys(job for jobs in ids for job in jobs))
+    if not wanted:
+        return queues
+    told, why = ask("squeue", "--noheader", "--array", f"--jobs={','.join(wanted)}", SQUEUE)
+    if "Invalid job id" in why:  # squeue's word for a single one that is gone already
+        why = ""
+    for queue, chain, jobs in zip(queues, chains, ids, strict=True):
+        queue.notes += [why] if why and jobs else []
+        queue.jobs |= read_squeue(told, comment=str(chain.get("chain")))
+    gone = [[job for job in jobs if job not in q.jobs] for q, jobs in zip(queues, ids, strict=True)]
+    wanted = list(dict.fromkeys(job for jobs in gone for job in jobs))
+    if not wanted:
+        return queues
+    told, why = ask(
+        "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"-j{','.join(wanted)}", SACCT
+    )
+    for queue, chain, jobs in zip(queues, chains, gone, strict=True):
+        queue.notes += [why] if why and jobs else []
+        submitted = {str(job.get("id")): str(job.get("submitted_at", "")) for job in chain.get("jobs", [])}
+        queue.jobs |= read_sacct(told, submitted={job: submitted[job] for job in jobs})
+    return queues
+
+
+def ask(*words: str) -> tuple[str, str]:
+    """(output, why there is none) of one of Slurm's commands."""
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, errors="replace")
+    except FileNotFoundError:
+        return "", f"there is no {words[0]} here"
+    except subprocess.TimeoutExpired:
+        return "", f"{words[0]} did not answer within {ASK_S:.0f} s"
+    except OSError as error:
+        return "", f"{words[0]} cannot be started: {error.strerror}"
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())[:300] or "nothing"
+        return "", f"{words[0]} failed with exit code {done.returncode} and said: {said}"
+    return done.stdout, ""
+
+
+def read_squeue(told: str, *, comment: str) -> dict[str, JobState]:
+    """The jobs that carry `comment`, from rows as SQUEUE orders them."""
+    found = {}
+    for line in told.splitlines():
+        parts = [part.strip() for part in line.split("|", 7)]
+        if len(parts) == 8 and parts[7] == comment:
+            job, state, reason, _, left, start, nodes, _ = parts
+            found[job] = JobState(
+                job, state, reason=_said(reason), left=_said(left), start=_said(start), nodes=_said(nodes)
+            )
+    return found
+
+
+def read_sacct(told: str, *, submitted: Mapping[str, str]) -> dict[str, JobState]:
+    """The last word on each job: of one that was requeued, sacct has a row a start, in their order."""
+    found = {}
+    for line in told.splitlines():
+        parts = [part.strip() for part in line.split("|")]
+        if len(parts) < 7 or parts[0] not in submitted:
+            continue
+        job, state, exit_code, start, end, nodes, reason = parts[:7]
+        if _is_before(end, submitted[job]):  # another job, of the cluster before this one
+            continue
+        state = state.split(" ")[0]  # "CANCELLED by 1000"
+        found[job] = JobState(
+            job, state, _said(reason), "", _said(start), _said(end), _said(nodes, "None assigned"), exit_code
+        )
+    return found
+
+
+def _said(text: str, *nothing: str) -> str:
+    return "" if text in ("None", "N/A", "Unknown", "(null)", *nothing) else text
+
+
+def seconds(text: str) -> float | None:
+    """A time as Slurm writes it (of this place) or as chain.json does (with its zone), in seconds since 1970."""
+    if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", text):
+        return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
+    with suppress(ValueError):
+        from datetime import datetime
+
+        return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    return None
+
+
+def _is_before(one: str, other: str) -> bool:
+    first, second = seconds(one), seconds(other)
+    return first is not None and second is not None and first < second - EARLIER_S

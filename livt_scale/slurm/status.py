@@ -1,0 +1,285 @@
+"""How a run stands: what it says of itself, joined with what Slurm says of its jobs.
+
+    view = look_at(run_dir)         view.state, view.why, view.stages, view.jobs, view.notes
+
+The run's own record comes first and Slurm's accounting second: Slurm calls a job COMPLETED that was stopped half-way
+and saved, and FAILED or PREEMPTED one whose successor has long gone on. Each stage is in one of these states:
+
+    pending      it was not started, or is to go on: a job waits (with Slurm's reason), or nothing does yet
+    running      it says so, and a process, a job or a fresh heartbeat bears it out; or its job is starting
+    preempted    stopped and saved, and no job of it is in the queue
+    failed       it says so; or its job ended so before the run could say anything
+    stalled      it says running, but no process and no job of it is there, and no heartbeat is fresh
+    done         it says so
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from livt_scale.slurm import processes, progress
+from livt_scale.slurm.bad_nodes import read_bad_nodes
+from livt_scale.slurm.commands import FAILS, JobState, Queue, look, seconds
+from livt_scale.slurm.progress import Plan, Record
+from livt_scale.slurm.submit import CHAIN, read_chain
+from livt_scale.util.errors import LivtError
+
+State = Literal["pending", "running", "preempted", "failed", "stalled", "done"]
+LAST = "evaluate"  # the chain's last job, which is no stage of the recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of the chain: what was submitted, and what Slurm says of it."""
+
+    id: str
+    stage: str
+    segment: int
+    segments: int
+    log: str
+    submitted_at: str
+    now: JobState
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Whether anything of a stage is alive. process: of the run's; None: on another host, nobody here can say."""
+
+    process: bool | None
+    silent_s: float | None  # since the last heartbeat
+    fresh_s: float
+    starting: bool = False  # a living process holds the run's lock
+
+    @property
+    def fresh(self) -> bool:
+        return self.silent_s is not None and self.silent_s <= self.fresh_s
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: its state, why, and all that it has written."""
+
+    name: str
+    state: State
+    why: str
+    record: Record
+    epochs: int | None = None
+
+
+@dataclass
+class View:
+    """One run. `queue` says what of Slurm could not be asked."""
+
+    run_dir: Path
+    name: str
+    state: State
+    why: str
+    stage: str
+    stages: list[Stage] = field(default_factory=list)
+    jobs: list[Job] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    mode: str = ""  # of the chain; empty: not submitted
+    at: float = 0.0
+
+    @property
+    def current(self) -> Stage | None:
+        return next((stage for stage in self.stages if stage.name == self.stage), None)
+
+
+def look_at(run_dir: Path, *, queue: Queue | None = None) -> View:
+    """The run in `run_dir` as it stands. queue: what Slurm said a moment ago; None: it is asked. Raises nothing."""
+    plan, notes = progress.read_plan(run_dir)
+    chain, wrong = chain_of(run_dir)
+    notes += wrong
+    submitted = chain.get("jobs", [])
+    if queue is None:
+        (queue,) = look([chain])
+    jobs = [_job(entry, queue) for entry in submitted]
+    notes += queue.notes
+    names = [*plan.stages, *([LAST] if any(job.stage == LAST for job in jobs) else [])]
+    records = {name: progress.read_record(run_dir, name) for name in names}
+    if LAST in records:
+        records[LAST] = _evaluation(run_dir, plan, after=records.get("finetune"))
+    current = next((name for name in names if records[name].state != "done"), names[-1] if names else "")
+    stages = []
+    for name in names:
+        signs = signs_of(run_dir, records[name], fresh_s=plan.fresh_s, is_current=name == current)
+        of_it = [job for job in jobs if job.stage == name]
+        state, why = judge(records[name], of_it, signs, gave_up=_gave_up(run_dir, name))
+        stages.append(Stage(name, state, why, records[name], plan.stages.get(name)))
+        notes += records[name].damage
+    shown = next((stage for stage in stages if stage.name == current), None)
+    view = View(
+        run_dir,
+        plan.name,
+        shown.state if shown else "pending",
+        shown.why if shown else "nothing of it was started",
+        current,
+        stages,
+        jobs,
+        notes,
+        str(chain.get("mode") or ""),
+        time.time(),
+    )
+    view.notes += _warnings(view, plan, chain)
+    return view
+
+
+def chain_of(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
+    """(chain.json, what is wrong with it): empty where nothing was submitted."""
+    try:
+        chain = read_chain(run_dir)
+        if chain is not None and not all(isinstance(job, dict) and "id" in job for job in chain["jobs"]):
+            return {}, [f"{run_dir / CHAIN} cannot be read: its jobs are not what livt submit writes"]
+        return chain or {}, []
+    except (LivtError, OSError, RecursionError) as error:
+        told = str(error)
+        return {}, [told if str(run_dir) in told else f"{run_dir / CHAIN} cannot be read: {told}"]
+
+
+def _job(entry: dict[str, Any], queue: Queue) -> Job:
+    return Job(
+        str(entry["id"]),
+        str(entry.get("stage", "")),
+        int(entry["segment"]) if progress.is_number(entry.get("segment")) else 1,
+        int(entry["segments"]) if progress.is_number(entry.get("segments")) else 1,
+        str(entry.get("log") or ""),
+        str(entry.get("submitted_at") or ""),
+        queue.jobs.get(str(entry["id"]), JobState(str(entry["id"]), "")),
+    )
+
+
+def signs_of(run_dir: Path, record: Record, *, fresh_s: float, is_current: bool) -> Signs:
+    """Look for the processes that the stage's files name, and how old its last word is."""
+    now, known = time.time(), []
+    status = record.status
+    if progress.is_number(status.get("pid")) and isinstance(status.get("host"), str):
+        known.append(processes.is_there(int(status["pid"]), status["host"], wrote_at=record.since))
+    known += [processes.is_there(b.pid, b.host, wrote_at=b.since) for b in record.beats if b.state == "running"]
+    process = True if True in known else None if None in known or not known else False
+    starting = is_current and processes.lock_is_held(run_dir)
+    silent_s = None if record.wrote_at is None else max(now - record.wrote_at, 0.0)
+    return Signs(process, silent_s, fresh_s, starting)
+
+
+def judge(record: Record, jobs: Sequence[Job], signs: Signs, *, gave_up: str = "") -> tuple[State, str]:
+    """(state, why) of a stage, by what it says, then by its jobs. gave_up: the batch script's word, if it gave one."""
+    said, why = record.state, str(record.status.get("why") or "")
+    if said == "done":
+        return "done", why
+    jobs = [job for job in jobs if not _is_older(job, record.since)]
+    runs = next((job for job in jobs if job.now.runs), None)
+    waits = next((job for job in jobs if job.now.waits), None)
+    if gave_up and not signs.starting:
+        return "failed", why if said == "failed" and why else gave_up
+    if said == "running":
+        return _says_running(jobs, runs, waits, signs)
+    if said == "failed":
+        again = runs is not None and _began_after(runs, record.since)
+        put_back = waits is not None and not waits.now.reason.startswith("Dependency")
+        if not (again or put_back or signs.starting):
+            return "failed", why
+    if runs is not None:
+        return "running", f"job {runs.id} is at it" if record.stage == LAST else f"job {runs.id} is starting"
+    if signs.starting:
+        return "running", "it is starting"
+    if waits is not None:
+        return "pending", _waits(waits) + (f"; before it: {why}" if why else "")
+    if said:
+        return "preempted", why
+    return _ended(jobs) or ("pending", "not started, and no job of it is in the queue")
+
+
+def _says_running(jobs: Sequence[Job], runs: Job | None, waits: Job | None, signs: Signs) -> tuple[State, str]:
+    silent = "no sign of life" if signs.silent_s is None else f"no sign of life for {span(signs.silent_s)}"
+    ended = _ended(jobs)
+    if signs.process or (signs.fresh and signs.process is None and (runs or not (waits or ended))):
+        return "running", "" if signs.fresh else f"{silent}, but its process is there"
+    if runs is not None:
+        return "running", f"job {runs.id} runs, {silent} from its ranks"
+    if waits is not None:
+        return "pending", f"{_waits(waits)}; before it: ended without a word"
+    gone = "its processes are gone" if signs.process is False else "none of its jobs is there" if jobs else ""
+    return ended or ("stalled", ", ".join(part for part in (gone, silent) if part))
+
+
+def _is_older(job: Job, since: float | None) -> bool:
+    """Whether it had ended before the stage came into the state that it tells of."""
+    end = seconds(job.now.end)
+    return job.now.ended and since is not None and end is not None and end < since
+
+
+def _ended(jobs: Sequence[Job]) -> tuple[State, str] | None:
+    """What accounting says of the last job that ended, where the run itself could not."""
+    last = next((job for job in reversed(jobs) if job.now.ended), None)
+    if last is None or last.now.state == "COMPLETED":
+        return None
+    told = f"job {last.id} ended as {last.now.state}" + (
+        f", exit code {last.now.exit_code}" if last.now.exit_code not in ("", "0:0") else ""
+    )
+    if last.now.state == "PREEMPTED":
+        return "preempted", f"{told}, without a save"
+    if last.now.state in FAILS:
+        return "failed", f"{told}; its log: {last.log}"
+    return "stalled", f"{told}, and no other job of it is in the queue"
+
+
+def _waits(job: Job) -> str:
+    if job.now.never_starts:
+        return f"job {job.id} can never start: the job that it waits for did not end well"
+    return f"job {job.id} waits ({job.now.reason or 'no reason given'})"
+
+
+def _began_after(job: Job, since: float | None) -> bool:
+    start = seconds(job.now.start)
+    return since is not None and start is not None and start > since
+
+
+def _gave_up(run_dir: Path, stage: str) -> str:
+    """What a segment left for the ones behind it: why the stage does not go on."""
+    try:
+        return (run_dir / "slurm" / f"failed-{stage}").read_text(errors="replace").strip()[:2000] or "it has failed"
+    except OSError:
+        return ""
+
+
+def _evaluation(run_dir: Path, plan: Plan, *, after: Record | None) -> Record:
+    """The last job keeps no status.json: its result is its record, unless it is of weights before these."""
+    record, made = Record(LAST), run_dir / "export" / ("eval.json" if plan.evaluates else "config.json")
+    with suppress(OSError):
+        if after is None or made.stat().st_mtime >= (after.since or 0) - processes.SLACK_S:
+            record.status = {"state": "done"}
+    return record
+
+
+def _warnings(view: View, plan: Plan, chain: dict[str, Any]) -> list[str]:
+    """What a person should look at, though the run goes on."""
+    told = []
+    now = view.current
+    if now is not None and now.state == "running" and now.record.beats:
+        running = [beat for beat in now.record.beats if beat.state == "running"]
+        old = [beat.rank for beat in running if view.at - beat.at > plan.fresh_s]
+        if old and len(old) < len(running):
+            told.append(f"no heartbeat of ranks {', '.join(map(str, old[:8]))} for more than {span(plan.fresh_s)}")
+    told += [_waits(job) for job in view.jobs if job.now.never_starts]
+    told += [f"node {n.name} failed the check of job {n.job} at {n.at}: {n.why}" for n in read_bad_nodes(view.run_dir)]
+    if chain.get("taken_back"):
+        told.append(f"the chain was taken back when it was submitted: {chain['taken_back']}")
+    return told
+
+
+def span(seconds_: float) -> str:
+    """A time for people: 34 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    whole = max(int(seconds_), 0)
+    if whole < 120:
+        return f"{whole} s"
+    if whole < 7200:
+        return f"{whole // 60} min"
+    if whole < 48 * 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 86400} d {whole % 86400 // 3600} h"

@@ -1,0 +1,87 @@
+"""How far a stage of a run is and how long its steps take, from what the run itself has written.
+
+step_s      the median of the last lines of RUN/STAGE/metrics.jsonl, less the first, which starts slowly
+save_s      `longest_save_s` of RUN/STAGE/status.json
+total       `total_steps` of status.json; before the first start, from the shards' manifest
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.train.run_dir import read_status
+from livt_scale.util.errors import LivtError
+
+LINES = 200
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is known of one stage. None: not known yet."""
+
+    done: bool = False
+    step: int = 0
+    total: int | None = None
+    step_s: float | None = None
+    longest_step_s: float | None = None
+    save_s: float | None = None
+    world_size: int | None = None  # with which step_s was measured
+
+
+def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
+    """What the run directory knows of `stage`. Raises RunError where its status.json cannot be read."""
+    status = read_status(run_dir, stage) or {}
+    lines = _lines(run_dir / stage / "metrics.jsonl")
+    steps = [float(line["step_s"]) for line in lines[1:] or lines]
+    total = status.get("total_steps")
+    return Measured(
+        done=status.get("state") == "done",
+        step=int(status.get("step") or 0),
+        total=int(total) if total is not None else planned_steps(recipe, stage),
+        step_s=statistics.median(steps) if steps else None,
+        longest_step_s=max(steps) if steps else None,
+        save_s=status.get("longest_save_s"),
+        world_size=int(lines[-1]["world_size"]) if lines and "world_size" in lines[-1] else None,
+    )
+
+
+def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
+    """Steps of the stage by recipe and manifest; None where the shards are not to be seen from here."""
+    import numpy as np
+
+    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.order.class_balanced import order_for  # not data.stream, which would bring torch
+
+    try:
+        shards = ShardSet.open(recipe.data.train, data=recipe.data)
+        order = order_for(
+            recipe.stage(stage),
+            shards.usable_per_shard,
+            lambda: shards.labels(shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64))),
+            seed=recipe.seed,
+            lane_groups=recipe.data.lane_groups,
+            window=recipe.data.shuffle_window,
+        )
+    except (LivtError, OSError):
+        return None
+    return recipe.stage(stage).epochs * order.steps_per_epoch
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    try:
+        text = path.read_text(encoding="utf-8").splitlines()[-LINES:]
+    except OSError:
+        return []
+    found = []
+    for line in text:
+        try:
+            entry = json.loads(line)
+            float(entry["step_s"])
+        except (ValueError, LookupError, TypeError):
+            continue  # a half line of a killed process, or a line of another kind
+        found.append(entry)
+    return found

@@ -1,0 +1,305 @@
+"""A run's chain of jobs, submitted whole or not at all, once.
+
+    RUN/slurm/chain.json      what was submitted: mode, code, and for each job stage, segment, id, script, log, time
+    RUN/slurm/scripts/        the batch scripts, as they were submitted
+    RUN/slurm/logs/           JOB-ID.log, added to by each restart
+    RUN/slurm/starts-STAGE    the newest checkpoint at the last start, and how many starts in a row found no newer one
+    RUN/slurm/failed-STAGE    why a segment failed: the ones behind it do not start
+    RUN/code/                 what the jobs run from (`livt_scale.slurm.code_snapshot`)
+
+chain.json is written before the first job and after each one, so that a submission that is killed leaves no job that
+nobody knows of: all jobs of a chain carry its name as their comment, and that is how they are found again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from livt_scale.config.load import to_yaml
+from livt_scale.config.recipe import Recipe
+from livt_scale.config.yaml import shown
+from livt_scale.slurm import commands
+from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
+from livt_scale.slurm.chain import Plan, dependency, plan_chain
+from livt_scale.slurm.code_snapshot import PACKAGE, Frozen, freeze
+from livt_scale.slurm.script import LOGS, JobPlan, Shared, log_name, render
+from livt_scale.slurm.sites import SLURM_FOLDER, Site, load_site
+from livt_scale.slurm.step_times import measure
+from livt_scale.util.atomic import write_whole
+from livt_scale.util.errors import ClusterError, UsageError
+from livt_scale.util.urls import is_url
+
+CHAIN = "slurm/chain.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that is decided before anything is written or submitted."""
+
+    recipe: Recipe
+    run_dir: Path
+    site: Site | None
+    plan: Plan
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Look at cluster, site and run, and plan the jobs. Writes nothing. Raises UsageError, ClusterError, RunError."""
+    run_dir = Path(os.path.abspath(recipe.run_dir or Path("runs") / recipe.name))  # noqa: PTH100 - links stay links
+    recipe = recipe.model_copy(update={"run_dir": str(run_dir)})
+    site = load_site(recipe.slurm.site) if recipe.slurm.site else None
+    if recipe.slurm.stage_in and is_url(recipe.data.train):
+        raise UsageError("slurm.stage_in copies local shards, and data.train is a URL", remedy="data.cache keeps those")
+    measured = {stage: measure(recipe, stage, run_dir) for stage in recipe.stage_names}
+    made = run_dir / "export" / ("eval.json" if recipe.data.val else "config.json")
+    facts, unseen = _look_at_cluster()
+    plan = plan_chain(recipe, site, facts, measured, exported=made.is_file())
+    plan.notes += unseen
+    for node in read_bad_nodes(run_dir):
+        then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"
+        plan.notes.append(f"node {node.name} was bad at {node.at} ({node.why}): {then}; see RUN/{BAD_NODES}")
+    for name in ("train", "val"):
+        place = getattr(recipe.data, name)
+        if place and not is_url(place) and not (Path(place) / "manifest.json").is_file():
+            plan.notes.append(f"data.{name}: there are no shards in {place}, seen from here; the nodes need them there")
+    return Prepared(recipe, run_dir, site, plan)
+
+
+def _look_at_cluster() -> tuple[commands.ClusterFacts | None, list[str]]:
+    """(what the controller says, notes): a plan can be made without one, but then it was not checked."""
+    try:
+        facts = commands.cluster_facts()
+    except ClusterError as error:
+        return None, [f"partition, account, limits and PreemptMode are not checked: {error}"]
+    if facts is None:
+        return None, ["partition, account, limits and PreemptMode are not checked: there is no scontrol here"]
+    return facts, []
+
+
+def scripts(prepared: Prepared, frozen: Frozen | None) -> list[str]:
+    """The batch script of each job of the plan."""
+    shared = shared_by_all(prepared, frozen)
+    return [render(template(job), job, shared) for job in prepared.plan.jobs]
+
+
+def template(job: JobPlan) -> str:
+    path = SLURM_FOLDER / f"{job.job}.sbatch"
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"there is no batch script {path}", remedy="submit from a clone of the repository") from None
+
+
+def shared_by_all(prepared: Prepared, frozen: Frozen | None) -> Shared:
+    recipe, data = prepared.recipe, prepared.recipe.data
+    code = frozen.folder if frozen else PACKAGE.parent
+    local = tuple(place for place in (data.train, data.val) if place and not is_url(place))
+    return Shared(
+        name=recipe.name,
+        recipe=str(prepared.run_dir / "slurm" / "recipe.yaml" if frozen is None else frozen.folder / "recipe.yaml"),
+        options=(),
+        run_dir=str(prepared.run_dir),
+        work_dir=str(Path.cwd()),
+        python=recipe.slurm.python or sys.executable,
+        code=str(code),
+        code_sha256=frozen.sha256 if frozen else "",
+        slurm=excluding(recipe.slurm, read_bad_nodes(prepared.run_dir)),
+        site=prepared.site,
+        data=local,
+        evaluation_data=data.val,
+    )
+
+
+def submit(prepared: Prepared) -> dict[str, Any]:
+    """Submit the chain; what chain.json says of it, with `joined` where the very same is in the queue already.
+
+    Raises ClusterError: sbatch's own words, after the jobs before it were taken back; or another chain of this run is
+    still in the queue.
+    """
+    run_dir = prepared.run_dir
+    with alone(run_dir):
+        frozen = frozen_code(prepared)
+        earlier = read_chain(run_dir)
+        waiting = commands.alive(earlier) if earlier else {}
+        if earlier and waiting:
+            return _join(earlier, waiting, code_of(frozen, prepared), run_dir)
+        start_anew(prepared, frozen)
+        written = write_scripts(run_dir, prepared.plan.jobs, scripts(prepared, frozen))
+        chain = describe(prepared, frozen, earlier)
+        return _submit_all(prepared, written, chain)
+
+
+def frozen_code(prepared: Prepared) -> Frozen | None:
+    """The copy that the jobs run from, made now; None where they follow the checkout."""
+    recipe = prepared.recipe
+    return freeze(to_yaml(recipe), prepared.run_dir) if recipe.slurm.code == "frozen" else None
+
+
+def start_anew(prepared: Prepared, frozen: Frozen | None) -> None:
+    """What the jobs of a new chain expect in the run directory, and nothing that would end them at once."""
+    folder = prepared.run_dir / "slurm"
+    if frozen is None:
+        write_whole(folder / "recipe.yaml", to_yaml(prepared.recipe).encode("utf-8", "surrogateescape"))
+    for old in (*folder.glob("starts-*"), *folder.glob("failed-*")):
+        old.unlink()  # who submits anew has seen why it stopped
+
+
+def read_chain(run_dir: Path) -> dict[str, Any] | None:
+    """RUN/slurm/chain.json; None where nothing was submitted. Raises ClusterError where it cannot be read."""
+    try:
+        chain: dict[str, Any] = json.loads((run_dir / CHAIN).read_bytes())
+        chain["chain"], chain["jobs"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ClusterError(
+            f"{shown(run_dir / CHAIN)} cannot be read: {error}", remedy="see squeue, then remove it"
+        ) from error
+    return chain
+
+
+def describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """chain.json before its first job."""
+    return {
+        "version": VERSION,
+        "chain": f"livt {secrets.token_hex(8)}",
+        "name": prepared.recipe.name,
+        "submitted_at": _now(),
+        "mode": prepared.plan.mode,
+        "why": prepared.plan.why,
+        "code": code_of(frozen, prepared),
+        "jobs": [],
+        "earlier": [*(earlier or {}).get("earlier", []), *([_short(earlier)] if earlier else [])],
+    }
+
+
+def code_of(frozen: Frozen | None, prepared: Prepared) -> dict[str, Any]:
+    """`runs` tells whether two submissions are of the same: of package and recipe, or the recipe alone."""
+    if frozen is None:
+        recipe = to_yaml(prepared.recipe).encode("utf-8", "surrogateescape")
+        return {"folder": str(PACKAGE.parent), "sha256": None, "runs": hashlib.sha256(recipe).hexdigest()}
+    return {"folder": str(frozen.folder), "sha256": frozen.sha256, "runs": frozen.runs, "git": frozen.git}
+
+
+def _short(chain: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "chain": chain["chain"],
+        "submitted_at": chain.get("submitted_at"),
+        "ids": [job["id"] for job in chain["jobs"]],
+    }
+
+
+def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, Any]) -> dict[str, Any]:
+    run_dir, jobs = prepared.run_dir, prepared.plan.jobs
+    ids: list[str] = []
+    try:
+        write_chain(run_dir, chain)
+        for number, (job, script) in enumerate(zip(jobs, written, strict=True)):
+            waits = dependency(jobs, number)
+            after = f"{waits[0]}:{ids[waits[1]]}" if waits else None
+            log = f"{LOGS}/{log_name(job, array=False)}"
+            ids.append(commands.sbatch(script, chdir=run_dir, log=log, comment=chain["chain"], dependency=after))
+            paths = {"script": str(script.relative_to(run_dir)), "log": log.replace("%j", ids[-1])}
+            chain["jobs"].append(entry(job, id=ids[-1], dependency=after, **paths))
+            write_chain(run_dir, chain)
+    except BaseException as error:
+        take_back([(run_dir, chain)], ids, error)
+        raise
+    return chain
+
+
+def entry(job: JobPlan, *, id: str, script: str, log: str, dependency: str | None) -> dict[str, Any]:
+    """A job of chain.json. script, log: beneath the run directory, or absolute."""
+    return {
+        "stage": job.job,
+        "segment": job.segment,
+        "segments": job.segments,
+        "id": id,
+        "name": job.name,
+        "script": script,
+        "log": log,
+        "dependency": dependency,
+        "submitted_at": _now(),
+        "ask": asdict(job.ask),
+    }
+
+
+def take_back(chains: Sequence[tuple[Path, dict[str, Any]]], ids: list[str], error: BaseException) -> None:
+    """Nothing stays half submitted: cancel what was, and say so; if that fails too, say which jobs are left."""
+    try:
+        commands.cancel(ids)
+    except ClusterError as second:
+        raise ClusterError(
+            f"{error}. And jobs {', '.join(ids)}, submitted before, could not be cancelled: {second}",
+            remedy=f"end them: scancel {' '.join(ids)}",
+        ) from error
+    for run_dir, chain in chains:
+        chain["taken_back"] = f"{error}"
+        with suppress(OSError):
+            write_chain(run_dir, chain)
+    if isinstance(error, ClusterError) and ids:
+        raise ClusterError(
+            f"{error.message}; jobs {', '.join(ids)}, submitted before it, were taken back", remedy=error.remedy
+        ) from error
+
+
+def _join(chain: dict[str, Any], waiting: dict[str, str], code: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """The chain that is in the queue, if it runs the same; else the second one is refused."""
+    told = ", ".join(f"{job} {state.lower()}" for job, state in waiting.items())
+    if chain["code"]["runs"] == code["runs"] and not chain.get("taken_back"):
+        return {**chain, "joined": waiting}
+    raise ClusterError(
+        f"this run's jobs of {chain.get('submitted_at')} are in the queue still ({told}), with other code or another "
+        f"recipe: {shown(run_dir)}",
+        remedy=f"end them first (scancel {' '.join(waiting)}), or set another run_dir",
+    )
+
+
+def write_scripts(folder: Path, jobs: Sequence[JobPlan], texts: Sequence[str]) -> list[Path]:
+    """FOLDER/slurm/scripts/01-pretrain.sbatch and so on, and the folder of the logs."""
+    (folder / LOGS).mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, (job, text) in enumerate(zip(jobs, texts, strict=True), start=1):
+        path = folder / "slurm" / "scripts" / f"{number:02}-{job.name}.sbatch"
+        write_whole(path, text.encode("utf-8", "surrogateescape"))
+        paths.append(path)
+    return paths
+
+
+def write_chain(run_dir: Path, chain: dict[str, Any]) -> None:
+    write_whole(run_dir / CHAIN, (json.dumps(chain, indent=2) + "\n").encode())
+
+
+@contextmanager
+def alone(run_dir: Path) -> Iterator[None]:
+    """One submission at a time for a run. Raises ClusterError: another is at work, or nothing can be written there."""
+    try:
+        (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir / "slurm" / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ClusterError(
+            f"the run directory {shown(run_dir)} cannot be written: {error.strerror}",
+            remedy="set run_dir to a folder that all nodes can write to",
+        ) from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ClusterError(f"another livt submit is at work in {shown(run_dir)}", remedy="wait for it") from None
+    finally:
+        os.close(handle)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

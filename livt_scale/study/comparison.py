@@ -1,0 +1,145 @@
+"""Is one arm of a comparison better than another? Decided by a rule that stands here, and nowhere by hand.
+
+Both arms are trained with the same seeds, and each seed gives one difference. With n of them, mean d and deviation s,
+the 95 % interval is d ± t(n - 1) · s / √n (Student 1908). A claim that says "more than by `least`" is
+
+    confirmed        where the whole interval lies above `least`
+    not confirmed    where the whole interval lies below it
+    not decidable    where it holds `least`, or with fewer than 3 seeds
+
+A claim of several comparisons is confirmed where all are, and not confirmed where one is not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+Word = Literal["confirmed", "not confirmed", "not decidable here"]
+Unit = Literal["accuracy", "loss", "relative"]  # of a difference: a fraction of the images, a loss, a share of a loss
+LEAST_SEEDS = 3
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was asked, the mean difference over seeds, its interval, and the word."""
+
+    says: str
+    mean: float
+    low: float
+    high: float
+    num_seeds: int
+    word: Word
+    unit: Unit = "accuracy"
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high); infinitely wide where one seed tells nothing of the spread."""
+    values = np.asarray(differences, dtype=np.float64)
+    mean = float(values.mean()) if values.size else math.nan
+    if values.size < 2:
+        return mean, -math.inf, math.inf
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
+    return mean, mean - half, mean + half
+
+
+def exceeds(differences: Sequence[float], *, says: str, least: float = 0.0, unit: Unit = "accuracy") -> Verdict:
+    """Is the difference above `least`?"""
+    mean, low, high = interval(differences)
+    word: Word = "not decidable here"
+    if len(differences) >= LEAST_SEEDS:
+        word = "confirmed" if low > least else "not confirmed" if high < least else "not decidable here"
+    return Verdict(says, mean, low, high, len(differences), word, unit)
+
+
+def alike(differences: Sequence[float], *, says: str, within: float) -> Verdict:
+    """Does the difference lie within ± `within`? (two one-sided tests by the same interval)"""
+    mean, low, high = interval(differences)
+    word: Word = "not decidable here"
+    if len(differences) >= LEAST_SEEDS:
+        if -within < low and high < within:
+            word = "confirmed"
+        elif low > within or high < -within:
+            word = "not confirmed"
+    return Verdict(says, mean, low, high, len(differences), word, "relative")
+
+
+def together(verdicts: Iterable[Verdict]) -> Word:
+    words = {verdict.word for verdict in verdicts}
+    if "not confirmed" in words:
+        return "not confirmed"
+    return "confirmed" if words == {"confirmed"} else "not decidable here"
+
+
+Measure = Literal["top1_all", "top1_many", "top1_medium", "top1_few", "top1_mean_over_epochs", "reconstruction_loss"]
+Values = Mapping[str, Mapping[str, Mapping[int, float]]]  # arm -> measure -> seed -> value
+
+
+@dataclass(frozen=True)
+class Ask:
+    """Is `better` above `worse` (below it for a loss)? With `within`: are they alike, relative to `worse`?"""
+
+    better: str
+    worse: str
+    measure: Measure
+    within: float | None = None
+
+    @property
+    def says(self) -> str:
+        measure = self.measure.replace("_", " ")
+        if self.within is not None:
+            return f"{self.better} like {self.worse} in {measure}, to {self.within:.0%}"
+        return f"{self.better} {'below' if self.lower_wins else 'above'} {self.worse} in {measure}"
+
+    @property
+    def lower_wins(self) -> bool:
+        return self.measure == "reconstruction_loss"
+
+    @property
+    def arms(self) -> set[str]:
+        return {self.better, self.worse}
+
+    def differences(self, values: Values) -> dict[int, float]:
+        """Of each seed that both arms have."""
+        better, worse = (values.get(arm, {}).get(self.measure, {}) for arm in (self.better, self.worse))
+        seeds = sorted(better.keys() & worse.keys())
+        if self.within is not None:
+            return {s: (better[s] - worse[s]) / worse[s] for s in seeds}
+        sign = -1 if self.lower_wins else 1
+        return {s: sign * (better[s] - worse[s]) for s in seeds}
+
+    def judge(self, values: Values) -> Verdict:
+        differences = list(self.differences(values).values())
+        if self.within is not None:
+            return alike(differences, says=self.says, within=self.within)
+        unit: Unit = "loss" if self.lower_wins else "accuracy"
+        return exceeds(differences, says=self.says, unit=unit)
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Is the difference of `wide` larger than that of `narrow`? Both in the same unit."""
+
+    wide: Ask
+    narrow: Ask
+
+    @property
+    def says(self) -> str:
+        return f"{self.wide.says}, by more than {self.narrow.says}"
+
+    @property
+    def arms(self) -> set[str]:
+        return self.wide.arms | self.narrow.arms
+
+    def judge(self, values: Values) -> Verdict:
+        wide, narrow = self.wide.differences(values), self.narrow.differences(values)
+        return exceeds([wide[s] - narrow[s] for s in sorted(wide.keys() & narrow.keys())], says=self.says)
+
+
+Question = Ask | Gap

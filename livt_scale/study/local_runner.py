@@ -1,0 +1,136 @@
+"""Runs a study's runs on this machine, so many at once, each in a process of its own.
+
+What is done is not run again, so a study that was killed is continued by the same command; a run that was stopped goes
+on from its checkpoint, as `livt train` does. One that fails is named with its log, and so are those that would have
+started from it; the others go on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from livt_scale.data.manifest import ShardSet
+from livt_scale.study.runs import Run, in_order
+from livt_scale.train.run_dir import is_done
+from livt_scale.util.atomic import new_folder
+from livt_scale.util.errors import ManifestError, Preempted
+
+LOG = "log.txt"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # as `livt train` takes them
+POLL_S = 0.2
+Say = Callable[[str], None]
+
+
+@dataclass
+class Outcome:
+    """Names of the runs by how they ended. waited: for one that failed."""
+
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)  # why, and its log
+    waited: list[str] = field(default_factory=list)
+
+
+def check_runs(runs: Sequence[Run], folder: Path) -> None:
+    """Raise before anything is trained what would end each of the runs that are left: RecipeError, ManifestError."""
+    seen: set[str] = set()
+    for run in runs:
+        recipe = run.load(folder)
+        for shards in (recipe.data.train, recipe.data.val):
+            if not shards or shards in seen or is_done(run.at(folder), run.stage):
+                continue
+            seen.add(shards)
+            try:
+                ShardSet.open(shards, data=recipe.data)
+            except ManifestError as error:
+                spec = Path(shards).parent.with_suffix(".yaml")  # as the shipped specs and their sets are named
+                if Path(shards).exists() or not spec.is_file():
+                    raise
+                raise ManifestError(error.message, remedy=f"make it: livt shards build {spec}") from error
+
+
+def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = print) -> Outcome:
+    """Bring all runs to their end. Raises Preempted on SIGTERM or SIGUSR2, when those that run have saved."""
+    left, outcome = in_order(runs), Outcome()
+    known = {run.name: run for run in left}
+    active: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}
+    before = {number: signal.signal(number, _stop) for number in SIGNALS}
+    try:
+        while left or active:
+            for name in [name for name, (_, process, _) in active.items() if process.poll() is not None]:
+                _ended(*active.pop(name), folder=folder, outcome=outcome, say=say)
+            for run in list(left):
+                if run.after is not None and (run.after in outcome.failed or run.after in outcome.waited):
+                    left.remove(run)
+                    outcome.waited.append(run.name)
+                elif is_done(run.at(folder), run.stage):
+                    left.remove(run)
+                    outcome.done.append(run.name)
+                elif len(active) < at_once and (run.after is None or run.after in outcome.done):
+                    left.remove(run)
+                    source = known[run.after].at(folder) if run.after is not None else None
+                    active[run.name] = (run, start(run, folder, source=source), time.monotonic())
+            if active:
+                time.sleep(POLL_S)
+    finally:
+        for _, process, _ in active.values():
+            process.terminate()  # livt train saves on SIGTERM
+        for _, process, _ in active.values():
+            process.wait()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return outcome
+
+
+def _stop(number: int, _: FrameType | None) -> NoReturn:
+    raise Preempted(f"stopped by {signal.Signals(number).name}; the runs are saved", remedy="start again to go on")
+
+
+def start(run: Run, folder: Path, *, source: Path | None) -> subprocess.Popen[bytes]:
+    """Its process, with both streams in RUN/log.txt. source: where the pretraining lies that it starts from."""
+    place = run.at(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    if source is not None and not (place / "pretrain").exists():
+        lay_pretraining(source, place)
+    with (place / LOG).open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "livt_scale", *run.words(folder)],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def lay_pretraining(source: Path, target: Path) -> None:
+    """A copy of the pretraining in `source`, whole or not at all; by hard links where the file system has them."""
+    with new_folder(target / "pretrain") as new:
+        shutil.copytree(source / "pretrain", new, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
+def _ended(
+    run: Run, process: subprocess.Popen[bytes], began: float, *, folder: Path, outcome: Outcome, say: Say
+) -> None:
+    took, log = time.monotonic() - began, run.at(folder) / LOG
+    if process.returncode == 0 and is_done(run.at(folder), run.stage):
+        outcome.done.append(run.name)
+        say(f"{run.name}: done in {took:.0f} s")
+    else:
+        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        why = f"exit code {process.returncode}: {''.join(last)[:300]} (log: {log})"
+        outcome.failed[run.name] = why
+        say(f"{run.name}: failed, {why}")

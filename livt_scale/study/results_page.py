@@ -1,0 +1,144 @@
+"""docs/results.md, made of the collected results alone: nothing on it is typed by hand."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from livt_scale.study.claims import CLAIMS, SETTINGS
+from livt_scale.study.collect import FORMAT, VERSION
+from livt_scale.study.comparison import CONFIDENCE, LEAST_SEEDS
+from livt_scale.util.errors import DataError
+
+COLUMNS = {
+    "top1_all": "all", "top1_many": "many", "top1_medium": "medium", "top1_few": "few",
+    "top1_mean_over_epochs": "mean over epochs", "reconstruction_loss": "reconstruction loss",
+}  # fmt: skip
+HEAD = """\
+# Results: the paper's claims, checked here
+
+This page is made by `livt reproduce … --page docs/results.md`, of results that it collected from run directories and
+keeps in `docs/results/`; how to run it, here and on ImageNet-LT: [reproducing](reproducing.md). Each number is the
+mean over seeds ± their standard deviation, on evaluation images. A verdict is a rule, which stands in
+`livt_scale/study/comparison.py`: with the same seeds for both arms, the {confidence:.0%} interval of the difference
+lies above 0 (confirmed), below 0 (not confirmed), or holds it (not decidable here, as with fewer than {least} seeds). A
+claim is confirmed where each of its questions is, and not confirmed where one is not. All arms have the recipe's
+learning rate and, unless their name says otherwise, the section's epochs; nothing was tuned for any of them.
+"""
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """The page for these results, in their order."""
+    parts = [HEAD.format(confidence=CONFIDENCE, least=LEAST_SEEDS), _overview(results)]
+    return "\n".join([*parts, *(_section(result) for result in results)])
+
+
+def _overview(results: Sequence[Mapping[str, Any]]) -> str:
+    """Every claim in every setting: what nobody has run is said to be not run."""
+    words = {(result["claim"], result["on"]): result["word"] for result in results}
+    rows = [f"| claim | {' | '.join(f'`{on}`' for on in SETTINGS)} |", "| --- |" + " --- |" * len(SETTINGS)]
+    for name, claim in CLAIMS.items():
+        cells = (words.get((name, on)) for on in SETTINGS)
+        rows.append(f"| `{name}`: {claim.says} | {' | '.join(f'**{w}**' if w else 'not run' for w in cells)} |")
+    return "\n".join([*rows, ""])
+
+
+def _section(result: Mapping[str, Any]) -> str:
+    budget, name = result["budget"], f"{result['claim']} on {result['on']}"
+    sets = "".join(f" --set {path}={value}" for path, value in result["sets"].items())
+    lines = [
+        f"## {name}",
+        "",
+        f"{result['says']} **{result['word'].capitalize()}.**",
+        "",
+        "```sh",
+        f"livt reproduce {result['claim']} --on {result['on']} --seeds {len(result['seeds'])}{sets}",
+        "```",
+        "",
+        f"`{budget['recipe']}` on `{budget['data']}`: {_epochs(budget)}, where the arm does not say otherwise.",
+        "",
+        *_table(result),
+        "",
+        f"![{name}]({picture_name(result)})",
+        "",
+        *_verdicts(result),
+        "",
+    ]
+    if result["missing"]:
+        lines += ["Not counted: " + "; ".join(f"{who} ({why})" for who, why in result["missing"].items()) + ".", ""]
+    versions = ", ".join(f"{what} {which}" for what, which in result["versions"].items())
+    return "\n".join([*lines, f"Made with {versions}.", ""])
+
+
+def _epochs(budget: Mapping[str, Any]) -> str:
+    if budget["pretrain_epochs"] is None:
+        return f"{budget['finetune_epochs']} epochs from scratch"
+    return f"{budget['pretrain_epochs']} epochs of pretraining, {budget['finetune_epochs']} of fine-tuning"
+
+
+def _table(result: Mapping[str, Any]) -> list[str]:
+    shown = [m for m in COLUMNS if any(m in of for of in result["values"].values())]
+    rows = [f"| arm | M weights | seeds | {' | '.join(COLUMNS[m] for m in shown)} | minutes a run |"]
+    rows.append("| --- |" + " ---: |" * (len(shown) + 3))
+    for arm, of in result["values"].items():
+        count = max(len(by) for by in of.values())
+        cells = " | ".join(_cell(list(of[m].values()), m) if m in of else "" for m in shown)
+        weights, minutes = f"{result['weights'][arm] / 1e6:.2f}", f"{result['minutes'][arm]:.1f}"
+        rows.append(f"| {arm} | {weights} | {count} | {cells} | {minutes} |")
+    return rows
+
+
+def _cell(values: Sequence[float], measure: str) -> str:
+    scale, digits = (1, 4) if measure == "reconstruction_loss" else (100, 1)
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _verdicts(result: Mapping[str, Any]) -> list[str]:
+    rows = ["| question | difference | interval | seeds | verdict |", "| --- | ---: | ---: | ---: | --- |"]
+    for verdict in result["verdicts"]:
+        seeds, cells = verdict["num_seeds"], ["", ""]
+        if seeds:
+            mean, low, high = (_signed(verdict[key], verdict["unit"]) for key in ("mean", "low", "high"))
+            cells = [mean, f"{low} to {high}" if seeds > 1 else ""]
+        word = verdict["word"] if seeds else "not run"
+        rows.append(f"| {verdict['says']} | {' | '.join(cells)} | {seeds} | {word} |")
+    return rows
+
+
+def _signed(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "relative":
+        return f"{value:+.1%}"
+    return f"{value:+.4f}" if unit == "loss" else f"{100 * value:+.1f}"
+
+
+def picture_name(result: Mapping[str, Any]) -> str:
+    return f"results/{result['claim']}-{result['on']}.png"
+
+
+def results_json(result: Mapping[str, Any]) -> bytes:
+    return (json.dumps(result, indent=1, allow_nan=False) + "\n").encode()
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The results that are kept in `folder`, in the order of the claims. Raises DataError: one cannot be read."""
+    places = {(claim, on): (k, n) for k, claim in enumerate(CLAIMS) for n, on in enumerate(SETTINGS)}
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            result = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise DataError(f"{file} is not JSON: {error}", remedy="collect it again: livt reproduce") from error
+        told = result if isinstance(result, dict) else {}
+        known = (told.get("claim"), told.get("on")) in places
+        if (told.get("format"), told.get("version")) != (FORMAT, VERSION) or not known:
+            raise DataError(
+                f"{file} holds no results of a claim as this livt_scale collects them", remedy="collect it again"
+            )
+        found.append(told)
+    return sorted(found, key=lambda told: places[told["claim"], told["on"]])

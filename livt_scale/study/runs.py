@@ -1,0 +1,76 @@
+"""Which runs a study consists of: names, recipes and overrides, made before anything is started.
+
+    Run("losses/bce/seed-1", recipe, {"seed": 1, "stages.finetune.loss.name": "bce"}, stage="finetune",
+        after="pretrain/lt/seed-1")
+
+A run is one stage. One that fine-tunes says after which pretraining: many of them share it, and the runner lays a copy
+of it into the run's own directory, so that each is whole when it is moved. Names are folders below the study's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from livt_scale.config.load import load_recipe
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One stage of one recipe. sets: overrides by dotted path, as `--set` has them."""
+
+    name: str
+    recipe: Path
+    sets: Mapping[str, Any] = field(default_factory=dict)
+    stage: Stage = "finetune"
+    after: str | None = None  # name of the run whose pretraining this one starts from
+    place: str | None = None  # its folder below the study's; None: its name. Both stages of one run share a folder
+
+    def at(self, folder: Path) -> Path:
+        """Its run directory, where the study lies in `folder`."""
+        return folder / (self.place or self.name)
+
+    def words(self, folder: Path) -> list[str]:
+        """What `livt` is started with."""
+        return ["train", str(self.recipe), "--stage", self.stage, *(f"--set={s}" for s in self.all_sets(folder))]
+
+    def all_sets(self, folder: Path) -> list[str]:
+        return [*as_words(self.sets), f"run_dir={self.at(folder)}"]
+
+    def load(self, folder: Path) -> Recipe:
+        """The recipe as the run will have it. Raises RecipeError."""
+        return load_recipe(self.recipe, sets=self.all_sets(folder))
+
+
+def as_words(sets: Mapping[str, Any]) -> list[str]:
+    """Overrides as `--set` takes them, "a.b=c"."""
+    return [f"{path}={spelt(value)}" for path, value in sets.items()]
+
+
+def spelt(value: object) -> str:
+    """As a user would write it behind --set: text as it is, anything else as YAML (of which JSON is a part)."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+
+
+def in_order(runs: Iterable[Run]) -> list[Run]:
+    """Each run once, in the order given, but after the one that it starts from.
+
+    Seed after seed given, whole seeds are done first, and a study that is stopped early has something to say.
+    Raises UsageError for two runs of one name that differ, or a start that is none of the runs.
+    """
+    known: dict[str, Run] = {}
+    for run in runs:
+        if known.setdefault(run.name, run) != run:
+            raise UsageError(f"two different runs are called {run.name}", remedy="give each of them a name of its own")
+    ordered: dict[str, Run] = {}
+    for run in known.values():
+        if run.after is not None and run.after not in known:
+            raise UsageError(f"{run.name} starts from {run.after}, which is none of the runs")
+        for one in [known[run.after], run] if run.after is not None else [run]:
+            ordered.setdefault(one.name, one)
+    return list(ordered.values())

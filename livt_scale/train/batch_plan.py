@@ -1,0 +1,57 @@
+"""How a global batch is cut: slots of a rank, micro-batches of a step. The recipe's batch holds at any world size.
+
+global batch 1024 on 16 ranks, micro_batch 64  ->  64 slots a rank, 1 micro-batch
+global batch 1024 on  4 ranks, micro_batch 64  -> 256 slots a rank, 4 micro-batches, gradients added up
+global batch 1024 on 32 ranks, micro_batch 64  ->  32 slots a rank, 1 micro-batch of 32
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from livt_scale.util.errors import UsageError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What one rank does in one step: `accumulation` forward passes of `micro_batch` images."""
+
+    global_batch: int
+    world_size: int
+    micro_batch: int
+    accumulation: int
+
+    @property
+    def slots(self) -> int:
+        """Slots of the global batch that one rank takes."""
+        return self.micro_batch * self.accumulation
+
+    def __str__(self) -> str:
+        return (
+            f"global batch {self.global_batch} = {self.world_size} ranks x {self.accumulation} micro-batches "
+            f"x {self.micro_batch} images"
+        )
+
+
+def plan_batches(global_batch: int, micro_batch: int, *, world_size: int, pairs: bool) -> BatchPlan:
+    """Cut `global_batch`; `pairs`: mixup pairs neighbours, so a rank's slots must be even. Raises UsageError."""
+    unit = 2 if pairs else 1
+    if global_batch % (world_size * unit):
+        fitting = [w for w in range(1, global_batch + 1) if global_batch % (w * unit) == 0]
+        near = sorted(sorted(fitting, key=lambda w: abs(w - world_size))[:3])
+        even = " an even number of" if pairs else ""
+        raise UsageError(
+            f"a global batch of {global_batch} does not give {world_size} ranks{even} equal slots",
+            remedy=f"start {' or '.join(map(str, near))} processes, or change global_batch",
+        )
+    slots = global_batch // world_size
+    micro = min(micro_batch, slots)
+    if slots % micro:
+        fitting = [m for m in range(unit, slots + 1, unit) if slots % m == 0]
+        near = sorted(sorted(fitting, key=lambda m: abs(m - micro))[:3])
+        raise UsageError(
+            f"micro_batch is {micro_batch} and does not divide the {slots} slots of a rank "
+            f"(global batch {global_batch} on {world_size} ranks)",
+            remedy=f"take {' or '.join(map(str, near))}",
+        )
+    return BatchPlan(global_batch, world_size, micro, slots // micro)

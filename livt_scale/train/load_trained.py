@@ -1,0 +1,136 @@
+"""A trained classifier, read back from a run directory: which checkpoint, and what stands in it.
+
+    RUN/finetune/checkpoints/   step-00000040   step-00000080 (best)   step-00000120 (final)
+                                    "40"            "best"          None: the final one; "newest": the last whole one
+
+The final checkpoint is what fine-tuning ended with. One of the middle is taken only when asked for: a run that was
+stopped half-way has weights, but nobody should publish them by mistake. So it is with the moving average of weights,
+where the run kept one (`stages.finetune.ema`): the weights are those that were trained, unless "ema" is asked for.
+Model, classes and recipe come from the checkpoint itself, so that a run directory that was moved or copied, away from
+its data, is complete.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+
+from livt_scale.checkpoint import load
+from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.distributed.state_dict import AVERAGE, collect
+from livt_scale.evaluation.evaluate import TrainingClasses, weights_lineage
+from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier
+from livt_scale.train.run_dir import is_run, read_status
+from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
+
+NAMED = ("best", "newest")
+Weights = Literal["raw", "ema"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A classifier on the CPU in evaluation mode, with all that is needed to use it and to say where it comes from."""
+
+    model: AnyClassifier
+    recipe: Recipe
+    classes: TrainingClasses
+    weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
+    learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
+
+
+def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:
+    """The classifier of `run_dir`: its final checkpoint, or `which` of "best", "newest" and a step number.
+
+    weights: "raw", as trained, or "ema", their average. Every byte is checked first. Raises UsageError (no average),
+    RunError (fine-tuning has not ended, no such checkpoint: it says what is there), CheckpointDamaged and
+    CheckpointMismatch.
+    """
+    return read_trained(pick_checkpoint(run_dir, which=which), weights=weights)
+
+
+def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
+    """The classifier in the fine-tuning checkpoint `path`. Raises as `load_trained`."""
+    manifest = load.read_manifest(path)
+    facts = manifest.facts
+    try:
+        recipe = Recipe.model_validate(facts["recipe"])
+        classes = TrainingClasses(tuple(facts["class_names"]), tuple(facts["class_counts"]), where=str(path))
+    except (KeyError, TypeError, ValidationError) as error:
+        raise CheckpointMismatch(
+            f"{path} does not say what was trained: {error!r}", remedy="was it written by another livt_scale?"
+        ) from error
+    with torch.random.fork_rng(devices=[]):
+        part = recipe.stages.finetune
+        head_norm = part is not None and part.head_norm == "batch"
+        model = build_classifier(recipe.model, num_classes=len(classes.names), drop_path=0.0, head_norm=head_norm)
+    load.load(path, collect(model), allow_unexpected=("optim.*", f"{AVERAGE}*"))
+    position = manifest.position
+    lineage = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
+    if weights == "ema":
+        lineage["ema"] = _take_average(model, recipe, path)
+    if isinstance(model, Classifier):
+        model.fold_head_norm()
+    return Trained(model.eval(), recipe, classes, lineage, facts["learnt_from"])
+
+
+def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str, Any]:
+    """Fill `model` with the average in `path`; how it was kept. A weight that was not trained is its own average."""
+    part = recipe.stages.finetune
+    if part is None or part.ema is None:
+        raise UsageError(
+            f"--weights ema: {path} holds no average of the weights",
+            remedy="train with stages.finetune.ema, as --set 'stages.finetune.ema={decay: 0.999}', or give raw",
+        )
+    wanted = {f"{AVERAGE}{name}": p.detach() for name, p in model.named_parameters()}
+    trained = load.read_tensors(path, choose=lambda name: name in wanted)
+    for name, tensor in trained.items():
+        wanted[name].copy_(tensor)
+    return {**part.ema.model_dump(mode="json"), "tensors": len(trained)}
+
+
+def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
+    """The fine-tuning checkpoint that `which` means, its sizes checked. Errors as `load_trained`."""
+    if not is_run(run_dir):
+        raise UsageError(f"{run_dir} is not a run directory", remedy="it would hold recipe.yaml and finetune/")
+    if which is not None and which not in NAMED and not which.isdecimal():
+        raise UsageError(f"--from {which}: no checkpoint is called that", remedy="give best, newest or a step number")
+    found = load.list_checkpoints(run_dir / "finetune" / "checkpoints", quick=True)
+    if which == "newest":
+        chosen = [c for c in found if c.whole]
+    elif which == "best":
+        chosen = [c for c in found if c.best]
+    elif which is None:
+        chosen = [c for c in found if c.final]
+    else:
+        chosen = [c for c in found if c.position and c.position.step == int(which)]
+    if not chosen:
+        what = "fine-tuning has not ended" if which is None else f"there is no fine-tuning checkpoint {which!r}"
+        remedy = "finish it with `livt train`" + (", or give --from newest" if any(c.whole for c in found) else "")
+        raise RunError(f"{what} in {run_dir}: {_what_is_there(run_dir)}", remedy=remedy)
+    if not chosen[-1].whole:
+        raise CheckpointDamaged(
+            f"{chosen[-1].path} is damaged: {chosen[-1].why}",
+            remedy="put the file back, give another one with --from, or remove the folder and train on",
+        )
+    return chosen[-1].path
+
+
+def _what_is_there(run_dir: Path) -> str:
+    return "; ".join(f"{stage}: {_stage_state(run_dir, stage)}" for stage in STAGES)
+
+
+def _stage_state(run_dir: Path, stage: Stage) -> str:
+    checkpoints = load.list_checkpoints(run_dir / stage / "checkpoints", quick=True)
+    names = ", ".join(c.path.name + ("" if c.whole else f" (damaged: {c.why})") for c in checkpoints[-3:])
+    status = read_status(run_dir, stage)
+    if status is None and not checkpoints:
+        return "not started"
+    said = status["state"] if status else "no status"
+    if status and "step" in status:
+        said += f" at step {status['step']} of {status.get('total_steps', '?')}"
+    more = f"{len(checkpoints)} checkpoints, the last: {names}" if len(checkpoints) > 3 else f"checkpoints: {names}"
+    return f"{said}, {more if checkpoints else 'no checkpoint'}"

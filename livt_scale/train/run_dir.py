@@ -1,0 +1,154 @@
+"""The run directory: who works in it, what it is, how it stands.
+
+RUN/recipe.yaml          the resolved recipe, written at the first start
+RUN/.lock                held (flock) by rank 0 while it works here; a second start is refused
+RUN/STAGE/status.json    running | preempted | failed | done, why and since when; how far the ranks are;
+                         starts, and how the earlier ones ended (`history`, the oldest first)
+
+running -> done | preempted | failed;   preempted, failed or a stale running -> running (the next start)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from livt_scale.config.load import to_yaml
+from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.util.atomic import write_whole
+from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
+
+State = Literal["running", "preempted", "failed", "done"]
+MOST_HISTORY = 20  # earlier starts that status.json keeps
+MOST_WHY = 400  # characters of why each of them ended
+
+
+@contextmanager
+def hold(run_dir: Path) -> Iterator[None]:
+    """Work alone in `run_dir` (made if need be). Raises RunBusyError that names who is there.
+
+    The lock goes with the process, however it ends; a file of a dead process holds nobody up.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
+            raise RunBusyError(
+                f"{holder} works in {run_dir}", remedy="wait for it, end it, or set another run_dir"
+            ) from None
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_run(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() or any((path / stage).is_dir() for stage in STAGES)
+
+
+def save_resolved(recipe: Recipe, run_dir: Path) -> None:
+    """Write `recipe` as RUN/recipe.yaml. A continued run writes it again: harmless fields may have changed."""
+    text = to_yaml(recipe).encode()
+    path = run_dir / "recipe.yaml"
+    if not path.exists() or path.read_bytes() != text:
+        write_whole(path, text)
+
+
+def read_status(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
+    """What `RUN/STAGE/status.json` says; None where the stage was never started."""
+    try:
+        status: dict[str, Any] = json.loads((run_dir / stage / "status.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{run_dir / stage / 'status.json'} is not JSON: {error}", remedy="remove it") from error
+    return status
+
+
+def is_done(run_dir: Path, stage: Stage) -> bool:
+    status = read_status(run_dir, stage)
+    return status is not None and status["state"] == "done"
+
+
+class Status:
+    """Writes status.json, on the main rank; `since` moves when the state does."""
+
+    def __init__(self, folder: Path, *, stage: Stage, writes: bool) -> None:
+        self._path = folder / "status.json"
+        self._writes = writes
+        self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
+        self._lock = threading.Lock()  # the watchdog's thread adds how far the ranks are
+        if writes:
+            self._now |= _earlier_starts(self._path)
+
+    def write(self, state: State, *, why: str = "", **facts: Any) -> None:
+        with self._lock:
+            if state == "done":
+                self._now.pop("ranks", None)  # how far they were on the way
+            if state != self._now.get("state"):
+                self._now |= {"state": state, "since": _now()}
+            self._put(why=why, **facts)
+
+    def add(self, **facts: Any) -> None:
+        """Tell more of the state that is told already; nothing where none is."""
+        with self._lock:
+            if "state" in self._now:
+                self._put(**facts)
+
+    def take_over(self) -> None:
+        """From now on this rank writes: the main one is gone, and has left how often the stage was started."""
+        self._writes = True
+        with suppress(OSError, ValueError, TypeError):
+            written = json.loads(self._path.read_bytes())
+            self._now |= {name: written[name] for name in ("starts", "history") if name in written}
+
+    def _put(self, **facts: Any) -> None:
+        self._now |= {"at": _now(), **facts}
+        if self._writes:
+            write_whole(self._path, (json.dumps(self._now, indent=2) + "\n").encode())
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """However the block ends, status.json says so; `done` is for the block itself to write."""
+        try:
+            yield
+        except Preempted as error:
+            self.write("preempted", why=error.message)
+            raise
+        except BaseException as error:
+            why = str(error) if isinstance(error, LivtError) else f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # the disk that failed the run fails this too; the first error is the one to tell
+                self.write("failed", why=why)
+            raise
+
+
+def _earlier_starts(path: Path) -> dict[str, Any]:
+    """Which start this is, and how the ones before it ended; `running` where one ended without a word."""
+    try:
+        before = json.loads(path.read_bytes())
+        ended = {"ended": before["state"]}  # the only `state` in the file is the stage's own: batch scripts look for it
+        ended |= {name: before[name] for name in ("since", "at", "step", "host") if name in before}
+        ended["why"] = str(before.get("why", ""))[:MOST_WHY]
+        history = [*before.get("history", []), ended][-MOST_HISTORY:]
+        return {"starts": int(before.get("starts", 1)) + 1, "history": history}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {"starts": 1, "history": []}  # the first, or nobody can say
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

@@ -1,0 +1,224 @@
+"""TensorBoard, wandb and mlflow, by accelerate's trackers: what goes to them, and that a continued run stays one run.
+
+    RUN/STAGE/tensorboard     always, unless log.tensorboard is false; steps that are done again are purged
+    RUN/trackers.json         {"wandb": {"pretrain": "4f1c20e9"}}: the names by which a continued stage goes on
+
+wandb and mlflow may wait for a server, so each works in a thread of its own: training hands over and goes on. A line
+that a tracker refuses is said once and costs that line; metrics.jsonl has it. Keys and passwords stay where these
+libraries look for them (their environment, ~/.netrc): nothing of them is written into the run directory. What is sent
+is the resolved recipe and the lines.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from livt_scale.config.recipe import Log, Recipe, Stage
+from livt_scale.util.atomic import write_whole
+from livt_scale.util.errors import UsageError
+
+START_S = 120.0  # for a server to answer at the start
+FINISH_S = 120.0  # for what is still to be sent at the end
+MOST_WAITING = 10_000  # lines; what comes then is dropped, and that is said
+IDS = "trackers.json"
+
+
+class Tracker(Protocol):
+    """What is used of accelerate's `GeneralTracker`."""
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+def check_installed(log: Log) -> None:
+    """UsageError where a tracker that the recipe asks for is not installed."""
+    for name in log.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"log.trackers asks for {name}, which is not installed",
+                remedy=f"install it (pip install 'livt-scale[{name}]'), or take it out of log.trackers",
+            )
+
+
+class Trackers:
+    """All trackers of one stage, on the main rank."""
+
+    def __init__(self, trackers: list[Tracker], *, sent_to: int = 0) -> None:
+        """`sent_to`: the step up to which an earlier start has sent lines to those that cannot take them back."""
+        self._trackers, self._sent_to = trackers, sent_to
+
+    def log(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Send the numbers among `values`, those of a nested mapping as `outer/inner`."""
+        numbers = dict(_numbers(values))
+        for tracker in self._trackers:
+            if step > self._sent_to or not isinstance(tracker, InBackground):
+                tracker.log(numbers, step=step)
+
+    def finish(self) -> None:
+        for tracker in self._trackers:
+            tracker.finish()
+
+
+def open_trackers(
+    recipe: Recipe, stage: Stage, *, run_dir: Path, start_step: int, sent_to: int, say: Callable[[str], None]
+) -> Trackers:
+    """Start what the recipe asks for. UsageError where one does not start: no login, no server, no such run."""
+    trackers: list[Tracker] = []
+    if recipe.log.tensorboard:
+        trackers.append(_tensorboard(run_dir / stage, purge_step=start_step + 1))
+    starts = {"wandb": _start_wandb, "mlflow": _start_mlflow}
+    for name in recipe.log.trackers:
+        ids = _read_ids(run_dir)
+        known = ids.get(name, {}).get(stage)
+        background = InBackground(name, lambda name=name, known=known: starts[name](recipe, stage, run_dir, known), say)  # type: ignore[misc]
+        trackers.append(background)
+        if background.run_id != known:
+            ids.setdefault(name, {})[stage] = background.run_id
+            write_whole(run_dir / IDS, (json.dumps(ids, indent=2) + "\n").encode())
+    return Trackers(trackers, sent_to=sent_to)
+
+
+class InBackground:
+    """A tracker whose every call is made by one thread, in the order given; `log` never waits."""
+
+    def __init__(self, name: str, start: Callable[[], tuple[Tracker, str]], say: Callable[[str], None]) -> None:
+        self._name, self._say = name, say
+        self._lines: queue.Queue[tuple[dict[str, Any], int | None] | None] = queue.Queue(MOST_WAITING)
+        self._started: queue.Queue[str | Exception] = queue.Queue()
+        self._complained = False
+        self._thread = threading.Thread(target=self._work, args=(start,), name=f"livt-{name}", daemon=True)
+        self._thread.start()
+        try:
+            outcome = self._started.get(timeout=START_S)
+        except queue.Empty:
+            outcome = TimeoutError(f"no answer within {START_S:.0f} s")
+        if isinstance(outcome, Exception):
+            raise UsageError(
+                f"{name} does not start: {type(outcome).__name__}: {outcome}", remedy=REMEDIES.get(name, "")
+            ) from outcome
+        self.run_id = outcome
+
+    def log(self, values: dict[str, Any], step: int | None = None) -> None:
+        try:
+            self._lines.put_nowait((values, step))
+        except queue.Full:
+            self._complain(f"{MOST_WAITING} lines wait for it; the next ones are dropped")
+
+    def finish(self) -> None:
+        """Send what waits, for FINISH_S at most, and end."""
+        with suppress(queue.Full):
+            self._lines.put(None, timeout=FINISH_S)
+        self._thread.join(FINISH_S)
+        if self._thread.is_alive():
+            self._say(f"{self._name} has not taken all lines within {FINISH_S:.0f} s; metrics.jsonl has them")
+
+    def _work(self, start: Callable[[], tuple[Tracker, str]]) -> None:
+        try:
+            tracker, run_id = start()
+        except Exception as error:
+            self._started.put(error)
+            return
+        self._started.put(run_id)
+        while (line := self._lines.get()) is not None:
+            try:
+                tracker.log(line[0], step=line[1])
+            except Exception as error:
+                self._complain(f"{type(error).__name__}: {error}; the line of step {line[1]} is missing there")
+        try:
+            tracker.finish()
+        except Exception as error:
+            self._complain(f"{type(error).__name__}: {error}, at its end")
+
+    def _complain(self, text: str) -> None:
+        if not self._complained:
+            self._complained = True
+            self._say(f"{self._name}: {text} (said once)")
+
+
+REMEDIES = {
+    "wandb": "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later",
+    "mlflow": "see that MLFLOW_TRACKING_URI leads to a server that answers, or unset it for files in the run directory",
+}
+
+
+def _tensorboard(folder: Path, *, purge_step: int) -> Tracker:
+    """accelerate's tracker, writing into `folder`/tensorboard; events of steps that are done again are dropped."""
+    from accelerate import PartialState
+    from accelerate.tracking import TensorBoardTracker
+
+    PartialState(cpu=True)  # the tracker asks it who the main process is; the process group is up already
+    tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=purge_step)
+    tracker.start()
+    return tracker
+
+
+def _start_wandb(recipe: Recipe, stage: Stage, run_dir: Path, known: str | None) -> tuple[Tracker, str]:
+    from accelerate import PartialState
+    from accelerate.tracking import WandBTracker
+
+    PartialState(cpu=True)
+    run_id = known or secrets.token_hex(8)
+    tracker = WandBTracker(
+        recipe.log.tracker_project,
+        id=run_id,
+        resume="allow",  # the same run where the server (or a later sync) knows it, else a new one
+        name=f"{recipe.name}/{stage}",
+        group=recipe.name,
+        dir=str(run_dir / stage),
+        settings={"disable_git": True, "save_code": False, "console": "off"},  # a remote's URL may hold a token
+    )
+    tracker.start()
+    tracker.store_init_configuration(recipe.model_dump(mode="json"))
+    return tracker, run_id
+
+
+def _start_mlflow(recipe: Recipe, stage: Stage, run_dir: Path, known: str | None) -> tuple[Tracker, str]:
+    import mlflow
+    from accelerate import PartialState
+    from accelerate.tracking import MLflowTracker
+
+    PartialState(cpu=True)
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        mlflow.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').resolve()}")
+    tracker = MLflowTracker(recipe.log.tracker_project, run_id=known, run_name=f"{recipe.name}/{stage}")
+    tracker.start()
+    if known is None:  # mlflow refuses a parameter's second value, and a continued recipe may differ in harmless ones
+        tracker.store_init_configuration(dict(_flat(recipe.model_dump(mode="json"))))
+    return tracker, tracker.tracker.info.run_id
+
+
+def _read_ids(run_dir: Path) -> dict[str, dict[str, str]]:
+    try:
+        ids: dict[str, dict[str, str]] = json.loads((run_dir / IDS).read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(
+            f"{run_dir / IDS} is not JSON: {error}",
+            remedy="remove it: the stages then begin new runs in wandb and mlflow",
+        ) from error
+    return ids
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    return [(name, value) for name, value in _flat(values, prefix, "/") if isinstance(value, int | float)]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "", joint: str = ".") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{name}{joint}", joint)
+        else:
+            found.append((f"{prefix}{name}", value))
+    return found

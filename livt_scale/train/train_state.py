@@ -1,0 +1,145 @@
+"""What a stage's checkpoint holds, and how a run is taken up from the newest whole one.
+
+Tensors: the model's parameters and AdamW's moments, by plain name, whatever the strategy. Facts, as JSON: the stage,
+the recipe, the fields that decide what is learnt, the classes, the sums of the unfinished log interval, fp16's loss
+scale, the steps that were not taken. Random state: none. All that is random is a function of (seed, epoch, sample).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from livt_scale.checkpoint import load
+from livt_scale.checkpoint.catalog import agreed_damages
+from livt_scale.checkpoint.load import Position
+from livt_scale.checkpoint.manager import Found, Tiers
+from livt_scale.checkpoint.manifest import step_name
+from livt_scale.checkpoint.saver import warn
+from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
+from livt_scale.data.manifest import ShardSet
+from livt_scale.distributed.strategy import Strategy
+from livt_scale.train.anomalies import Anomalies
+from livt_scale.train.resume_rules import check_same
+from livt_scale.util.errors import LivtError, Preempted, SaveFailed
+
+
+@dataclass
+class TrainState:
+    """Model and optimizer, as a strategy holds them, and how many steps of the stage they have behind them.
+
+    allow: fields of the recipe that may differ from the checkpoint's.
+    """
+
+    strategy: Strategy
+    facts: dict[str, Any]
+    step: int = 0
+    sums: dict[str, float] | None = None
+    anomalies: Anomalies = field(default_factory=Anomalies)
+    allow: tuple[str, ...] = ()
+
+    def save(
+        self, saver: Tiers, position: Position, *, score: float | None, final: bool, sums: dict[str, float]
+    ) -> None:
+        tensors, facts = self._saved(sums)
+        saver.save(tensors, position=position, facts=facts, score=score, final=final)
+
+    def save_locally(self, saver: Tiers, position: Position, *, sums: dict[str, float]) -> None:
+        tensors, facts = self._saved(sums)
+        saver.save_locally(tensors, position=position, facts=facts)
+
+    def resume(self, saver: Tiers) -> str | None:
+        """Go on from the newest checkpoint that all ranks can read: what to say of it, or None where there is none.
+
+        A collective call. A damaged one is named on stderr, and the one before it taken. Raises CheckpointMismatch
+        where the recipe learns something else than the checkpoint's did, but for what `allow` names.
+        """
+        found = saver.newest(self.strategy.state(), on_damage=_warn)
+        if found is None:
+            return None
+        theirs = load.read_manifest(found.path).facts
+        changed = saver.world.all_do(lambda: check_same(self.facts, theirs, found.path, allow=self.allow))
+        manifest = self._take(found, saver)
+        self.step = int(manifest["position"]["step"])
+        self.sums = manifest["facts"].get("sums")
+        self.anomalies.restore(manifest["facts"].get("anomalies"))
+        allowed = [*theirs.get("allowed", []), *({"after_step": self.step, "change": line} for line in changed)]
+        if allowed:
+            self.facts["allowed"] = allowed
+        where = f" on the nodes ({found.path.parent})" if found.local else ""
+        return f"{found.path.name}{where}" + (f", changed as allowed: {'; '.join(changed)}" if changed else "")
+
+    def stopped(self, saver: Tiers, *, why: str, total: int) -> LivtError:
+        """What ends a run that was asked to stop, when its last save has ended: a collective call.
+
+        A save that failed loses the steps since the one before, and the run can still be requeued: if it has saved any
+        since it was started. If it has not, another start would do the same steps and end here again, for ever.
+        """
+        saver.wait()
+        stopped = f"stopped by {why} after step {self.step} of {total}"
+        if saver.durable_step == self.step:
+            return Preempted(f"{stopped}; all of it is saved")
+        failed = saver.report().get("last_failed_save", "")
+        if saver.durable_step is not None:
+            return Preempted(
+                f"{stopped}, which could not be saved: it goes on from step {saver.durable_step}. {failed}"
+            )
+        return SaveFailed(
+            f"{stopped}, which could not be saved, nor anything since the start: {failed}",
+            remedy="when the cause is gone, start the run again; it goes on from where this start began",
+        )
+
+    def roll_back(self, saver: Tiers) -> int | None:
+        """Weights, moments and loss scale as the last checkpoint that was due has them, and how many steps that had.
+
+        A collective call. Where that checkpoint is no longer there or is damaged, the newest whole one; None where
+        there is none. The position stays.
+        """
+        saver.wait()
+        due, peers = self.anomalies.due_step, saver.shared.peers
+        path = None if due is None else saver.folder / step_name(due)
+        if path is None or agreed_damages(path, peers):
+            path = load.newest_whole(saver.folder, on_damage=_warn, peers=peers)
+        if path is None:
+            return None
+        manifest = self._take(Found(path, peers), saver)
+        self.anomalies.restore_losses(manifest["facts"].get("anomalies"))
+        return int(manifest["position"]["step"])
+
+    def _saved(self, sums: dict[str, float]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        facts = {"sums": sums, "scaler": self.strategy.scaler(), "anomalies": self.anomalies.facts()}
+        return self.strategy.state(), {**self.facts, **facts}
+
+    def _take(self, found: Found, saver: Tiers) -> dict[str, Any]:
+        """Fill the strategy from a checkpoint of which every byte has been read; its manifest."""
+        tensors = self.strategy.state()
+        manifest = saver.load(found, tensors)
+        self.strategy.restored(tensors)
+        self.strategy.set_scaler(manifest["facts"].get("scaler"))
+        return manifest
+
+
+def run_facts(
+    recipe: Recipe, stage: Stage, train: ShardSet, *, strategy: str, origin: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it; `origin`: the lineage of the weights that it began with."""
+    learnt = {**learnt_from(recipe, stage), "data.manifest": train.digest}
+    if origin is not None:
+        learnt["init"] = origin["recipe_digest"]
+    return {
+        "stage": stage,
+        "strategy": strategy,
+        "init": origin,
+        "recipe": recipe.model_dump(mode="json"),
+        "learnt_from": learnt,
+        "recipe_digest": digest(learnt),
+        "class_names": list(train.manifest.class_names),
+        "class_counts": train.class_counts.tolist(),
+    }
+
+
+def _warn(path: Path, wrong: list[str]) -> None:
+    warn(f"{path} is damaged and not used: {'; '.join(wrong)}")

@@ -1,0 +1,106 @@
+"""Tensors out of a file from elsewhere: safetensors, or what `torch.save` wrote. Nothing in it is ever executed.
+
+Training scripts wrap the weights: `{"model": …, "optimizer": …, "args": Namespace}` (MAE, LiVT), `{"module": …}`
+(DeepSpeed), `{"state_dict": …}`. The wrapping is taken off, and so is the `module.` of DistributedDataParallel and the
+`_orig_mod.` of torch.compile. Whatever else lies in the file (optimizer, arguments) is not looked at; a Namespace
+becomes an inert object (`checkpoint.pickles`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from livt_scale.checkpoint.foreign.pickles import read_pickle
+from livt_scale.util.errors import CheckpointDamaged, WeightsError
+
+SAFETENSORS = "model.safetensors"
+IN_FOLDER = (SAFETENSORS, "pytorch_model.bin", "checkpoint.pth")
+PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
+WRAPPED_IN = ("model", "state_dict", "module")
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def find_file(path: Path) -> Path:
+    """The file of weights that `path` is, or that lies in the folder `path`. Raises WeightsError."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise WeightsError(f"there is no {path}", remedy="give a file of weights, or a folder that holds one")
+    for name in IN_FOLDER:
+        if (path / name).is_file():
+            return path / name
+    split = sorted(p.name for p in path.glob("*.index.json"))
+    why = f"its weights are split over files ({split[0]})" if split else f"it holds none of {', '.join(IN_FOLDER)}"
+    raise WeightsError(f"{path}: {why}", remedy="give one file of weights")
+
+
+def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """(weights in `path`, float32 on the CPU, by the file's own names; what else lies there). Raises WeightsError.
+
+    Refused: a file that is cut or asks for code, values that are no floating-point numbers, NaN and infinity.
+    """
+    if path.suffix == ".safetensors":
+        found, beside = _read_safetensors(path), tuple[str, ...]()
+    elif path.suffix in PICKLED:
+        found, beside = _read_pickled(path)
+    else:
+        raise WeightsError(
+            f"{path}: {path.suffix or 'a file without suffix'} is no known kind of weights",
+            remedy=f"take .safetensors, or one of {', '.join(PICKLED)}",
+        )
+    state: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        if not (tensor.is_floating_point() and tensor.layout == torch.strided):
+            raise WeightsError(f"{path}: {name} is {tensor.dtype}, {tensor.layout}: weights are dense real numbers")
+        state[name] = tensor.to(torch.float32)
+    broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    if broken:
+        raise WeightsError(
+            f"{path}: NaN or infinity in {len(broken)} tensors, the first is {broken[0]}",
+            remedy="take another checkpoint: this one had diverged, or is damaged",
+        )
+    return state, beside
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", remedy="fetch it again, or take another file") from error
+
+
+def _read_pickled(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    try:
+        tree = read_pickle(path, mmap=True)
+    except CheckpointDamaged as error:
+        raise WeightsError(error.message, remedy=error.remedy) from error
+    beside: tuple[str, ...] = ()
+    for key in WRAPPED_IN:
+        if isinstance(tree, Mapping) and isinstance(tree.get(key), Mapping):
+            beside = tuple(str(name) for name in tree if name != key)
+            tree = tree[key]
+            break
+    if not isinstance(tree, Mapping):
+        raise WeightsError(f"{path} holds {type(tree).__name__}, not a dict of tensors")
+    tensors = {_plain(name): value for name, value in tree.items() if isinstance(value, Tensor)}
+    if not tensors or len(tensors) < len(tree):
+        others = [str(name) for name, value in tree.items() if not isinstance(value, Tensor)]
+        raise WeightsError(
+            f"{path} is not a dict of tensors: it holds {', '.join(others[:5]) or 'nothing'}",
+            remedy=f"the weights should stand there, or under {', '.join(WRAPPED_IN)}",
+        )
+    return tensors, beside
+
+
+def _plain(name: Any) -> str:
+    text = str(name)
+    while prefix := next((p for p in PREFIXES if text.startswith(p)), None):
+        text = text.removeprefix(prefix)
+    return text

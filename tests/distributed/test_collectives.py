@@ -1,0 +1,109 @@
+"""One rank's failure is that of all; alone, each call is the identity."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from livt_scale.distributed.collectives import Peers
+from livt_scale.util.errors import CheckpointError, DataError
+from tests.whole_runs import free_port
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from livt_scale.util.errors import CheckpointError, DataError
+from livt_scale.distributed.collectives import Peers
+from livt_scale.distributed.world import detect, process_group
+
+world = detect()
+told = []
+
+def on_rank_1():
+    if world.rank == 1:
+        raise DataError("no shard", remedy="look there")
+
+def a_bug_on_rank_0():
+    if world.rank == 0:
+        raise KeyError("a bug")
+
+def note(peers, call):
+    try:
+        told.append(repr(call(peers)))
+    except Exception as error:
+        told.append(f"{type(error).__name__}: {error}")
+
+with process_group(world, timeout_s=60):
+    own = Peers.of_world(world.rank, 2, all_raise=CheckpointError)
+    for peers in (world.peers, own):
+        note(peers, lambda p: p.all_do(on_rank_1))
+        note(peers, lambda p: p.all_do(a_bug_on_rank_0))
+        note(peers, lambda p: p.lead_does(a_bug_on_rank_0))
+        note(peers, lambda p: p.lead_does(lambda: world.rank))
+        note(peers, lambda p: (p.gather(p.rank), p.collect(p.rank), p.deal([5, 6]), p.tell("x")))
+    apart = Peers.of_ranks(world.rank, [[1], [0]])
+    note(apart, lambda p: (p.world_size, p.leads, p.gather(world.rank)))
+    own.close()
+Path(sys.argv[1], f"rank {world.rank}").write_text("\\n".join(told))
+"""
+
+
+def test_two_ranks_fail_together_and_say_who_it_was(tmp_path):
+    script = tmp_path / "two_ranks.py"
+    script.write_text(TWO_RANKS)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
+    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, timeout=120, capture_output=True)
+    told = [Path(tmp_path, f"rank {rank}").read_text().split("\n") for rank in (0, 1)]
+    assert told[0] == [
+        "DataError: rank 1: no shard. Look there",
+        "KeyError: 'a bug'",  # its own, with its traceback
+        "KeyError: 'a bug'",
+        "0",
+        "([0, 1], [0, 1], 5, 'x')",
+        "DataError: rank 1: no shard. Look there",
+        "CheckpointError: rank 0: KeyError: 'a bug'",
+        "CheckpointError: KeyError: 'a bug'",
+        "0",
+        "([0, 1], [0, 1], 5, 'x')",
+        "(1, True, [0])",
+    ]
+    assert told[1] == [
+        "DataError: no shard. Look there",
+        "LivtError: rank 0: KeyError: 'a bug'",
+        "LivtError: KeyError: 'a bug'",
+        "0",
+        "([0, 1], None, 6, 'x')",
+        "DataError: rank 1: no shard. Look there",
+        "CheckpointError: rank 0: KeyError: 'a bug'",
+        "CheckpointError: KeyError: 'a bug'",
+        "0",
+        "([0, 1], None, 6, 'x')",
+        "(1, True, [1])",
+    ]
+
+
+def fail(error: Exception):
+    def work():
+        raise error
+
+    return work
+
+
+def test_alone_each_call_is_the_identity_and_errors_are_ones_own():
+    alone = Peers()
+    assert alone.all_do(lambda: 3) == alone.lead_does(lambda: 3) == alone.tell(3) == alone.deal([3]) == 3
+    assert (alone.gather(3), alone.collect(3)) == ([3], [3])
+    alone.close()
+    for peers in (alone, Peers(all_raise=CheckpointError)):
+        with pytest.raises(DataError, match="no shard"):
+            peers.all_do(fail(DataError("no shard")))
+        with pytest.raises(ZeroDivisionError):
+            peers.lead_does(fail(ZeroDivisionError()))
+    with pytest.raises(PermissionError):
+        alone.all_do(fail(PermissionError(13, "no")))
+    with pytest.raises(CheckpointError, match="PermissionError"):
+        Peers(all_raise=CheckpointError).all_do(fail(PermissionError(13, "no")))

@@ -1,0 +1,104 @@
+"""Rank and world size from each launcher's variables, as those launchers set them."""
+
+from __future__ import annotations
+
+import pytest
+
+from livt_scale.distributed.world import World, _slurm_master, detect
+from livt_scale.util.errors import UsageError
+
+
+def test_alone_without_a_launcher():
+    assert detect({}) == World()
+
+
+def test_torchrun():
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert detect(environ) == World(5, 8, 1, 4)
+
+
+def test_srun_with_several_tasks():
+    environ = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+    assert detect(environ).rank == 3
+    assert detect(environ).world_size == 4
+
+
+def test_a_shell_inside_an_allocation_is_alone():
+    assert detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}) == World()
+    assert detect({"SLURM_NTASKS": "8", "SLURM_JOB_ID": "3"}) == World()  # the batch script itself, no step
+
+
+SRUN = {"SLURM_PROCID": "5", "SLURM_NTASKS": "7", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "SLURM_NODEID": "2"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "here"),
+    [
+        ("SLURM_STEP_TASKS_PER_NODE", "2(x3),1", 2),
+        ("SLURM_STEP_TASKS_PER_NODE", "1,4,2", 2),
+        ("SLURM_TASKS_PER_NODE", "2(x2),3", 3),
+        ("SLURM_NTASKS_PER_NODE", "4", 4),
+        ("SLURM_JOB_NAME", "train", 7),  # nothing said: one node
+    ],
+)
+def test_srun_tells_the_tasks_of_each_node(name, text, here):
+    assert detect({**SRUN, name: text}) == World(5, 7, 1, here)
+
+
+@pytest.mark.parametrize("text", ["", "2(x", "a", "2(x3)(x2)", "2;3"])
+def test_tasks_by_node_of_another_form_are_named(text):
+    with pytest.raises(UsageError, match="tasks by node"):
+        detect({**SRUN, "SLURM_STEP_TASKS_PER_NODE": text})
+
+
+def test_torchrun_inside_a_task_of_srun_has_the_last_word_after_its_restarts_too():
+    environ = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4", "SLURM_PROCID": "0"}
+    environ |= {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    environ |= {"TORCHELASTIC_RESTART_COUNT": "2"}
+    assert detect(environ) == World(3, 8, 3, 4)
+
+
+def test_a_batch_script_that_sets_rank_and_world_size_alone_is_helped_by_slurm():
+    environ = {**SRUN, "RANK": "5", "WORLD_SIZE": "7", "SLURM_STEP_TASKS_PER_NODE": "2(x3),1"}
+    assert detect(environ) == World(5, 7, 1, 2)
+
+
+def test_without_a_word_on_this_node_all_are_on_it():
+    assert detect({"RANK": "1", "WORLD_SIZE": "2"}) == World(1, 2, 1, 2)
+
+
+def test_mpirun_inside_an_allocation():
+    environ = {
+        f"OMPI_COMM_WORLD_{k}": v for k, v in {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}.items()
+    }
+    daemon = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}  # srun started one process a node
+    assert detect({**environ, **daemon}) == World(3, 4, 1, 2)
+
+
+def test_accelerate_that_starts_one_process_for_several_is_refused():
+    environ = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    with pytest.raises(UsageError, match="--multi_gpu"):
+        detect(environ)
+    assert detect({"ACCELERATE_USE_CPU": "True"}) == World()
+    assert detect({**environ, "RANK": "0", "WORLD_SIZE": "2"}) == World(0, 2, 0, 2)
+
+
+def test_a_place_on_the_node_that_does_not_exist_is_named():
+    with pytest.raises(UsageError, match="LOCAL_RANK is 4 with 4 processes"):
+        detect({"RANK": "4", "WORLD_SIZE": "8", "LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4"})
+
+
+@pytest.mark.parametrize(
+    "environ", [{"RANK": "8", "WORLD_SIZE": "8"}, {"RANK": "-1", "WORLD_SIZE": "8"}, {"RANK": "x", "WORLD_SIZE": "8"}]
+)
+def test_contradicting_variables_are_named(environ):
+    with pytest.raises(UsageError, match="RANK"):
+        detect(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("gpu[03-07,12],cpu1", "gpu03"), ("node7", "node7"), ("a-b[1,5]", "a-b1"), ("x1,x2", "x1"), ("", "127.0.0.1")],
+)
+def test_the_master_is_the_first_node_of_the_step(nodes, host):
+    assert _slurm_master({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "71"}) == (host, "20071")

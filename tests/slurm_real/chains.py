@@ -1,0 +1,130 @@
+"""A run submitted by `livt submit` to the cluster of the tests: two tasks a stage, over two nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.slurm_real.cluster import Cluster, wait_for
+from tests.whole_runs import TINY, Livt, assert_same_run, spelt
+
+FAULTY = Path(__file__).with_name("faulty.py")
+RECIPE = {**TINY, "stages.pretrain.epochs": 3}  # 27 steps and 18
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
+CHAIN_S = 600.0  # a whole chain beside others on 2 cores; alone it takes one minute
+
+# slurm.python: `livt train` with the faults, all else as it is.
+PYTHON = """#!/bin/sh
+if [ "$1 $2 $3 $4" = "-P -m livt_scale train" ]; then
+  shift 3
+  exec '{python}' -P '{faulty}' "$@"
+fi
+if [ "$5" = --node ] && [ -e "$FAULTS/bad-$SLURMD_NODENAME" ]; then
+  echo "planted: no doctor on $SLURMD_NODENAME" >&2
+  exit 1
+fi
+exec '{python}' "$@"
+"""
+
+
+class Chain:
+    """One run and its jobs. Its faults are files that tests/slurm_real/faulty.py reads at each step."""
+
+    def __init__(self, cluster: Cluster, folder: Path, **sets: Any) -> None:
+        folder.mkdir()
+        self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
+        self.faults = folder / "faults"
+        self.faults.mkdir()
+        python = folder / "python"
+        python.write_text(PYTHON.format(python=sys.executable, faulty=FAULTY))
+        python.chmod(0o755)
+        slurm = {"nodes": 2, "time_min": 10, "lead_s": 60, "start_s": 20, "evaluate.time_min": 10, "python": python}
+        slurm["check_nodes"] = "no"  # but for the tests of it: it takes seconds at each start
+        slurm["environment"] = {"FAULTS": str(self.faults), "OMP_NUM_THREADS": "1"}
+        self.sets = {**RECIPE, "run_dir": self.run_dir, **{f"slurm.{name}": value for name, value in slurm.items()}}
+        self.sets |= {name.replace("__", "."): value for name, value in sets.items()}
+
+    def livt(self, *words: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        """A `livt` command, from the login node so to speak."""
+        done = subprocess.run(
+            [sys.executable, "-m", "livt_scale", *map(str, words)],
+            cwd=self.folder,
+            env=self.cluster.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == expect, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def submit(self, *, expect: int = 0) -> str:
+        """Submit it; what `livt submit` said on both streams."""
+        sets = (f"--set={name}={spelt(value)}" for name, value in self.sets.items())
+        done = self.livt("submit", Livt(self.folder).recipe, *sets, expect=expect)
+        return done.stdout + done.stderr
+
+    @property
+    def jobs(self) -> dict[str, str]:
+        """Ids of the chain's jobs by name, as chain.json has them."""
+        chain = json.loads((self.run_dir / "slurm" / "chain.json").read_text())
+        return {job["name"]: job["id"] for job in chain["jobs"]}
+
+    def log(self, name: str) -> str:
+        return (self.run_dir / "slurm" / "logs" / f"{name}-{self.jobs[name]}.log").read_text()
+
+    def status(self, stage: str) -> dict[str, Any]:
+        return json.loads((self.run_dir / stage / "status.json").read_text())
+
+    def lay(self, fault: str, text: str = "") -> None:
+        """The fault is there from the next step on, whole at once."""
+        (self.folder / "new").write_text(text)
+        (self.folder / "new").replace(self.faults / fault)
+
+    def mend(self, fault: str) -> None:
+        (self.faults / fault).unlink()
+
+    def lines(self, name: str) -> list[str]:
+        """What faulty.py noted: a line for each start, or for each step, of the pretraining."""
+        file = self.faults / name
+        return file.read_text().splitlines() if file.exists() else []
+
+    def await_steps(self, more: int, *, seconds: float = 180) -> None:
+        """Until the pretraining has begun `more` steps from now on."""
+        until = len(self.lines("steps")) + more
+        wait_for(lambda: len(self.lines("steps")) >= until, lambda: f"{more} steps\n{self.tell()}", seconds=seconds)
+
+    def ended(self, *, seconds: float = CHAIN_S) -> dict[str, str]:
+        """Once none of its jobs is in the queue any more: their states."""
+
+        def states() -> dict[str, str]:
+            return {name: self.cluster.show(job)["JobState"] for name, job in self.jobs.items()}
+
+        wait_for(lambda: set(states().values()) <= set(ENDED), lambda: f"the chain\n{self.tell()}", seconds=seconds)
+        return states()
+
+    def assert_pretrains_like(self, reference: Path) -> None:
+        """The first stage ends well, with the weights of the undisturbed run. The jobs after it are not waited for."""
+        assert self.cluster.wait(self.jobs["pretrain"], *ENDED, seconds=CHAIN_S)["JobState"] == "COMPLETED", self.tell()
+        assert_same_run(self.run_dir, reference, stages=("pretrain",))
+
+    def restarts(self, name: str) -> int:
+        return int(self.cluster.show(self.jobs[name])["Restarts"])
+
+    def await_restart(self, name: str, *, more_than: int = 0) -> None:
+        """Until Slurm has put the job back into the queue, or started it again."""
+        wait_for(lambda: self.restarts(name) > more_than, lambda: f"a restart\n{self.tell()}", seconds=180)
+
+    def tell(self) -> str:
+        """Queue and logs, for a test that fails."""
+        queue = self.cluster.run("squeue", "--format=%i %j %T %r %M").stdout
+        logs = sorted((self.run_dir / "slurm" / "logs").glob("*.log"))
+        texts = [f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]) for log in logs]
+        return "\n".join([queue, *texts])
+
+
+def rank_pid(run_dir: Path, stage: str, rank: int) -> int:
+    """The process of a rank, from its heartbeat."""
+    return int(json.loads((run_dir / stage / "heartbeats" / f"rank-{rank}.json").read_text())["pid"])
