@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from livt_scale.study.scaling_law import Run, fit_law
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 
 TRUE = {"E": 0.45, "A": 6.0, "alpha": 0.35, "B": 0.25, "beta": 0.8}
 SIZES, LENGTHS, SEEDS = (5e4, 1.5e5, 4.6e5, 1.5e6), (2, 4, 8), 2
@@ -57,7 +57,7 @@ def main() -> None:
     for noise, held in found.items():
         print(f"{noise:<8g}" + "".join(f"{held[name]:8.0%}" for name in TRUE), flush=True)
     if args.json:
-        write_whole(args.json, (json.dumps(found, indent=1) + "\n").encode())
+        write_atomic(args.json, (json.dumps(found, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.plan.exact import Measurement, measure_computing, with_engine
 from livt_scale.plan.memory import STRATEGIES, Memory, Spread, Strategy, plan_memory
 from livt_scale.plan.parameters import weights_of
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "imagenet_lt"
 MODELS = {"ViT-B": "vit_b16", "ViT-L": "vit_l16", "ViT-H": "vit_h14"}
@@ -81,7 +81,7 @@ def measured(setting: Setting, kept: dict[str, Any], file: Path | None) -> Measu
         cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         kept[name] = {"found": asdict(found), "s": time.perf_counter() - start, "cpu_s": cpu_s}
         if file is not None:
-            write_whole(file, (json.dumps(kept, indent=1) + "\n").encode())
+            write_atomic(file, (json.dumps(kept, indent=1) + "\n").encode())
     return Measurement(**kept[name]["found"])
 
 

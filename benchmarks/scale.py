@@ -18,7 +18,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from livt_scale.cli import main as cli
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
 
 MODELS = {"ViT-B/16": "vit_b16", "ViT-L/16": "vit_l16", "ViT-H/14": "vit_h14"}
@@ -188,7 +188,7 @@ def main() -> None:
     if args.page is None:
         print(text)
     else:
-        write_whole(args.page, text.encode())
+        write_atomic(args.page, text.encode())
 
 
 if __name__ == "__main__":

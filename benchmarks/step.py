@@ -142,7 +142,7 @@ def contenders(model: Model, *, device: torch.device, precision: str, compiled: 
     plain = PlainAutoencoder(model).to(device)
     plain.load_state_dict(ours.state_dict(), strict=True)
     groups = [
-        param_groups(network, weight_decay=0.05, layer_decay=None, depth=model.dims[1]) for network in (ours, plain)
+        param_groups(network, weight_decay=0.05, layer_decay=None, depth=model.dims.depth) for network in (ours, plain)
     ]
     fused = make_adamw(groups[0], betas=BETAS)
     set_lr(fused, LR)

@@ -165,7 +165,7 @@ def test_tokens_decay_in_pretraining_as_in_the_public_code_and_not_in_fine_tunin
     model = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
 
     def decaying(**options: bool) -> set[str]:
-        groups = param_groups(model, weight_decay=0.05, layer_decay=None, depth=MICRO.dims[1], **options)
+        groups = param_groups(model, weight_decay=0.05, layer_decay=None, depth=MICRO.dims.depth, **options)
         chosen = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
         return {name for name, p in model.named_parameters() if id(p) in chosen}
 

@@ -83,7 +83,7 @@ def tiny_run(
         for step in steps:
             models[step] = tiny_classifier(recipe, num_classes=len(class_names), seed=step)
             is_vit = recipe.model.is_vit
-            decay, depth = (0.75, recipe.model.dims[1]) if is_vit else (None, 0)
+            decay, depth = (0.75, recipe.model.dims.depth) if is_vit else (None, 0)
             groups = param_groups(models[step], weight_decay=0.05, layer_decay=decay, depth=depth)
             saver.save(
                 collect(models[step], make_adamw(groups, betas=(0.9, 0.99))),

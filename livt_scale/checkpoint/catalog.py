@@ -129,7 +129,7 @@ def newest_whole(
     hashing, all get the same answer; `on_damage` is called on rank 0 alone.
     """
     peers = peers or Peers(all_raise=CheckpointError)
-    for name in reversed(peers.lead_does(lambda: [path.name for path in _step_folders(folder)])):
+    for name in reversed(peers.on_rank0(lambda: [path.name for path in _step_folders(folder)])):
         path = folder / name
         if steps is not None and step_of(name) not in steps:
             continue
@@ -148,7 +148,7 @@ def agreed_damages(path: Path, peers: Peers) -> list[str]:
         raw = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
         return raw[:80].decode(errors="replace"), damages(path, share=(peers.rank, peers.world_size))
 
-    looks = peers.gather(peers.all_do(look))
+    looks = peers.all_gather(peers.run_all(look))
     different = [rank for rank, (seen, _) in enumerate(looks) if seen != looks[0][0]]
     if different:
         raise CheckpointError(

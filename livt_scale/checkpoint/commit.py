@@ -48,16 +48,16 @@ class Job:
 def publish(job: Job, peers: Peers) -> None:
     """Write, publish, prune: a collective call. SaveFailed, or PruneFailed, on every rank if any rank failed."""
     try:
-        peers.lead_does(lambda: _start(job))
+        peers.on_rank0(lambda: _start(job))
         _write(job, peers)
     except CheckpointError:  # raised by all ranks, so none of them still writes
-        peers.lead_does(lambda: _discard(job))
+        peers.on_rank0(lambda: _discard(job))
         raise
     except Exception as error:  # a peer is gone, and nobody is left to agree with
         if peers.leads:
             _discard(job)
         raise CheckpointError(f"{step_name(job.step)} was not saved: {error}") from error
-    peers.lead_does(lambda: _prune(job))
+    peers.on_rank0(lambda: _prune(job))
 
 
 def _start(job: Job) -> None:
@@ -82,8 +82,8 @@ def _write(job: Job, peers: Peers) -> None:
         except Exception as error:
             raise _failed(job, writer.full or error) from error
 
-    results = peers.collect(peers.all_do(pieces))
-    entries = peers.collect(writer.entries())
+    results = peers.gather(peers.run_all(pieces))
+    entries = peers.gather(writer.entries())
 
     def commit() -> None:
         assert results is not None
@@ -95,7 +95,7 @@ def _write(job: Job, peers: Peers) -> None:
         except OSError as error:
             raise _failed(job, error) from error
 
-    peers.lead_does(commit)
+    peers.on_rank0(commit)
 
 
 def _commit(job: Job, entries: list[FileEntry]) -> None:

@@ -60,7 +60,7 @@ def signature_of(state: dict[str, Tensor]) -> tuple[Any, ...]:
 def plan_write(state: dict[str, Tensor], peers: Peers, *, partial: bool = False) -> WritePlan:
     """Agree with all of `peers` who writes what (a collective call). `partial`: what they hold is not all there is."""
     planner = _save_planner(state, peers)
-    locals_ = peers.collect(peers.all_do(planner.create_local_plan))
+    locals_ = peers.gather(peers.run_all(planner.create_local_plan))
     plans: list[SavePlan] | None = None
     metadata: Metadata | None = None
     if locals_ is not None:
@@ -72,7 +72,7 @@ def plan_write(state: dict[str, Tensor], peers: Peers, *, partial: bool = False)
         )
         # only names the files, one prefix a rank; the folder is of no account
         plans = FileSystemWriter(os.devnull).prepare_global_plan(plans)
-    mine = planner.finish_plan(peers.deal(plans))
+    mine = planner.finish_plan(peers.scatter(plans))
     needed = _needed_bytes(metadata) if metadata is not None else 0
     return WritePlan(signature_of(state), mine, metadata, needed)
 

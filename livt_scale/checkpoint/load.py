@@ -53,7 +53,7 @@ __all__ = [
     "read_tensors",
     "verify",
 ]
-MOST_NAMES = 8  # listed in one error
+MAX_NAMES = 8  # listed in one error
 
 
 def load(
@@ -77,17 +77,17 @@ def load(
     """
     peers = peers or Peers(all_raise=CheckpointError)
     path = Path(path)
-    manifest = peers.all_do(lambda: read_manifest(path))
+    manifest = peers.run_all(lambda: read_manifest(path))
     _agree(manifest, peers)
     if check and (wrong := agreed_damages(path, peers)):
         raise CheckpointDamaged(
             f"{path}: {'; '.join(wrong)}", remedy="Remove this checkpoint to continue from the one before it"
         )
     may_miss, may_exceed = tuple(allow_missing), tuple(allow_unexpected)
-    index = peers.all_do(
+    index = peers.run_all(
         lambda: _match(path, manifest, into, may_miss, may_exceed, partial=partial)
     )  # on all ranks before any loads
-    peers.all_do(lambda: _read(path, into, index))
+    peers.run_all(lambda: _read(path, into, index))
     return manifest.as_dict()
 
 
@@ -111,7 +111,7 @@ def read_tensors(path: Path, *, choose: Callable[[str], bool] | None = None) -> 
 
 
 def _agree(manifest: Manifest, peers: Peers) -> None:
-    seen = peers.gather((manifest.position.step, manifest.to_bytes()[:80]))
+    seen = peers.all_gather((manifest.position.step, manifest.to_bytes()[:80]))
     for rank, theirs in enumerate(seen):
         if theirs != seen[0]:
             raise CheckpointError(
@@ -163,8 +163,8 @@ def _list(what: str, names: list[str]) -> list[str]:
     names = [name for name in names if name]
     if not names:
         return []
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return [f"{what}: {', '.join(names[:MOST_NAMES])}{more}"]
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return [f"{what}: {', '.join(names[:MAX_NAMES])}{more}"]
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

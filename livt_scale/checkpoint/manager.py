@@ -115,7 +115,7 @@ class Tiers:
         """As `save`, each node in its own folder. Does not wait for a shared save in flight."""
         assert self._quick is not None
         assert self._place is not None
-        self.world.all_do(self._quick.wait)  # else a node could prune what another has not followed yet
+        self.world.run_all(self._quick.wait)  # else a node could prune what another has not followed yet
         self._quick.save(state, position=position, facts=facts | {local.SAVE: self._place.start})
 
     def newest(
@@ -154,7 +154,9 @@ class Tiers:
     def load(self, found: Found, into: dict[str, Tensor]) -> dict[str, Any]:
         """Fill this rank's tensors from what `newest` has found (and read); its manifest. A collective call."""
         is_local = found.local is not None
-        return self.world.all_do(lambda: store.load(found.path, into, check=False, peers=found.peers, partial=is_local))
+        return self.world.run_all(
+            lambda: store.load(found.path, into, check=False, peers=found.peers, partial=is_local)
+        )
 
     def wait(self) -> None:
         """Return when nothing is being written; CheckpointError if a failed save ends the run."""

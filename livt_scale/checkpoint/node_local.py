@@ -25,7 +25,7 @@ from livt_scale.checkpoint import io
 from livt_scale.checkpoint.catalog import agreed_damages, list_checkpoints
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.distributed.collectives import Peers
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ def open_place(root: Path, shared: Path, *, world: Peers, timeout_s: float) -> P
 
     Raises CheckpointError where it cannot be written, or belongs to somebody else.
     """
-    mark, start = world.lead_does(lambda: (_mark_of(shared), secrets.token_hex(8)))
-    own = world.all_do(lambda: _own_folder(root, shared))
+    mark, start = world.on_rank0(lambda: (_mark_of(shared), secrets.token_hex(8)))
+    own = world.run_all(lambda: _own_folder(root, shared))
     folder = own / mark / (re.sub(r"[^\w.-]", "-", socket.gethostname()) or "node")
-    world.all_do(lambda: folder.mkdir(parents=True, exist_ok=True))
-    nodes = world.gather(_node(folder))
+    world.run_all(lambda: folder.mkdir(parents=True, exist_ok=True))
+    nodes = world.all_gather(_node(folder))
     parts = [[rank for rank, node in enumerate(nodes) if node == one] for one in dict.fromkeys(nodes)]
     peers = Peers.of_ranks(world.rank, parts, timeout_s=timeout_s, all_raise=CheckpointError)
     if peers.leads:
@@ -75,15 +75,15 @@ def open_place(root: Path, shared: Path, *, world: Peers, timeout_s: float) -> P
 
 def readable_by_all(place: Place, wanted: dict[str, Tensor], *, world: Peers) -> list[LocalSave]:
     """The saves of which every rank finds its part of `wanted` on its node, by size; oldest first."""
-    mine = world.all_do(lambda: _readable(place.folder, wanted))
-    return sorted(set.intersection(*(set(saves) for saves in world.gather(mine))))
+    mine = world.run_all(lambda: _readable(place.folder, wanted))
+    return sorted(set.intersection(*(set(saves) for saves in world.all_gather(mine))))
 
 
 def is_whole(place: Place, save: LocalSave, *, world: Peers) -> dict[Path, list[str]]:
     """What is damaged of it, on any node; empty: every byte is right. The ranks of a node share the reading."""
     path = place.folder / step_name(save.step)
-    wrong = world.all_do(lambda: agreed_damages(path, place.peers))
-    return {path: lines for path, lines in world.gather((path, wrong)) if lines}
+    wrong = world.run_all(lambda: agreed_damages(path, place.peers))
+    return {path: lines for path, lines in world.all_gather((path, wrong)) if lines}
 
 
 def forget_all_but(place: Place, kept: LocalSave | None) -> None:
@@ -92,7 +92,7 @@ def forget_all_but(place: Place, kept: LocalSave | None) -> None:
         for info in list_checkpoints(place.folder, quick=True):
             if kept is None or info.path.name != step_name(kept.step):
                 io.remove_folder(info.path)
-    place.peers.gather(None)  # nobody saves before they are gone
+    place.peers.all_gather(None)  # nobody saves before they are gone
 
 
 def remove(place: Place) -> None:
@@ -108,7 +108,7 @@ def _mark_of(shared: Path) -> str:
         if _MARKED.fullmatch(mark):
             return mark
     mark = secrets.token_hex(16)
-    write_whole(file, f"{mark}\n".encode())
+    write_atomic(file, f"{mark}\n".encode())
     return mark
 
 

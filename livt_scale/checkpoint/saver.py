@@ -69,7 +69,7 @@ class Saver:
         self._plan: WritePlan | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if mode == "async" else None
         self._in_flight: _InFlight | None = None
-        self.peers.lead_does(self._prepare_folder)
+        self.peers.on_rank0(self._prepare_folder)
 
     def save(
         self,
@@ -130,7 +130,7 @@ class Saver:
         try:
             result()
         except (SaveFailed, PruneFailed) as error:
-            old = self.failures.max_age_s is not None and self.peers.lead_does(self.failures.is_old)
+            old = self.failures.max_age_s is not None and self.peers.on_rank0(self.failures.is_old)
             ends = self.failures.failed(error, step=step, final=final, old=old)
             if ends is error:
                 raise

@@ -11,7 +11,7 @@ import typer
 
 From = Annotated[
     str | None,
-    typer.Option("--from", metavar="CHECKPOINT", help="best, newest or a step; without it, the final checkpoint."),
+    typer.Option("--checkpoint", metavar="WHICH", help="best, newest or a step (default: the final checkpoint)."),
 ]
 VIEWS_HELP = "Views of each image that are averaged: 1 centre crop, 2 and its mirror image, 5 crops, 10 both."
 AVERAGE_HELP = "What of the views is averaged; logits by default."

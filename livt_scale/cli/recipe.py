@@ -37,11 +37,11 @@ def list_(
     """The recipes that ship: what each reproduces, and what to expect."""
     from livt_scale.config.catalog import page as made
     from livt_scale.config.catalog import rows
-    from livt_scale.util.atomic import write_whole
+    from livt_scale.util.atomic import write_atomic
 
     found = rows()
     if page is not None:
-        write_whole(page, made(found).encode())
+        write_atomic(page, made(found).encode())
     if as_json:
         keys = ("path", "reproduces", "hardware", "expect", "command")
         typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in found]))
@@ -122,7 +122,7 @@ def derived(recipe: Recipe) -> list[str]:
     for name in recipe.stage_names:
         stage, model = recipe.stage(name), recipe.at(name).model
         if model.image_px != recipe.model.image_px:
-            lines.append(f"{name} patches: {model.num_patches} = ({model.image_px} / {model.dims[3]})^2")
+            lines.append(f"{name} patches: {model.num_patches} = ({model.image_px} / {model.dims.patch_px})^2")
         lines.append(f"{name} peak lr: {stage.peak_lr:g} = {stage.base_lr:g} * {stage.global_batch} / 256")
     return lines
 

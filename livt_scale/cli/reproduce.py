@@ -24,7 +24,7 @@ def reproduce(
         "runs/claims"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="So many, from 0 on; a verdict needs 3.")] = 3,
-    at_once: Annotated[int, typer.Option("--at-once", min=1, help="So many runs at a time.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs in parallel.")] = 1,
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Laid over all runs alike.")] = None,
     collect_only: Annotated[bool, typer.Option("--collect-only", help="Train nothing: judge what is there.")] = False,
     page: Annotated[
@@ -39,7 +39,7 @@ def reproduce(
 ) -> None:
     """Check a claim of the paper: train its arms over several seeds, compare them, and say what holds.
 
-    livt reproduce losses --at-once 2
+    livt reproduce losses --jobs 2
 
     livt reproduce losses --on imagenet_lt --dry-run
     """
@@ -58,7 +58,7 @@ def reproduce(
     if dry_run:
         _tell_cost(runs, on, folder, device=device or DEVICE, mfu=mfu or MFU, as_json=as_json)
         return
-    failed = {} if collect_only else _run(runs, folder, at_once=at_once, quiet=as_json)
+    failed = {} if collect_only else _run(runs, folder, jobs=jobs, quiet=as_json)
     results = _collect(names, on, folder, range(seeds), laid)
     if page is not None:
         _write_page(page, results)
@@ -96,11 +96,11 @@ def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: floa
     typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
 
 
-def _run(runs: list[Run], folder: Path, *, at_once: int, quiet: bool) -> dict[str, str]:
+def _run(runs: list[Run], folder: Path, *, jobs: int, quiet: bool) -> dict[str, str]:
     from livt_scale.study.local_runner import check_runs, run_all
 
     check_runs(runs, folder)
-    outcome = run_all(runs, folder, at_once=at_once, say=(lambda _: None) if quiet else typer.echo)
+    outcome = run_all(runs, folder, jobs=jobs, say=(lambda _: None) if quiet else typer.echo)
     return outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
 
 
@@ -116,21 +116,21 @@ def _collect(names: list[str], on: str, folder: Path, seeds: range, sets: Mappin
 def _write_page(page: Path, results: list[dict[str, Any]]) -> None:
     """Keep the results beside the page, and make it of all that are kept. A claim of which nothing ran has none."""
     from livt_scale.study import results_page as pages
-    from livt_scale.util.atomic import write_whole
+    from livt_scale.util.atomic import write_atomic
 
     for result in results:
         if result["values"]:
             _keep(result, page.parent / "results")
-    write_whole(page, pages.page(pages.read_results(page.parent / "results")).encode())
+    write_atomic(page, pages.page(pages.read_results(page.parent / "results")).encode())
 
 
 def _keep(result: dict[str, Any], folder: Path) -> None:
     from livt_scale.study.results_figure import draw
     from livt_scale.study.results_page import picture_name, results_json
-    from livt_scale.util.atomic import write_whole
+    from livt_scale.util.atomic import write_atomic
 
     picture = folder / Path(picture_name(result)).name
-    write_whole(picture.with_suffix(".json"), results_json(result))
+    write_atomic(picture.with_suffix(".json"), results_json(result))
     draw(result, picture)
 
 

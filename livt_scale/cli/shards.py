@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Make, check and look at shards.", no_args_is_help=True)
 MIB = 2**20
 EVERY_S = 10.0  # a plain line of progress, where there is no terminal
-MOST_FAULTS = 20  # shown; --json has all
-MOST_CLASSES = 20  # rows of the histogram
+MAX_FAULTS = 20  # shown; --json has all
+MAX_CLASSES = 20  # rows of the histogram
 BAR = 40  # characters of the longest bar
 
 Folder = Annotated[str, typer.Argument(help="a folder of shards, or its URL: the one with manifest.json")]
@@ -226,9 +226,9 @@ def _seen_table(seen: dict[str, Any]) -> list[str]:
 
 
 def _even_ranks(ranked: list[Any]) -> list[Any]:
-    if len(ranked) <= MOST_CLASSES:
+    if len(ranked) <= MAX_CLASSES:
         return ranked
-    return [ranked[k * (len(ranked) - 1) // (MOST_CLASSES - 1)] for k in range(MOST_CLASSES)]
+    return [ranked[k * (len(ranked) - 1) // (MAX_CLASSES - 1)] for k in range(MAX_CLASSES)]
 
 
 def histogram(names: list[str], counts: list[int]) -> list[str]:
@@ -252,10 +252,10 @@ def _tell_faults(folder: str, faults: list[Fault], *, quarantine: bool) -> None:
     if not faults:
         typer.echo(f"{folder}: whole")
         return
-    for fault in faults[:MOST_FAULTS]:
+    for fault in faults[:MAX_FAULTS]:
         typer.echo(str(fault))
-    if len(faults) > MOST_FAULTS:
-        typer.echo(f"… and {len(faults) - MOST_FAULTS} more (--json lists all)")
+    if len(faults) > MAX_FAULTS:
+        typer.echo(f"… and {len(faults) - MAX_FAULTS} more (--json lists all)")
     if quarantine:
         from livt_scale.data.build.builder import info as shard_info
 

@@ -32,7 +32,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 def submit(
     study: StudyFile,
     out: Out = None,
-    at_once: Annotated[int | None, typer.Option("--at-once", min=1, help="So many runs at a time [here 1].")] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Number of runs in parallel (default 1; with --slurm, all).")
+    ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="As Slurm arrays, not on this machine.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; start nothing.")] = False,
     device: Annotated[str, typer.Option(help="With --dry-run: hours of this device.")] = DEVICE,
@@ -41,9 +43,9 @@ def submit(
 ) -> None:
     """Train every run of the study. Given again it goes on where it stopped, and leaves what is done.
 
-    livt study submit studies/fashion_mnist_lt/sizes.yaml --at-once 2
+    livt study submit studies/fashion_mnist_lt/sizes.yaml --jobs 2
 
-    livt study submit studies/imagenet_lt/sizes.yaml --slurm --at-once 4
+    livt study submit studies/imagenet_lt/sizes.yaml --slurm --jobs 4
     """
     from livt_scale.study.definition import load_study, points, runs
 
@@ -58,13 +60,13 @@ def submit(
         typer.echo(f"{where}: there", err=as_json)
     _write_command(loaded)
     if slurm:
-        _submit_arrays(loaded, every, at_once=at_once, as_json=as_json)
+        _submit_arrays(loaded, every, jobs=jobs, as_json=as_json)
         return
     from livt_scale.study.local_runner import check_runs, run_all
 
     check_runs(runs(loaded), loaded.folder)
     say = (lambda _: None) if as_json else typer.echo
-    outcome = run_all(runs(loaded), loaded.folder, at_once=at_once or 1, say=say)
+    outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1, say=say)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
     if as_json:
         typer.echo(json.dumps({"done": outcome.done, "failed": failed}))
@@ -101,21 +103,21 @@ def _tell_cost(loaded: Loaded, runs: list[Run], *, device: str, mfu: float, as_j
 
 def _write_command(loaded: Loaded) -> None:
     """What was asked, kept beside the runs: the report says how its numbers came about."""
-    from livt_scale.util.atomic import write_whole
+    from livt_scale.util.atomic import write_atomic
 
     loaded.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(loaded.folder / "study.yaml", loaded.path.read_bytes())
-    write_whole(loaded.folder / "command.txt", f"{shlex.join(['livt', *sys.argv[1:]])}\n".encode())
+    write_atomic(loaded.folder / "study.yaml", loaded.path.read_bytes())
+    write_atomic(loaded.folder / "command.txt", f"{shlex.join(['livt', *sys.argv[1:]])}\n".encode())
 
 
-def _submit_arrays(loaded: Loaded, points: list[Point], *, at_once: int | None, as_json: bool) -> None:
+def _submit_arrays(loaded: Loaded, points: list[Point], *, jobs: int | None, as_json: bool) -> None:
     from livt_scale.slurm.array import submit_array
     from livt_scale.study.slurm_runner import prepare, ready
 
     now = ready(loaded, points)
     told: dict[str, Any] = {"jobs": []}
     if now.points:
-        told = submit_array(prepare(loaded, now.points, at_once=at_once))
+        told = submit_array(prepare(loaded, now.points, max_parallel=jobs))
     told |= {"submitted": [p.name for p in now.points], "waits": now.waits, "done": now.done}
     if as_json:
         typer.echo(json.dumps(told))
@@ -169,7 +171,7 @@ def _collected(loaded: Loaded, *, fit: bool = False) -> dict[str, Any]:
     """The table of all runs, with the laws of its measures where they are asked for; kept beside the runs."""
     from livt_scale.study.scaling_law import fit_table
     from livt_scale.study.table import as_csv, collect_study
-    from livt_scale.util.atomic import write_whole
+    from livt_scale.util.atomic import write_atomic
 
     kept = loaded.folder / "command.txt"
     command = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
@@ -177,8 +179,8 @@ def _collected(loaded: Loaded, *, fit: bool = False) -> dict[str, Any]:
     if fit:
         table["fits"] = fit_table(table, measures=loaded.study.measures)
     loaded.folder.mkdir(parents=True, exist_ok=True)
-    write_whole(loaded.folder / TABLE, (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
-    write_whole(loaded.folder / "table.csv", as_csv(table).encode())
+    write_atomic(loaded.folder / TABLE, (json.dumps(table, indent=1, allow_nan=False) + "\n").encode())
+    write_atomic(loaded.folder / "table.csv", as_csv(table).encode())
     return table
 
 

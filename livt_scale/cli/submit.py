@@ -32,8 +32,8 @@ def submit(
     stage_in: Annotated[
         bool, typer.Option("--stage-in", help="Copy local shards to each node's own disk first (slurm.stage_in).")
     ] = False,
-    at_once: Annotated[
-        int | None, typer.Option("--at-once", min=1, help="Of several runs, so many at a time in each stage.")
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="With several recipes: runs in parallel in each stage.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
@@ -43,7 +43,7 @@ def submit(
 
     livt submit RECIPE --dry-run
 
-    livt submit RECIPE RECIPE RECIPE --at-once 2
+    livt submit RECIPE RECIPE RECIPE --jobs 2
     """
     from livt_scale.config.load import load_recipe
     from livt_scale.util.errors import UsageError
@@ -51,11 +51,11 @@ def submit(
     extra = ["slurm.code=checkout"] * follow_checkout + ["slurm.stage_in=true"] * stage_in
     loaded = [load_recipe(recipe, sets=[*(sets or []), *extra]) for recipe in recipes]
     if len(loaded) > 1:
-        _submit_array(loaded, at_once=at_once, dry_run=dry_run, as_json=as_json)
+        _submit_array(loaded, jobs=jobs, dry_run=dry_run, as_json=as_json)
         return
-    if at_once is not None:
+    if jobs is not None:
         raise UsageError(
-            "--at-once bounds an array, and one recipe is none", remedy="leave it out, or give more recipes"
+            "--jobs applies to several recipes, and there is one", remedy="leave it out, or give more recipes"
         )
     from livt_scale.slurm import submit as chains  # reads cluster, run and shards
     from livt_scale.slurm.chain import dependency
@@ -80,11 +80,11 @@ def submit(
         typer.echo(f"{chain['mode']}, because {chain['why']}; record: {prepared.run_dir / 'slurm' / 'chain.json'}")
 
 
-def _submit_array(recipes: list[Recipe], *, at_once: int | None, dry_run: bool, as_json: bool) -> None:
+def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_json: bool) -> None:
     from livt_scale.slurm import array
     from livt_scale.slurm.chain import Plan
 
-    prepared = array.prepare_array(recipes, at_once=at_once)
+    prepared = array.prepare_array(recipes, max_parallel=jobs)
     if not prepared.jobs:
         typer.echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
         return
@@ -100,7 +100,7 @@ def _submit_array(recipes: list[Recipe], *, at_once: int | None, dry_run: bool, 
         return
     _print_chain(told, prepared.notes)
     if not told.get("joined"):
-        runs = f"{len(told['runs'])} runs, at most {told['at_once']} at once in each stage"
+        runs = f"{len(told['runs'])} runs, at most {told['max_parallel']} in parallel in each stage"
         typer.echo(f"{runs}; scripts and logs: {told['folder']}")
 
 

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from livt_scale.config.runtime import RecipePart
 from livt_scale.util.errors import UsageError
 
-# width, depth, heads, patch size in px. vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
-MODEL_SIZES: dict[str, tuple[int, int, int, int]] = {
-    "vit_micro": (96, 4, 3, 4),
-    "vit_ti": (192, 12, 3, 16),
-    "vit_s": (384, 12, 6, 16),
-    "vit_b": (768, 12, 12, 16),
-    "vit_l": (1024, 24, 16, 16),
-    "vit_h": (1280, 32, 16, 14),
+
+class ViTDims(NamedTuple):
+    """The shape of a ViT's encoder."""
+
+    width: int
+    depth: int
+    heads: int
+    patch_px: int
+
+
+# vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
+MODEL_SIZES: dict[str, ViTDims] = {
+    "vit_micro": ViTDims(96, 4, 3, 4),
+    "vit_ti": ViTDims(192, 12, 3, 16),
+    "vit_s": ViTDims(384, 12, 6, 16),
+    "vit_b": ViTDims(768, 12, 12, 16),
+    "vit_l": ViTDims(1024, 24, 16, 16),
+    "vit_h": ViTDims(1280, 32, 16, 14),
 }
 
 # residual blocks of the four stages: ResNet, arXiv 1512.03385, table 1; from 50 on a block is a bottleneck.
@@ -112,19 +122,19 @@ class Model(RecipePart):
     @property
     def num_branches(self) -> int:
         """Residual branches, each with a coin of its own in stochastic depth: two a ViT's block, one a ResNet's."""
-        return 2 * self.dims[1] if self.is_vit else sum(self.stage_blocks)
+        return 2 * self.dims.depth if self.is_vit else sum(self.stage_blocks)
 
     @property
-    def dims(self) -> tuple[int, int, int, int]:
-        """(width, depth, heads, patch_px) of a ViT, what is set over what the size gives. UsageError: it is none."""
+    def dims(self) -> ViTDims:
+        """Of a ViT: what the recipe sets, else what the size gives. UsageError: the model is not a ViT."""
         if not self.is_vit:
             raise UsageError(f"model.size is {self.size}, which has no patches", remedy="take a vit_* for this")
         width, depth, heads, patch_px = MODEL_SIZES[self.size]
-        return self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px
+        return ViTDims(self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px)
 
     @property
     def num_patches(self) -> int:
-        return (self.image_px // self.dims[3]) ** 2
+        return (self.image_px // self.dims.patch_px) ** 2
 
     def num_kept(self, mask_ratio: float) -> int:
         """Patches that pretraining shows its encoder."""

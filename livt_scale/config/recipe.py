@@ -176,7 +176,7 @@ class Recipe(RecipePart):
     @model_validator(mode="after")
     def _both_stages_cut_whole_patches(self) -> Self:
         if self.stages.pretrain and self.stages.pretrain.image_px:
-            check_patches("stages.pretrain.image_px", self.stages.pretrain.image_px, patch_px=self.model.dims[3])
+            check_patches("stages.pretrain.image_px", self.stages.pretrain.image_px, patch_px=self.model.dims.patch_px)
         return self
 
     def at(self, name: Stage) -> Self:

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-MOST_PROFILED_STEPS = 20
+MAX_PROFILED_STEPS = 20
 
 
 class RecipePart(BaseModel):
@@ -114,7 +114,7 @@ class Faults(RecipePart):
     most_in_a_row: PositiveInt = Field(
         5, description="steps skipped one after the other, or rollbacks between two checkpoints; one more ends the run"
     )
-    hang_s: PositiveFloat | None = Field(
+    stall_timeout_s: PositiveFloat | None = Field(
         None,
         description="a rank that ends no step for so long writes its stacks and ends; six times as long for the start, "
         "the first step, evaluation and saving. None: 0.9 · parallel.timeout_s",
@@ -153,10 +153,10 @@ class Log(RecipePart):
                 raise ValueError("profile_ranks has no effect without profile_steps: leave it out")
             return self
         first, last = self.profile_steps
-        if not first <= last < first + MOST_PROFILED_STEPS:
+        if not first <= last < first + MAX_PROFILED_STEPS:
             raise ValueError(
                 f"profile_steps is [{first}, {last}]: give the first and the last step, at most "
-                f"{MOST_PROFILED_STEPS} of them; a trace of more is too large to open"
+                f"{MAX_PROFILED_STEPS} of them; a trace of more is too large to open"
             )
         return self
 

@@ -70,13 +70,13 @@ class Slurm(RecipePart):
         description="requeue: a stage is one job, put back when it stopped early; segments: a stage is several jobs. "
         "auto: segments where the partition's PreemptMode is CANCEL or the profile forbids requeue, else requeue",
     )
-    lead_s: PositiveInt = Field(
+    signal_lead_s: PositiveInt = Field(
         300, ge=10, le=65535, description="before its time limit a job is told to save; Slurm may be 60 s early"
     )
     step_s: PositiveFloat | None = Field(None, description="planned seconds of a step; None: measured, else unknown")
     save_s: PositiveFloat | None = Field(None, description="planned seconds of a save; None: measured, else unknown")
     start_s: NonNegativeFloat = Field(120, description="planned seconds from a job's start to its first step")
-    most_idle_restarts: PositiveInt = Field(
+    max_restarts_without_progress: PositiveInt = Field(
         3,
         description="restarts in a row that find no new checkpoint; one more, and the stage ends with its reason",
     )

@@ -156,7 +156,7 @@ def eval_batches(
     samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
     dataset = _EvalDataset(shards, recipe, samples, batch, crops=crops)
     told = recipe.data.workers  # auto: nothing to measure for so few images
-    workers = min(calibrate.cores_for_rank(local_ranks), calibrate.MOST_WORKERS) if told == "auto" else told
+    workers = min(calibrate.cores_for_rank(local_ranks), calibrate.MAX_WORKERS) if told == "auto" else told
     size = calibrate.batch_bytes(recipe, batch * crops)
     return Batches(dataset, Loading(min(workers, dataset.num_batches), recipe.data.prefetch, size, "evaluation"))
 

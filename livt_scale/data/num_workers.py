@@ -8,7 +8,7 @@
     -> 1.25 · 3000 / 900 -> 5 processes
 
 The samples, their crops and their order never depend on it. What is ready and not yet taken is bounded: workers x
-prefetch x bytes of a micro-batch; `auto` lowers prefetch until that fits `MOST_READY_BYTES` and half of /dev/shm.
+prefetch x bytes of a micro-batch; `auto` lowers prefetch until that fits `MAX_READY_BYTES` and half of /dev/shm.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from livt_scale.util.process_pool import usable_cores
 CALIBRATION_S = 2.0
 CHUNK = 8  # samples decoded between two looks at the clock; even, for pairs
 SPARE = 1.25  # what is loaded over what the step takes: shards differ, and a full queue hides a slow disk
-MOST_WORKERS = 16  # for one rank; beyond it, its own pipe and memory are the limit
-MOST_READY_BYTES = 4 << 30  # of one node: shared by its ranks
+MAX_WORKERS = 16  # for one rank; beyond it, its own pipe and memory are the limit
+MAX_READY_BYTES = 4 << 30  # of one node: shared by its ranks
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - looked at, not written to
 
 
@@ -78,13 +78,13 @@ def choose(
     cores: int,
     has_gpu: bool,
     micro_batch_bytes: int,
-    most_ready_bytes: int = MOST_READY_BYTES,
+    most_ready_bytes: int = MAX_READY_BYTES,
 ) -> Loading:
     """For one rank: `rate` images/s of one process, `demand` images/s of the step if known, `cores` of this rank.
 
     Without a demand: on a GPU all cores but one; where the CPU trains, it needs them itself, so two processes at most.
     """
-    most = max(1, min(cores - 1 if has_gpu else 2, cores, MOST_WORKERS))
+    most = max(1, min(cores - 1 if has_gpu else 2, cores, MAX_WORKERS))
     told = f"one process decodes {rate:,.0f} images/s, {cores} cores for this rank"
     if demand is None:
         workers, told = most, f"{told}, what the step takes is not known yet"
@@ -100,9 +100,9 @@ def choose(
 
 
 def ready_bytes(local_ranks: int) -> int:
-    """What the loader of one rank may fill: its share of MOST_READY_BYTES, and of half of what /dev/shm has left."""
-    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else MOST_READY_BYTES
-    return min(MOST_READY_BYTES, free // 2) // local_ranks
+    """What the loader of one rank may fill: its share of MAX_READY_BYTES, and of half of what /dev/shm has left."""
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else MAX_READY_BYTES
+    return min(MAX_READY_BYTES, free // 2) // local_ranks
 
 
 @contextmanager
@@ -126,7 +126,7 @@ def cores_for_rank(local_ranks: int) -> int:
 
 def most_workers(data: Data, *, local_ranks: int) -> int:
     """Loader processes of this rank, at most."""
-    return min(cores_for_rank(local_ranks), MOST_WORKERS) if data.workers == "auto" else data.workers
+    return min(cores_for_rank(local_ranks), MAX_WORKERS) if data.workers == "auto" else data.workers
 
 
 def decode_rate(

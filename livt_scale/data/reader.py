@@ -35,7 +35,7 @@ from livt_scale.data.seeds import view_key
 from livt_scale.util.errors import ManifestError, SampleError, ShardError, UsageError
 from livt_scale.util.urls import one_line
 
-MOST_OPEN_SHARDS = 128  # files a process keeps open; a set may have thousands
+MAX_OPEN_SHARDS = 128  # files a process keeps open; a set may have thousands
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class SampleReader:
     processes can wait for each other's, however small the cache is.
     """
 
-    def __init__(self, shards: ShardSet, *, most_open: int = MOST_OPEN_SHARDS) -> None:
+    def __init__(self, shards: ShardSet, *, most_open: int = MAX_OPEN_SHARDS) -> None:
         self._shards = shards
         self._most_open = most_open
         self._paths = [shards.shard_name(k) for k in range(len(shards.manifest.shards))]  # once: pathlib is slow

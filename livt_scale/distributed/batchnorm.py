@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from livt_scale.distributed.strategy import Strategy, Update
+from livt_scale.distributed.strategy import StepResult, Strategy
 from livt_scale.distributed.world import World
 
 
@@ -26,7 +26,7 @@ class Around:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._inner.backward(loss, last=last)
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         return self._inner.update(lr, max_norm=max_norm)
 
     def discard(self) -> None:
@@ -70,7 +70,7 @@ class Statistics(Around):
         self._world = world
         self._keep()
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         update = self._inner.update(lr, max_norm=max_norm)
         if update.applied:
             self._average()

@@ -71,7 +71,7 @@ class Peers:
     def leads(self) -> bool:
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """Each rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
@@ -81,7 +81,7 @@ class Peers:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def collect(self, value: T) -> list[T] | None:
+    def gather(self, value: T) -> list[T] | None:
         """Each rank's value on rank 0, None elsewhere."""
         if self.world_size == 1:
             return [value]
@@ -91,7 +91,7 @@ class Peers:
         dist.gather_object(value, values, group_dst=0, group=self.group)
         return values
 
-    def deal(self, values: list[T] | None) -> T:
+    def scatter(self, values: list[T] | None) -> T:
         """Rank 0's list, one value to each rank."""
         if self.world_size == 1:
             assert values is not None
@@ -102,7 +102,7 @@ class Peers:
         dist.scatter_object_list(received, values, group_src=0, group=self.group)
         return received[0]
 
-    def tell(self, value: T | None) -> T:
+    def broadcast(self, value: T | None) -> T:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value  # type: ignore[return-value]
@@ -112,7 +112,7 @@ class Peers:
         dist.broadcast_object_list(box, group_src=0, group=self.group)
         return box[0]  # type: ignore[return-value]
 
-    def all_do(self, work: Callable[[], T]) -> T:
+    def run_all(self, work: Callable[[], T]) -> T:
         """Run `work` on each rank and return this rank's result; if it fails anywhere it fails everywhere."""
         result, error = _attempt(work)
         self.all_or_none(error)
@@ -120,12 +120,12 @@ class Peers:
 
     def all_or_none(self, error: Exception | None) -> None:
         """Raise on every rank if any rank has an error."""
-        self._raise_first(self.gather(self._portable(error)), error)
+        self._raise_first(self.all_gather(self._portable(error)), error)
 
-    def lead_does(self, work: Callable[[], T]) -> T:
+    def on_rank0(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 and return its result on every rank; so does its failure."""
         result, error = _attempt(work) if self.leads else (None, None)
-        result, first = self.tell((result, self._portable(error)))
+        result, first = self.broadcast((result, self._portable(error)))
         self._raise_first([first], error)
         return result  # type: ignore[return-value]
 

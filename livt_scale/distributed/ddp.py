@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
-from livt_scale.distributed.optimizer_step import TorchUpdates, Updates
-from livt_scale.distributed.strategy import Groups, Update
+from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
+from livt_scale.distributed.strategy import Groups, StepResult
 from livt_scale.distributed.world import World
 
 LOOK_EVERY = 5  # steps between two looks at what DDP has measured: a look takes a tenth of a millisecond
@@ -26,7 +26,7 @@ _OWN_BUFFERS: dict[str, Any] = {
 }
 
 
-class Ddp(TorchUpdates):
+class Ddp(TorchOptimizerStep):
     """A `Strategy`; `model` is moved to this rank's device."""
 
     name = "ddp"
@@ -44,7 +44,7 @@ class Ddp(TorchUpdates):
     ) -> None:
         self.model = model.to(world.device)
         self._device, self._precision = world.device, parallel.precision
-        self._updates = Updates(
+        self._updates = OptimizerStep(
             groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=world.device.type
         )
         self._updates_done = 0
@@ -67,7 +67,7 @@ class Ddp(TorchUpdates):
         with self._exchange(last=last):
             self._updates.scale(loss).backward()
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         if self._updates_done % LOOK_EVERY == 0:
             self._exchange_s = self._measured_exchange_s()
         self._updates_done += 1

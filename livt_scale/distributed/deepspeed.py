@@ -31,7 +31,7 @@ from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.deepspeed_state import ZeroState
 from livt_scale.distributed.optimizer_step import LOWEST_SCALE
-from livt_scale.distributed.strategy import Groups, Update
+from livt_scale.distributed.strategy import Groups, StepResult
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import UsageError
 
@@ -223,7 +223,7 @@ class Zero:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         optim.set_lr(self._adamw, lr)
         self._zero.clip_grad = max_norm or 0.0
         self._engine.step()  # leaves everything as it was where the norm is not finite
@@ -232,7 +232,7 @@ class Zero:
         if self._scale is not None:
             overflow = self._scale.note(finite=finite)
             self._tell_scale()
-        return Update(float(self._engine.get_global_grad_norm()), applied=finite, overflow=overflow)
+        return StepResult(float(self._engine.get_global_grad_norm()), applied=finite, overflow=overflow)
 
     def discard(self) -> None:
         """By the engine's own way of leaving out a step: a norm that says so."""

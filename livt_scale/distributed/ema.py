@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 from livt_scale.config.recipe import Ema
 from livt_scale.distributed.batchnorm import Around
 from livt_scale.distributed.state_dict import AVERAGE, plain_name
-from livt_scale.distributed.strategy import Strategy, Update
+from livt_scale.distributed.strategy import StepResult, Strategy
 
 UPDATES = f"{AVERAGE}updates"
 
@@ -55,7 +55,7 @@ class Averaged(Around):
         self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
         self._updates = torch.zeros((), dtype=torch.int64)
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         update = self._inner.update(lr, max_norm=max_norm)
         if update.applied:
             self._follow()

@@ -20,12 +20,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.blocks import blocks_of
-from livt_scale.distributed.optimizer_step import TorchUpdates, Updates
+from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
 from livt_scale.distributed.strategy import Groups
 from livt_scale.distributed.world import World
 
 
-class Fsdp(TorchUpdates):
+class Fsdp(TorchOptimizerStep):
     """A `Strategy`; the parameters of `model` become DTensors."""
 
     name = "fsdp"
@@ -55,7 +55,9 @@ class Fsdp(TorchUpdates):
         self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=whole, offload_policy=offload)
         self._device, self._precision = world.device, parallel.precision
         kind = "cpu" if parallel.offload == "cpu" else world.device.type
-        self._updates = Updates(groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=kind)
+        self._updates = OptimizerStep(
+            groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=kind
+        )
 
     def call(self, *inputs: Any, last: bool) -> Any:
         self._sharded.set_requires_gradient_sync(last)

@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 from livt_scale import optim
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed.state_dict import collect
-from livt_scale.distributed.strategy import Update
+from livt_scale.distributed.strategy import StepResult
 from livt_scale.models import head_norm
 
 LOWEST_SCALE = 1.0  # an fp16 gradient that is not finite at this scale is not the scale's fault
 
 
-class Updates:
+class OptimizerStep:
     """The optimizer of a strategy whose parameters are `groups`'; `momentum`: LARS's, None: AdamW."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Updates:
         """The loss whose gradient does not underflow in fp16."""
         return loss if self._scaler is None else self._scaler.scale(loss)
 
-    def step(self, lr: float, *, max_norm: float | None) -> Update:
+    def step(self, lr: float, *, max_norm: float | None) -> StepResult:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
         total = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
@@ -59,7 +59,7 @@ class Updates:
             overflow = not finite and self._scaler.get_scale() > LOWEST_SCALE
             self._scaler.update()
         self.optimizer.zero_grad()
-        return Update(norm, applied=finite, overflow=overflow)
+        return StepResult(norm, applied=finite, overflow=overflow)
 
     def scaler(self) -> dict[str, float] | None:
         if self._scaler is None:
@@ -80,13 +80,13 @@ class Updates:
             self._scaler.update(self._scaler.get_scale())  # forgets what it saw of this step
 
 
-class TorchUpdates:
+class TorchOptimizerStep:
     """What strategies share whose gradients are torch's own: `update`, `state` and the loss scale of a `Strategy`."""
 
     model: nn.Module
-    _updates: Updates
+    _updates: OptimizerStep
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         update = self._updates.step(lr, max_norm=max_norm)
         head_norm.settle(self.model, keep=update.applied)
         return update

@@ -28,7 +28,7 @@ SHARE_FOR_STATES = 0.5  # of a device's memory; the rest is for activations, buf
 
 
 @dataclass(frozen=True)
-class Update:
+class StepResult:
     """What an optimizer step came to.
 
     grad_norm: over all parameters and ranks, before clipping; inf or nan where a gradient is not finite.
@@ -55,7 +55,7 @@ class Strategy(Protocol):
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Gradients add up; ranks exchange what they need not exchange earlier after the last micro-batch alone."""
 
-    def update(self, lr: float, *, max_norm: float | None) -> Update:
+    def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         """One step at rate `lr` (times a group's `lr_scale`), the gradient clipped to `max_norm`; gradients end at
         zero. Nothing is changed where the gradient is not finite."""
 

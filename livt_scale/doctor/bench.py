@@ -91,7 +91,7 @@ class Together:
         self._call_names(f"before {phase!r}")
         try:
             peers = self._world.peers
-            return peers.gather(peers.all_do(work))
+            return peers.all_gather(peers.run_all(work))
         except RuntimeError as error:  # a collective that broke or timed out: somebody left
             self._call_names(f"in {phase!r}")
             raise RunError(f"livt doctor failed in {phase!r}: {str(error).splitlines()[0]}") from error

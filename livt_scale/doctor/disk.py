@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 2**20
-MOST_BYTES = 2**28
+MAX_BYTES = 2**28
 SMALL_FILES = 20
 LEAVE_FREE = 2**30  # a disk with less is not written to
 
@@ -45,7 +45,7 @@ def _write(path: Path, *, seconds: float) -> tuple[int, float]:
     """(bytes, seconds), sync included; as many blocks as the time allows."""
     block, written, begun = bytearray(os.urandom(BLOCK)), 0, time.perf_counter()
     with path.open("wb", buffering=0) as file:
-        while written < MOST_BYTES and time.perf_counter() - begun < seconds:
+        while written < MAX_BYTES and time.perf_counter() - begun < seconds:
             block[:8] = written.to_bytes(8, "little")  # no two alike
             file.write(block)
             written += BLOCK

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from livt_scale.distributed.world import World
 
-MOST_REPEATS = 50
+MAX_REPEATS = 50
 SMALL_BYTES, LARGE_BYTES = 4, 16 * 2**20  # of a pair: latency, bandwidth
 
 
@@ -57,7 +57,7 @@ def pair_speeds(world: World, *, seconds: float) -> list[dict[str, Any]]:
         )
         if here is not None and world.rank == here[0]:
             mine.append({"ranks": list(here), "latency_s": small / 2, "gb_s": 2 * LARGE_BYTES / large / 1e9})
-    return sorted((pair for some in world.peers.gather(mine) for pair in some), key=lambda pair: pair["ranks"])
+    return sorted((pair for some in world.peers.all_gather(mine) for pair in some), key=lambda pair: pair["ranks"])
 
 
 def compute_speed(world: World, *, seconds: float) -> float:
@@ -91,7 +91,7 @@ def _repeated(work: Callable[[], object], world: World, seconds: float, *, own: 
     """Seconds of one `work()`: of the ranks' mean times, the longest; `own`: this rank's."""
     work()  # connections and buffers are made
     once = _longest(_timed(work, 1, world), world)
-    repeats = max(1, min(MOST_REPEATS, int(seconds / max(once, 1e-6))))
+    repeats = max(1, min(MAX_REPEATS, int(seconds / max(once, 1e-6))))
     taken = _timed(work, repeats, world) / repeats
     return taken if own else _longest(taken, world)
 

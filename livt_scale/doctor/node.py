@@ -15,11 +15,11 @@ from pathlib import Path
 
 from livt_scale.doctor import checks
 from livt_scale.doctor.finding import Finding
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 
 MIB = 2**20
-LEAST_SHARED_BYTES = 64 * MIB  # docker's default, in which no batch of photographs is handed over
-MOST_TAKEN = 0.1  # of a GPU's memory, before anything of ours is there: a driver's own share is 1 to 2 %
+MIN_SHARED_BYTES = 64 * MIB  # docker's default, in which no batch of photographs is handed over
+MAX_TAKEN = 0.1  # of a GPU's memory, before anything of ours is there: a driver's own share is 1 to 2 %
 SIDE = 1024  # of the matrices that are multiplied
 
 
@@ -34,7 +34,7 @@ def look_at_node(folder: Path, environ: Mapping[str, str] = os.environ) -> list[
     )
     problems = [f for f in checks.examine(looks) if f.status == "problem"]
     told = "\n".join(f"{f.name}: {f.message}" for f in problems) or "ok"
-    write_whole(folder / (environ.get("SLURMD_NODENAME") or socket.gethostname()), f"{told}\n".encode())
+    write_atomic(folder / (environ.get("SLURMD_NODENAME") or socket.gethostname()), f"{told}\n".encode())
     return problems
 
 
@@ -49,7 +49,7 @@ def judge_gpu(name: str, *, free: int, total: int, is_right: bool) -> Finding:
     taken = 1 - free / total
     if not is_right:
         return Finding(name, "problem", "a product of whole numbers came out wrong")
-    if taken > MOST_TAKEN:
+    if taken > MAX_TAKEN:
         return Finding(
             name, "problem", f"{taken:.0%} of its memory is taken already: by a process that was left behind?"
         )
@@ -57,7 +57,7 @@ def judge_gpu(name: str, *, free: int, total: int, is_right: bool) -> Finding:
 
 
 def judge_shared(free: int | None) -> Finding:
-    if free is not None and free < LEAST_SHARED_BYTES:
+    if free is not None and free < MIN_SHARED_BYTES:
         return Finding("shared memory", "problem", f"{free / MIB:.0f} MiB free in /dev/shm, less than a batch takes")
     return Finding("shared memory", "ok", "")
 

@@ -22,7 +22,7 @@ from livt_scale.evaluation.logits import CHUNK, Outputs
 
 SMALLEST, LARGEST = 1e-3, 1e3  # of T; a model that is always right would have T = 0
 PRECISE = 1e-10  # relative, of β
-MOST_PASSES = 100
+MAX_PASSES = 100
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> Temperature:
     for bound, is_outside in ((low, lambda s: s >= 0), (high, lambda s: s <= 0)):
         if is_outside(_derivatives(logits, labels, bound)[0]):
             return Temperature(1 / bound, at_bound=True)
-    for _ in range(MOST_PASSES):
+    for _ in range(MAX_PASSES):
         low, high = (low, beta) if slope > 0 else (beta, high)
         after = beta - slope / curvature if curvature > 0 else 0.0
         if not low < after < high:

@@ -36,7 +36,7 @@ from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.tta import Views
 from livt_scale.metrics import Tally
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError, RunError
 
 FORMAT = "livt-eval"
@@ -77,7 +77,7 @@ def evaluate(
     """
     classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
     check_same_classes(shards, classes)
-    world.peers.all_do(lambda: check_room(shards, recipe, world=world, batch=batch))
+    world.peers.run_all(lambda: check_room(shards, recipe, world=world, batch=batch))
     tally = Tally(shards.num_classes, device=world.device)
     infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
     if not isinstance(model, nn.Module) and model.lockstep:
@@ -164,7 +164,7 @@ def weights_lineage(facts: dict[str, Any], *, step: int, epoch: int, checkpoint:
 
 def write_eval(report: dict[str, Any], path: Path, *, weights: dict[str, Any]) -> None:
     """Write `report` of `evaluate` as eval.json, whole or not at all; `weights`: what was evaluated, and its origin."""
-    write_whole(path, eval_json(report, weights=weights))
+    write_atomic(path, eval_json(report, weights=weights))
 
 
 def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:

@@ -28,12 +28,12 @@ from livt_scale.data.reader import SampleReader
 from livt_scale.evaluation.gallery_page import PAGE
 from livt_scale.evaluation.logits import Outputs
 from livt_scale.evaluation.per_class import predictions
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError
 
 PAIRS, PER_PAIR = 20, 6
 IMAGE_PX = 160  # longer side, at most
-MOST_BYTES = 4_500_000  # of the file; images beyond it are left out, and the page says how many
+MAX_BYTES = 4_500_000  # of the file; images beyond it are left out, and the page says how many
 UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode's categories
 LOSSLESS_PX = 64  # images up to so many pixels a side stay as they are; larger ones become JPEG
 
@@ -71,7 +71,7 @@ def worst(outputs: Outputs, *, pairs: int = PAIRS, per_pair: int = PER_PAIR) -> 
     return confusions[:pairs]
 
 
-def write_gallery(outputs: Outputs, shards: ShardSet, path: Path, *, most_bytes: int = MOST_BYTES) -> int:
+def write_gallery(outputs: Outputs, shards: ShardSet, path: Path, *, most_bytes: int = MAX_BYTES) -> int:
     """Write the page of `outputs`, whose images are those of `shards`; the number of images in it.
 
     Raises DataError where `shards` are not the set that was evaluated, and what reading it raises.
@@ -85,7 +85,7 @@ def write_gallery(outputs: Outputs, shards: ShardSet, path: Path, *, most_bytes:
     confusions = worst(outputs)
     rows = [row for c in confusions for row in c.rows]
     pictures = _within(_pictures(shards, outputs, sorted(rows)), rows, most_bytes)
-    write_whole(path, page(outputs, confusions, pictures.get).encode("utf-8", errors="backslashreplace"))
+    write_atomic(path, page(outputs, confusions, pictures.get).encode("utf-8", errors="backslashreplace"))
     return len(pictures)
 
 

@@ -28,7 +28,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.losses import options_of
 from livt_scale.metrics import Tally
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError, RunError
 
 FORMAT = "livt-logits"
@@ -108,7 +108,7 @@ def gather(kept: list[Tensor], shards: ShardSet, about: About, *, world: World) 
         if everywhere is not None:
             _check_finite(everywhere, keys)
 
-    world.peers.lead_does(whole)
+    world.peers.on_rank0(whole)
     if everywhere is None:
         return None
     return Outputs(everywhere, torch.from_numpy(shards.labels(positions)), keys, about)
@@ -119,7 +119,7 @@ def save_outputs(outputs: Outputs, path: Path) -> None:
     head = {"format": FORMAT, "version": VERSION, **asdict(outputs.about)}
     keys = torch.frombuffer(bytearray(json.dumps(outputs.keys).encode()), dtype=torch.uint8)
     tensors = {"logits": outputs.logits.contiguous(), "labels": outputs.labels.contiguous(), "keys": keys}
-    write_whole(path, save(tensors, metadata={"livt": json.dumps(head, allow_nan=False)}))
+    write_atomic(path, save(tensors, metadata={"livt": json.dumps(head, allow_nan=False)}))
 
 
 def load_outputs(path: Path) -> Outputs:
@@ -146,7 +146,7 @@ def _to_rank_0(own: Tensor, world: World) -> Tensor | None:
     """[n_r, C] of each rank -> [sum of n_r, C] on rank 0, in the order of ranks, which is that of the set."""
     if world.world_size == 1:
         return own
-    sizes = world.peers.gather(len(own))
+    sizes = world.peers.all_gather(len(own))
     padded = torch.zeros(max(sizes), own.shape[1])  # gather wants equal shapes
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in sizes] if world.is_main else None

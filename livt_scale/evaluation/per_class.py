@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from livt_scale.evaluation.logits import CHUNK, Outputs
 from livt_scale.longtail import shot_groups
 from livt_scale.metrics import TOP_K
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def write_csv(rows: Sequence[ClassRow], path: Path) -> None:
     writer.writerow("class" if f.name == "number" else f.name for f in fields(ClassRow))
     for row in rows:
         writer.writerow(f"{v:.6f}" if isinstance(v, float) else v for v in asdict(row).values())
-    write_whole(path, text.getvalue().encode("utf-8", errors="backslashreplace"))
+    write_atomic(path, text.getvalue().encode("utf-8", errors="backslashreplace"))
 
 
 def _most_confused(labels: NDArray[np.int64], found: NDArray[np.int64], num: int) -> dict[int, tuple[int, int]]:

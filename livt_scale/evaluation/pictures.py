@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 
 PANEL_PX = 112  # an image is enlarged by a whole factor until it is at least so wide
 GAP_PX = 4
@@ -171,4 +171,4 @@ def font_of(size_px: int) -> Any:
 def save_png(picture: Image.Image, path: Path) -> None:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
-    write_whole(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())

@@ -102,5 +102,5 @@ def _check(layout: str, stage: str, which: str | None) -> None:
         )
     if which is not None and stage == "pretrain":
         raise UsageError(
-            "--from chooses among fine-tuning checkpoints", remedy="leave it out, or give --stage finetune"
+            "--checkpoint chooses among fine-tuning checkpoints", remedy="leave it out, or give --stage finetune"
         )

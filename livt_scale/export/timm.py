@@ -224,7 +224,7 @@ def timm_config(info: ExportInfo) -> dict[str, Any]:
 
 def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:
     args = {**vit_args(model), "global_pool": "avg"}
-    return {"num_features": model.dims[0], "model_args": args}, "patch_embed.proj", "head"
+    return {"num_features": model.dims.width, "model_args": args}, "patch_embed.proj", "head"
 
 
 def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:
@@ -269,7 +269,9 @@ def open_trained(path: Path, *, which: str | None = None, weights: Weights = "ra
             remedy=f"a run holds recipe.yaml and finetune/, an export {CONFIG} and {WEIGHTS}",
         )
     if which is not None:
-        raise UsageError(f"--from {which}: {path} is an export, it holds one set of weights", remedy="leave --from out")
+        raise UsageError(
+            f"--checkpoint {which}: {path} is an export, it holds one set of weights", remedy="leave --checkpoint out"
+        )
     if weights != "raw":
         raise UsageError(
             f"--weights {weights}: {path} is an export, it holds one set of weights",

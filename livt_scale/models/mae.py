@@ -47,7 +47,7 @@ def build_mae(model: Model, *, norm_pix: bool, mask_ratio: float) -> MaskedAutoe
             f"mask_ratio {mask_ratio:g} of {model.num_patches} patches keeps {num_kept}",
             remedy="keep at least one and mask at least one: change mask_ratio, or take smaller patches",
         )
-    if norm_pix and model.channels * model.dims[3] ** 2 == 1:
+    if norm_pix and model.channels * model.dims.patch_px**2 == 1:
         raise UsageError(
             "norm_pix with patch_px 1 and one channel: a patch of one value has no variance",
             remedy="set norm_pix: false, or take larger patches",

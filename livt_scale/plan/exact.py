@@ -142,7 +142,7 @@ def _measured(
     from livt_scale.distributed import state_dict
 
     def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-        return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims[1])
+        return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims.depth)
 
     momentum = recipe.stage(stage).lars_momentum
     call, backward, optimizer = (
@@ -251,7 +251,7 @@ def _inputs(recipe: Recipe, stage: Stage, images: int) -> tuple[torch.Tensor, to
 
     model = recipe.model
     batch = torch.empty(images, model.channels, model.image_px, model.image_px)
-    beside = model.num_patches if stage == "pretrain" else 2 * model.dims[1]  # masking noise, or drop path's numbers
+    beside = model.num_patches if stage == "pretrain" else 2 * model.dims.depth  # masking noise, or drop path's numbers
     return batch, torch.empty(images, beside)
 
 

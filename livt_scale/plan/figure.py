@@ -16,10 +16,10 @@ from typing import Any
 
 from livt_scale.plan.memory import GIB, STRATEGIES, Peak
 from livt_scale.plan.stage_plan import StagePlan, Task, candidates, plan_stage, spread_of
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.plots import new_figure, png_of
 
-MOST_GPUS = 4096
+MAX_GPUS = 4096
 PARTS = {  # of a `Peak`, in the order in which they are stacked: label and colour
     "weights": ("weights", "#4c78a8"),
     "grads": ("gradients", "#f58518"),
@@ -42,7 +42,7 @@ def draw(plans: Sequence[StagePlan], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
     _hours(axes[-1], [planned.task for planned in plans])
-    write_whole(path, png_of(figure))
+    write_atomic(path, png_of(figure))
 
 
 def by_strategy(planned: StagePlan) -> list[StagePlan]:
@@ -60,7 +60,7 @@ def hours_by_gpus(tasks: Sequence[Task]) -> dict[str, dict[int, float | None]]:
     """Strategy -> GPUs -> hours of all stages; None: a stage does not fit; no entry: a batch cannot be cut so."""
     found: dict[str, dict[int, float | None]] = {name: {} for name in STRATEGIES}
     gpus = 1
-    while gpus <= MOST_GPUS:
+    while gpus <= MAX_GPUS:
         spread = [replace(task, gpus=gpus) for task in tasks]
         if all(task.can_be_cut for task in spread):
             tried = [candidates(task) for task in spread]

@@ -50,7 +50,7 @@ def network_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
         return mae_flops(model, mask_ratio=part.mask_ratio)
     flops = classifier_flops(model, num_classes=num_classes)
     if part.backbone_frozen:  # the gradient of the head's weights is all that goes back
-        return Flops(flops.forward, _product(1, model.dims[0], num_classes), 0)
+        return Flops(flops.forward, _product(1, model.dims.width, num_classes), 0)
     return flops
 
 

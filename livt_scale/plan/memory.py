@@ -234,7 +234,7 @@ def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
 def _prediction_bytes(model: Model, part: Pretrain, images: int, low: int) -> int:
     """Of the masked patches: prediction in both precisions, target, their difference; of all: the decoder's input."""
     masked = model.num_patches - model.num_kept(part.mask_ratio)
-    values = images * masked * model.channels * model.dims[3] ** 2
+    values = images * masked * model.channels * model.dims.patch_px**2
     return (low + 3 * FP32) * values + 2 * FP32 * images * (1 + model.num_patches) * model.decoder.width
 
 

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.sources import IMAGE_ENDINGS, OTHER_IMAGE_ENDINGS
-from livt_scale.data.build.tar import MOST_SAMPLE_BYTES
+from livt_scale.data.build.tar import MAX_SAMPLE_BYTES
 from livt_scale.data.image.transforms import BadImage, EvalTransform
 from livt_scale.data.num_workers import cores_for_rank
 from livt_scale.distributed import precision
@@ -46,8 +46,8 @@ from livt_scale.util.atomic import new_file
 from livt_scale.util.errors import DataError, SampleError, UsageError
 from livt_scale.util.urls import one_line
 
-MOST_WORKERS = 8
-MOST_TOLD = 100  # bad images that the summary names; the CSV names all
+MAX_WORKERS = 8
+MAX_SHOWN = 100  # bad images that the summary names; the CSV names all
 PROGRESS_S = 10.0
 COLUMNS = ("number", "class", "probability")  # for each of the top k
 
@@ -119,7 +119,7 @@ def predict(
         "predicted": predicted,
         "other_files": others,
         "bad": len(bad),
-        "bad_files": bad[:MOST_TOLD],
+        "bad_files": bad[:MAX_SHOWN],
         "mean_confidence": sure / predicted if predicted else None,
         "classes": {names[c]: n for c, n in sorted(counts.items())},
         "tau": how.tau,
@@ -186,8 +186,8 @@ def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
 
 def _read(path: Path) -> bytes:
     found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_SAMPLE_BYTES:  # a pipe would never end
-        raise BadImage(f"no file of at most {MOST_SAMPLE_BYTES:,} bytes")
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SAMPLE_BYTES:  # a pipe would never end
+        raise BadImage(f"no file of at most {MAX_SAMPLE_BYTES:,} bytes")
     return path.read_bytes()
 
 
@@ -197,7 +197,7 @@ def _rows(
     """A row for each of `files`, in their order."""
     recipe, device = trained.recipe, World().device
     model, top_k = trained.model.to(device), min(how.top_k, len(trained.classes.names))
-    most = min(cores_for_rank(1), MOST_WORKERS) if workers is None else workers
+    most = min(cores_for_rank(1), MAX_WORKERS) if workers is None else workers
     images = _Images(folder, files, recipe, crops=how.views.crops)
     num_workers = min(most, len(files) // batch)  # a single batch is decoded here
     loader = DataLoader(images, batch, num_workers=num_workers, collate_fn=list, generator=torch.Generator())

@@ -1,6 +1,6 @@
 """Many runs submitted together, for a study: an array job a stage, a bounded number of runs at once in each.
 
-    livt submit runs/*.yaml --at-once 4
+    livt submit runs/*.yaml --jobs 4
 
     pretrain[0-11%4] ──aftercorr──> finetune[0-11%4] ──aftercorr──> evaluate[0-11%4]
 
@@ -48,13 +48,13 @@ class PreparedArray:
 
     runs: tuple[Prepared, ...]
     jobs: tuple[JobPlan, ...]
-    at_once: int
+    max_parallel: int
     why: str  # the mode is what it is
     notes: list[str] = field(default_factory=list)
 
 
-def prepare_array(recipes: Sequence[Recipe], *, at_once: int | None = None) -> PreparedArray:
-    """Plan each run, and the arrays. Writes nothing. at_once: None for all. UsageError: they do not go together."""
+def prepare_array(recipes: Sequence[Recipe], *, max_parallel: int | None = None) -> PreparedArray:
+    """Plan each run, and the arrays. Writes nothing. max_parallel None: all. UsageError: they do not fit together."""
     prepared = [prepare(recipe) for recipe in recipes]
     _check_apart(prepared)
     runs = tuple(run for run in prepared if run.plan.jobs)
@@ -76,7 +76,7 @@ def prepare_array(recipes: Sequence[Recipe], *, at_once: int | None = None) -> P
     jobs = {job.job: job for run in runs for job in run.plan.jobs}
     order = [jobs[name] for name in ("pretrain", "finetune", "evaluate") if name in jobs]
     notes += list(dict.fromkeys(note for run in runs for note in run.plan.notes))
-    return PreparedArray(runs, tuple(order), min(at_once or len(runs), len(runs)), first.plan.why, notes)
+    return PreparedArray(runs, tuple(order), min(max_parallel or len(runs), len(runs)), first.plan.why, notes)
 
 
 def _check_apart(prepared: Sequence[Prepared]) -> None:
@@ -93,7 +93,7 @@ def _check_apart(prepared: Sequence[Prepared]) -> None:
 def array_scripts(prepared: PreparedArray, frozen: Sequence[Frozen | None]) -> list[str]:
     """The batch script of each array."""
     runs = tuple(shared_by_all(run, code) for run, code in zip(prepared.runs, frozen, strict=True))
-    array = Array(runs, prepared.at_once)
+    array = Array(runs, prepared.max_parallel)
     return [render(template(job), job, _first_of(prepared, runs), array=array) for job in prepared.jobs]
 
 
@@ -129,7 +129,12 @@ def submit_array(prepared: PreparedArray) -> dict[str, Any]:
         folder = Path(os.path.commonpath([run.run_dir.parent for run in prepared.runs])) / f"array-{name.split()[1]}"
         for k, chain in enumerate(chains):
             chain["chain"] = name
-            chain["array"] = {"index": k, "runs": len(chains), "at_once": prepared.at_once, "folder": str(folder)}
+            chain["array"] = {
+                "index": k,
+                "runs": len(chains),
+                "max_parallel": prepared.max_parallel,
+                "folder": str(folder),
+            }
         written = write_scripts(folder, prepared.jobs, array_scripts(prepared, frozen))
         return _submit_all(prepared, folder, written, chains)
 
@@ -181,7 +186,7 @@ def _submit_all(
         "mode": "requeue",
         "why": prepared.why,
         "folder": str(folder),
-        "at_once": prepared.at_once,
+        "max_parallel": prepared.max_parallel,
         "jobs": told,
         "runs": [str(run.run_dir) for run in prepared.runs],
     }

@@ -27,7 +27,7 @@ from livt_scale.util.errors import UsageError, nearest
 
 Mode = Literal["requeue", "segments"]
 SIGNAL_EARLY_S = 60  # "due to the resolution of event handling by Slurm, the signal may be sent so much earlier"
-MOST_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
+MAX_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
 SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing to do ends in seconds
 
 
@@ -178,24 +178,26 @@ def check_times(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> list
     step_s = slurm.step_s or known.longest_step_s
     save_s = slurm.save_s or known.save_s
     needed = 2 * ((step_s or 0) + (save_s or 0))
-    if slurm.lead_s < needed:
+    if slurm.signal_lead_s < needed:
         raise UsageError(
-            f"slurm.lead_s is {slurm.lead_s}, less than twice a step of {step_s or 0:.1f} s and a save of "
-            f"{save_s or 0:.1f} s of {stage}: a job could be ended in the middle of its last save",
-            remedy=f"--set slurm.lead_s={math.ceil(needed)}",
+            f"slurm.signal_lead_s is {slurm.signal_lead_s}, less than twice a step of "
+            f"{step_s or 0:.1f} s and a save of {save_s or 0:.1f} s of {stage}: a job could be "
+            "ended in the middle of its last save",
+            remedy=f"--set slurm.signal_lead_s={math.ceil(needed)}",
         )
     least_s = slurm.start_s + end_s(slurm, known) + (step_s or 0) + (save_s or 0)
     if asked.time_min * 60 <= least_s:
         raise UsageError(
             f"{stage}: a job of {asked.time_min} min makes no progress: {slurm.start_s:.0f} s to start, a step and a "
             f"save, and being stopped {end_s(slurm, known):.0f} s before its end take {least_s:.0f} s",
-            remedy=f"ask for more than {math.ceil(least_s / 60)} min, or shorten slurm.lead_s or slurm.start_s",
+            remedy=f"ask for more than {math.ceil(least_s / 60)} min, or shorten slurm.signal_lead_s or slurm.start_s",
         )
     unknown = [name for name, value in (("step", step_s), ("save", save_s)) if value is None]
     if unknown:
         return [
-            f"{stage}: how long a {' and a '.join(unknown)} takes is not known yet, so lead_s = {slurm.lead_s} is not "
-            f"checked against it; {' and '.join(f'slurm.{name}_s' for name in unknown)} would say"
+            f"{stage}: how long a {' and a '.join(unknown)} takes is not known yet, so it is not "
+            f"checked against signal_lead_s = {slurm.signal_lead_s}; "
+            f"{' and '.join(f'slurm.{name}_s' for name in unknown)} would say"
         ]
     return []
 
@@ -203,7 +205,7 @@ def check_times(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> list
 def end_s(slurm: Slurm, known: Measured) -> float:
     """How long before its time limit a job may stop training: by Slurm's signal, or by the run's own clock."""
     turn_s = slurm.step_s or known.longest_step_s or 0.0
-    return max(slurm.lead_s + SIGNAL_EARLY_S, lead(turn_s=turn_s, save_s=slurm.save_s or known.save_s))
+    return max(slurm.signal_lead_s + SIGNAL_EARLY_S, lead(turn_s=turn_s, save_s=slurm.save_s or known.save_s))
 
 
 def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tuple[int, str]:
@@ -225,8 +227,8 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tup
         f"{count} segments = {left} steps · {step_s:.3g} s ({'measured' if measured else 'slurm.step_s'}) / "
         f"{useful_s:.0f} s that train in each job of {asked.time_min} min, and {SPARE_SEGMENTS} to spare"
     )
-    if count > MOST_SEGMENTS:
-        raise UsageError(f"{stage}: {how}: more than {MOST_SEGMENTS}", remedy="ask for longer jobs or more nodes")
+    if count > MAX_SEGMENTS:
+        raise UsageError(f"{stage}: {how}: more than {MAX_SEGMENTS}", remedy="ask for longer jobs or more nodes")
     return count, how
 
 

@@ -30,10 +30,10 @@ from livt_scale.train.heartbeat import Heartbeat
 
 TAIL_BYTES = 2**20
 MEASURED_LINES = 50  # of metrics.jsonl: what a step takes now, and not a week ago
-LEAST_FRESH_S = 60.0
+MIN_FRESH_S = 60.0
 FRESH_BEATS = 4  # heartbeats that may be missed before a run counts as silent
 HEARTBEAT_S = 5.0  # where recipe.yaml does not say
-MOST_RANKS = 65536
+MAX_RANKS = 65536
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Plan:
 
     name: str = ""
     stages: dict[str, int | None] = field(default_factory=dict)  # epochs of each, in their order
-    fresh_s: float = LEAST_FRESH_S
+    fresh_s: float = MIN_FRESH_S
     evaluates: bool = False  # it has a data.val
 
 
@@ -131,7 +131,7 @@ def read_plan(run_dir: Path) -> tuple[Plan, list[str]]:
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         return Plan(run_dir.name, there), [f"{path} cannot be read: {_first_line(error)}"]
     beat_s = (tree.get("faults") or {}).get("heartbeat_s") if isinstance(tree.get("faults"), dict | None) else None
-    fresh_s = max(LEAST_FRESH_S, FRESH_BEATS * (float(beat_s) if is_number(beat_s) else HEARTBEAT_S))
+    fresh_s = max(MIN_FRESH_S, FRESH_BEATS * (float(beat_s) if is_number(beat_s) else HEARTBEAT_S))
     epochs: dict[str, int | None] = {
         s: int(p["epochs"]) if is_number(p.get("epochs")) else None for s, p in parts.items()
     }
@@ -175,10 +175,10 @@ def _beats(folder: Path, *, since: float | None) -> list[Heartbeat]:
         numbers += [int(found[1]) for found in names if found]
     beats: list[Heartbeat] = []
     with suppress(RecursionError):  # a file of brackets
-        beats = heartbeat.read(folder, world_size=min(max(numbers) + 1, MOST_RANKS))
+        beats = heartbeat.read(folder, world_size=min(max(numbers) + 1, MAX_RANKS))
     beats = [b for b in beats if all(is_number(n) for n in (b.at, b.since, b.step, b.pid, b.rank))]
     beats = [b for b in beats if all(isinstance(word, str) for word in (b.host, b.state, b.phase, b.why))]
-    return [beat for beat in beats if since is None or beat.at >= since - LEAST_FRESH_S]
+    return [beat for beat in beats if since is None or beat.at >= since - MIN_FRESH_S]
 
 
 def _json_lines(path: Path, *, needs: str, damage: list[str]) -> list[dict[str, Any]]:

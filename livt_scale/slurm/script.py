@@ -64,7 +64,7 @@ class Array:
     """Runs that are submitted together: element k of each array job is the k-th one's."""
 
     runs: tuple[Shared, ...]
-    at_once: int  # of the runs, in each stage
+    max_parallel: int  # of the runs, in each stage
 
 
 def render(template: str, job: JobPlan, shared: Shared, *, array: Array | None = None) -> str:
@@ -102,10 +102,10 @@ def directives(job: JobPlan, shared: Shared, *, array: Array | None = None) -> l
         "qos": slurm.qos,
         "constraint": slurm.constraint,
         "exclude": slurm.exclude,
-        "signal": f"B:USR2@{slurm.lead_s}",
+        "signal": f"B:USR2@{slurm.signal_lead_s}",
         "open-mode": "append",
         "output": f"{LOGS}/{log_name(job, array=array is not None)}",
-        "array": f"0-{len(array.runs) - 1}%{array.at_once}" if array else None,
+        "array": f"0-{len(array.runs) - 1}%{array.max_parallel}" if array else None,
     }
     lines = [f"#SBATCH --{name}={_word(name, str(value))}" for name, value in wanted.items() if value is not None]
     return [*lines, "#SBATCH --requeue" if job.when_stopped == "requeue" else "#SBATCH --no-requeue"]
@@ -137,7 +137,7 @@ def settings(job: JobPlan, shared: Shared) -> list[str]:
         _array("python", (in_image,)),
         f"when_stopped={job.when_stopped}",
         f"segment={job.segment} segments={job.segments}",
-        f"most_idle_restarts={slurm.most_idle_restarts}",
+        f"max_restarts_without_progress={slurm.max_restarts_without_progress}",
         _array("modules", (*(site.modules if site else ()), *slurm.modules)),
         "set_environment() {",
         "  :",

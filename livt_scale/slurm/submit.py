@@ -36,7 +36,7 @@ from livt_scale.slurm.code_snapshot import PACKAGE, Frozen, freeze
 from livt_scale.slurm.script import LOGS, JobPlan, Shared, log_name, render
 from livt_scale.slurm.sites import SLURM_FOLDER, Site, load_site
 from livt_scale.slurm.step_times import measure
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
 from livt_scale.util.urls import is_url
 
@@ -150,7 +150,7 @@ def start_anew(prepared: Prepared, frozen: Frozen | None) -> None:
     """What the jobs of a new chain expect in the run directory, and nothing that would end them at once."""
     folder = prepared.run_dir / "slurm"
     if frozen is None:
-        write_whole(folder / "recipe.yaml", to_yaml(prepared.recipe).encode("utf-8", "surrogateescape"))
+        write_atomic(folder / "recipe.yaml", to_yaml(prepared.recipe).encode("utf-8", "surrogateescape"))
     for old in (*folder.glob("starts-*"), *folder.glob("failed-*")):
         old.unlink()  # who submits anew has seen why it stopped
 
@@ -272,13 +272,13 @@ def write_scripts(folder: Path, jobs: Sequence[JobPlan], texts: Sequence[str]) -
     paths = []
     for number, (job, text) in enumerate(zip(jobs, texts, strict=True), start=1):
         path = folder / "slurm" / "scripts" / f"{number:02}-{job.name}.sbatch"
-        write_whole(path, text.encode("utf-8", "surrogateescape"))
+        write_atomic(path, text.encode("utf-8", "surrogateescape"))
         paths.append(path)
     return paths
 
 
 def write_chain(run_dir: Path, chain: dict[str, Any]) -> None:
-    write_whole(run_dir / CHAIN, (json.dumps(chain, indent=2) + "\n").encode())
+    write_atomic(run_dir / CHAIN, (json.dumps(chain, indent=2) + "\n").encode())
 
 
 @contextmanager

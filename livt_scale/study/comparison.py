@@ -22,7 +22,7 @@ from scipy import stats
 
 Word = Literal["confirmed", "not confirmed", "not decidable here"]
 Unit = Literal["accuracy", "loss", "relative"]  # of a difference: a fraction of the images, a loss, a share of a loss
-LEAST_SEEDS = 3
+MIN_SEEDS = 3
 CONFIDENCE = 0.95
 
 
@@ -53,7 +53,7 @@ def exceeds(differences: Sequence[float], *, says: str, least: float = 0.0, unit
     """Is the difference above `least`?"""
     mean, low, high = interval(differences)
     word: Word = "not decidable here"
-    if len(differences) >= LEAST_SEEDS:
+    if len(differences) >= MIN_SEEDS:
         word = "confirmed" if low > least else "not confirmed" if high < least else "not decidable here"
     return Verdict(says, mean, low, high, len(differences), word, unit)
 
@@ -62,7 +62,7 @@ def alike(differences: Sequence[float], *, says: str, within: float) -> Verdict:
     """Does the difference lie within ± `within`? (two one-sided tests by the same interval)"""
     mean, low, high = interval(differences)
     word: Word = "not decidable here"
-    if len(differences) >= LEAST_SEEDS:
+    if len(differences) >= MIN_SEEDS:
         if -within < low and high < within:
             word = "confirmed"
         elif low > within or high < -within:

@@ -55,7 +55,7 @@ ABOUT: dict[str, Stage] = {  # axes of one stage alone
 }
 # runs that differ in these alone share one pretraining
 FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
-MOST_RUNS = 2000
+MAX_RUNS = 2000
 
 
 class Axes(RecipePart):
@@ -214,8 +214,8 @@ def points(loaded: Loaded) -> list[Point]:
     study, given = loaded.study, loaded.study.axes.given
     order = [name for name in dict.fromkeys(("seed", *AXES)) if name in given]
     number = math.prod(map(len, given.values()))
-    if number > MOST_RUNS:
-        raise UsageError(f"{shown(loaded.path)}: {number} combinations", remedy=f"at most {MOST_RUNS}; vary less")
+    if number > MAX_RUNS:
+        raise UsageError(f"{shown(loaded.path)}: {number} combinations", remedy=f"at most {MAX_RUNS}; vary less")
     found: list[Point] = []
     shared: dict[tuple[Any, ...], str] = {}
     for combination in product(*(given[name] for name in order)):
@@ -263,7 +263,7 @@ def _rates(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> 
         rate = own[stage]
         if rule and recipe:
             rate = rate if rate is not None else recipe.stage(stage).base_lr
-            rate = float(f"{rate * (rule.at / recipe.model.dims[0]) ** rule.power:.6g}")
+            rate = float(f"{rate * (rule.at / recipe.model.dims.width) ** rule.power:.6g}")
         if rate is not None:
             rates[f"stages.{stage}.base_lr"] = rate
     return rates

@@ -58,7 +58,7 @@ def check_runs(runs: Sequence[Run], folder: Path) -> None:
                 raise ManifestError(error.message, remedy=f"make it: livt shards build {spec}") from error
 
 
-def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = print) -> Outcome:
+def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1, say: Say = print) -> Outcome:
     """Bring all runs to their end. Raises Preempted on SIGTERM or SIGUSR2, when those that run have saved."""
     left, outcome = in_order(runs), Outcome()
     known = {run.name: run for run in left}
@@ -75,7 +75,7 @@ def run_all(runs: Sequence[Run], folder: Path, *, at_once: int = 1, say: Say = p
                 elif is_done(run.at(folder), run.stage):
                     left.remove(run)
                     outcome.done.append(run.name)
-                elif len(active) < at_once and (run.after is None or run.after in outcome.done):
+                elif len(active) < jobs and (run.after is None or run.after in outcome.done):
                     left.remove(run)
                     source = known[run.after].at(folder) if run.after is not None else None
                     active[run.name] = (run, start(run, folder, source=source), time.monotonic())

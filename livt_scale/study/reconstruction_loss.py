@@ -19,7 +19,7 @@ from livt_scale.data.manifest import ShardSet
 from livt_scale.data.seeds import sample_rng
 from livt_scale.models.mae import build_mae
 from livt_scale.train.finetune import final_pretraining, read_pretraining
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import RunError
 
 BATCH = 250
@@ -35,7 +35,7 @@ def reconstruction_loss(run_dir: Path) -> float:
         if told.get("checkpoint") == digest:
             return float(told["loss"])
     loss = _measure(run_dir)
-    write_whole(kept, (json.dumps({"checkpoint": digest, "loss": loss}) + "\n").encode())
+    write_atomic(kept, (json.dumps({"checkpoint": digest, "loss": loss}) + "\n").encode())
     return loss
 
 

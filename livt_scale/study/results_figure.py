@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.study.results_page import COLUMNS
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.plots import new_figure, png_of
 
 MEASURES = ("top1_all", "reconstruction_loss")  # the first that was measured is drawn
@@ -33,7 +33,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         _sizes(axes[1], values, result["weights"], label=label)
     elif curves:
         _epochs(axes[1], curves)
-    write_whole(path, png_of(figure))
+    write_atomic(path, png_of(figure))
 
 
 def _bars(axes: Any, values: Mapping[str, Sequence[float]], *, label: str) -> None:

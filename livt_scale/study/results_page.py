@@ -10,7 +10,7 @@ from typing import Any
 
 from livt_scale.study.claims import CLAIMS, SETTINGS
 from livt_scale.study.collect import FORMAT, VERSION
-from livt_scale.study.comparison import CONFIDENCE, LEAST_SEEDS
+from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS
 from livt_scale.util.errors import DataError
 
 COLUMNS = {
@@ -32,7 +32,7 @@ learning rate and, unless their name says otherwise, the section's epochs; nothi
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for these results, in their order."""
-    parts = [HEAD.format(confidence=CONFIDENCE, least=LEAST_SEEDS), _overview(results)]
+    parts = [HEAD.format(confidence=CONFIDENCE, least=MIN_SEEDS), _overview(results)]
     return "\n".join([*parts, *(_section(result) for result in results)])
 
 

@@ -27,7 +27,7 @@ from livt_scale.util.errors import DataError
 
 Array = NDArray[np.float64]
 EXPONENTS = (0.01, 3.0)  # bounds of α and β
-LEAST_SHARE, MOST_SHARE = 1e-5, 20.0  # bounds of E, and of a term amid the points, as shares of the typical loss
+MIN_SHARE, MAX_SHARE = 1e-5, 20.0  # bounds of E, and of a term amid the points, as shares of the typical loss
 START_EXPONENTS = np.geomspace(0.05, 2.5, 12)
 BEST_STARTS = 12  # of the grid, from which L-BFGS is run
 
@@ -65,7 +65,7 @@ def objective(theta: Array, x: Array, y: Array, delta: float) -> tuple[float, Ar
 def bounds(y: Array, num_terms: int) -> list[tuple[float, float]]:
     """Of theta."""
     typical = float(np.median(y))
-    share = (typical + np.log(LEAST_SHARE), typical + np.log(MOST_SHARE))
+    share = (typical + np.log(MIN_SHARE), typical + np.log(MAX_SHARE))
     return [share, *[share, EXPONENTS] * num_terms]
 
 
@@ -100,7 +100,7 @@ def best(x: Array, y: Array, delta: float, begin: Iterable[Array]) -> Array:
 Over = Literal["n", "d"]
 DELTA = 1e-3  # of the Huber loss on log L: arXiv 2203.15556, appendix D.2
 RESAMPLES, CONFIDENCE = 400, 0.95
-LEAST_VALUES = 3  # of N, of D: with two, any exponent fits
+MIN_VALUES = 3  # of N, of D: with two, any exponent fits
 NAMES = {"n": ("A", "alpha"), "d": ("B", "beta")}
 WORDS = {"n": "sizes", "d": "lengths"}
 
@@ -220,10 +220,10 @@ def _determined(runs: Sequence[Run]) -> tuple[tuple[Over, ...], str]:
     values: dict[Over, int] = {"n": len({run.n for run in runs}), "d": len({run.d for run in runs})}
     over = tuple(name for name, number in values.items() if number > 1)
     if not over:
-        return (), f"nothing varies among {len(runs)} runs: a law needs at least {LEAST_VALUES} sizes or lengths"
+        return (), f"nothing varies among {len(runs)} runs: a law needs at least {MIN_VALUES} sizes or lengths"
     for name in over:
-        if values[name] < LEAST_VALUES:
-            return (), f"there are {values[name]} {WORDS[name]}: a law needs at least {LEAST_VALUES}; add one"
+        if values[name] < MIN_VALUES:
+            return (), f"there are {values[name]} {WORDS[name]}: a law needs at least {MIN_VALUES}; add one"
     needed, cells = 2 + 2 * len(over), len({(run.n, run.d) for run in runs})
     if cells < needed:
         more = "another size, length" if len(over) == 2 else f"other {WORDS[over[0]]}"

@@ -40,14 +40,14 @@ def ready(loaded: Loaded, points: list[Point]) -> Ready:
     return found
 
 
-def prepare(loaded: Loaded, points: list[Point], *, at_once: int | None) -> PreparedArray:
+def prepare(loaded: Loaded, points: list[Point], *, max_parallel: int | None) -> PreparedArray:
     """Plan their arrays; writes nothing but the pretraining that a point starts from, into its own directory."""
     for point in points:
         place = loaded.folder / point.name
         if point.pretraining not in (None, point.name) and not (place / "pretrain").exists():
             place.mkdir(parents=True, exist_ok=True)
             lay_pretraining(loaded.folder / str(point.pretraining), place)
-    return prepare_array([whole_recipe(loaded, point) for point in points], at_once=at_once)
+    return prepare_array([whole_recipe(loaded, point) for point in points], max_parallel=max_parallel)
 
 
 def whole_recipe(loaded: Loaded, point: Point) -> Recipe:

@@ -35,7 +35,7 @@ from livt_scale.study.runs import Run
 from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-study", 1
-MOST_POINTS = 200  # of a curve: a report holds a hundred runs
+MAX_POINTS = 200  # of a curve: a report holds a hundred runs
 
 
 def collect_study(loaded: Loaded, *, command: str = "") -> dict[str, Any]:
@@ -117,9 +117,9 @@ def _of_a_whole_run(loaded: Loaded, run: Run, place: Path) -> dict[str, Any]:
 
 
 def _curve(path: Path) -> list[list[float]]:
-    """[[epoch, loss], …], thinned to at most MOST_POINTS, the last one kept."""
+    """[[epoch, loss], …], thinned to at most MAX_POINTS, the last one kept."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    step = -(-len(lines) // MOST_POINTS) or 1
+    step = -(-len(lines) // MAX_POINTS) or 1
     kept = lines[::-1][::step][::-1]
     return [[line["epoch"], line["loss"]] for line in kept if line["loss"] is not None]
 

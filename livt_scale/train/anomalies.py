@@ -8,7 +8,7 @@
 The position only ever grows, so no sample is seen twice, and a run that is killed and continued makes the same choices:
 all that they hang on (the losses before, what was skipped in a row, which checkpoint is the last) is in the facts of
 each checkpoint. A loss is the mean over all ranks, so all ranks decide alike. An overflow of fp16's loss scale is no
-anomaly, the scale is lowered and the run goes on; only MOST_OVERFLOWS in a row are.
+anomaly, the scale is lowered and the run goes on; only MAX_OVERFLOWS in a row are.
 
 Source: rolling back and stepping over batches as in PaLM (arXiv 2204.02311, section 5.1); median and median absolute
 deviation, Hampel (1974); 1.4826 makes the latter a standard deviation where the losses are normal.
@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from livt_scale.config.recipe import Faults
-from livt_scale.distributed.strategy import Update
+from livt_scale.distributed.strategy import StepResult
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import NonFiniteError
 
 RECORD = "anomalies.jsonl"
-MOST_OVERFLOWS = 24  # 2^16, where the scale begins, is down at 1 after 16
-LEAST_DEVIATION = 0.01  # of the median: losses that hardly differ are no measure
+MAX_OVERFLOWS = 24  # 2^16, where the scale begins, is down at 1 after 16
+MIN_DEVIATION = 0.01  # of the median: losses that hardly differ are no measure
 NORMAL = 1.4826
 REMEDY = (
     "the checkpoints before it are kept; look at these images, lower base_lr, or set clip_grad, or faults.on_non_finite"
@@ -75,13 +75,13 @@ class Anomalies:
             say(f"step {step}: {what}")
         return None
 
-    def in_update(self, update: Update) -> Anomaly | None:
+    def in_update(self, update: StepResult) -> Anomaly | None:
         """What is wrong with an update; with an overflow nothing, unless it is one of many in a row."""
         if update.applied:
             self._overflows_in_a_row = 0
             return None
         self._overflows_in_a_row += update.overflow
-        if update.overflow and self._overflows_in_a_row <= MOST_OVERFLOWS:
+        if update.overflow and self._overflows_in_a_row <= MAX_OVERFLOWS:
             return None
         many = f" at the {self._overflows_in_a_row}th loss scale in a row" if update.overflow else ""
         what = f"the gradient norm is {update.grad_norm} (the loss is finite){many}"
@@ -141,7 +141,7 @@ class Anomalies:
             return None
         median = statistics.median(self._losses)
         deviation = NORMAL * statistics.median(abs(loss - median) for loss in self._losses)
-        return median, max(deviation, LEAST_DEVIATION * abs(median))
+        return median, max(deviation, MIN_DEVIATION * abs(median))
 
 
 def step_over(
@@ -187,6 +187,6 @@ def step_over(
 
 def _names(samples: tuple[bool, list[str]], world: World) -> list[str]:
     """Keys of the ranks that are at fault; of all where none is alone."""
-    ranks = world.peers.gather(samples)
+    ranks = world.peers.all_gather(samples)
     guilty = [key for at_fault, keys in ranks if at_fault for key in keys]
     return guilty or [key for _, keys in ranks for key in keys]

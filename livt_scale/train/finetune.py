@@ -35,7 +35,7 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         is_vit = recipe.model.is_vit
-        depth = recipe.model.dims[1] if is_vit else 0
+        depth = recipe.model.dims.depth if is_vit else 0
         decay = part.layer_decay if is_vit and part.train == "all" else None
         return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=decay, depth=depth)
 
@@ -83,8 +83,10 @@ def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head
         if keep_head:
             raise UsageError(f"{path} is a run: its pretraining has no head", remedy="export it, and give the export")
         state, lineage, theirs = read_pretraining(path)
-        if (heads := theirs.model.dims[2]) != recipe.model.dims[2]:
-            raise WeightsError(f"{path} has {heads} heads, the model {recipe.model.dims[2]}", remedy="set model.heads")
+        if (heads := theirs.model.dims.heads) != recipe.model.dims.heads:
+            raise WeightsError(
+                f"{path} has {heads} heads, the model {recipe.model.dims.heads}", remedy="set model.heads"
+            )
         start_classifier(model, state, recipe.model, keep_head=False)
         return lineage
     weights = open_weights(path)

@@ -4,9 +4,9 @@ RUN/STAGE/heartbeats/rank-3.json
     {"rank": 3, "host": "gpu07", "pid": 4711, "state": "running", "phase": "step", "step": 1234,
      "since": 1764000000.1, "at": 1764000003.0, "why": ""}
 
-`since`: when the rank came into this phase of this step; `at`: when the file was written, by a thread that goes on
-while the rank computes. state: running -> done | stopped (by a request) | failed (its own error: `why`) | bereft (the
-error of another). Nothing here is ever an error of the run: on a full disk the files grow old.
+`since`: when the rank came into this phase of this step; `at`: when the file was written, by a thread that runs
+while the rank computes. state: running -> done | stopped (by a request) | failed (its own error: `why`) |
+peer_lost (the error of another). Nothing here is ever an error of the run: on a full disk the files grow old.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-State = Literal["running", "done", "stopped", "failed", "bereft"]
+State = Literal["running", "done", "stopped", "failed", "peer_lost"]
 FOLDER = "heartbeats"
 
 

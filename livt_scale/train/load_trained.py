@@ -97,7 +97,9 @@ def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
     if not is_run(run_dir):
         raise UsageError(f"{run_dir} is not a run directory", remedy="it would hold recipe.yaml and finetune/")
     if which is not None and which not in NAMED and not which.isdecimal():
-        raise UsageError(f"--from {which}: no checkpoint is called that", remedy="give best, newest or a step number")
+        raise UsageError(
+            f"--checkpoint {which}: no checkpoint is called that", remedy="give best, newest or a step number"
+        )
     found = load.list_checkpoints(run_dir / "finetune" / "checkpoints", quick=True)
     if which == "newest":
         chosen = [c for c in found if c.whole]
@@ -109,12 +111,14 @@ def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
         chosen = [c for c in found if c.position and c.position.step == int(which)]
     if not chosen:
         what = "fine-tuning has not ended" if which is None else f"there is no fine-tuning checkpoint {which!r}"
-        remedy = "finish it with `livt train`" + (", or give --from newest" if any(c.whole for c in found) else "")
+        remedy = "finish it with `livt train`" + (
+            ", or give --checkpoint newest" if any(c.whole for c in found) else ""
+        )
         raise RunError(f"{what} in {run_dir}: {_what_is_there(run_dir)}", remedy=remedy)
     if not chosen[-1].whole:
         raise CheckpointDamaged(
             f"{chosen[-1].path} is damaged: {chosen[-1].why}",
-            remedy="put the file back, give another one with --from, or remove the folder and train on",
+            remedy="put the file back, give another one with --checkpoint, or remove the folder and train on",
         )
     return chosen[-1].path
 

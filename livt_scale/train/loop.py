@@ -23,7 +23,7 @@ from livt_scale.checkpoint.load import Position
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.config.recipe import Checkpoint, Ema, Faults, StagePart
 from livt_scale.data.loader import Batch
-from livt_scale.distributed.strategy import Groups, Strategy, Update
+from livt_scale.distributed.strategy import Groups, StepResult, Strategy
 from livt_scale.distributed.world import World
 from livt_scale.train.anomalies import Anomaly, step_over
 from livt_scale.train.batch_plan import BatchPlan
@@ -195,13 +195,13 @@ def _accumulate(
 
 def _update(
     task: Task, state: TrainState, lr: float, loss: float, telemetry: Telemetry
-) -> tuple[Update, Anomaly | None]:
+) -> tuple[StepResult, Anomaly | None]:
     """The optimizer's step, unless the mean loss over the ranks forbids it: then the gradients are forgotten."""
     anomalies, strategy = state.anomalies, state.strategy
     anomaly = anomalies.in_loss(loss, step=state.step + 1, say=telemetry.say)
     if anomaly is not None:
         strategy.discard()
-        return Update(math.nan, applied=False), anomaly
+        return StepResult(math.nan, applied=False), anomaly
     telemetry.before_update(state.step + 1, loss_scale=(strategy.scaler() or {}).get("scale", 1.0))
     with telemetry.clock.part("optimizer"):
         update = strategy.update(lr, max_norm=task.part.clip_grad)

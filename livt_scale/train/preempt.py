@@ -1,7 +1,7 @@
 """Preemption: a signal or the clock asks for a save; the loop saves at its next step and ends with exit code 85.
 
 The clock is the second source, for clusters whose signal never comes: the job's time limit, less a lead of twice (a
-step + a save), both as measured, at least LEAST_LEAD_S. Rank 0's clock counts for all. A signal may reach one rank
+step + a save), both as measured, at least MIN_LEAD_S. Rank 0's clock counts for all. A signal may reach one rank
 alone: the loop adds up the ranks' requests with the step's loss, so that all of them stop after the same step.
 
     limit         LIVT_STOP_AT, else SLURM_JOB_END_TIME (epoch seconds), else `scontrol show job` where Slurm started us
@@ -26,7 +26,7 @@ from livt_scale.util.errors import UsageError
 
 # SIGUSR1 is NCCL's: it catches it, so it is honoured only where it reaches us.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)
-LEAST_LEAD_S = 10.0
+MIN_LEAD_S = 10.0
 UNMEASURED_SAVE_S = 30.0  # what a save is taken for until the first one has ended
 SCONTROL_S = 20.0  # a controller that answers later is not waited for
 
@@ -80,7 +80,7 @@ class Preemption:
 
 def lead(*, turn_s: float, save_s: float | None) -> float:
     """How long before the time limit a run stops, in seconds."""
-    return max(2 * (turn_s + (UNMEASURED_SAVE_S if save_s is None else save_s)), LEAST_LEAD_S)
+    return max(2 * (turn_s + (UNMEASURED_SAVE_S if save_s is None else save_s)), MIN_LEAD_S)
 
 
 def time_limit(environ: Mapping[str, str] = os.environ) -> float | None:

@@ -44,7 +44,7 @@ def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
         return loss
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        depth = recipe.model.dims[1]
+        depth = recipe.model.dims.depth
         return optim.param_groups(
             model, weight_decay=part.weight_decay, layer_decay=None, depth=depth, tokens_decay=True
         )

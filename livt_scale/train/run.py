@@ -60,16 +60,16 @@ def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = 
 def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, allow: tuple[str, ...] = ()) -> None:
     """`train` in a process group that is up already: all ranks of `world` call it."""
     run_dir = run_dir_of(recipe)
-    limit = world.peers.lead_does(time_limit)
+    limit = world.peers.on_rank0(time_limit)
     with (
         cpu_cores.told_to_loader(world),
         _alone(run_dir, world),
         Preemption(limit if world.is_main else None) as preemption,
     ):
-        world.peers.lead_does(lambda: check_installed(recipe.log))
-        world.peers.lead_does(lambda: rundir.save_resolved(recipe, run_dir))
+        world.peers.on_rank0(lambda: check_installed(recipe.log))
+        world.peers.on_rank0(lambda: rundir.save_resolved(recipe, run_dir))
         for name in stages:
-            if world.peers.lead_does(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
+            if world.peers.on_rank0(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
                 _say(world, f"{name} is done already in {run_dir}")
             else:
                 plan = _plan(recipe, name, world)
@@ -93,10 +93,10 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
 
     Raises DataError where a rank reads another manifest or quarantine than rank 0: it would train on other samples.
     """
-    train_set = world.peers.all_do(lambda: ShardSet.open(recipe.data.train, data=recipe.data))
+    train_set = world.peers.run_all(lambda: ShardSet.open(recipe.data.train, data=recipe.data))
     digest = train_set.digest
     error: DataError | None = None
-    if digest != world.peers.lead_does(lambda: digest):
+    if digest != world.peers.on_rank0(lambda: digest):
         error = DataError(
             f"rank {world.rank} reads another manifest or quarantine in {recipe.data.train} than rank 0",
             remedy="start again when the set is the same for all nodes",
@@ -156,8 +156,8 @@ def _train_stage(
 
 def _make_task(recipe: Recipe, stage: Stage, train_set: ShardSet, *, run_dir: Path, world: World) -> Task:
     if stage == "pretrain":
-        return world.peers.all_do(lambda: pretrain_task(recipe, train_set, world=world))
-    return world.peers.all_do(lambda: finetune_task(recipe, train_set, run_dir=run_dir, world=world))
+        return world.peers.run_all(lambda: pretrain_task(recipe, train_set, world=world))
+    return world.peers.run_all(lambda: finetune_task(recipe, train_set, run_dir=run_dir, world=world))
 
 
 def _batches(
@@ -218,7 +218,7 @@ def _telemetry(
         sums=state.sums,
         writes=world.is_main,
         speed=speed,
-        trackers=world.peers.all_do(lambda: _trackers(recipe, stage, folder, state, world)),
+        trackers=world.peers.run_all(lambda: _trackers(recipe, stage, folder, state, world)),
         device=world.device,
         profile_steps=log.profile_steps if world.is_main or log.profile_ranks == "all" else None,
         rank=world.rank,
@@ -265,7 +265,7 @@ class _alone:
         self._lock, self._world = rundir.hold(run_dir), world
 
     def __enter__(self) -> None:
-        self._world.peers.lead_does(self._lock.__enter__)
+        self._world.peers.on_rank0(self._lock.__enter__)
 
     def __exit__(self, *error: Any) -> None:
         if self._world.is_main:

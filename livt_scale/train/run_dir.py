@@ -23,12 +23,12 @@ from typing import Any, Literal
 
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import STAGES, Recipe, Stage
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
 
 State = Literal["running", "preempted", "failed", "done"]
-MOST_HISTORY = 20  # earlier starts that status.json keeps
-MOST_WHY = 400  # characters of why each of them ended
+MAX_HISTORY = 20  # earlier starts that status.json keeps
+MAX_WHY = 400  # characters of why each of them ended
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def save_resolved(recipe: Recipe, run_dir: Path) -> None:
     text = to_yaml(recipe).encode()
     path = run_dir / "recipe.yaml"
     if not path.exists() or path.read_bytes() != text:
-        write_whole(path, text)
+        write_atomic(path, text)
 
 
 def read_status(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
@@ -120,7 +120,7 @@ class Status:
     def _put(self, **facts: Any) -> None:
         self._now |= {"at": _now(), **facts}
         if self._writes:
-            write_whole(self._path, (json.dumps(self._now, indent=2) + "\n").encode())
+            write_atomic(self._path, (json.dumps(self._now, indent=2) + "\n").encode())
 
     @contextmanager
     def told(self) -> Iterator[None]:
@@ -143,8 +143,8 @@ def _earlier_starts(path: Path) -> dict[str, Any]:
         before = json.loads(path.read_bytes())
         ended = {"ended": before["state"]}  # the only `state` in the file is the stage's own: batch scripts look for it
         ended |= {name: before[name] for name in ("since", "at", "step", "host") if name in before}
-        ended["why"] = str(before.get("why", ""))[:MOST_WHY]
-        history = [*before.get("history", []), ended][-MOST_HISTORY:]
+        ended["why"] = str(before.get("why", ""))[:MAX_WHY]
+        history = [*before.get("history", []), ended][-MAX_HISTORY:]
         return {"starts": int(before.get("starts", 1)) + 1, "history": history}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {"starts": 1, "history": []}  # the first, or nobody can say

@@ -61,7 +61,7 @@ class TrainState:
         if found is None:
             return None
         theirs = load.read_manifest(found.path).facts
-        changed = saver.world.all_do(lambda: check_same(self.facts, theirs, found.path, allow=self.allow))
+        changed = saver.world.run_all(lambda: check_same(self.facts, theirs, found.path, allow=self.allow))
         manifest = self._take(found, saver)
         self.step = int(manifest["position"]["step"])
         self.sums = manifest["facts"].get("sums")

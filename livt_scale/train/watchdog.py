@@ -5,10 +5,10 @@
         with watchdog.errors_told():             # what ends the block is told to the other ranks before they miss us
             …
 
-A phase that lasts longer than its bound (`faults.hang_s`, six times that for SLOW phases) ends the process with exit
-code 1, after the stacks of all its threads were written to RUN/STAGE/stacks/rank-N.txt. The other ranks wait for this
-one, so their watchdogs see no progress either, and each writes its own. Where C code holds the interpreter's lock and
-no thread of Python's runs, faulthandler's, which needs no lock, does both LOCKED_S later.
+A phase that lasts longer than its bound (`faults.stall_timeout_s`, six times that for SLOW phases) ends the process
+with exit code 1, after the stacks of all its threads were written to RUN/STAGE/stacks/rank-N.txt. The other ranks wait
+for this one, so their watchdogs see no progress either, and each writes its own. Where C code holds the interpreter's
+lock and no thread of Python's runs, faulthandler's, which needs no lock, does both LOCKED_S later.
 
 An error of this rank is in its heartbeat before its connections close. So a rank that misses another (gloo says
 "connection closed", NCCL a time-out) says who is gone and why, instead of what its socket saw.
@@ -45,7 +45,7 @@ ENDING_S = 60.0  # from an error to the process's end, closing files and connect
 LOCKED_S = 15.0  # after the bound, for what only faulthandler's own thread can end
 LINGER_S = 3.0  # a rank that found itself hanging stays so long: the others are to find the same, not a dead peer
 STATUS_EVERY_S = 15.0
-MOST_TOLD = 4  # ranks in one message
+MAX_SHOWN = 4  # ranks in one message
 # What torch says, in plain RuntimeErrors, when another rank is gone or silent (torch 2.11 to 2.14, gloo and NCCL)
 PEER_WORDS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
 Item = TypeVar("Item")
@@ -64,7 +64,7 @@ class Watchdog:
 
     def __init__(self, folder: Path, status: Status, *, world: World, faults: Faults, timeout_s: float) -> None:
         self._folder, self._status, self._world = folder, status, world
-        self._hang_s = faults.hang_s or HANG_SHARE * timeout_s
+        self._stall_timeout_s = faults.stall_timeout_s or HANG_SHARE * timeout_s
         self._beat_s = faults.heartbeat_s
         self._now = _Now("start", 0, time.monotonic(), time.time())  # replaced whole: two threads look at it
         self._state: heartbeat.State = "running"
@@ -119,7 +119,7 @@ class Watchdog:
             if self._state != "running":  # told where it was met, further inside
                 raise
             lost = self._world.world_size > 1 and _speaks_of_peers(error)
-            self._end("bereft" if lost else _state_after(error), error)
+            self._end("peer_lost" if lost else _state_after(error), error)
             if not lost:
                 raise
             self._keep(f"{type(error).__name__}: {error}\n\n{traceback.format_exc()}")
@@ -129,7 +129,7 @@ class Watchdog:
         """How long `phase` may last."""
         if phase == "ending":
             return ENDING_S
-        return self._hang_s * (SLOW_TIMES if phase in SLOW else 1)
+        return self._stall_timeout_s * (SLOW_TIMES if phase in SLOW else 1)
 
     @property
     def _stacks_path(self) -> Path:
@@ -141,7 +141,7 @@ class Watchdog:
         self._write()
 
     def _watch(self) -> None:
-        tick_s = min(1.0, self._beat_s, self._hang_s / 10)
+        tick_s = min(1.0, self._beat_s, self._stall_timeout_s / 10)
         written = told = time.monotonic()
         while not self._ended.wait(tick_s):
             now, here = time.monotonic(), self._now
@@ -185,7 +185,7 @@ class Watchdog:
         silent = [beat for beat in others if beat.state == "running"]
         told = [what, *(b.why for b in others if b.state == "failed"), *(f"rank {b.rank}: {b.where}" for b in silent)]
         remedy = f"see {self._folder / 'stacks'}; start again to go on from the last save"
-        error = RankLostError("; ".join(told[:MOST_TOLD]), remedy=remedy)
+        error = RankLostError("; ".join(told[:MAX_SHOWN]), remedy=remedy)
         self._status_failed(str(error), rank_0_is_lost=any(beat.rank == 0 for beat in silent))
         with suppress(OSError, ValueError):
             print(f"livt: error on rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
@@ -230,9 +230,9 @@ class Watchdog:
             f"rank {b.rank} stopped: {b.why}"
             if b.state == "failed"
             else f"rank {b.rank} is gone: last seen at {b.where}"
-            for b in lost[:MOST_TOLD]
+            for b in lost[:MAX_SHOWN]
         )
-        more = f", and {len(lost) - MOST_TOLD} more" if len(lost) > MOST_TOLD else ""
+        more = f", and {len(lost) - MAX_SHOWN} more" if len(lost) > MAX_SHOWN else ""
         return RankLostError(f"{told}{more}", remedy=_REMEDY)
 
     def _others(self) -> list[Heartbeat]:

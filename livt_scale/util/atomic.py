@@ -1,6 +1,6 @@
 """Files and folders that appear under their name only when they are whole, and stay there after a power cut.
 
-    write_whole(run / "eval.json", data)              # either the old bytes or the new ones, never a half
+    write_atomic(run / "eval.json", data)              # either the old bytes or the new ones, never a half
     with new_folder(out) as temporary:                # out appears when the block ends without an error
         (temporary / "config.json").write_bytes(data)
 
@@ -21,7 +21,7 @@ from typing import BinaryIO
 PREFIX = ".livt-writing-"  # a leftover of a killed process starts so; nothing ever reads one
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path` (its folder is made); what stood there before stays until the new bytes are safe."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with new_file(path) as file:

@@ -46,7 +46,7 @@ class Taken:
 def adapt(state: Mapping[str, Tensor], to: Model) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(`state` on the grid, patches and channels of `to`; what was changed, and how). Widths are not touched."""
     made, changed = dict(state), {}
-    patch_px = to.dims[3]
+    patch_px = to.dims.patch_px
     projection = state["patch_embed.proj.weight"]  # [D, C, p, p]
     channels, old_px = projection.shape[1], projection.shape[2]
     if channels != to.channels:

@@ -46,7 +46,7 @@ class Weights:
 
     def check_heads(self, model: Model) -> None:
         """Raise WeightsError where they are known to be of another number of heads than `model`."""
-        pairs = [("heads", self.heads, model.dims[2])]
+        pairs = [("heads", self.heads, model.dims.heads)]
         if "mask_token" in self.state:
             pairs.append(("decoder.heads", self.decoder_heads, model.decoder.heads))
         for name, theirs, ours in pairs:
@@ -147,10 +147,10 @@ def _heads(folder: Path, digest: str) -> tuple[int | None, int | None]:
         if info.get("sha256") != digest:
             raise WeightsError(f"{folder / SAFETENSORS} is not what {INFO} says", remedy="import it again")
         model = Model.model_validate(info["model"])
-        return model.dims[2], model.decoder.heads if info.get("has_decoder") else None
+        return model.dims.heads, model.decoder.heads if info.get("has_decoder") else None
     config = _json(folder / "config.json")
     if isinstance(config.get("livt"), dict):
-        return Model.model_validate(config["livt"]["model"]).dims[2], None
+        return Model.model_validate(config["livt"]["model"]).dims.heads, None
     return _whole(config.get("num_attention_heads")), _whole(config.get("decoder_num_attention_heads"))
 
 

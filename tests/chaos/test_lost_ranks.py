@@ -52,14 +52,14 @@ def test_an_error_of_one_rank_alone_ends_the_others_at_once_with_its_words(livt)
     assert "Traceback" not in ranks.said(0) + ranks.said(1)
     assert "rank 1 stopped: shard x.tar" in read_status(run_dir, "pretrain")["why"]
     beats = heartbeat.read(run_dir / "pretrain", world_size=2)
-    assert [beat.state for beat in beats] == ["bereft", "failed"]
+    assert [beat.state for beat in beats] == ["peer_lost", "failed"]
     assert beats[1].step == 4
 
 
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(livt):
     run_dir = livt.folder / "run"
-    with Ranks(livt, run_dir, "hang:5:1", faults__hang_s=HANG_S) as ranks:
+    with Ranks(livt, run_dir, "hang:5:1", faults__stall_timeout_s=HANG_S) as ranks:
         ranks.wait_for(lambda: first_steps_done(run_dir, 4))
         codes, took_s = ranks.ended(within_s=60)
     assert codes == [1, 1]
@@ -78,7 +78,7 @@ def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(
 @pytest.mark.slow
 def test_a_rank_whose_interpreter_is_locked_ends_too_and_leaves_its_stack(livt):
     run_dir = livt.folder / "run"
-    with Ranks(livt, run_dir, "lock:4:0", world=1, faults__hang_s=HANG_S) as ranks:
+    with Ranks(livt, run_dir, "lock:4:0", world=1, faults__stall_timeout_s=HANG_S) as ranks:
         ranks.wait_for(lambda: first_steps_done(run_dir, 3))
         codes, took_s = ranks.ended(within_s=60)
     assert codes == [1]
@@ -88,7 +88,7 @@ def test_a_rank_whose_interpreter_is_locked_ends_too_and_leaves_its_stack(livt):
 
 def test_a_stopped_rank_is_named_as_the_one_behind_and_ends_when_it_wakes(livt):
     run_dir = livt.folder / "run"
-    with Ranks(livt, run_dir, "slow:0.05", faults__hang_s=HANG_S) as ranks:
+    with Ranks(livt, run_dir, "slow:0.05", faults__stall_timeout_s=HANG_S) as ranks:
         ranks.wait_for(lambda: first_steps_done(run_dir, 5))
         ranks.kill(1, signal.SIGSTOP)
         codes, took_s = ranks.ended(0, within_s=60)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from livt_scale.train.preempt import LEAST_LEAD_S
+from livt_scale.train.preempt import MIN_LEAD_S
 from livt_scale.train.run_dir import read_status
 from tests.chaos.ranks import Ranks, assert_same_pretraining
 from tests.chaos.test_lost_ranks import first_steps_done
@@ -43,7 +43,7 @@ def test_the_clock_stops_a_run_before_its_time_limit(livt):
         assert codes == [85, 85], ranks.said(0)
         assert "stopped by the clock, " in ranks.said(0)
     left_s = limit - time.time()
-    assert LEAST_LEAD_S / 2 < left_s < 60
+    assert MIN_LEAD_S / 2 < left_s < 60
     assert read_status(run_dir, "pretrain")["state"] == "preempted"
 
 

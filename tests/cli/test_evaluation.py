@@ -82,7 +82,13 @@ def test_a_sweep_is_a_table_and_a_row_for_each_tau(run_dir: Path, tmp_path: Path
 def test_options_without_effect_and_wrong_ones_are_refused_before_the_model_runs(run_dir: Path, tmp_path: Path) -> None:
     saved = tmp_path / "l.safetensors"
     livt("eval", run_dir, "--save-logits", saved)
-    for words in (("--views", "2"), ("--batch", "3"), ("--from", "best"), ("--data", "x"), ("--average", "probs")):
+    for words in (
+        ("--views", "2"),
+        ("--batch", "3"),
+        ("--checkpoint", "best"),
+        ("--data", "x"),
+        ("--average", "probs"),
+    ):
         with pytest.raises(UsageError, match=rf"{words[0]}: no effect"):
             livt("eval", saved, *words)
     with pytest.raises(UsageError, match="--average has no effect on one view"):

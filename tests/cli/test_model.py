@@ -48,9 +48,9 @@ def test_a_run_and_its_export_are_evaluated_alike_without_the_training_data(run_
 
 
 def test_another_checkpoint_than_the_final_one_is_named_in_the_report(run_dir: Path, tmp_path: Path) -> None:
-    report = json.loads(livt("eval", run_dir, "--from", "best", "--json").stdout)
+    report = json.loads(livt("eval", run_dir, "--checkpoint", "best", "--json").stdout)
     assert report["weights"]["checkpoint"] == "step-00000040"
-    said = livt("export", run_dir, "--from", "40").stdout
+    said = livt("export", run_dir, "--checkpoint", "40").stdout
     assert "step-00000040" in said
     assert f"local-dir:{run_dir / 'export'}".replace("\n", "\\n") in said
     assert (run_dir / "export" / "model.safetensors").is_file()
@@ -73,7 +73,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(run_dir: Path, tmp_path: P
     with pytest.raises(UsageError, match="neither a run nor an export"):
         livt("eval", tmp_path)
     with pytest.raises(UsageError, match="it holds one set of weights"):
-        livt("eval", tmp_path / "out", "--from", "best")
+        livt("eval", tmp_path / "out", "--checkpoint", "best")
     other = tiny_shards(tmp_path / "other", {"a": 1, "z": 1})
     with pytest.raises(DataError, match=r"only in the first: 'z'; only in the second: 'b b', \"c'c\""):
         livt("eval", tmp_path / "out", "--data", other.folder)

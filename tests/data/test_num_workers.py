@@ -30,7 +30,7 @@ AUTO = Data(train="x", workers="auto", prefetch=4)
 def test_a_choice_stays_within_cores_and_memory(rate, demand, cores, has_gpu, size, most):
     options = {"demand": demand, "cores": cores, "has_gpu": has_gpu, "micro_batch_bytes": size}
     chosen = choose(AUTO, rate=rate, most_ready_bytes=most, **options)
-    assert 1 <= chosen.workers <= min(cores, num_workers.MOST_WORKERS)
+    assert 1 <= chosen.workers <= min(cores, num_workers.MAX_WORKERS)
     assert 1 <= chosen.prefetch <= 4
     assert chosen.most_bytes == chosen.workers * chosen.prefetch * size
     assert chosen.most_bytes <= most or chosen.prefetch == 1

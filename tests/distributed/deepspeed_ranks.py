@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from livt_scale import optim
 from livt_scale.config.recipe import Decoder, Model, Parallel
-from livt_scale.distributed.strategy import Strategy, Update, make_strategy
+from livt_scale.distributed.strategy import StepResult, Strategy, make_strategy
 from livt_scale.distributed.world import World, process_group
 from livt_scale.models.mae import build_mae
 
@@ -168,7 +168,7 @@ def half(name: str, *, world: World) -> tuple[list[tuple[float, float]], list[An
     before = whole(strategy)
     strategy.set_scaler({"scale": 2.0**60, "good_steps": 7})
     forward_backward(strategy, 3, world=world)
-    update: Update = strategy.update(LR, max_norm=None)
+    update: StepResult = strategy.update(LR, max_norm=None)
     scales += [strategy.scaler(), [update.applied, update.overflow], same(whole(strategy), before)]
     strategy.set_scaler({"scale": 1024.0, "good_steps": 1999})
     losses += train(strategy, range(3, 4), world=world)

@@ -40,13 +40,13 @@ def note(peers, call):
 with process_group(world, timeout_s=60):
     own = Peers.of_world(world.rank, 2, all_raise=CheckpointError)
     for peers in (world.peers, own):
-        note(peers, lambda p: p.all_do(on_rank_1))
-        note(peers, lambda p: p.all_do(a_bug_on_rank_0))
-        note(peers, lambda p: p.lead_does(a_bug_on_rank_0))
-        note(peers, lambda p: p.lead_does(lambda: world.rank))
-        note(peers, lambda p: (p.gather(p.rank), p.collect(p.rank), p.deal([5, 6]), p.tell("x")))
+        note(peers, lambda p: p.run_all(on_rank_1))
+        note(peers, lambda p: p.run_all(a_bug_on_rank_0))
+        note(peers, lambda p: p.on_rank0(a_bug_on_rank_0))
+        note(peers, lambda p: p.on_rank0(lambda: world.rank))
+        note(peers, lambda p: (p.all_gather(p.rank), p.gather(p.rank), p.scatter([5, 6]), p.broadcast("x")))
     apart = Peers.of_ranks(world.rank, [[1], [0]])
-    note(apart, lambda p: (p.world_size, p.leads, p.gather(world.rank)))
+    note(apart, lambda p: (p.world_size, p.leads, p.all_gather(world.rank)))
     own.close()
 Path(sys.argv[1], f"rank {world.rank}").write_text("\\n".join(told))
 """
@@ -95,15 +95,15 @@ def fail(error: Exception):
 
 def test_alone_each_call_is_the_identity_and_errors_are_ones_own():
     alone = Peers()
-    assert alone.all_do(lambda: 3) == alone.lead_does(lambda: 3) == alone.tell(3) == alone.deal([3]) == 3
-    assert (alone.gather(3), alone.collect(3)) == ([3], [3])
+    assert alone.run_all(lambda: 3) == alone.on_rank0(lambda: 3) == alone.broadcast(3) == alone.scatter([3]) == 3
+    assert (alone.all_gather(3), alone.gather(3)) == ([3], [3])
     alone.close()
     for peers in (alone, Peers(all_raise=CheckpointError)):
         with pytest.raises(DataError, match="no shard"):
-            peers.all_do(fail(DataError("no shard")))
+            peers.run_all(fail(DataError("no shard")))
         with pytest.raises(ZeroDivisionError):
-            peers.lead_does(fail(ZeroDivisionError()))
+            peers.on_rank0(fail(ZeroDivisionError()))
     with pytest.raises(PermissionError):
-        alone.all_do(fail(PermissionError(13, "no")))
+        alone.run_all(fail(PermissionError(13, "no")))
     with pytest.raises(CheckpointError, match="PermissionError"):
-        Peers(all_raise=CheckpointError).all_do(fail(PermissionError(13, "no")))
+        Peers(all_raise=CheckpointError).run_all(fail(PermissionError(13, "no")))

@@ -120,12 +120,12 @@ def test_disks_are_judged_node_by_node():
 
 
 def test_a_disk_is_measured_within_its_time_and_left_as_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "MOST_BYTES", 2**22)
+    monkeypatch.setattr(disk, "MAX_BYTES", 2**22)
     facts = disk.measure(tmp_path, seconds=40)
     assert facts["bytes"] == 2**22
     assert min(facts[name] for name in ("write_mb_s", "read_mb_s", "small_file_s", "free_gib")) > 0
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(disk, "MOST_BYTES", 2**50)
+    monkeypatch.setattr(disk, "MAX_BYTES", 2**50)
     begun = time.monotonic()
     disk.measure(tmp_path, seconds=0.4)
     assert time.monotonic() - begun < 20  # a sync under way is waited for

@@ -42,7 +42,7 @@ def submit(recipes, **given):
 
 
 def test_one_array_a_stage_each_element_after_its_own_and_a_bounded_number_at_once(tmp_path, fake):
-    told = submit(three(tmp_path), at_once=2)
+    told = submit(three(tmp_path), max_parallel=2)
     calls = fake.calls("sbatch")
     after = [next((w for w in call if w.startswith("--dependency")), None) for call in calls]
     assert after == [None, "--dependency=aftercorr:101", "--dependency=aftercorr:102"]
@@ -85,7 +85,7 @@ def test_the_same_again_joins_and_a_part_of_it_is_refused(tmp_path, fake):
         submit(three(tmp_path, seed=1))
     fake.set(queue=[["101_1", "RUNNING", first["chain"]], ["103_0", "PENDING", "another's"]])
     with pytest.raises(ClusterError, match="jobs of 1 of these 2 runs") as told:
-        submit([*three(tmp_path)[1:]], at_once=1)
+        submit([*three(tmp_path)[1:]], max_parallel=1)
     assert "livt cancel" in told.value.remedy
     assert len(fake.calls("sbatch")) == 3
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
-from livt_scale.slurm.chain import MOST_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
+from livt_scale.slurm.chain import MAX_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
 from livt_scale.slurm.commands import minutes, read_facts
 from livt_scale.slurm.sites import Ask, ask, load_site
 from livt_scale.slurm.step_times import Measured
@@ -153,21 +153,21 @@ def test_a_qos_that_is_not_given_where_some_cancel_is_told():
 
 
 @pytest.mark.parametrize(
-    ("lead_s", "step_s", "save_s", "fits"),
+    ("signal_lead_s", "step_s", "save_s", "fits"),
     [(60, 10, 20, True), (59, 10, 20, False), (60, 30, None, True), (59, 30, None, False)],
 )
-def test_the_lead_is_at_least_twice_a_step_and_a_save(lead_s, step_s, save_s, fits):
-    slurm = Slurm(lead_s=lead_s)
+def test_the_lead_is_at_least_twice_a_step_and_a_save(signal_lead_s, step_s, save_s, fits):
+    slurm = Slurm(signal_lead_s=signal_lead_s)
     known = Measured(longest_step_s=step_s, save_s=save_s)
     if fits:
         check_times(slurm, "pretrain", asked(600), known)
     else:
-        with pytest.raises(UsageError, match=r"--set slurm\.lead_s=60"):
+        with pytest.raises(UsageError, match=r"--set slurm\.signal_lead_s=60"):
             check_times(slurm, "pretrain", asked(600), known)
 
 
 def test_a_planned_step_and_save_win_over_measured_ones():
-    slurm = Slurm(lead_s=60, step_s=1, save_s=2)
+    slurm = Slurm(signal_lead_s=60, step_s=1, save_s=2)
     assert check_times(slurm, "pretrain", asked(600), Measured(longest_step_s=100, save_s=500)) == []
 
 
@@ -178,7 +178,9 @@ def test_what_is_not_known_is_told():
 
 @pytest.mark.parametrize(("time_min", "fits"), [(8, False), (9, True)])
 def test_a_job_too_short_for_any_progress_is_refused(time_min, fits):
-    slurm = Slurm(start_s=120, lead_s=300, step_s=2, save_s=10)  # 120 + 300 + 60 (the signal may be early) + 12 = 492 s
+    slurm = Slurm(
+        start_s=120, signal_lead_s=300, step_s=2, save_s=10
+    )  # 120 + 300 + 60 (the signal may be early) + 12 = 492 s
     if fits:
         check_times(slurm, "pretrain", asked(time_min), NOTHING)
     else:
@@ -188,19 +190,19 @@ def test_a_job_too_short_for_any_progress_is_refused(time_min, fits):
 
 def test_the_runs_own_clock_may_stop_it_before_slurm_does():
     slurm = Slurm(
-        start_s=0, lead_s=10, step_s=1
+        start_s=0, signal_lead_s=10, step_s=1
     )  # a save not yet measured is taken for 30 s: 2 · (1 + 30) = 62, under 70
     with pytest.raises(UsageError, match="stopped 70 s"):
         check_times(slurm, "pretrain", asked(1), NOTHING)
     with pytest.raises(UsageError, match="stopped 200 s"):
-        check_times(Slurm(start_s=0, lead_s=140, step_s=10, save_s=60), "pretrain", asked(3), NOTHING)
+        check_times(Slurm(start_s=0, signal_lead_s=140, step_s=10, save_s=60), "pretrain", asked(3), NOTHING)
 
 
 # --- segments ---
 
 
 def test_segments_are_what_is_left_over_what_a_job_trains_and_one_to_spare():
-    slurm = Slurm(start_s=120, lead_s=300)
+    slurm = Slurm(start_s=120, signal_lead_s=300)
     known = Measured(step=1000, total=11_000, step_s=2.0, save_s=5.0, longest_step_s=3.0, world_size=8)
     count, how = num_segments(slurm, "pretrain", asked(128, nodes=1, tasks=8), known)
     assert count == 4  # 20000 s over 7200 s a job is 2.8
@@ -223,20 +225,23 @@ def test_an_unknown_step_time_gives_one_segment_and_says_so():
 
 
 def test_too_many_segments_are_a_mistake():
-    with pytest.raises(UsageError, match=f"more than {MOST_SEGMENTS}"):
+    with pytest.raises(UsageError, match=f"more than {MAX_SEGMENTS}"):
         num_segments(Slurm(step_s=1000), "pretrain", asked(60), Measured(total=100_000))
 
 
 @given(
-    left=st.integers(0, 10**6), step_s=st.floats(0.01, 60), time_min=st.integers(20, 2880), lead_s=st.integers(10, 600)
+    left=st.integers(0, 10**6),
+    step_s=st.floats(0.01, 60),
+    time_min=st.integers(20, 2880),
+    signal_lead_s=st.integers(10, 600),
 )
-def test_the_planned_segments_are_enough_and_no_more_than_one_too_many(left, step_s, time_min, lead_s):
-    slurm = Slurm(step_s=step_s, lead_s=lead_s, save_s=1)
-    useful_s = time_min * 60 - slurm.start_s - max(lead_s + 60, 2 * (step_s + 1), 10)
+def test_the_planned_segments_are_enough_and_no_more_than_one_too_many(left, step_s, time_min, signal_lead_s):
+    slurm = Slurm(step_s=step_s, signal_lead_s=signal_lead_s, save_s=1)
+    useful_s = time_min * 60 - slurm.start_s - max(signal_lead_s + 60, 2 * (step_s + 1), 10)
     try:
         count, _ = num_segments(slurm, "pretrain", asked(time_min), Measured(total=left))
     except UsageError:
-        assert left * step_s / useful_s > MOST_SEGMENTS - 2
+        assert left * step_s / useful_s > MAX_SEGMENTS - 2
         return
     assert (count - 1) * useful_s >= left * step_s * (1 - 1e-9)
     assert (count - 2) * useful_s < left * step_s or left == 0

@@ -198,7 +198,7 @@ def test_a_segment_behind_one_that_was_killed_goes_on(job):
 
 def test_restarts_without_a_new_checkpoint_are_counted_and_end(job):
     job.program("srun", "exit 85")
-    slurm = {"most_idle_restarts": 2}
+    slurm = {"max_restarts_without_progress": 2}
     assert [job(slurm=slurm)[0] for _ in range(3)] == [85, 85, 85]  # the first start, and two more
     code, said = job(slurm=slurm)
     assert code == 1
@@ -209,7 +209,7 @@ def test_restarts_without_a_new_checkpoint_are_counted_and_end(job):
 
 def test_a_new_checkpoint_begins_the_count_anew(job):
     job.program("srun", "exit 85")
-    slurm = {"most_idle_restarts": 1}
+    slurm = {"max_restarts_without_progress": 1}
     for step in range(1, 6):
         assert job(slurm=slurm)[0] == 85
         assert job(slurm=slurm)[0] == 85

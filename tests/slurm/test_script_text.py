@@ -196,7 +196,8 @@ def test_what_an_sbatch_line_cannot_quote_is_refused(field, value):
 def test_what_was_asked_for_stands_in_the_lines_of_sbatch():
     of = recipe(
         {
-            "nodes": 4, "gpus_per_node": 8, "cpus_per_task": 12, "memory_gib": 900, "time_min": 720, "lead_s": 450,
+            "nodes": 4, "gpus_per_node": 8, "cpus_per_task": 12, "memory_gib": 900, "time_min": 720,
+            "signal_lead_s": 450,
             "partition": "gpu", "account": "lab", "qos": "high", "constraint": "h100&ib", "exclude": "gpu[03-05,9]",
         }
     )  # fmt: skip

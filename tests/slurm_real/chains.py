@@ -41,7 +41,14 @@ class Chain:
         python = folder / "python"
         python.write_text(PYTHON.format(python=sys.executable, faulty=FAULTY))
         python.chmod(0o755)
-        slurm = {"nodes": 2, "time_min": 10, "lead_s": 60, "start_s": 20, "evaluate.time_min": 10, "python": python}
+        slurm = {
+            "nodes": 2,
+            "time_min": 10,
+            "signal_lead_s": 60,
+            "start_s": 20,
+            "evaluate.time_min": 10,
+            "python": python,
+        }
         slurm["check_nodes"] = "no"  # but for the tests of it: it takes seconds at each start
         slurm["environment"] = {"FAULTS": str(self.faults), "OMP_NUM_THREADS": "1"}
         self.sets = {**RECIPE, "run_dir": self.run_dir, **{f"slurm.{name}": value for name, value in slurm.items()}}

@@ -50,7 +50,7 @@ def states(chain):
 
 def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_other(runs, tmp_path):
     first = runs[0]
-    told = json.loads(submit_together(runs, tmp_path, "--at-once=2", "--json").stdout)
+    told = json.loads(submit_together(runs, tmp_path, "--jobs=2", "--json").stdout)
     arrays = [job["id"] for job in told["jobs"]]
     most = 0
 

@@ -19,7 +19,7 @@ from tests.whole_runs import Livt, assert_same_run
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 LOST_S = 60.0  # from kill -9 of a task to the end of its job
-SHORT = {"slurm__time_min": 2, "slurm__lead_s": 30}
+SHORT = {"slurm__time_min": 2, "slurm__signal_lead_s": 30}
 PACE = "7 2"  # two starts of 2 minutes at 7 s a step cannot do 27 steps; the third has time for them
 
 
@@ -152,7 +152,7 @@ def test_a_bug_fails_its_stage_k_times_its_dependants_never_run_and_mended_the_c
 
 
 def test_a_task_that_hangs_ends_its_job_within_the_bound_and_is_named(chain):
-    chain.sets |= {"faults.hang_s": 10, "faults.heartbeat_s": 1}
+    chain.sets |= {"faults.stall_timeout_s": 10, "faults.heartbeat_s": 1}
     chain.lay("hang", "5")
     chain.submit()
     wait_for(lambda: any(line.endswith(" 5") for line in chain.lines("steps")), "the 5th step", seconds=120)
@@ -166,7 +166,7 @@ def test_a_run_that_comes_no_further_over_k_restarts_ends_with_its_reason(chain,
     chains = {mode: Chain(chain.cluster, tmp_path / mode, slurm__mode=mode) for mode in ("requeue", "segments")}
     chains["segments"].sets |= {"slurm.pretrain.segments": 6, "slurm.finetune.segments": 1}
     for chain in chains.values():
-        chain.sets["slurm.most_idle_restarts"] = 2
+        chain.sets["slurm.max_restarts_without_progress"] = 2
         chain.lay("leave")
         chain.submit()
     for (mode, chain), last in zip(chains.items(), ("pretrain", "pretrain-4"), strict=True):

@@ -24,7 +24,7 @@ def test_two_submissions_bring_a_study_to_its_end(cluster, tmp_path):
     (chain.folder / "study.yaml").write_text(yaml.safe_dump(study))
 
     def submitted():
-        return json.loads(chain.livt("study", "submit", "study.yaml", "--slurm", "--at-once=2", "--json").stdout)
+        return json.loads(chain.livt("study", "submit", "study.yaml", "--slurm", "--jobs=2", "--json").stdout)
 
     def idle():
         return not cluster.run("squeue", "--noheader").stdout.strip()

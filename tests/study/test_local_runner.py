@@ -74,7 +74,7 @@ def test_one_that_fails_is_named_with_its_log_and_what_starts_from_it_waits_and_
 def test_no_more_than_so_many_at_once(livt, tmp_path, monkeypatch):
     monkeypatch.setenv("TAKES", "0.3")
     began = time.monotonic()
-    run_all([Run(n, Path("r")) for n in "abcd"], tmp_path, at_once=2, say=lambda _: None)
+    run_all([Run(n, Path("r")) for n in "abcd"], tmp_path, jobs=2, say=lambda _: None)
     assert time.monotonic() - began > 0.6
 
 
@@ -83,7 +83,7 @@ def test_a_signal_stops_the_runs_too_and_they_are_continued(livt, tmp_path, monk
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     with pytest.raises(Preempted, match="stopped by SIGTERM"):
-        run_all(grid(), tmp_path, at_once=2, say=lambda _: None)
+        run_all(grid(), tmp_path, jobs=2, say=lambda _: None)
     assert time.monotonic() - began < 30, "it waited for nobody who would not stop"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.setenv("TAKES", "0")

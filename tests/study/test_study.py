@@ -163,7 +163,7 @@ AXES = {"size": ["a"], "loss": ["bal_bce", "ce"], "seed": [3]}
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
     study = loaded(folder, axes=AXES)
-    outcome = run_all(runs(study), study.folder, at_once=2, say=lambda _: None)
+    outcome = run_all(runs(study), study.folder, jobs=2, say=lambda _: None)
     assert not outcome.failed
     assert not outcome.waited
     return folder

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Faults
-from livt_scale.distributed.strategy import Update
+from livt_scale.distributed.strategy import StepResult
 from livt_scale.distributed.world import World
-from livt_scale.train.anomalies import MOST_OVERFLOWS, Anomalies, Anomaly, step_over
+from livt_scale.train.anomalies import MAX_OVERFLOWS, Anomalies, Anomaly, step_over
 from livt_scale.util.errors import NonFiniteError
 
 
@@ -70,15 +70,15 @@ def test_a_warned_spike_is_said_and_taken():
 
 def test_overflows_are_counted_and_only_many_in_a_row_are_an_anomaly():
     anomalies = Anomalies()
-    overflow = Update(math.inf, applied=False, overflow=True)
-    assert [anomalies.in_update(overflow) for _ in range(MOST_OVERFLOWS)] == [None] * MOST_OVERFLOWS
-    assert anomalies.in_update(Update(1.0, applied=True)) is None
-    assert [anomalies.in_update(overflow) for _ in range(MOST_OVERFLOWS)] == [None] * MOST_OVERFLOWS
+    overflow = StepResult(math.inf, applied=False, overflow=True)
+    assert [anomalies.in_update(overflow) for _ in range(MAX_OVERFLOWS)] == [None] * MAX_OVERFLOWS
+    assert anomalies.in_update(StepResult(1.0, applied=True)) is None
+    assert [anomalies.in_update(overflow) for _ in range(MAX_OVERFLOWS)] == [None] * MAX_OVERFLOWS
     again = Anomalies()
     again.restore(json.loads(json.dumps(anomalies.facts())))
     for met in (anomalies, again):
         assert "loss scale in a row" in met.in_update(overflow).what
-    assert "the loss is finite" in anomalies.in_update(Update(math.nan, applied=False)).what
+    assert "the loss is finite" in anomalies.in_update(StepResult(math.nan, applied=False)).what
 
 
 def test_steps_that_were_not_taken_are_kept_as_ranges():

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from livt_scale.train import preempt
-from livt_scale.train.preempt import LEAST_LEAD_S, UNMEASURED_SAVE_S, Preemption, lead, time_limit
+from livt_scale.train.preempt import MIN_LEAD_S, UNMEASURED_SAVE_S, Preemption, lead, time_limit
 from livt_scale.util.errors import UsageError
 
 
@@ -39,7 +39,7 @@ def test_a_signal_is_a_request_as_long_as_we_listen(number):
 def test_the_lead_is_twice_a_turn_and_a_save_as_measured():
     assert lead(turn_s=4, save_s=9) == 26
     assert lead(turn_s=4, save_s=None) == 2 * (4 + UNMEASURED_SAVE_S)
-    assert lead(turn_s=0.01, save_s=0.02) == LEAST_LEAD_S
+    assert lead(turn_s=0.01, save_s=0.02) == MIN_LEAD_S
 
 
 def test_the_clock_asks_when_a_turn_and_a_save_would_no_longer_fit_twice(clock):

@@ -82,12 +82,12 @@ def test_each_start_keeps_how_the_ones_before_it_ended(tmp_path):
         ("preempted", "SIGUSR2 came", 3),
         ("running", "", 3),
     ]
-    for _ in range(rundir.MOST_HISTORY + 5):
+    for _ in range(rundir.MAX_HISTORY + 5):
         rundir.Status(tmp_path, stage="pretrain", writes=True).write("failed", why="x" * 1000)
     written = json.loads((tmp_path / "status.json").read_text())
-    assert len(written["history"]) == rundir.MOST_HISTORY
-    assert written["starts"] == rundir.MOST_HISTORY + 8
-    assert len(written["history"][-1]["why"]) == rundir.MOST_WHY
+    assert len(written["history"]) == rundir.MAX_HISTORY
+    assert written["starts"] == rundir.MAX_HISTORY + 8
+    assert len(written["history"][-1]["why"]) == rundir.MAX_WHY
 
 
 def test_a_status_that_is_no_record_starts_a_new_one(tmp_path):

@@ -121,7 +121,7 @@ def test_waiting_for_data_is_a_phase_of_its_own_after_the_first_step(tmp_path):
 
 
 def test_slow_phases_have_a_longer_bound(tmp_path):
-    watched = watchdog(tmp_path, hang_s=10)
+    watched = watchdog(tmp_path, stall_timeout_s=10)
     assert watched.bound_s("step") == watched.bound_s("data") == 10
     assert watched.bound_s("evaluation") == watched.bound_s("first step") == 10 * SLOW_TIMES
     assert watchdog(tmp_path).bound_s("step") == pytest.approx(54)  # before a collective's own 60
@@ -144,7 +144,7 @@ def test_an_own_error_is_in_the_heartbeat_before_connections_close_and_is_raised
 
 
 def test_a_lost_connection_names_the_rank_that_failed_and_its_error(tmp_path):
-    heartbeat.write(tmp_path, replace(BEAT, rank=0, state="bereft"))
+    heartbeat.write(tmp_path, replace(BEAT, rank=0, state="peer_lost"))
     heartbeat.write(tmp_path, replace(BEAT, rank=2, state="failed", why="shard x.tar: damaged"))
     with (
         pytest.raises(RankLostError, match=r"^rank 2 stopped: shard x\.tar: damaged\. Start again"),
@@ -152,7 +152,7 @@ def test_a_lost_connection_names_the_rank_that_failed_and_its_error(tmp_path):
         watched.errors_told(),
     ):
         raise RuntimeError(GONE)
-    assert heartbeat.read(tmp_path, world_size=2)[1].state == "bereft"
+    assert heartbeat.read(tmp_path, world_size=2)[1].state == "peer_lost"
     assert GONE in (tmp_path / "stacks" / "rank-1.txt").read_text()
 
 

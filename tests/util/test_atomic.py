@@ -13,8 +13,8 @@ HOSTILE = "a 'quoted\" name\nof two lines"
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     path = tmp_path / HOSTILE / "eval.json"
-    atomic.write_whole(path, b"first")
-    atomic.write_whole(path, b"second")
+    atomic.write_atomic(path, b"first")
+    atomic.write_atomic(path, b"second")
     assert path.read_bytes() == b"second"
     assert list(path.parent.iterdir()) == [path]
 
@@ -23,14 +23,14 @@ def test_a_write_that_fails_leaves_the_old_bytes_and_no_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "eval.json"
-    atomic.write_whole(path, b"old")
+    atomic.write_atomic(path, b"old")
 
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(atomic.os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        atomic.write_whole(path, b"new")
+        atomic.write_atomic(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -53,7 +53,7 @@ def test_a_folder_appears_only_when_its_block_ends_well(tmp_path: Path) -> None:
 def test_what_is_written_can_be_read_by_the_group_if_the_umask_says_so(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_bytes(b"")
-    atomic.write_whole(tmp_path / "whole", b"")
+    atomic.write_atomic(tmp_path / "whole", b"")
     assert (tmp_path / "whole").stat().st_mode == plain.stat().st_mode
     (tmp_path / "folder").mkdir()
     with atomic.new_folder(tmp_path / "out"):

@@ -28,7 +28,7 @@ from livt_scale.data.build.tar import shown
 from livt_scale.data.build.writer import Prepare, Shard, ShardJob, make_shard, publish, scan_shard
 from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, Manifest, ShardSet, plain_disk_errors
 from livt_scale.longtail import choose, imbalance_factor, shuffled
-from livt_scale.util.atomic import PREFIX, write_whole
+from livt_scale.util.atomic import PREFIX, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError
 from livt_scale.util.process_pool import in_processes, usable_cores
 
@@ -178,7 +178,7 @@ def _claim(plan: Plan, folder: Path) -> None:
         )
     else:
         with plain_disk_errors(folder / BUILD):
-            write_whole(folder / BUILD, mark)
+            write_atomic(folder / BUILD, mark)
     with plain_disk_errors(folder):
         for name in there:
             if name.startswith(PREFIX):

@@ -25,7 +25,7 @@ from livt_scale.util.errors import SourceError
 SIDE_PX = 32
 PIXELS = 3 * SIDE_PX**2
 LABEL_BYTES = {10: 1, 100: 2}  # by the number of classes; the last one is the class
-MOST_BYTES = 1 << 30  # it is kept in memory; CIFAR's own have 154 MB
+MAX_BYTES = 1 << 30  # it is kept in memory; CIFAR's own have 154 MB
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ def _records(path: Path, record_bytes: int) -> NDArray[np.uint8]:
         raise SourceError(
             f"{path}: {error.strerror}", remedy="unpack the binary version, or give its folder: --source NAME=FOLDER"
         ) from error
-    if found.st_size > MOST_BYTES:
-        raise SourceError(f"{path}: more than {MOST_BYTES:,} bytes", remedy="give the files of CIFAR's binary version")
+    if found.st_size > MAX_BYTES:
+        raise SourceError(f"{path}: more than {MAX_BYTES:,} bytes", remedy="give the files of CIFAR's binary version")
     if not found.st_size or found.st_size % record_bytes:
         raise SourceError(
             f"{path} has {found.st_size:,} bytes, no multiple of a record's {record_bytes:,}: cut, or another set's",

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 
 from livt_scale.data.build.sources import FileSource, below_root, check_all_there, checked
-from livt_scale.data.build.tar import MOST_CLASSES
+from livt_scale.data.build.tar import MAX_CLASSES
 from livt_scale.util.errors import SourceError
 
-MOST_JSON_BYTES = 1 << 30  # read whole; iNaturalist 2018's has 0.12 GB, 2021's 0.4
+MAX_JSON_BYTES = 1 << 30  # read whole; iNaturalist 2018's has 0.12 GB, 2021's 0.4
 
 
 def open_inaturalist(
@@ -72,8 +72,8 @@ def open_inaturalist(
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MOST_JSON_BYTES:
-            raise SourceError(f"{path}: more than {MOST_JSON_BYTES:,} bytes", remedy="make a list file of it")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise SourceError(f"{path}: more than {MAX_JSON_BYTES:,} bytes", remedy="make a list file of it")
         tree = json.loads(path.read_bytes())
     except OSError as error:
         remedy = "unpack the annotations, or give their folder: --source NAME=FOLDER"
@@ -91,8 +91,8 @@ def _labels(tree: dict[str, Any], path: Path) -> dict[int, int]:
     for number, annotation in enumerate(_field(tree, "annotations", path)):
         where = f"{path}, annotations[{number}]"
         image, label = _get(annotation, "image_id", int, where), _get(annotation, "category_id", int, where)
-        if not 0 <= label < MOST_CLASSES:
-            raise SourceError(f"{where}: the category is {label}, outside 0 to {MOST_CLASSES - 1}")
+        if not 0 <= label < MAX_CLASSES:
+            raise SourceError(f"{where}: the category is {label}, outside 0 to {MAX_CLASSES - 1}")
         if image in found:
             raise SourceError(f"{where}: image {image} has two annotations", remedy="leave one class for each image")
         found[image] = label

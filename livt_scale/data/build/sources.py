@@ -29,13 +29,13 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from livt_scale.data.build.tar import MOST_CLASSES, MOST_SAMPLE_BYTES, TarSample, read_tar, shown
+from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, read_tar, shown
 from livt_scale.util.errors import SourceError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".ppm")
 _MAX_KEY = 94  # with ".jpeg" or ".cls" it fits the 100 bytes of a tar header's name
-_MOST_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
+_MAX_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
 _MISSING_SHOWN = 3  # files that a complaint names
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
 Indices = NDArray[np.int64]
@@ -86,8 +86,8 @@ class FileSource(Source):
         path = self.root / self.paths[i]
         try:
             found = path.stat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_SAMPLE_BYTES:  # a pipe would never end
-                raise SourceError(f"{path}: no file of at most {MOST_SAMPLE_BYTES:,} bytes", remedy="take it away")
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SAMPLE_BYTES:  # a pipe would never end
+                raise SourceError(f"{path}: no file of at most {MAX_SAMPLE_BYTES:,} bytes", remedy="take it away")
             data = path.read_bytes()
         except OSError as error:
             raise SourceError(
@@ -243,8 +243,8 @@ def _names(class_names: tuple[str, ...] | None, labels: list[int] | NDArray[np.i
     if class_names is not None:
         return class_names
     largest = int(max(labels, default=-1))
-    if largest >= MOST_CLASSES:
-        raise SourceError(f"a label is {largest}, there are at most {MOST_CLASSES:,} classes")
+    if largest >= MAX_CLASSES:
+        raise SourceError(f"a label is {largest}, there are at most {MAX_CLASSES:,} classes")
     return tuple(str(c) for c in range(largest + 1))
 
 
@@ -360,9 +360,9 @@ def _parse_idx(path: Path, _mtime_ns: int, _size: int) -> NDArray[np.uint8]:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(_MOST_IDX_BYTES + 1)  # a gigabyte of zeros takes a megabyte
-        if len(data) > _MOST_IDX_BYTES:
-            raise SourceError(f"{path}: more than {_MOST_IDX_BYTES:,} bytes", remedy="make a folder of images of it")
+                data = file.read(_MAX_IDX_BYTES + 1)  # a gigabyte of zeros takes a megabyte
+        if len(data) > _MAX_IDX_BYTES:
+            raise SourceError(f"{path}: more than {_MAX_IDX_BYTES:,} bytes", remedy="make a folder of images of it")
     except (OSError, EOFError, zlib.error) as error:
         raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error
     if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:

@@ -24,8 +24,8 @@ from typing import BinaryIO
 from livt_scale.util.errors import SampleError, ShardError
 
 BLOCK = 512
-MOST_HEADER_BYTES = 1 << 20  # of one extended header: long names and attributes take a few KB
-MOST_NAME_BYTES = 4096  # what Linux takes for a path
+MAX_HEADER_BYTES = 1 << 20  # of one extended header: long names and attributes take a few KB
+MAX_NAME_BYTES = 4096  # what Linux takes for a path
 CHUNK = 1 << 20
 
 _REGULAR = (b"0", b"\0", b"7")  # 7: contiguous, on file systems that are gone
@@ -128,9 +128,9 @@ def _block(file: BinaryIO, position: int, size: int) -> bytes | None:
 
 def _extended(file: BinaryIO, header: bytes, *, offset: int, size: int) -> bytes:
     num_bytes = _number(header[124:136])
-    if num_bytes is None or num_bytes > MOST_HEADER_BYTES:
+    if num_bytes is None or num_bytes > MAX_HEADER_BYTES:
         told = "no size" if num_bytes is None else f"{num_bytes:,} bytes"
-        raise BadTar(offset, f"an extended header claims {told}, at most {MOST_HEADER_BYTES:,} are read")
+        raise BadTar(offset, f"an extended header claims {told}, at most {MAX_HEADER_BYTES:,} are read")
     text = file.read(num_bytes)
     if offset + BLOCK + padded(num_bytes) > size or len(text) < num_bytes:
         raise BadTar(offset, "the tar ends in an extended header")
@@ -180,8 +180,8 @@ def _name(header: bytes, extended: dict[bytes, bytes], *, offset: int) -> str:
         prefix = header[345:500].split(b"\0", 1)[0]
         if prefix and header[257:263] == b"ustar\0":  # GNU keeps dates there
             raw = prefix + b"/" + raw
-    if len(raw) > MOST_NAME_BYTES:
-        raise BadTar(offset, f"a name of {len(raw):,} bytes, more than {MOST_NAME_BYTES:,}")
+    if len(raw) > MAX_NAME_BYTES:
+        raise BadTar(offset, f"a name of {len(raw):,} bytes, more than {MAX_NAME_BYTES:,}")
     try:
         name = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -227,8 +227,8 @@ def _check_end(file: BinaryIO, position: int) -> None:
 IMAGE_TYPES = ("jpeg", "jpg", "png")
 END_OF_TAR = bytes(2 * BLOCK)
 _KEY_AND_TYPE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's own rule
-MOST_CLASSES = 1_000_000  # ImageNet-21k has 21,841; counts and names of all of them are kept in memory
-MOST_SAMPLE_BYTES = 1 << 29  # a sample is read at once; a 67-megapixel RGB image that no codec could shrink has 200 MB
+MAX_CLASSES = 1_000_000  # ImageNet-21k has 21,841; counts and names of all of them are kept in memory
+MAX_SAMPLE_BYTES = 1 << 29  # a sample is read at once; a 67-megapixel RGB image that no codec could shrink has 200 MB
 _LABEL = re.compile(rb"[ \t\r\n]*[0-9]{1,9}[ \t\r\n]*")
 
 
@@ -299,9 +299,9 @@ def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part
             group = []
         group.append(part)
         first = group[0][2].offset
-        if part[2].end - first > MOST_SAMPLE_BYTES:
+        if part[2].end - first > MAX_SAMPLE_BYTES:
             raise SampleError(
-                f"{shown(path)}, offset {first}, key {part[0]!r}: more than {MOST_SAMPLE_BYTES:,} bytes",
+                f"{shown(path)}, offset {first}, key {part[0]!r}: more than {MAX_SAMPLE_BYTES:,} bytes",
                 remedy="a sample is one image, its label and small things beside them",
             )
     if group:
@@ -325,7 +325,7 @@ def _sample(path: Path, file: BinaryIO, key: str, group: list[Part]) -> TarSampl
     text = file.read(min(labels[0].size, 64))
     if labels[0].size > 64 or not _LABEL.fullmatch(text):
         raise SampleError(f"{where}: the label is {text[:20]!r}", remedy="cls holds the class as digits: 0, 1, 2, …")
-    if int(text) >= MOST_CLASSES:
-        raise SampleError(f"{where}: the label is {int(text)}, there are at most {MOST_CLASSES:,} classes")
+    if int(text) >= MAX_CLASSES:
+        raise SampleError(f"{where}: the label is {int(text)}, there are at most {MAX_CLASSES:,} classes")
     kind, image = images[0]
     return TarSample(key, int(text), kind, start, group[-1][2].end - start, image.data, image.size)

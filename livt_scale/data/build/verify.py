@@ -34,7 +34,7 @@ from livt_scale.data.manifest import (
     read_quarantine,
 )
 from livt_scale.data.remote.cache import closing_fd
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError, ManifestError, RemoteError, UsageError
 from livt_scale.util.process_pool import in_processes, usable_cores
 from livt_scale.util.urls import is_url, one_line
@@ -256,6 +256,6 @@ def _write_quarantine(folder: Path, manifest: Manifest, faults: Sequence[Fault],
     path = folder / QUARANTINE
     with plain_disk_errors(path):
         if listed:
-            write_whole(path, Quarantine(samples=[listed[n] for n in sorted(listed)]).to_bytes())
+            write_atomic(path, Quarantine(samples=[listed[n] for n in sorted(listed)]).to_bytes())
         else:
             path.unlink(missing_ok=True)

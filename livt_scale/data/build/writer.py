@@ -35,7 +35,7 @@ from livt_scale.data.manifest import (
     ShardInfo,
     plain_disk_errors,
 )
-from livt_scale.util.atomic import new_file, write_whole
+from livt_scale.util.atomic import new_file, write_atomic
 from livt_scale.util.errors import DataError, ShardError, SourceError
 
 
@@ -151,7 +151,7 @@ def publish(folder: Path, shards: Sequence[Shard], **facts: Any) -> Manifest:
     )
     for name, contents in [*files.items(), (MANIFEST, manifest.to_bytes())]:
         with plain_disk_errors(folder / name, needed=len(contents)):
-            write_whole(folder / name, contents)
+            write_atomic(folder / name, contents)
     return manifest
 
 

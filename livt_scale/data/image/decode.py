@@ -29,9 +29,9 @@ from livt_scale.data.image.png import SIGNATURE, size_and_exif
 
 Pixels = NDArray[np.uint8]
 
-MOST_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
-MOST_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels, and usual are ten
-MOST_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get memory of their own
+MAX_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
+MAX_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels, and usual are ten
+MAX_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get memory of their own
 FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
@@ -73,7 +73,7 @@ class Workspace:
 
     def room(self, nbytes: int) -> NDArray[np.uint8] | None:
         """uint8 [nbytes] or more; None where so much is not kept."""
-        if nbytes > MOST_KEPT_BYTES:
+        if nbytes > MAX_KEPT_BYTES:
             return None
         if nbytes > len(self._memory):
             self._memory = np.empty(nbytes, dtype=np.uint8)
@@ -99,8 +99,8 @@ class _JpegImage:
             self._data = mended(data)
             height, width, self._colours = _jpeg_facts(self._data)
         _check_size(height, width)
-        if height * width * len(data) > 1 << 40 and (scans := num_scans(data)) > MOST_SCANS:  # below: seconds at worst
-            raise BadImage(f"{width} x {height} pixels in {scans:,} scans, more than {MOST_SCANS}")
+        if height * width * len(data) > 1 << 40 and (scans := num_scans(data)) > MAX_SCANS:  # below: seconds at worst
+            raise BadImage(f"{width} x {height} pixels in {scans:,} scans, more than {MAX_SCANS}")
         self._channels = channels
         self._stored = height, width
         self._outline = outline(data)
@@ -253,8 +253,8 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _check_size(height: int, width: int) -> None:
-    if height * width > MOST_PIXELS:
-        raise BadImage(f"its header promises {width} x {height} pixels, more than {MOST_PIXELS:,}")
+    if height * width > MAX_PIXELS:
+        raise BadImage(f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}")
     if not height * width:
         raise BadImage(f"its header promises {width} x {height} pixels: none")
 

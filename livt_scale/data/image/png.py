@@ -9,7 +9,7 @@ import struct
 import zlib
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MOST_CHUNKS = 100_000  # usual pixels come in pieces of 8 KB or more; empty ones would take minutes to pass
+MAX_CHUNKS = 100_000  # usual pixels come in pieces of 8 KB or more; empty ones would take minutes to pass
 _PALETTE = 3  # the colour type
 _HEADER = struct.Struct(">I4s")
 
@@ -24,7 +24,7 @@ def size_and_exif(data: bytes) -> tuple[int, int, bytes]:
     height = width = 0
     needs_palette = False
     view = memoryview(data)
-    for _ in range(MOST_CHUNKS):
+    for _ in range(MAX_CHUNKS):
         if position + 12 > len(data):
             raise BadPng("it is cut: its end is missing")
         length, kind = _HEADER.unpack_from(data, position)
@@ -47,4 +47,4 @@ def size_and_exif(data: bytes) -> tuple[int, int, bytes]:
         elif kind == b"IEND":
             return height, width, exif
         position = end
-    raise BadPng(f"more than {MOST_CHUNKS:,} chunks")
+    raise BadPng(f"more than {MAX_CHUNKS:,} chunks")

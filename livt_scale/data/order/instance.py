@@ -33,7 +33,7 @@ from livt_scale.util.errors import DataError
 Ints = npt.NDArray[np.int64]
 
 SHARDS_A_GROUP = 12  # at least: the shards that two nodes share are then a twelfth, and under a tenth of uneven bytes
-MOST_LANE_GROUPS = 512  # bounds the memory of one process that reads all groups: a window each
+MAX_LANE_GROUPS = 512  # bounds the memory of one process that reads all groups: a window each
 
 
 class SampleOrder(Protocol):
@@ -174,7 +174,7 @@ def eval_positions(num_samples: int, *, rank: int, world_size: int) -> range:
 
 def _most_nodes(global_batch: int, num_shards: int) -> int:
     """The largest number of nodes with equal slots that leaves each twelve shards."""
-    most = max(1, min(num_shards // SHARDS_A_GROUP, MOST_LANE_GROUPS, global_batch))
+    most = max(1, min(num_shards // SHARDS_A_GROUP, MAX_LANE_GROUPS, global_batch))
     return next(g for g in range(most, 0, -1) if global_batch % g == 0)
 
 
@@ -186,7 +186,7 @@ def _lane_groups_for(global_batch: int, most_nodes: int) -> int:
     """
     groups = 1
     for nodes in range(most_nodes, 0, -1):
-        if global_batch % nodes == 0 and lcm(groups, nodes) <= MOST_LANE_GROUPS:
+        if global_batch % nodes == 0 and lcm(groups, nodes) <= MAX_LANE_GROUPS:
             groups = lcm(groups, nodes)
     return groups
 

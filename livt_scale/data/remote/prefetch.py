@@ -34,9 +34,9 @@ from livt_scale.util.urls import below, url_problem
 if TYPE_CHECKING:
     from livt_scale.data.manifest import ShardSet
 
-MOST_MANIFEST_BYTES = 2**30
+MAX_MANIFEST_BYTES = 2**30
 GRACE_S = 60.0  # a process that waits for another's fetch waits longer than that one may take
-MOST_BATCHES_AHEAD = 256  # micro-batches a loader process looks ahead
+MAX_BATCHES_AHEAD = 256  # micro-batches a loader process looks ahead
 FETCHERS = 2  # files that a loader process fetches at a time
 
 
@@ -103,7 +103,7 @@ class RemoteFiles:
                 return ""
 
             try:
-                Fetcher(self.url, self.data.remote).fetch(MANIFEST, path, most_bytes=MOST_MANIFEST_BYTES, check=check)
+                Fetcher(self.url, self.data.remote).fetch(MANIFEST, path, most_bytes=MAX_MANIFEST_BYTES, check=check)
             except RemoteError:
                 if not wrong:
                     raise
@@ -116,7 +116,7 @@ class RemoteFiles:
         with tempfile.TemporaryDirectory(prefix="livt-") as folder:
             path = Path(folder) / QUARANTINE
             fetcher = Fetcher(self.url, self.data.remote)
-            there = fetcher.fetch(QUARANTINE, path, most_bytes=MOST_MANIFEST_BYTES, may_miss=True)
+            there = fetcher.fetch(QUARANTINE, path, most_bytes=MAX_MANIFEST_BYTES, may_miss=True)
             return path.read_bytes() if there else None
 
     def check_room(
@@ -181,7 +181,7 @@ def fetched_ahead(batches: Iterator[Batch], shards: ShardSet) -> Generator[Batch
         while True:
             now = set(waiting[0][1]) if waiting else set()
             while len(waiting) < 2 or (
-                len(waiting) < MOST_BATCHES_AHEAD and len(in_view.keys() - now) < shards.remote.data.cache.ahead
+                len(waiting) < MAX_BATCHES_AHEAD and len(in_view.keys() - now) < shards.remote.data.cache.ahead
             ):
                 batch = next(batches, None)
                 if batch is None:

@@ -24,7 +24,7 @@ from livt_scale.study.report.pictures import png, reconstructions
 from livt_scale.study.report.sections import Section, facts_of, fit_table, lead_of, sections_of
 from livt_scale.study.report.series import MEASURES, Panel, cost_of, short, value
 from livt_scale.study.table import FORMAT, VERSION
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError
 
 TABLE_MEASURES = ("reconstruction_loss", "top1_all", "top1_many", "top1_medium", "top1_few", "ece")
@@ -49,7 +49,7 @@ def write_report(collected: Mapping[str, Any], folder: Path) -> list[Path]:
         **pictures,
     }
     for name, data in files.items():
-        write_whole(folder / name, data)
+        write_atomic(folder / name, data)
     return [folder / name for name in files]
 
 

@@ -24,7 +24,7 @@ from livt_scale.train.telemetry.layer_stats import LayerGroups
 from livt_scale.train.telemetry.mfu import Speed, memory_peak_gib
 from livt_scale.train.telemetry.profiler import Profiler
 from livt_scale.train.telemetry.trackers import Trackers
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 
 PLAIN_LINE_EVERY_S = 10.0
 METRICS = "metrics.jsonl"
@@ -287,7 +287,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             break
         kept.append(line)
-    write_whole(path, b"".join(kept))
+    write_atomic(path, b"".join(kept))
 
 
 def last_step_written(folder: Path) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-MOST_BYTES = 2**30  # of a trace before it is packed; a step of ViT-L is some 10 MB
+MAX_BYTES = 2**30  # of a trace before it is packed; a step of ViT-L is some 10 MB
 
 
 class Profiler:
@@ -68,10 +68,8 @@ class Profiler:
             running.stop()
             running.export_chrome_trace(str(plain))
             size = plain.stat().st_size
-            if size > MOST_BYTES:
-                raise OSError(
-                    f"it has {size / 2**20:.0f} MiB, the limit is {MOST_BYTES / 2**20:.0f}: trace fewer steps"
-                )
+            if size > MAX_BYTES:
+                raise OSError(f"it has {size / 2**20:.0f} MiB, the limit is {MAX_BYTES / 2**20:.0f}: trace fewer steps")
             _pack(plain, self._folder / f"{name}.gz")
             self._say(f"profile of steps {self._begun_at} to {step}: {self._folder / name}.gz")
         except (OSError, RuntimeError) as error:

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from livt_scale.config.recipe import Log, Recipe, Stage
-from livt_scale.util.atomic import write_whole
+from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
 
 START_S = 120.0  # for a server to answer at the start
 FINISH_S = 120.0  # for what is still to be sent at the end
-MOST_WAITING = 10_000  # lines; what comes then is dropped, and that is said
+MAX_WAITING = 10_000  # lines; what comes then is dropped, and that is said
 IDS = "trackers.json"
 
 
@@ -84,7 +84,7 @@ def open_trackers(
         trackers.append(background)
         if background.run_id != known:
             ids.setdefault(name, {})[stage] = background.run_id
-            write_whole(run_dir / IDS, (json.dumps(ids, indent=2) + "\n").encode())
+            write_atomic(run_dir / IDS, (json.dumps(ids, indent=2) + "\n").encode())
     return Trackers(trackers, sent_to=sent_to)
 
 
@@ -93,7 +93,7 @@ class InBackground:
 
     def __init__(self, name: str, start: Callable[[], tuple[Tracker, str]], say: Callable[[str], None]) -> None:
         self._name, self._say = name, say
-        self._lines: queue.Queue[tuple[dict[str, Any], int | None] | None] = queue.Queue(MOST_WAITING)
+        self._lines: queue.Queue[tuple[dict[str, Any], int | None] | None] = queue.Queue(MAX_WAITING)
         self._started: queue.Queue[str | Exception] = queue.Queue()
         self._complained = False
         self._thread = threading.Thread(target=self._work, args=(start,), name=f"livt-{name}", daemon=True)
@@ -112,7 +112,7 @@ class InBackground:
         try:
             self._lines.put_nowait((values, step))
         except queue.Full:
-            self._complain(f"{MOST_WAITING} lines wait for it; the next ones are dropped")
+            self._complain(f"{MAX_WAITING} lines wait for it; the next ones are dropped")
 
     def finish(self) -> None:
         """Send what waits, for FINISH_S at most, and end."""

@@ -30,7 +30,7 @@ from livt_scale.cli.shards import app
 from livt_scale.data import manifest
 from livt_scale.data.build.builder import index_tars
 from livt_scale.data.build.sources import open_folder, open_list, open_tars
-from livt_scale.data.build.tar import MOST_HEADER_BYTES, MOST_SAMPLE_BYTES, read_tar
+from livt_scale.data.build.tar import MAX_HEADER_BYTES, MAX_SAMPLE_BYTES, read_tar
 from livt_scale.data.build.verify import verify
 from livt_scale.data.build.writer import publish, scan_shard
 from livt_scale.data.loader import train_batches
@@ -149,7 +149,7 @@ REFUSED = {
     "a size with an underscore": (entry("a.png", PNG, claimed=b"0000000_0100"), "no number"),
     "an extended header of 8 GiB": (entry("x", type=b"x", claimed=8**11 - 1), "at most 1,048,576"),
     "a long name of 8 GiB": (entry("x", type=b"L", claimed=8**11 - 1), "at most 1,048,576"),
-    "an extended header of too much": (pax({"comment": bytes(MOST_HEADER_BYTES)}), "at most 1,048,576"),
+    "an extended header of too much": (pax({"comment": bytes(MAX_HEADER_BYTES)}), "at most 1,048,576"),
     "a PAX record of no length": (entry("x", b"0 path=a\n", type=b"x") + ONE, "no `length key=value`"),
     "a PAX record that is too long": (entry("x", b"999 path=a\n", type=b"x") + ONE, "no `length key=value`"),
     "a PAX record without =": (entry("x", b"7 path\n", type=b"x") + ONE, "no `length key=value`"),
@@ -259,8 +259,8 @@ def test_a_key_that_two_tars_hold_is_refused(tmp_path):
 def test_a_sample_too_large_to_be_read_at_once_is_refused_before_it_is_read(tmp_path):
     folder = write(tmp_path / "tars")
     with (folder / "a.tar").open("wb") as file:  # a file with a hole: it takes no room on the disk
-        file.write(header(b"a.png", size=MOST_SAMPLE_BYTES + 1))
-        file.seek(MOST_SAMPLE_BYTES + 1024 + BLOCK)
+        file.write(header(b"a.png", size=MAX_SAMPLE_BYTES + 1))
+        file.seek(MAX_SAMPLE_BYTES + 1024 + BLOCK)
         file.write(entry("a.cls", b"0") + END)
     with pytest.raises(SampleError, match="offset 0, key 'a': more than 536,870,912 bytes"):
         index_tars(folder, workers=1)

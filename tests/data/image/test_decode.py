@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from livt_scale.data.image.decode import MOST_PIXELS, BadImage, Workspace, decode, open_image
+from livt_scale.data.image.decode import MAX_PIXELS, BadImage, Workspace, decode, open_image
 from tests.data.tiny_sets import encoded, photo
 
 PHOTO = photo(48, 65)
@@ -141,7 +141,7 @@ def test_a_gigapixel_header_is_refused_before_any_pixel(bomb, size, monkeypatch)
     monkeypatch.setattr("simplejpeg.decode_jpeg", lambda *_, **__: pytest.fail("decoded"))
     with pytest.raises(BadImage, match=r"more than 67,108,864|exceeds limit|not an image"):
         open_image(data, channels=3)
-    assert size[0] * size[1] > MOST_PIXELS
+    assert size[0] * size[1] > MAX_PIXELS
 
 
 @pytest.mark.parametrize("shrink", [2, 4, 8])

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile
 
-from livt_scale.data.image.decode import MOST_PIXELS, BadImage, decode, open_image
+from livt_scale.data.image.decode import MAX_PIXELS, BadImage, decode, open_image
 from livt_scale.data.image.transforms import EvalTransform
 from tests.data.build.hostile import (
     PNG_SIGNATURE,
@@ -373,7 +373,7 @@ def test_a_bomb_below_pillows_limit_and_above_ours_is_an_error_with_warnings_off
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(BadImage, match="67,108,864"):
-            decode(png(ihdr(MOST_PIXELS // 8192 + 1, 8192), chunk(b"IDAT", zlib.compress(bytes(100)))))
+            decode(png(ihdr(MAX_PIXELS // 8192 + 1, 8192), chunk(b"IDAT", zlib.compress(bytes(100)))))
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 60000), (60000, 1), (3, 5000)])

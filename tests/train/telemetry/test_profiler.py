@@ -67,7 +67,7 @@ def test_a_trace_that_cannot_be_written_is_said(tmp_path, monkeypatch):
 
 
 def test_a_trace_that_is_too_large_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile, "MOST_BYTES", 100)
+    monkeypatch.setattr(profile, "MAX_BYTES", 100)
     (said,) = run(tmp_path / "p", steps=(1, 2))
     assert "trace fewer steps" in said
     assert names(tmp_path / "p") == []

@@ -190,7 +190,7 @@ class Slow:
 
 
 def test_a_slow_server_stops_nobody_and_what_it_cannot_take_is_dropped_with_a_word(monkeypatch):
-    monkeypatch.setattr(trackers, "MOST_WAITING", 5)
+    monkeypatch.setattr(trackers, "MAX_WAITING", 5)
     heard: list[str] = []
     slow = Slow()
     tracker = InBackground("mlflow", lambda: (slow, "id"), heard.append)
