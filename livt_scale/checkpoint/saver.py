@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import sys
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +28,7 @@ from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
 if TYPE_CHECKING:
     from torch import Tensor
 
+_log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 1.0  # before a failed save is tried again; then twice as long, and so on
 
 
@@ -35,8 +36,8 @@ class Saver:
     """Writes checkpoints into `folder`. Built on all ranks (a collective call), by the holder of the run's lock.
 
     A save that fails leaves the earlier checkpoints as they were. It is tried again `retries` times, from the copy in
-    memory; then it is told on stderr, or raised where `failures` says that it ends the run (async: from the next `save`
-    or `wait`). peers: those who save together, where they are not all ranks; then `partial`: see `load`.
+    memory; then it is logged as a warning, or raised where `failures` says that it ends the run (async: from the next
+    `save` or `wait`). peers: those who save together, where they are not all ranks; then `partial`: see `load`.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Saver:
             if ends is not None:
                 raise ends from error
             if self.peers.leads:
-                warn(f"{error} (training goes on)")
+                _log.warning("%s; training continues", error)
         else:
             self.failures.saved(step)
             self.saved_final = final
@@ -199,13 +200,9 @@ class _Write:
                 return publish(self.job, self.peers)
             except SaveFailed as error:  # the same on all ranks, so all of them try again
                 if self.peers.leads:
-                    warn(f"{error}; it is tried again")
+                    _log.warning("%s; retrying", error)
                 time.sleep(FIRST_PAUSE_S * 2**attempt)
         return publish(self.job, self.peers)
-
-
-def warn(text: str) -> None:
-    print(f"livt: warning: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass

@@ -29,6 +29,7 @@ from livt_scale.cli import (
     weights,
 )
 from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
+from livt_scale.util.log import line, to_stderr
 
 EPILOG = """
 Examples:
@@ -67,6 +68,7 @@ _debug = False
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     _version: Annotated[
         bool,
@@ -77,6 +79,7 @@ def _options(
 ) -> None:
     global _debug
     _debug = debug
+    context.with_resource(to_stderr(debug=debug))
 
 
 def _print_version() -> None:
@@ -126,8 +129,7 @@ def main() -> None:
 def _tell(error: Exception, kind: str) -> None:
     if _debug:
         traceback.print_exc()
-    rank = f" on rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
-    print(f"livt: {kind}{rank}: {error}", file=sys.stderr, flush=True)
+    print(line(kind, str(error)), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

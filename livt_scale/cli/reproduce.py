@@ -58,7 +58,7 @@ def reproduce(
     if dry_run:
         _tell_cost(runs, on, folder, device=device or DEVICE, mfu=mfu or MFU, as_json=as_json)
         return
-    failed = {} if collect_only else _run(runs, folder, jobs=jobs, quiet=as_json)
+    failed = {} if collect_only else _run(runs, folder, jobs=jobs)
     results = _collect(names, on, folder, range(seeds), laid)
     if page is not None:
         _write_page(page, results)
@@ -96,11 +96,11 @@ def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: floa
     typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
 
 
-def _run(runs: list[Run], folder: Path, *, jobs: int, quiet: bool) -> dict[str, str]:
+def _run(runs: list[Run], folder: Path, *, jobs: int) -> dict[str, str]:
     from livt_scale.study.local_runner import check_runs, run_all
 
     check_runs(runs, folder)
-    outcome = run_all(runs, folder, jobs=jobs, say=(lambda _: None) if quiet else typer.echo)
+    outcome = run_all(runs, folder, jobs=jobs)
     return outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
 
 

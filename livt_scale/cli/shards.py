@@ -11,6 +11,7 @@ livt shards bench recipes/fashion_mnist_lt/quickstart.yaml --gpus 8 --images-per
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from livt_scale.data.build.builder import Progress
     from livt_scale.data.build.verify import Fault
 
+_log = logging.getLogger(__name__)
 app = typer.Typer(help="Make, check and look at shards.", no_args_is_help=True)
 MIB = 2**20
 EVERY_S = 10.0  # a plain line of progress, where there is no terminal
@@ -303,13 +305,13 @@ class _Lines:
     def __init__(self, unit: str) -> None:
         self._unit = unit
         self._rate = _Rate(unit)
-        self._said = time.monotonic()
+        self._logged = time.monotonic()
 
     def __call__(self, name: str, done: int, total: int, num_bytes: int) -> None:
         rate = self._rate(name, done, num_bytes)
-        if time.monotonic() - self._said >= EVERY_S or done == total:
-            self._said = time.monotonic()
-            print(f"{name}: {done:,} of {total:,} {self._unit}, {rate}", file=sys.stderr, flush=True)
+        if time.monotonic() - self._logged >= EVERY_S or done == total:
+            self._logged = time.monotonic()
+            _log.info("%s: %s of %s %s, %s", name, f"{done:,}", f"{total:,}", self._unit, rate)
 
 
 class _Rate:

@@ -65,8 +65,7 @@ def submit(
     from livt_scale.study.local_runner import check_runs, run_all
 
     check_runs(runs(loaded), loaded.folder)
-    say = (lambda _: None) if as_json else typer.echo
-    outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1, say=say)
+    outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
     if as_json:
         typer.echo(json.dumps({"done": outcome.done, "failed": failed}))

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 import stat
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -46,6 +46,7 @@ from livt_scale.util.atomic import new_file
 from livt_scale.util.errors import DataError, SampleError, UsageError
 from livt_scale.util.urls import one_line
 
+_log = logging.getLogger(__name__)
 MAX_WORKERS = 8
 MAX_SHOWN = 100  # bad images that the summary names; the CSV names all
 PROGRESS_S = 10.0
@@ -100,7 +101,7 @@ def predict(
         writer = csv.writer(text)
         top_k = min(how.top_k, len(names))
         writer.writerow(["file", "error", *(f"{w}_{k + 1}" for k in range(top_k) for w in COLUMNS)])
-        for row in _told(rows, len(files)):
+        for row in _with_progress(rows, len(files)):
             if row.error:
                 bad.append({"file": row.file, "error": row.error})
                 if not skip_bad:
@@ -235,11 +236,11 @@ def _tops(logits: Tensor, top_k: int, *, temperature: float) -> list[tuple[tuple
     return [tuple(zip(n, v, strict=True)) for n, v in rows]
 
 
-def _told(rows: Iterable[_Row], total: int) -> Iterator[_Row]:
-    """`rows`, with a line on stderr now and then."""
-    said = time.monotonic()
+def _with_progress(rows: Iterable[_Row], total: int) -> Iterator[_Row]:
+    """`rows`, with a line of progress every PROGRESS_S seconds."""
+    logged = time.monotonic()
     for done, row in enumerate(rows):
-        if time.monotonic() - said > PROGRESS_S:
-            said = time.monotonic()
-            print(f"predict: {done:,} of {total:,} images", file=sys.stderr, flush=True)
+        if time.monotonic() - logged > PROGRESS_S:
+            logged = time.monotonic()
+            _log.info("predict: %s of %s images", f"{done:,}", f"{total:,}")
         yield row

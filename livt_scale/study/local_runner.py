@@ -7,13 +7,14 @@ started from it; the others go on.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,10 +26,10 @@ from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ManifestError, Preempted
 
+_log = logging.getLogger(__name__)
 LOG = "log.txt"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # as `livt train` takes them
 POLL_S = 0.2
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -58,7 +59,7 @@ def check_runs(runs: Sequence[Run], folder: Path) -> None:
                 raise ManifestError(error.message, remedy=f"make it: livt shards build {spec}") from error
 
 
-def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1, say: Say = print) -> Outcome:
+def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1) -> Outcome:
     """Bring all runs to their end. Raises Preempted on SIGTERM or SIGUSR2, when those that run have saved."""
     left, outcome = in_order(runs), Outcome()
     known = {run.name: run for run in left}
@@ -67,7 +68,7 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1, say: Say = prin
     try:
         while left or active:
             for name in [name for name, (_, process, _) in active.items() if process.poll() is not None]:
-                _ended(*active.pop(name), folder=folder, outcome=outcome, say=say)
+                _ended(*active.pop(name), folder=folder, outcome=outcome)
             for run in list(left):
                 if run.after is not None and (run.after in outcome.failed or run.after in outcome.waited):
                     left.remove(run)
@@ -122,15 +123,13 @@ def _link_or_copy(source: str, target: str) -> str:
     return target
 
 
-def _ended(
-    run: Run, process: subprocess.Popen[bytes], began: float, *, folder: Path, outcome: Outcome, say: Say
-) -> None:
+def _ended(run: Run, process: subprocess.Popen[bytes], began: float, *, folder: Path, outcome: Outcome) -> None:
     took, log = time.monotonic() - began, run.at(folder) / LOG
     if process.returncode == 0 and is_done(run.at(folder), run.stage):
         outcome.done.append(run.name)
-        say(f"{run.name}: done in {took:.0f} s")
+        _log.info("%s: done in %.0f s", run.name, took)
     else:
         last = log.read_text(errors="replace").strip().splitlines()[-1:]
         why = f"exit code {process.returncode}: {''.join(last)[:300]} (log: {log})"
         outcome.failed[run.name] = why
-        say(f"{run.name}: failed, {why}")
+        _log.warning("%s: failed, %s", run.name, why)

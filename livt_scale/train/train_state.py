@@ -7,6 +7,7 @@ scale, the steps that were not taken. Random state: none. All that is random is 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from livt_scale.checkpoint.catalog import agreed_damages
 from livt_scale.checkpoint.load import Position
 from livt_scale.checkpoint.manager import Found, Tiers
 from livt_scale.checkpoint.manifest import step_name
-from livt_scale.checkpoint.saver import warn
 from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
 from livt_scale.data.manifest import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.resume_rules import check_same
 from livt_scale.util.errors import LivtError, Preempted, SaveFailed
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,7 +56,7 @@ class TrainState:
     def resume(self, saver: Tiers) -> str | None:
         """Go on from the newest checkpoint that all ranks can read: what to say of it, or None where there is none.
 
-        A collective call. A damaged one is named on stderr, and the one before it taken. Raises CheckpointMismatch
+        A collective call. A damaged one is named in a warning, and the one before it taken. Raises CheckpointMismatch
         where the recipe learns something else than the checkpoint's did, but for what `allow` names.
         """
         found = saver.newest(self.strategy.state(), on_damage=_warn)
@@ -142,4 +144,4 @@ def run_facts(
 
 
 def _warn(path: Path, wrong: list[str]) -> None:
-    warn(f"{path} is damaged and not used: {'; '.join(wrong)}")
+    _log.warning("%s is damaged and not used: %s", path, "; ".join(wrong))

@@ -40,14 +40,14 @@ def saving(request, tmp_path, state):
     return start
 
 
-def test_the_run_ends_at_the_limit_and_a_good_save_counts_anew(tmp_path, saving, full, capsys):
+def test_the_run_ends_at_the_limit_and_a_good_save_counts_anew(tmp_path, saving, full, caplog):
     failures = Failures(limit=3)
     save = saving(failures)
     save(1)
     for step in (2, 3):
         full(True)
         save(step)
-        assert "was not saved" in capsys.readouterr().err
+        assert "was not saved" in caplog.messages.pop()
         assert verify(tmp_path / "step-00000001") == []
         assert (failures.in_a_row, failures.durable_step) == (step - 1, 1)
     assert failures.report() == {
@@ -96,7 +96,7 @@ def test_the_run_ends_when_what_is_durable_has_grown_too_old(saving, full):
         save(3)
 
 
-def test_a_write_that_fails_once_is_tried_again_from_the_copy(tmp_path, state, saving, monkeypatch, capsys):
+def test_a_write_that_fails_once_is_tried_again_from_the_copy(tmp_path, state, saving, monkeypatch, caplog):
     monkeypatch.setattr(saver, "FIRST_PAUSE_S", 0.0)
     real, calls = io.HashedFile.write, []
 
@@ -112,11 +112,12 @@ def test_a_write_that_fails_once_is_tried_again_from_the_copy(tmp_path, state, s
     saving(failures, retries=1)(1)
     assert verify(tmp_path / "step-00000001") == []
     assert failures.total == 0
-    assert "Input/output error" in (said := capsys.readouterr().err)
-    assert "tried again" in said
+    [warning] = caplog.messages
+    assert "Input/output error" in warning
+    assert "retrying" in warning
 
 
-def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_counts(saving, monkeypatch, capsys):
+def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_counts(saving, monkeypatch, caplog):
     failures = Failures(limit=2)
     save = saving(failures)
     save(1)
@@ -130,7 +131,8 @@ def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_counts(saving
     monkeypatch.setattr(io, "remove_folder", refused)
     for step in (2, 3, 4):
         save(step)
-    assert "could not be removed" in capsys.readouterr().err
+    assert len(caplog.messages) == 3
+    assert all("could not be removed" in text for text in caplog.messages)
     assert (failures.total, failures.in_a_row, failures.durable_step) == (3, 0, 4)
     with pytest.raises(PruneFailed):
         saving(Failures(limit=1))(5)

@@ -51,20 +51,20 @@ def grid():
 
 
 def test_pretraining_first_then_each_from_a_copy_of_it_and_nothing_twice(livt, tmp_path):
-    outcome = run_all(grid(), tmp_path, say=lambda _: None)
+    outcome = run_all(grid(), tmp_path)
     assert sorted(outcome.done) == ["a", "b", "c", "d", "p"]
     assert livt()[0] == "p pretrain False"
     assert {"a finetune True", "b finetune True", "c finetune True", "d finetune False"} < set(livt())
     (tmp_path / "a" / "pretrain" / "weights").unlink()  # each has its own
     assert (tmp_path / "p" / "pretrain" / "weights").read_text() == "p"
-    run_all(grid(), tmp_path, say=lambda _: None)
+    run_all(grid(), tmp_path)
     assert len(livt()) == 5
 
 
 def test_one_that_fails_is_named_with_its_log_and_what_starts_from_it_waits_and_the_others_go_on(livt, tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "breaks").touch()
-    outcome = run_all(grid(), tmp_path, say=lambda _: None)
+    outcome = run_all(grid(), tmp_path)
     assert outcome.done == ["d"]
     assert "planted: no such loss" in outcome.failed["p"]
     assert str(tmp_path / "p" / "log.txt") in outcome.failed["p"]
@@ -74,7 +74,7 @@ def test_one_that_fails_is_named_with_its_log_and_what_starts_from_it_waits_and_
 def test_no_more_than_so_many_at_once(livt, tmp_path, monkeypatch):
     monkeypatch.setenv("TAKES", "0.3")
     began = time.monotonic()
-    run_all([Run(n, Path("r")) for n in "abcd"], tmp_path, jobs=2, say=lambda _: None)
+    run_all([Run(n, Path("r")) for n in "abcd"], tmp_path, jobs=2)
     assert time.monotonic() - began > 0.6
 
 
@@ -83,11 +83,11 @@ def test_a_signal_stops_the_runs_too_and_they_are_continued(livt, tmp_path, monk
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     with pytest.raises(Preempted, match="stopped by SIGTERM"):
-        run_all(grid(), tmp_path, jobs=2, say=lambda _: None)
+        run_all(grid(), tmp_path, jobs=2)
     assert time.monotonic() - began < 30, "it waited for nobody who would not stop"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     monkeypatch.setenv("TAKES", "0")
-    assert sorted(run_all(grid(), tmp_path, say=lambda _: None).done) == ["a", "b", "c", "d", "p"]
+    assert sorted(run_all(grid(), tmp_path).done) == ["a", "b", "c", "d", "p"]
 
 
 @pytest.mark.slow

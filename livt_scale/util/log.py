@@ -1,0 +1,85 @@
+"""Progress and warnings on stderr, through `logging`; results go to stdout, which stays clean for `--json`.
+
+    _log = logging.getLogger(__name__)              # in any module: livt_scale.checkpoint.saver
+    _log.info("pretrain: 5.4 M parameters")         # rank 0 alone: "pretrain: 5.4 M parameters"
+    _log.warning("the disk is full")                # any rank: "livt: warning on rank 3: the disk is full"
+    _log.info("profile written", extra=EVERY_RANK)  # any rank: "rank 3: profile written"
+
+The package installs no handler by itself: the command line does, with `to_stderr`, and a program that imports the
+package configures the logger `livt_scale` as it likes. `livt logs --rank 3` looks for the "rank 3:" of these lines.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+ROOT = "livt_scale"
+EVERY_RANK = {"every_rank": True}  # as `extra`: an INFO line that every rank prints
+# rank and number of ranks, by torchrun, mpirun and srun; the first pair that is set counts, as in distributed/world.py
+VARIABLES = (
+    ("RANK", "WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+)
+
+
+@contextmanager
+def to_stderr(*, debug: bool = False) -> Iterator[None]:
+    """Print the package's log while the block runs: INFO and above, with `debug` everything."""
+    logger = logging.getLogger(ROOT)
+    if any(isinstance(handler, RankHandler) for handler in logger.handlers):
+        yield
+        return
+
+    before = logger.level, logger.propagate
+    handler = RankHandler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.INFO)
+    logger.propagate = False  # a library that configures the root logger would print every line a second time
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.level, logger.propagate = before
+
+
+class RankHandler(logging.Handler):
+    """Lines on stderr: below WARNING from rank 0 alone, the others with their rank."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        wanted = record.levelno >= logging.WARNING or getattr(record, "every_rank", False) or rank_of_process()[0] == 0
+        return wanted and bool(super().filter(record))
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno >= logging.WARNING:
+            return line(record.levelname.lower(), text)
+        rank, world_size = rank_of_process()
+        return f"rank {rank}: {text}" if getattr(record, "every_rank", False) and world_size > 1 else text
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            # Looked up each time: a progress bar replaces sys.stderr to print lines above itself.
+            sys.stderr.write(f"{self.format(record)}\n")
+            sys.stderr.flush()
+        except Exception:
+            self.handleError(record)
+
+
+def line(kind: str, text: str) -> str:
+    """`livt: error: …`, among several processes `livt: error on rank 3: …`."""
+    rank, world_size = rank_of_process()
+    return f"livt: {kind} on rank {rank}: {text}" if world_size > 1 else f"livt: {kind}: {text}"
+
+
+def rank_of_process() -> tuple[int, int]:
+    """(rank, number of ranks) by the launcher's variables; (0, 1) without a launcher or where they are no numbers."""
+    for names in VARIABLES:
+        values = [os.environ.get(name, "") for name in names]
+        if all(value.isdecimal() for value in values):
+            return int(values[0]), int(values[1])
+    return 0, 1
