@@ -42,9 +42,6 @@ class Data(RecipePart):
         2, description="loader processes a rank; 0 decodes in the training process; auto: measured at the start"
     )
     prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready; with auto, at most")
-    decode: Literal["cpu", "gpu"] = Field(
-        "cpu", description="who decodes training JPEGs; gpu: nvJPEG, but for fine-tuning with RandAugment or erasing"
-    )
     lane_groups: PositiveInt | None = Field(
         None, description="groups of slots with shards of their own; None: the most that leave each 12 shards"
     )

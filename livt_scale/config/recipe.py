@@ -116,23 +116,6 @@ class Recipe(RecipePart):
         return self
 
     @model_validator(mode="after")
-    def _a_gpu_has_something_to_decode(self) -> Self:
-        if self.data.decode == "gpu" and not any(self.decodes_on_gpu(stage) for stage in self.stage_names):
-            raise ValueError(
-                "data.decode = gpu has no effect: RandAugment and erasing change pixels on the CPU, so fine-tuning "
-                "with them decodes there; leave it out, or set stages.finetune.rand_augment: null, random_erasing: 0"
-            )
-        if self.data.decode == "gpu" and self.model.channels != 3:
-            raise ValueError(f"data.decode = gpu reads colour alone, and model.channels is {self.model.channels}")
-        return self
-
-    def decodes_on_gpu(self, stage: Stage) -> bool:
-        """Does `data.decode: gpu` reach this stage?"""
-        part = self.stage(stage)
-        augments = isinstance(part, Finetune) and bool(part.rand_augment or part.random_erasing)
-        return self.data.decode == "gpu" and not augments
-
-    @model_validator(mode="after")
     def _a_resnet_is_trained_from_scratch(self) -> Self:
         """A ResNet has no patches to mask and no layers of decaying rates, and its batch norm keeps statistics."""
         part, size = self.stages.finetune, self.model.size

@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from livt_scale.data.mixup import Mix
-from livt_scale.data.on_device import Encoded, decode_on
 from livt_scale.util.errors import DataError
 
 HEADER = 64  # bytes before the images; the first says whether the block is in use
@@ -44,15 +43,9 @@ class Batch:
     noise: Tensor | None = None  # float32 [B, num_patches] uniforms, pretraining: the lowest quarter stays
     drop: Tensor | None = None  # float32 [B, 2 · depth] uniforms, fine-tuning with drop path
     mix: Mix | None = None  # fine-tuning with mixup or cutmix
-    encoded: Encoded | None = None  # data.decode = gpu: `images` are those alone that a loader process has decoded
 
     def to(self, device: torch.device | str) -> Batch:
-        """On `device`, and all its images decoded. Raises DataError."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
-        if self.encoded is None:
-            return moved
-        images = decode_on(torch.device(device), self.encoded, moved.images, self.keys)
-        return replace(moved, images=images, encoded=None)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         return self._each(lambda tensor: tensor.pin_memory())
@@ -84,9 +77,8 @@ class Packed:
         tensors = {name: torch.from_numpy(array) for name, array in values.items()}
         images = tensors.pop("images").permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
         mix = Mix(tensors.pop("lam"), tensors.pop("box")) if "lam" in tensors else None
-        encoded = Encoded(*(tensors.pop(f.name) for f in fields(Encoded))) if "jpegs" in tensors else None
         epoch, step, micro = self.place
-        return Batch(images, tensors.pop("labels"), keys, epoch, step, micro, mix=mix, encoded=encoded, **tensors)
+        return Batch(images, tensors.pop("labels"), keys, epoch, step, micro, mix=mix, **tensors)
 
     def received(self) -> Packed:
         """With its block, in the main process; call once for each message, in any order of batches."""

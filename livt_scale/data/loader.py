@@ -19,7 +19,7 @@ import signal
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -34,13 +34,13 @@ from torch.utils.data._utils import signal_handling
 from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.data import num_workers as calibrate
 from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
-from livt_scale.data.image.transforms import BadImage, EvalTransform, TrainTransform
+from livt_scale.data.image.decode import BadImage
+from livt_scale.data.image.transforms import EvalTransform, TrainTransform
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
 from livt_scale.data.num_workers import Loading
-from livt_scale.data.on_device import check_gpu, encoded_arrays
 from livt_scale.data.order.instance import Ints, eval_positions
-from livt_scale.data.reader import MicroBatch, RankOrder, RawSample, SampleReader, stage_order, this_worker
+from livt_scale.data.reader import MicroBatch, RankOrder, SampleReader, stage_order, this_worker
 from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.util.errors import DataError, LivtError, UsageError
@@ -164,9 +164,6 @@ def eval_batches(
 def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, demand: float | None) -> Loading:
     """How many processes, how far ahead. Raises LivtError where calibration meets a bad sample."""
     data, size = dataset.recipe.data, calibrate.batch_bytes(dataset.recipe, micro_batch)
-    if dataset.hands_on:  # beside the pixels of what is no JPEG; their mean: a batch may hold more
-        manifest = dataset.shards.manifest
-        size += micro_batch * sum(shard.bytes for shard in manifest.shards) // manifest.num_samples
     if data.workers != "auto":
         return calibrate.as_told(data, micro_batch_bytes=size)
     first = next(dataset.micro_batches(0, 1), None)
@@ -261,37 +258,28 @@ class _Dataset(IterableDataset[Any]):
     def load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
         keys = self.shards.keys(batch.samples)
         seed_keys = batch.seed_keys(keys)
-        slots, sent = self.room(batch, keys, self.draw(batch, seed_keys), num_images=len(keys) * self.crops)
+        slots, sent = self._room(batch, keys, self.draw(batch, seed_keys))
         # [B · crops, C, T, T] -> [B, crops, C, T, T]
         places = slots.unflatten(0, (len(keys), self.crops))
         for place, raw, key in zip(places, reader.read(batch.samples, keys), seed_keys, strict=True):
-            with _named(raw):
+            try:
                 self.transform(raw.image, place, epoch=batch.epoch, key=key)
+            except BadImage as error:
+                raise raw.error(str(error)) from error
         return sent
 
-    def room(
-        self, batch: MicroBatch, keys: list[str], drawn: dict[str, np.ndarray], *, num_images: int
-    ) -> tuple[Tensor, Packed]:
-        """(places for `num_images` in a block that holds all else: uint8 [num_images, C, T, T], what to send of it)."""
+    def _room(self, batch: MicroBatch, keys: list[str], drawn: dict[str, np.ndarray]) -> tuple[Tensor, Packed]:
+        """(the images' places in a block that also holds the rest: uint8 [B · crops, C, T, T]; the message to send)."""
         arrays: dict[str, np.ndarray] = {
             "labels": self.shards.labels(batch.samples),
             "keys": np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),
             **drawn,
         }
         px = self.recipe.model.image_px
-        shape = (num_images, px, px, self.recipe.model.channels)
+        shape = (len(keys) * self.crops, px, px, self.recipe.model.channels)
         blocks = self.blocks if get_worker_info() else None
         packed, sent = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro), blocks=blocks)
         return torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2), sent
-
-
-@contextmanager
-def _named(raw: RawSample) -> Iterator[None]:
-    """A BadImage inside becomes an error that says where the sample lies."""
-    try:
-        yield
-    except BadImage as error:
-        raise raw.error(str(error)) from error
 
 
 class _TrainDataset(_Dataset):
@@ -303,34 +291,12 @@ class _TrainDataset(_Dataset):
         self._rank_order = rank_order
         self._start = {"epoch": epoch, "step": step}
         self._transform = TrainTransform(recipe, stage)  # here, not in the workers: each would import timm
-        self.hands_on = recipe.decodes_on_gpu(stage)  # JPEGs as they are, for the main process to decode
-        if self.hands_on:
-            check_gpu()
 
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
         return self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers)
 
     def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:
         self._transform(data, slots[0], epoch=epoch, key=key)
-
-    def load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
-        if not self.hands_on:
-            return super().load(batch, reader)
-        keys = self.shards.keys(batch.samples)
-        seed_keys = batch.seed_keys(keys)
-        raws, views = [], []
-        for raw, key in zip(reader.read(batch.samples, keys), seed_keys, strict=True):
-            with _named(raw):
-                views.append(self._transform.view(raw.image, epoch=batch.epoch, key=key))
-            raws.append(raw)
-        jpegs = [raw.image if view.image.is_plain else b"" for raw, view in zip(raws, views, strict=True)]
-        drawn = self.draw(batch, seed_keys) | encoded_arrays(jpegs, views)
-        here = [k for k, jpeg in enumerate(jpegs) if not jpeg]
-        slots, sent = self.room(batch, keys, drawn, num_images=len(here))
-        for slot, k in zip(slots, here, strict=True):
-            with _named(raws[k]):
-                self._transform.fill(slot, views[k], epoch=batch.epoch, key=seed_keys[k])
-        return sent
 
     def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:
         model, part = self.recipe.model, self._part

@@ -57,7 +57,7 @@ def endless(recipe: Recipe, stage: Stage, *, num_samples: int, workers: int) -> 
     batch = min(BATCH, max(num_samples // 2 * 2, 1))
     part = recipe.stage(stage).model_copy(update={"global_batch": batch, "micro_batch": batch, "epochs": NO_END})
     stages = recipe.stages.model_copy(update={stage: part})
-    data = recipe.data.model_copy(update={"workers": workers, "decode": "cpu"})  # what this machine's cores decode
+    data = recipe.data.model_copy(update={"workers": workers})
     return recipe.model_copy(update={"stages": stages, "data": data})
 
 

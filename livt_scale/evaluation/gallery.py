@@ -21,8 +21,7 @@ from jinja2 import Environment
 from numpy.typing import NDArray
 from PIL import Image
 
-from livt_scale.data.image.decode import decode
-from livt_scale.data.image.transforms import BadImage
+from livt_scale.data.image.decode import BadImage, decode
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.reader import SampleReader
 from livt_scale.evaluation.gallery_page import PAGE

@@ -33,7 +33,8 @@ from torch.utils.data import DataLoader, Dataset
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.sources import IMAGE_ENDINGS, OTHER_IMAGE_ENDINGS
 from livt_scale.data.build.tar import MAX_SAMPLE_BYTES
-from livt_scale.data.image.transforms import BadImage, EvalTransform
+from livt_scale.data.image.decode import BadImage
+from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.num_workers import cores_for_rank
 from livt_scale.distributed import precision
 from livt_scale.distributed.world import World

@@ -50,7 +50,6 @@ class EncodedImage(Protocol):
     height: int
     width: int
     shrinks: bool  # does `shrink` save work and keep the geometry?
-    is_plain: bool  # a JPEG that every decoder reads alike: in colour, upright, of one scan, with its end mark
 
     def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
         """uint8 [ceil(height / shrink), ceil(width / shrink), channels]. Raises BadImage.
@@ -108,7 +107,6 @@ class _JpegImage:
         self.shrinks = self._orientation == 1  # a turned one would count the cut-off edge from the other side
         has_end = data[-2:] == b"\xff\xd9"
         self._can_stop = self.shrinks and has_end and self._outline.height_at > 0 and self._colours not in _FOUR_INKS
-        self.is_plain = self._can_stop and self._colours == "YCbCr" and self._data is data
         self.height, self.width = (width, height) if self._orientation >= 5 else (height, width)
 
     def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
@@ -198,7 +196,6 @@ def _jpeg_facts(data: bytes) -> tuple[int, int, str]:
 
 class _PillowImage:
     shrinks = False
-    is_plain = False
 
     def __init__(self, data: bytes, channels: int) -> None:
         self._channels = channels

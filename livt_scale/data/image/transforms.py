@@ -19,11 +19,9 @@ import torch
 
 from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.data.image.augment import augment, erase, erasing_noise, make_augment
-from livt_scale.data.image.decode import SHRINKS, BadImage, EncodedImage, Pixels, Workspace, decode, open_image
+from livt_scale.data.image.decode import SHRINKS, EncodedImage, Pixels, Workspace, open_image
 from livt_scale.data.seeds import sample_rng
 from livt_scale.util.errors import UsageError
-
-__all__ = ["BadImage", "Box", "EvalTransform", "TrainTransform", "View", "decode", "draw_crop", "make_augment"]
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and both papers'
 CROP_TRIES = 10  # torchvision's
@@ -40,15 +38,6 @@ class Box:
     left: int
     height: int
     width: int
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """An image as it is seen this time."""
-
-    image: EncodedImage
-    box: Box
-    is_mirrored: bool
 
 
 class TrainTransform:
@@ -72,18 +61,11 @@ class TrainTransform:
 
     def __call__(self, data: bytes, slot: torch.Tensor, *, epoch: int, key: str) -> None:
         """Fill `slot`, uint8 [C, T, T] in channels-last order. Raises BadImage."""
-        self.fill(slot, self.view(data, epoch=epoch, key=key), epoch=epoch, key=key)
-
-    def view(self, data: bytes, *, epoch: int, key: str) -> View:
-        """What is drawn before a pixel is decoded. Raises BadImage where the header is bad."""
         image = open_image(data, channels=self._channels)
         uniforms = sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist()
         box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:])
-        return View(image, box, is_mirrored=self._flip and uniforms[0] < 0.5)
-
-    def fill(self, slot: torch.Tensor, view: View, *, epoch: int, key: str) -> None:
-        resize(*cut(view.image, view.box, target_px=slot.shape[-1], workspace=self._workspace), slot)
-        if view.is_mirrored:
+        resize(*cut(image, box, target_px=slot.shape[-1], workspace=self._workspace), slot)
+        if self._flip and uniforms[0] < 0.5:
             slot.copy_(slot[None].flip(-1)[0])
         if self._augment is not None:
             augment(slot, self._augment, sample_rng(self._seed, epoch, key, "augment"))
