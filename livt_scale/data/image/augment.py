@@ -6,8 +6,7 @@
 The operations, their strengths and the way they are drawn are timm's, so recipes from the papers mean here what they
 mean there. Shearing and shifting take four fifths of timm's time, since Pillow moves every pixel by a general 2-D
 filter; along one axis it is a filter of four pixels, and is done so here: the same pixels to within 1 of 255 levels
-in a fifth of the time. Colours change on the array itself, to the bit as Pillow does it (colours.py). timm 1.0 and
-Pillow 13 disagree on posterizing to no bits, which ends a run (`mend_posterize`).
+in a fifth of the time. Colours change on the array itself, to the bit as Pillow does it (colour_ops.py).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from livt_scale.data.image.colour_ops import COLOURS
@@ -46,21 +45,12 @@ def make_augment(notation: str, *, image_px: int, mean: tuple[float, ...]) -> Ra
         "interpolation": Image.Resampling.BICUBIC,
     }
     try:
-        operations = rand_augment_transform(notation, settings)
+        return rand_augment_transform(notation, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(
             f"stages.finetune.rand_augment is {notation!r}, not timm's notation ({error or type(error).__name__})",
             remedy="the papers take rand-m9-mstd0.5-inc1",
         ) from error
-    mend_posterize(operations)
-    return operations
-
-
-def mend_posterize(operations: RandAugment) -> None:
-    """With strength 10 timm asks for 0 bits: black, until Pillow 13 made it an error (timm 1.0.31)."""
-    for operation in operations.ops:
-        if operation.name.startswith("Posterize"):
-            operation.aug_fn = _posterize
 
 
 def augment(slot: Tensor, operations: RandAugment, rng: np.random.Generator) -> None:
@@ -99,12 +89,6 @@ def _apply(operation: AugmentOp, pixels: np.ndarray) -> np.ndarray:
         return colour(pixels, *level)
     image = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
     return np.asarray(operation.aug_fn(image, *level, **operation.kwargs)).reshape(pixels.shape)
-
-
-def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    if bits >= 8:
-        return image
-    return ImageOps.posterize(image, bits) if bits > 0 else image.point([0] * 256 * len(image.getbands()))
 
 
 def _moved(pixels: np.ndarray, moved_px: np.ndarray, fill: np.ndarray, *, axis: int) -> np.ndarray:

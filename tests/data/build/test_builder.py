@@ -28,7 +28,7 @@ SETS = """{
     twin: {source: raw, balanced: {like: lt}},
   }"""
 LABELS = [0, 1, 2] * 40
-SHIPPED = Path(__file__).parents[2] / "shards" / "fashion-mnist-lt"
+SHIPPED = Path(__file__).parents[3] / "shards" / "fashion-mnist-lt"
 
 
 @pytest.fixture

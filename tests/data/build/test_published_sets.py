@@ -18,7 +18,7 @@ from livt_scale.longtail import class_counts_exponential
 from livt_scale.util.errors import SourceError
 from tests.small_sets import contents
 
-SHARDS = Path(__file__).resolve().parents[2] / "shards"
+SHARDS = Path(__file__).resolve().parents[3] / "shards"
 COUNTS = [4, 2, 1]
 
 
