@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.util.errors import LivtError, UsageError, nearest
+from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
@@ -89,13 +89,13 @@ def _measured_mfu(path: Path) -> float:
     """The median `mfu` of a run's lines, less the first, which starts slowly."""
     import statistics
 
+    from livt_scale.train.run_files import read_metrics
+
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        values = [float(line["mfu"]) for line in lines[1:] if line.get("mfu") is not None]
-    except OSError as error:
-        raise UsageError(f"--calibrate: {path} cannot be read: {error.strerror}") from error
-    except (ValueError, AttributeError, TypeError) as error:
-        raise UsageError(f"--calibrate: {path} is no metrics.jsonl: {error}") from error
+        lines = read_metrics(path, strict=True).lines
+    except RunError as error:
+        raise UsageError(f"--calibrate: {error.message}", remedy="give a metrics.jsonl of a run") from error
+    values = [line.mfu for line in lines[1:] if line.mfu is not None]
     if not values:
         raise UsageError(
             f"--calibrate: {path} has no line but the first with an mfu",

@@ -49,6 +49,7 @@ def quickstart(
     from livt_scale.config.load import load_recipe
     from livt_scale.evaluation.results import results_table
     from livt_scale.train.run_dir import is_done
+    from livt_scale.train.run_files import EVAL, read_eval
     from livt_scale.util.errors import UsageError
 
     if not QUICKSTART.exists():
@@ -63,4 +64,4 @@ def quickstart(
         from livt_scale.train.run import train as run
 
         run(recipe)
-    results_table(run_dir)
+    results_table(run_dir, read_eval(run_dir / "finetune" / EVAL))

@@ -256,14 +256,11 @@ def _ended(entry: dict[str, Any]) -> str:
 
 
 def history_of(stage: Stage) -> list[dict[str, Any]]:
-    found = stage.record.status.get("history")
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+    return stage.record.status.get("history", [])
 
 
 def losses_of(stage: Stage) -> list[float]:
-    from livt_scale.slurm.progress import is_number
-
-    return [float(line["loss"]) for line in stage.record.lines if is_number(line.get("loss"))]
+    return [line.loss for line in stage.record.lines if line.loss is not None]
 
 
 def sparkline(values: list[float], *, width: int = WIDTH) -> str:
@@ -278,10 +275,7 @@ def sparkline(values: list[float], *, width: int = WIDTH) -> str:
 
 
 def _last(stage: Stage, name: str) -> float | None:
-    from livt_scale.slurm.progress import is_number
-
-    value = stage.record.lines[-1].get(name) if stage.record.lines else None
-    return float(value) if is_number(value) else None
+    return getattr(stage.record.lines[-1], name) if stage.record.lines else None
 
 
 def clean(text: str) -> str:

@@ -1,20 +1,16 @@
-"""The table at the end of a run, read from its eval.json. Needs no torch: a finished run answers at once."""
+"""The tables that `livt train` and `livt eval` print, made of an eval.json. Needs no torch."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from livt_scale.util.errors import RunError
 
-
-def results_table(run_dir: Path, *, console: Console | None = None) -> None:
-    """Print accuracy for all, many, medium and few-shot classes, and where the rest lies."""
-    report = read_eval(run_dir)
+def results_table(run_dir: Path, report: dict[str, Any], *, console: Console | None = None) -> None:
+    """Print accuracy for all, many, medium and few-shot classes, and where everything else is."""
     console = console or Console()
     console.print(accuracy_table(report))
     console.print(f"calibration error {100 * report['calibration']['ece']:.1f} %", highlight=False)
@@ -48,18 +44,3 @@ def sweep_table(report: dict[str, Any]) -> Table:
         values = [row["top1"][group] for group in groups]
         table.add_row(f"{row['tau']:g}", *("-" if v is None else f"{100 * v:.1f}" for v in values))
     return table
-
-
-def read_eval(run_dir: Path) -> dict[str, Any]:
-    path = run_dir / "finetune" / "eval.json"
-    try:
-        report: dict[str, Any] = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(
-            f"there is no {path}", remedy="fine-tuning has not ended, or the recipe has no data.val"
-        ) from None
-    except ValueError as error:
-        raise RunError(
-            f"{path} is not JSON: {error}", remedy=f"write it again: livt eval {run_dir} --out {path}"
-        ) from error
-    return report

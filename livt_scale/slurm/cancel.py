@@ -110,7 +110,7 @@ def _scancel(*words: str) -> None:
 def _end_processes(record: Record, done: Stopped, *, save: bool, wait_s: float, say: Say, poll_s: float) -> None:
     """A run without a job: the process that wrote status.json, or with `save` False all that wrote heartbeats."""
     pid, host, since = record.status.get("pid"), record.status.get("host"), record.since
-    if not (progress.is_number(pid) and isinstance(host, str) and since is not None):
+    if not (pid is not None and host is not None and since is not None):
         raise RunError(f"{record.stage}/status.json does not say which process runs", remedy="end it by hand")
     named = [(int(pid), host, since)]
     if not save:

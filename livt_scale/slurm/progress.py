@@ -1,23 +1,19 @@
 """How far a stage is, by the files that it has written: status.json, heartbeats, metrics.jsonl, anomalies, checkpoints.
 
 A run directory is looked at from outside while others write it, after kills and on full disks. So whatever is missing,
-half written or damaged becomes a line of `damage`, and the rest is told all the same. Files that grow are read from
-their end, TAIL_BYTES at most.
+incomplete or damaged becomes a line of `damage`, and the rest is reported all the same.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeVar
 
 import yaml
 
@@ -27,13 +23,27 @@ from livt_scale.config.recipe import STAGES
 from livt_scale.slurm.commands import seconds
 from livt_scale.train import heartbeat
 from livt_scale.train.heartbeat import Heartbeat
+from livt_scale.train.run_files import (
+    ANOMALIES,
+    METRICS,
+    STATUS,
+    Lines,
+    MetricsLine,
+    StageStatus,
+    is_number,
+    read_anomalies,
+    read_metrics,
+    read_status,
+)
+from livt_scale.util.errors import RunError
 
-TAIL_BYTES = 2**20
 MEASURED_LINES = 50  # of metrics.jsonl: what a step takes now, and not a week ago
 MIN_FRESH_S = 60.0
 FRESH_BEATS = 4  # heartbeats that may be missed before a run counts as silent
 HEARTBEAT_S = 5.0  # where recipe.yaml does not say
 MAX_RANKS = 65536
+
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -60,48 +70,47 @@ class Record:
     """What one stage has written."""
 
     stage: str
-    status: dict[str, Any] = field(default_factory=dict)  # empty: never started, or it cannot be read
+    status: StageStatus = field(default_factory=lambda: StageStatus())  # empty: never started, or it cannot be read
     beats: list[Heartbeat] = field(default_factory=list)  # of this start
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of metrics.jsonl, its end
+    lines: list[MetricsLine] = field(default_factory=list)  # the last ones of metrics.jsonl
     anomalies: list[dict[str, Any]] = field(default_factory=list)
     saved: Saved | None = None
     damage: list[str] = field(default_factory=list)
 
     @property
     def state(self) -> str:
-        return _text(self.status.get("state"))
+        return self.status.get("state", "")
 
     @property
     def since(self) -> float | None:
-        return seconds(_text(self.status.get("since")))
+        return seconds(self.status.get("since", ""))
 
     @property
     def wrote_at(self) -> float | None:
         """The last sign of life of any rank."""
-        told = [*(beat.at for beat in self.beats if beat.state == "running"), seconds(_text(self.status.get("at")))]
+        told = [*(beat.at for beat in self.beats if beat.state == "running"), seconds(self.status.get("at", ""))]
         return max((at for at in told if at is not None), default=None)
 
     @property
     def step(self) -> int:
-        """The furthest that any of its files tells of."""
-        told = [self.status.get("step"), *(beat.step for beat in self.beats)]
-        last = self.lines[-1].get("step") if self.lines else None
-        return max((int(n) for n in (*told, last) if is_number(n)), default=0)
+        """The furthest step in any of its files."""
+        steps = [self.status.get("step", 0), *(beat.step for beat in self.beats), *(x.step for x in self.lines[-1:])]
+        return max(0, *map(int, steps))
 
     @property
     def total(self) -> int | None:
         total = self.status.get("total_steps")
-        return int(total) if is_number(total) else None
+        return int(total) if total is not None else None
 
     @property
     def step_s(self) -> float | None:
         """Seconds of a step now, with the evaluations and saves between: the median of the last lines."""
-        same = [line for line in self.lines if line.get("world_size") == self.lines[-1].get("world_size")]
-        recent = [line for line in same[-MEASURED_LINES:] if is_number(line.get("step_s"))]
+        same = [line for line in self.lines if line.world_size == self.lines[-1].world_size]
+        recent = [line for line in same[-MEASURED_LINES:] if line.step_s is not None]
         if not recent:
             return None
-        between = [sum(_number(line.get(k)) for k in ("evaluation_s", "checkpoint_stall_s")) for line in recent]
-        return statistics.median(float(line["step_s"]) for line in recent) + statistics.fmean(between)
+        between = [(line.evaluation_s or 0.0) + (line.checkpoint_stall_s or 0.0) for line in recent]
+        return statistics.median(line.step_s for line in recent if line.step_s is not None) + statistics.fmean(between)
 
     @property
     def to_finish_s(self) -> float | None:
@@ -115,7 +124,7 @@ def is_run(path: Path) -> bool:
     return (
         (path / "recipe.yaml").is_file()
         or (path / "slurm" / "chain.json").is_file()
-        or any((path / stage / "status.json").is_file() for stage in STAGES)
+        or any((path / stage / STATUS).is_file() for stage in STAGES)
     )
 
 
@@ -149,19 +158,14 @@ def _recipes(run_dir: Path) -> Iterable[Path]:
 
 
 def read_record(run_dir: Path, stage: str) -> Record:
-    """What `stage` has written. Raises nothing: what cannot be read is told in `damage`."""
+    """What `stage` has written. Raises nothing: what cannot be read is in `damage`."""
     folder, record = run_dir / stage, Record(stage)
     try:
-        status = json.loads((folder / "status.json").read_bytes())
-        if not isinstance(status, dict) or not isinstance(status.get("state"), str):
-            raise ValueError("it has no state")
-        record.status = status
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
-        record.damage.append(f"{folder / 'status.json'} cannot be read: {_first_line(error)}")
-    record.lines = _json_lines(folder / "metrics.jsonl", needs="step", damage=record.damage)
-    record.anomalies = _json_lines(folder / "anomalies.jsonl", needs="step", damage=record.damage)
+        record.status = read_status(run_dir, stage) or StageStatus()
+    except RunError as error:
+        record.damage.append(error.message)
+    record.lines = _undamaged(folder / METRICS, lambda path: read_metrics(path, tail=True), damage=record.damage)
+    record.anomalies = _undamaged(folder / ANOMALIES, read_anomalies, damage=record.damage)
     record.beats = _beats(folder, since=record.since if record.state == "running" else None)
     record.saved = _newest(folder / "checkpoints", damage=record.damage)
     return record
@@ -181,30 +185,15 @@ def _beats(folder: Path, *, since: float | None) -> list[Heartbeat]:
     return [beat for beat in beats if since is None or beat.at >= since - MIN_FRESH_S]
 
 
-def _json_lines(path: Path, *, needs: str, damage: list[str]) -> list[dict[str, Any]]:
-    """The whole lines at the end of a file. A half one at the very end is being written, or of a killed process."""
+def _undamaged(path: Path, read: Callable[[Path], Lines[Line]], *, damage: list[str]) -> list[Line]:
     try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(size - TAIL_BYTES, 0))
-            raw = file.read()
-    except FileNotFoundError:
+        found = read(path)
+    except RunError as error:
+        damage.append(error.message)
         return []
-    except OSError as error:
-        damage.append(f"{path} cannot be read: {error.strerror}")
-        return []
-    whole = raw.split(b"\n")[1 if size > TAIL_BYTES else 0 : -1]
-    found, wrong = [], 0
-    for line in whole:
-        try:
-            entry = json.loads(line)
-            int(entry[needs])
-            found.append(entry)
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
-            wrong += 1
-    if wrong:
-        damage.append(f"{wrong} lines of {path} cannot be read and are left out")
-    return found
+    if found.damaged:
+        damage.append(f"{found.damaged} lines of {path} cannot be read and are left out")
+    return found.lines
 
 
 def _newest(folder: Path, *, damage: list[str]) -> Saved | None:
@@ -228,20 +217,12 @@ def _newest(folder: Path, *, damage: list[str]) -> Saved | None:
     return None
 
 
-def is_number(value: object) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def sampled(values: Sequence[float], *, count: int) -> list[float]:
     """At most `count` means over `values`, in their order: what a line of so many characters can show."""
     if len(values) <= count:
         return list(values)
     edges = [i * len(values) // count for i in range(count + 1)]
     return [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
-
-
-def _number(value: object) -> float:
-    return float(value) if is_number(value) else 0.0
 
 
 def _text(value: object) -> str:

@@ -7,13 +7,12 @@ total       `total_steps` of status.json; before the first start, from the shard
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.config.recipe import Recipe, Stage
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import METRICS, StageStatus, read_metrics, read_status
 from livt_scale.util.errors import LivtError
 
 LINES = 200
@@ -34,9 +33,10 @@ class Measured:
 
 def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
     """What the run directory knows of `stage`. Raises RunError where its status.json cannot be read."""
-    status = read_status(run_dir, stage) or {}
-    lines = _lines(run_dir / stage / "metrics.jsonl")
-    steps = [float(line["step_s"]) for line in lines[1:] or lines]
+    status: StageStatus = read_status(run_dir, stage) or {}
+    lines = [line for line in read_metrics(run_dir / stage / METRICS, tail=True).lines if line.step_s is not None]
+    lines = lines[-LINES:]
+    steps = [line.step_s for line in lines[1:] or lines if line.step_s is not None]
     total = status.get("total_steps")
     return Measured(
         done=status.get("state") == "done",
@@ -45,7 +45,7 @@ def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
         step_s=statistics.median(steps) if steps else None,
         longest_step_s=max(steps) if steps else None,
         save_s=status.get("longest_save_s"),
-        world_size=int(lines[-1]["world_size"]) if lines and "world_size" in lines[-1] else None,
+        world_size=lines[-1].world_size if lines else None,
     )
 
 
@@ -69,19 +69,3 @@ def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
     except (LivtError, OSError):
         return None
     return recipe.stage(stage).epochs * order.steps_per_epoch
-
-
-def _lines(path: Path) -> list[dict[str, float]]:
-    try:
-        text = path.read_text(encoding="utf-8").splitlines()[-LINES:]
-    except OSError:
-        return []
-    found = []
-    for line in text:
-        try:
-            entry = json.loads(line)
-            float(entry["step_s"])
-        except (ValueError, LookupError, TypeError):
-            continue  # a half line of a killed process, or a line of another kind
-        found.append(entry)
-    return found

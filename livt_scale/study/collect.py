@@ -7,7 +7,6 @@ made again where the runs are gone.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -26,7 +25,17 @@ from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Claim, Setting, runs_of
 from livt_scale.study.comparison import together
 from livt_scale.study.runs import Run
-from livt_scale.train.run_dir import is_done, read_status
+from livt_scale.train.run_dir import is_done
+from livt_scale.train.run_files import (
+    EVAL,
+    EVALUATIONS,
+    METRICS,
+    EvaluationLine,
+    read_eval,
+    read_evaluations,
+    read_metrics,
+    read_status,
+)
 from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-claim-results", 1
@@ -88,7 +97,7 @@ class _Found:
             return
         for measure, value in measures_of(run, place).items():
             self.values.setdefault(arm, {}).setdefault(measure, {})[seed] = value
-        self.curves.setdefault(arm, []).append([line["top1_all"] for line in evaluations(place)])
+        self.curves.setdefault(arm, []).append([line.top1_all for line in evaluations(place)])
         self.minutes.setdefault(arm, []).append(training_minutes(place / run.stage))
         if arm not in self.weights:
             self.weights[arm] = num_weights(run.load(folder), num_classes=num_classes)
@@ -109,7 +118,7 @@ def sets_read(run: Run, place: Path, *, train: str, val: str | None) -> dict[str
         from livt_scale.train.finetune import final_pretraining  # torch
 
         return {train: read_manifest(final_pretraining(place)).facts["learnt_from"]["data.manifest"]}
-    told = _evaluation(place)
+    told = read_eval(place / "finetune" / EVAL)
     return {train: told["weights"]["trained_on"], str(val): told["data"]["manifest_digest"]}
 
 
@@ -153,14 +162,9 @@ def _other_pretraining(place: Path, wanted: Recipe) -> str:
     problem = _differs(Recipe.model_validate(facts["recipe"]), wanted, "pretrain")
     if problem:
         return f"its pretraining is {problem}"
-    began = _evaluation(place)["weights"]["init"]
+    began = read_eval(place / "finetune" / EVAL)["weights"]["init"]
     same = began is not None and began["recipe_digest"] == facts["recipe_digest"]
     return "" if same else "it did not begin with the pretraining that lies beside it"
-
-
-def _evaluation(place: Path) -> dict[str, Any]:
-    told: dict[str, Any] = json.loads((place / "finetune" / "eval.json").read_bytes())
-    return told
 
 
 def num_weights(recipe: Recipe, *, num_classes: int) -> int:
@@ -174,23 +178,23 @@ def measures_of(run: Run, place: Path) -> dict[str, float]:
         from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch, only where it has to reckon
 
         return {"reconstruction_loss": reconstruction_loss(place)}
-    top1 = _evaluation(place)["top1"]
+    top1 = read_eval(place / "finetune" / EVAL)["top1"]
     found = {f"top1_{group}": float(top1[group]) for group in GROUPS if top1[group] is not None}
-    by_epoch = [line["top1_all"] for line in evaluations(place)]
+    by_epoch = [line.top1_all for line in evaluations(place)]
     return found | ({"top1_mean_over_epochs": statistics.fmean(by_epoch)} if len(by_epoch) > 1 else {})
 
 
-def evaluations(place: Path) -> list[dict[str, Any]]:
-    file = place / "finetune" / "evaluations.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+def evaluations(place: Path) -> list[EvaluationLine]:
+    """Those during fine-tuning."""
+    return read_evaluations(place / "finetune" / EVALUATIONS)
 
 
 def training_minutes(folder: Path) -> float:
     """Time in steps, by metrics.jsonl: without start, evaluation and saving."""
     total_s, before = 0.0, 0
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        total_s += line["step_s"] * (line["step"] - before)
-        before = line["step"]
+    for line in read_metrics(folder / METRICS, strict=True).lines:
+        total_s += (line.step_s or 0.0) * (line.step - before)
+        before = line.step
     return total_s / 60
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from livt_scale.study.collect import (
 )
 from livt_scale.study.definition import Loaded, Point, last_run, points
 from livt_scale.study.runs import Run
+from livt_scale.train.run_files import EVAL, METRICS, read_eval, read_metrics
 from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-study", 1
@@ -101,11 +101,10 @@ def _of_a_whole_run(loaded: Loaded, run: Run, place: Path) -> dict[str, Any]:
         from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch, only where it has to reckon
 
         measures["reconstruction_loss"] = reconstruction_loss(place)
-    curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / "metrics.jsonl") for stage in stages}
-    evaluated = [[line["epoch"], line["top1_all"]] for line in evaluations(place)]
+    curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / METRICS) for stage in stages}
+    evaluated = [[line.epoch, line.top1_all] for line in evaluations(place)]
     if run.stage == "finetune":
-        told = json.loads((place / "finetune" / "eval.json").read_bytes())
-        measures["ece"] = float(told["calibration"]["ece"])
+        measures["ece"] = float(read_eval(place / "finetune" / EVAL)["calibration"]["ece"])
         curves["evaluations"] = evaluated
     pictures = sorted((place / "pretrain" / "samples").glob("*.png"))
     return {
@@ -118,10 +117,10 @@ def _of_a_whole_run(loaded: Loaded, run: Run, place: Path) -> dict[str, Any]:
 
 def _curve(path: Path) -> list[list[float]]:
     """[[epoch, loss], …], thinned to at most MAX_POINTS, the last one kept."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = read_metrics(path, strict=True).lines
     step = -(-len(lines) // MAX_POINTS) or 1
     kept = lines[::-1][::step][::-1]
-    return [[line["epoch"], line["loss"]] for line in kept if line["loss"] is not None]
+    return [[line.epoch, line.loss] for line in kept if line.epoch is not None and line.loss is not None]
 
 
 def _epochs(loaded: Loaded, recipe: Recipe) -> dict[str, int | None]:

@@ -21,7 +21,8 @@ from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.train.loop import Evaluation, Task
-from livt_scale.train.run_dir import is_done, is_run, read_status
+from livt_scale.train.run_dir import is_done, is_run
+from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import RunError, UsageError, WeightsError
 from livt_scale.weights.adapt import start_classifier
 from livt_scale.weights.importer import open_weights

@@ -24,7 +24,8 @@ from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.distributed.state_dict import AVERAGE, collect
 from livt_scale.evaluation.evaluate import TrainingClasses, weights_lineage
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier
-from livt_scale.train.run_dir import is_run, read_status
+from livt_scale.train.run_dir import is_run
+from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
 
 NAMED = ("best", "newest")
@@ -133,7 +134,7 @@ def _stage_state(run_dir: Path, stage: Stage) -> str:
     status = read_status(run_dir, stage)
     if status is None and not checkpoints:
         return "not started"
-    said = status["state"] if status else "no status"
+    said: str = status["state"] if status else "no status"
     if status and "step" in status:
         said += f" at step {status['step']} of {status.get('total_steps', '?')}"
     more = f"{len(checkpoints)} checkpoints, the last: {names}" if len(checkpoints) > 3 else f"checkpoints: {names}"

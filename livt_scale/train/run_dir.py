@@ -19,14 +19,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.train.run_files import STATUS, State, read_status, read_status_file
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
 
-State = Literal["running", "preempted", "failed", "done"]
 MAX_HISTORY = 20  # earlier starts that status.json keeps
 MAX_WHY = 400  # characters of why each of them ended
 
@@ -69,17 +69,6 @@ def save_resolved(recipe: Recipe, run_dir: Path) -> None:
         write_atomic(path, text)
 
 
-def read_status(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
-    """What `RUN/STAGE/status.json` says; None where the stage was never started."""
-    try:
-        status: dict[str, Any] = json.loads((run_dir / stage / "status.json").read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise RunError(f"{run_dir / stage / 'status.json'} is not JSON: {error}", remedy="remove it") from error
-    return status
-
-
 def is_done(run_dir: Path, stage: Stage) -> bool:
     status = read_status(run_dir, stage)
     return status is not None and status["state"] == "done"
@@ -89,7 +78,7 @@ class Status:
     """Writes status.json, on the main rank; `since` moves when the state does."""
 
     def __init__(self, folder: Path, *, stage: Stage, writes: bool) -> None:
-        self._path = folder / "status.json"
+        self._path = folder / STATUS
         self._writes = writes
         self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
         self._lock = threading.Lock()  # the watchdog's thread adds how far the ranks are
@@ -113,9 +102,9 @@ class Status:
     def take_over(self) -> None:
         """From now on this rank writes: the main one is gone, and has left how often the stage was started."""
         self._writes = True
-        with suppress(OSError, ValueError, TypeError):
-            written = json.loads(self._path.read_bytes())
-            self._now |= {name: written[name] for name in ("starts", "history") if name in written}
+        with suppress(RunError):
+            written = read_status_file(self._path) or {}
+            self._now |= {name: value for name, value in written.items() if name in ("starts", "history")}
 
     def _put(self, **facts: Any) -> None:
         self._now |= {"at": _now(), **facts}
@@ -140,14 +129,15 @@ class Status:
 def _earlier_starts(path: Path) -> dict[str, Any]:
     """Which start this is, and how the ones before it ended; `running` where one ended without a word."""
     try:
-        before = json.loads(path.read_bytes())
-        ended = {"ended": before["state"]}  # the only `state` in the file is the stage's own: batch scripts look for it
-        ended |= {name: before[name] for name in ("since", "at", "step", "host") if name in before}
-        ended["why"] = str(before.get("why", ""))[:MAX_WHY]
-        history = [*before.get("history", []), ended][-MAX_HISTORY:]
-        return {"starts": int(before.get("starts", 1)) + 1, "history": history}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {"starts": 1, "history": []}  # the first, or nobody can say
+        before = read_status_file(path)
+    except RunError:
+        before = None
+    if before is None or "starts" not in before:
+        return {"starts": 1, "history": []}  # the first, or it cannot be known
+    ended: dict[str, Any] = {"ended": before["state"]}  # not `state`: batch scripts look for the stage's own
+    ended |= {name: value for name, value in before.items() if name in ("since", "at", "step", "host")}
+    ended["why"] = before.get("why", "")[:MAX_WHY]
+    return {"starts": before["starts"] + 1, "history": [*before.get("history", []), ended][-MAX_HISTORY:]}
 
 
 def _now() -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from livt_scale.checkpoint.load import list_checkpoints, read_tensors
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from tests.chaos.ranks import Ranks, assert_same_pretraining
 
 ONE = {"world": 1, "checkpoint__keep_last": 9}

@@ -8,7 +8,7 @@ import signal
 import pytest
 
 from livt_scale.train import heartbeat
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from livt_scale.train.watchdog import LINGER_S, LOCKED_S
 from tests.chaos.ranks import Ranks, assert_same_pretraining
 

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from livt_scale.train.preempt import MIN_LEAD_S
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from tests.chaos.ranks import Ranks, assert_same_pretraining
 from tests.chaos.test_lost_ranks import first_steps_done
 

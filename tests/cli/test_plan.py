@@ -119,7 +119,7 @@ def test_every_device_of_the_table_has_a_place_in_a_node():
 
 
 def test_calibration_takes_the_median_mfu_but_the_first(tmp_path):
-    lines = [{"mfu": 0.01}, {"mfu": 0.3}, {"mfu": 0.32}, {"mfu": None}, {"mfu": 0.34}]
+    lines = [{"step": step, "mfu": mfu} for step, mfu in enumerate((0.01, 0.3, 0.32, None, 0.34))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     answer = planned("--gpus", "8", "--calibrate", str(tmp_path / "metrics.jsonl"))
     assert answer["assumptions"]["mfu"]["value"] == 0.32

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from livt_scale.cli import logs, main, status
 from livt_scale.cli.status import sparkline
 from livt_scale.slurm import cancel
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import LivtError, UsageError
 from tests.slurm.made_runs import MadeRun, ended, ended_pid, row
 from tests.slurm.replayed_slurm import ReplayedSlurm

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from livt_scale.checkpoint.load import list_checkpoints
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from tests.whole_runs import assert_same_run, final_weights, metrics
 
 FULL_DISK = """

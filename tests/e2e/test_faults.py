@@ -9,7 +9,7 @@ import signal
 import time
 
 from livt_scale.data.manifest import ShardSet
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from tests.whole_runs import assert_same_run
 
 MIB = 2**20

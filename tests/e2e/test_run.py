@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from livt_scale.train.run_dir import read_status
+from livt_scale.train.run_files import read_status
 from tests.whole_runs import assert_same_run, metrics
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from livt_scale.slurm import commands, processes, progress, status
 from livt_scale.slurm.commands import JobState
+from livt_scale.train import run_files
 from livt_scale.train.run_dir import hold
 from tests.slurm.made_runs import CHAIN_NAME, MadeRun, ended, ended_pid, row
 from tests.slurm.replayed_slurm import ReplayedSlurm
@@ -262,7 +263,7 @@ def test_a_half_line_of_metrics_is_not_damage(run):
 
 
 def test_long_files_are_read_from_their_end(run, monkeypatch):
-    monkeypatch.setattr(progress, "TAIL_BYTES", 2000)
+    monkeypatch.setattr(run_files, "TAIL_BYTES", 2000)
     run.metrics(*[1.0] * 500)
     record = progress.read_record(run.dir, "pretrain")
     assert record.step == 10_000

@@ -11,8 +11,8 @@ from livt_scale.train.telemetry.metrics_log import Telemetry, measured_demand
 
 def test_demand_is_what_the_steps_would_take_without_waiting(tmp_path):
     lines = [
-        {"images_per_s": 1.0, "step_s": 1, "data_wait_s": 0, "world_size": 1},
-        {"images_per_s": 800.0, "step_s": 2.0, "data_wait_s": 1.0, "world_size": 4},
+        {"step": 1, "images_per_s": 1.0, "step_s": 1, "data_wait_s": 0, "world_size": 1},
+        {"step": 2, "images_per_s": 800.0, "step_s": 2.0, "data_wait_s": 1.0, "world_size": 4},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert measured_demand(tmp_path) == pytest.approx(400)
@@ -39,8 +39,8 @@ def test_a_rank_s_demand_is_told_by_the_world_that_it_was_measured_in(tmp_path, 
         '{"images_per',
         '{"step": 3}\n',
         "[]\n",
-        '{"images_per_s": 1, "step_s": 0, "data_wait_s": 0, "world_size": 1}\n',
-        '{"images_per_s": 1, "step_s": 1, "data_wait_s": 0}\n',  # of how many ranks?
+        '{"step": 1, "images_per_s": 1, "step_s": 0, "data_wait_s": 0, "world_size": 1}\n',
+        '{"step": 1, "images_per_s": 1, "step_s": 1, "data_wait_s": 0}\n',  # of how many ranks?
     ],
 )
 def test_no_record_or_half_a_line_is_no_demand(tmp_path, text):

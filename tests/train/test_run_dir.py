@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from livt_scale.train import run_dir as rundir
+from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import Preempted, RunBusyError, RunError
 
-HOLD = "import sys, pathlib; from livt_scale.train import rundir\n"
+HOLD = "import sys, pathlib; from livt_scale.train import run_dir as rundir\n"
 HOLD += "with rundir.hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 
@@ -54,7 +55,7 @@ def test_status_tells_how_the_stage_ended(tmp_path, error, state, why):
 
     with pytest.raises(type(error)):
         train()
-    written = rundir.read_status(tmp_path, "pretrain")
+    written = read_status(tmp_path, "pretrain")
     assert (written["state"], written["why"], written["step"]) == (state, why, 3)
     assert not rundir.is_done(tmp_path, "pretrain")
 

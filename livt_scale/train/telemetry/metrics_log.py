@@ -19,16 +19,15 @@ from typing import Any, Self
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, drop_lines_after, read_metrics
 from livt_scale.train.telemetry.clock import DEVICE_PARTS, PARTS, StepClock
 from livt_scale.train.telemetry.layer_stats import LayerGroups
 from livt_scale.train.telemetry.mfu import Speed, memory_peak_gib
 from livt_scale.train.telemetry.profiler import Profiler
 from livt_scale.train.telemetry.trackers import Trackers
-from livt_scale.util.atomic import write_atomic
+from livt_scale.util.errors import RunError
 
 PLAIN_LINE_EVERY_S = 10.0
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
 CPU = torch.device("cpu")
 MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
 SUMS = (*MEANS, *(f"{name}_steps" for name in MEANS), "steps", "skipped_steps", "step_s", *(f"{p}_s" for p in PARTS))
@@ -84,7 +83,7 @@ class Telemetry:
     def __enter__(self) -> Self:
         if self._writes:
             for name in (METRICS, EVALUATIONS):
-                _drop_lines_after(self._path.with_name(name), self._start)
+                drop_lines_after(self._path.with_name(name), self._start)
             self._file = self._path.open("a")
             if sys.stderr.isatty():
                 self._start_bar()
@@ -267,36 +266,22 @@ def measured_demand(folder: Path) -> float | None:
     From the last line of metrics.jsonl, where the run stopped, and the world size of that time: what one rank takes
     is its device's, and stays when the run goes on with more of them. None where there is no such line.
     """
-    try:
-        line = json.loads((folder / METRICS).read_text(encoding="utf-8").splitlines()[-1])
-        busy = 1 - line["data_wait_s"] / line["step_s"]
-        return float(line["images_per_s"]) / line["world_size"] / busy if busy > 0 else None
-    except (OSError, ValueError, LookupError, ZeroDivisionError, TypeError):
-        return None  # not begun, or a half line of a killed process: nothing is known
-
-
-def _drop_lines_after(path: Path, step: int) -> None:
-    """Keep the lines up to `step`; a half line at the end, of a killed process, goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            if not line.endswith(b"\n") or json.loads(line)["step"] > step:
-                break
-        except (ValueError, KeyError):
-            break
-        kept.append(line)
-    write_atomic(path, b"".join(kept))
+    line = _last_line(folder)
+    if line is None or not (line.images_per_s and line.step_s and line.world_size) or line.data_wait_s is None:
+        return None  # not begun, or not known
+    busy = 1 - line.data_wait_s / line.step_s
+    return line.images_per_s / line.world_size / busy if busy > 0 else None
 
 
 def last_step_written(folder: Path) -> int:
-    """The step of the last whole line of metrics.jsonl, as an earlier start left it; 0 without one."""
+    """The step of the last complete line of metrics.jsonl, as an earlier start left it; 0 without one."""
+    line = _last_line(folder)
+    return line.step if line is not None else 0
+
+
+def _last_line(folder: Path) -> MetricsLine | None:
     try:
-        lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        with suppress(ValueError, LookupError, TypeError):
-            return int(json.loads(line)["step"])
-    return 0
+        lines = read_metrics(folder / METRICS, tail=True).lines
+    except RunError:
+        return None
+    return lines[-1] if lines else None

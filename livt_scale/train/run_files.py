@@ -1,0 +1,250 @@
+"""The files in which a run records what it does: one reader for each of them.
+
+RUN/STAGE/status.json         read_status        state, position, process, earlier starts
+RUN/STAGE/metrics.jsonl       read_metrics       one line per `log.every_steps` steps
+RUN/STAGE/evaluations.jsonl   read_evaluations   one line per evaluation during training
+RUN/STAGE/anomalies.jsonl     read_anomalies     one line per step that was not taken as it was
+RUN/finetune/eval.json        read_eval          the report of the final evaluation
+
+The files are read while others write them, after a kill and on full disks. So an incomplete last line of a .jsonl file
+is skipped, a field of the wrong kind counts as missing, and sizes are bounded. A damaged line is counted, or with
+`strict` an error that names the file and the line. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Literal, TypedDict, TypeGuard, TypeVar, cast
+
+from livt_scale.util.atomic import write_atomic
+from livt_scale.util.errors import RunError
+
+State = Literal["running", "preempted", "failed", "done"]
+STATUS, METRICS, EVALUATIONS, ANOMALIES = "status.json", "metrics.jsonl", "evaluations.jsonl", "anomalies.jsonl"
+EVAL = "eval.json"
+
+TAIL_BYTES = 2**20  # what `tail` reads: thousands of lines
+MAX_LINES_BYTES = 2**28  # a million lines
+MAX_STATUS_BYTES = 2**20
+MAX_EVAL_BYTES = 2**28  # per-class values of many thousand classes
+
+Line = TypeVar("Line")
+
+
+class StageStatus(TypedDict, total=False):
+    """status.json. `state` is always there; times are local, with the offset from UTC."""
+
+    state: State
+    stage: str
+    why: str
+    since: str  # when the state changed
+    at: str  # when the file was written
+    step: int
+    total_steps: int
+    host: str
+    pid: int
+    starts: int
+    history: list[dict[str, Any]]  # how earlier starts ended, the oldest first
+    ranks: dict[str, Any]
+    longest_save_s: float
+    failed_saves: int
+    last_failed_save: str
+
+
+@dataclass(frozen=True)
+class MetricsLine:
+    """A line of metrics.jsonl (docs/telemetry.md). None: not in the line, or null."""
+
+    step: int
+    epoch: float | None
+    loss: float | None
+    images_per_s: float | None
+    step_s: float | None
+    data_wait_s: float | None
+    evaluation_s: float | None
+    checkpoint_stall_s: float | None
+    mfu: float | None
+    world_size: int | None
+
+
+@dataclass(frozen=True)
+class EvaluationLine:
+    """A line of evaluations.jsonl: top-1 accuracy as fractions of 1."""
+
+    step: int
+    epoch: float
+    top1_all: float
+
+
+@dataclass(frozen=True)
+class Lines(Generic[Line]):
+    """The complete lines of a file in their order; `damaged`: how many more could not be read."""
+
+    lines: list[Line]
+    damaged: int = 0
+
+
+def read_status(run_dir: Path, stage: str) -> StageStatus | None:
+    """RUN/STAGE/status.json; None if the stage was never started. Raises RunError if the file cannot be read."""
+    return read_status_file(run_dir / stage / STATUS)
+
+
+def read_status_file(path: Path) -> StageStatus | None:
+    status = _read_object(path, max_bytes=MAX_STATUS_BYTES, remedy="remove it")
+    if status is None:
+        return None
+    if not isinstance(status.get("state"), str):
+        raise RunError(f"{path} cannot be read: it has no state", remedy="remove it")
+
+    kinds: dict[str, Callable[[object], bool]] = {
+        **dict.fromkeys(("step", "total_steps", "pid", "starts", "longest_save_s", "failed_saves"), is_number),
+        **dict.fromkeys(("stage", "why", "since", "at", "host", "last_failed_save"), lambda v: isinstance(v, str)),
+        "history": lambda v: isinstance(v, list) and all(isinstance(entry, dict) for entry in v),
+        "ranks": lambda v: isinstance(v, dict),
+    }
+    known = {name: value for name, value in status.items() if name not in kinds or kinds[name](value)}
+    return cast(StageStatus, known)
+
+
+def read_metrics(path: Path, *, tail: bool = False, strict: bool = False) -> Lines[MetricsLine]:
+    """The lines of a metrics.jsonl; with `tail` those in its last TAIL_BYTES. See `_read_lines` for errors."""
+    return _read_lines(path, _metrics_line, tail=tail, strict=strict)
+
+
+def read_evaluations(path: Path) -> list[EvaluationLine]:
+    """The lines of an evaluations.jsonl; none if there is no such file. Raises RunError for a damaged line."""
+    if not path.exists():
+        return []
+    return _read_lines(path, _evaluation_line, tail=False, strict=True).lines
+
+
+def read_anomalies(path: Path) -> Lines[dict[str, Any]]:
+    """The last lines of an anomalies.jsonl; each has an integer `step`."""
+    return _read_lines(path, lambda entry: {**entry, "step": _step(entry)}, tail=True, strict=False)
+
+
+def read_eval(path: Path) -> dict[str, Any]:
+    """The report in an eval.json. Raises RunError if it is missing or damaged."""
+    again = f"write it again: livt eval {path.parent.parent} --out {path}"
+    report = _read_object(path, max_bytes=MAX_EVAL_BYTES, remedy=again)
+    if report is None:
+        raise RunError(f"there is no {path}", remedy="fine-tuning has not finished, or the recipe has no data.val")
+    return report
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Rewrite a .jsonl file without the lines after `step`; an incomplete line at the end is dropped too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            if not line.endswith(b"\n") or _step(_object(json.loads(line))) > step:
+                break
+        except (ValueError, RecursionError):
+            break
+        kept.append(line)
+    write_atomic(path, b"".join(kept))
+
+
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether `value`, from JSON, is a finite number; true and false are not."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the floats
+        return False
+
+
+def _metrics_line(entry: dict[str, Any]) -> MetricsLine:
+    names = ("epoch", "loss", "images_per_s", "step_s", "data_wait_s", "evaluation_s", "checkpoint_stall_s", "mfu")
+    ranks = entry.get("world_size")
+    numbers = {name: float(entry[name]) if is_number(entry.get(name)) else None for name in names}
+    return MetricsLine(step=_step(entry), world_size=int(ranks) if is_number(ranks) else None, **numbers)
+
+
+def _evaluation_line(entry: dict[str, Any]) -> EvaluationLine:
+    return EvaluationLine(_step(entry), epoch=_required(entry, "epoch"), top1_all=_required(entry, "top1_all"))
+
+
+def _step(entry: dict[str, Any]) -> int:
+    return int(_required(entry, "step"))
+
+
+def _required(entry: dict[str, Any], name: str) -> float:
+    value = entry.get(name)
+    if not is_number(value):
+        raise ValueError(f"it has no number {name!r}")
+    return float(value)
+
+
+def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Line], *, tail: bool, strict: bool) -> Lines[Line]:
+    """`parse` of each line that it accepts. Raises RunError if the file cannot be read.
+
+    strict: a missing file and a damaged line are errors too.
+    """
+    end = _read_end(path, max_bytes=TAIL_BYTES if tail else MAX_LINES_BYTES)
+    if end is None:
+        if strict:
+            raise RunError(f"there is no {path}")
+        return Lines([])
+    raw, cut = end
+    if cut and not tail:
+        raise RunError(f"{path} has more than {MAX_LINES_BYTES / 2**20:.0f} MiB and is not read")
+    texts = raw.split(b"\n")
+    lines, damaged = [], 0
+    for number, text in list(enumerate(texts, start=1))[1 if cut else 0 :]:
+        if not text.strip():
+            continue
+        try:
+            lines.append(parse(_object(json.loads(text))))
+        except (ValueError, RecursionError) as error:
+            if number == len(texts):  # being written, or cut by a kill
+                break
+            if strict:
+                raise RunError(f"{path}, line {number} cannot be read: {_first_line(error)}") from error
+            damaged += 1
+    return Lines(lines, damaged)
+
+
+def _read_end(path: Path, *, max_bytes: int) -> tuple[bytes, bool] | None:
+    """(the last `max_bytes` of a file, whether that cuts it); None if there is no such file."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - max_bytes, 0))
+            return file.read(max_bytes), size > max_bytes
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _read_object(path: Path, *, max_bytes: int, remedy: str) -> dict[str, Any] | None:
+    """The JSON object in a file; None without one."""
+    end = _read_end(path, max_bytes=max_bytes)
+    if end is None:
+        return None
+    raw, cut = end
+    if cut:
+        raise RunError(f"{path} cannot be read: it has more than {max_bytes / 2**20:.0f} MiB", remedy=remedy)
+    try:
+        return _object(json.loads(raw))
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {_first_line(error)}", remedy=remedy) from error
+
+
+def _object(value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
