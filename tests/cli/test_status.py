@@ -204,7 +204,7 @@ def test_a_sparkline_goes_from_lowest_to_highest():
 
 def test_none_of_them_imports_torch(busy):
     code = (
-        "import sys\nfrom livt_scale import cli\n"
+        "import sys\nfrom livt_scale.cli import main as cli\n"
         f"for words in (['status', {str(busy.dir)!r}], ['logs', {str(busy.dir)!r}]):\n"
         "    sys.argv = ['livt', *words]\n"
         "    try:\n        cli.main()\n    except SystemExit as end:\n        assert not end.code\n"
