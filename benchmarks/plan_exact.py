@@ -23,10 +23,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from livt_scale.config.capabilities import CAPABILITIES, STRATEGIES, StrategyName
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.plan.exact import Measurement, measure_computing, with_engine
-from livt_scale.plan.memory import STRATEGIES, Memory, Spread, Strategy, plan_memory
+from livt_scale.plan.memory import Memory, Spread, plan_memory
 from livt_scale.plan.parameters import weights_of
 from livt_scale.util.atomic import write_atomic
 
@@ -42,7 +43,7 @@ MIB = 2**20
 class Setting:
     model: str
     stage: Stage
-    strategy: Strategy
+    strategy: StrategyName
     recompute: bool
     ranks: int
     micro_batch: int
@@ -147,7 +148,8 @@ def main() -> int:
     rows = [compare(each, measured(each, kept, args.json)) for each in settings(args)]
     print(table(rows))
     out = [row for row in rows if not row.within]
-    states = max((abs(row.states_off) for row in rows if not row.setting.strategy.startswith("zero")), default=0.0)
+    of_torch = [row for row in rows if CAPABILITIES[row.setting.strategy].zero_stage is None]
+    states = max((abs(row.states_off) for row in of_torch), default=0.0)
     seconds, cpu_s = max(each["s"] for each in kept.values()), max(each["cpu_s"] for each in kept.values())
     resident = max(each["found"]["resident_bytes"] for each in kept.values())
     print(

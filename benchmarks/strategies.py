@@ -29,13 +29,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from livt_scale.config.capabilities import CAPABILITIES, STRATEGIES, StrategyName
 from livt_scale.config.recipe import MODEL_SIZES, Model, Parallel
 from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import World, detect, process_group
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import param_groups
 
-STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 BETAS, LR, MASK_RATIO = (0.9, 0.95), 1e-4, 0.75
 WARM_UP = 2  # steps that are not timed
 BOUND_S = 1200  # for one strategy on one world size
@@ -94,9 +94,9 @@ def _wait(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def measure(args: argparse.Namespace, strategy: str, world_size: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace, strategy: StrategyName, world_size: int) -> dict[str, Any]:
     """The figures of one strategy on `world_size` processes of this machine, or {"failed": why}."""
-    if strategy.startswith("zero") and find_spec("deepspeed") is None:
+    if CAPABILITIES[strategy].zero_stage and find_spec("deepspeed") is None:
         return {"failed": "deepspeed is not installed"}
     with tempfile.TemporaryDirectory(prefix="livt-strategies-") as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

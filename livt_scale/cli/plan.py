@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.plan.assumptions import Accelerator, Assumptions
     from livt_scale.plan.stage_plan import DataSet, StagePlan, Task
-
-STRATEGY_NAMES = ("auto", "ddp", "fsdp", "zero1", "zero2", "zero3")
 
 
 def plan(
@@ -55,8 +54,9 @@ def plan(
     assumed, changed = _assumptions(assume or [], mfu=mfu, calibrate=calibrate)
     data = _data_set(loaded, assumed, images=images, classes=classes)
     wanted = strategy or loaded.parallel.strategy
-    if wanted not in STRATEGY_NAMES:
-        raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, STRATEGY_NAMES))
+    names = ("auto", *STRATEGIES)
+    if wanted not in names:
+        raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, names))
     if picture is not None and picture.suffix.lower() != ".png":
         raise UsageError(f"--picture {picture}: it is a PNG", remedy=f"name it {picture.with_suffix('.png').name}")
     found, plans = [], []
@@ -140,15 +140,16 @@ def _planned(task: Task, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
         raise UsageError(f"{task.stage}: {task.data.images} images are no global batch of {part.global_batch}")
     batches = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
     possible = strategies_for(part)
-    if wanted != "auto" and wanted not in possible:
+    strategy = next((name for name in possible if name == wanted), None)
+    if strategy is None and wanted != "auto":
         raise UsageError(
             f"{task.stage}: {wanted} takes neither LARS nor a frozen backbone", remedy=f"give {' or '.join(possible)}"
         )
     tried = candidates(task)
-    if wanted == "auto":
+    if strategy is None:
         return best(tried) or min(tried, key=lambda p: p.memory.peak), tried
     spread = spread_of(
-        task, wanted, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
+        task, strategy, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
         recompute=parallel.activation_checkpointing,
     )  # fmt: skip
     return plan_stage(task, spread), tried

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
+from livt_scale.config.capabilities import choices, supports
 from livt_scale.config.data import Cache, Data, Remote
 from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_patches
 from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
@@ -149,10 +150,10 @@ class Recipe(RecipePart):
 
     @model_validator(mode="after")
     def _layer_groups_can_be_seen(self) -> Self:
-        if self.log.layer_groups and self.parallel.strategy.startswith("zero"):
+        if self.log.layer_groups and not supports(self.parallel.strategy, "layer_groups"):
             raise ValueError(
-                f"log.layer_groups has no effect on strategy {self.parallel.strategy!r}, whose engine keeps the "
-                "gradients to itself: take ddp or fsdp, or leave it out"
+                f"log.layer_groups has no effect on parallel.strategy {self.parallel.strategy!r}, whose engine keeps "
+                f"the gradients to itself: set strategy to {choices('layer_groups')}, or remove layer_groups"
             )
         return self
 
@@ -171,10 +172,11 @@ class Recipe(RecipePart):
 
     @model_validator(mode="after")
     def _an_average_can_be_kept(self) -> Self:
-        if self.stages.finetune and self.stages.finetune.ema and self.parallel.strategy == "zero3":
+        strategy = self.parallel.strategy
+        if self.stages.finetune and self.stages.finetune.ema and not supports(strategy, "ema"):
             raise ValueError(
-                "stages.finetune.ema cannot be kept under parallel.strategy 'zero3', which holds no weight whole or as "
-                "torch's shards: take fsdp, which shards as zero3 does, or leave ema out"
+                f"stages.finetune.ema is not supported by parallel.strategy {strategy!r}, which keeps no parameter "
+                f"complete or as torch's shards: set strategy to {choices('ema')}, or remove ema"
             )
         return self
 
@@ -183,15 +185,15 @@ class Recipe(RecipePart):
         part, strategy = self.stages.finetune, self.parallel.strategy
         if part is None:
             return self
-        if part.optimizer == "lars" and strategy.startswith("zero"):
+        if part.optimizer == "lars" and not supports(strategy, "lars"):
             raise ValueError(
-                f"stages.finetune.optimizer 'lars' asks for the norm of each layer, which the flat pieces of "
-                f"parallel.strategy {strategy!r} do not know: take ddp or fsdp"
+                "stages.finetune.optimizer 'lars' needs the norm of each layer, which the flat partitions of "
+                f"parallel.strategy {strategy!r} do not give: set strategy to {choices('lars')}"
             )
-        if part.train == "head" and strategy.startswith("zero"):
+        if part.train == "head" and not supports(strategy, "frozen_backbone"):
             raise ValueError(
-                f"stages.finetune.train 'head' leaves parallel.strategy {strategy!r} next to no gradients and moments "
-                "to share out: take ddp, or fsdp for a backbone that fits no single device"
+                f"stages.finetune.train 'head' leaves parallel.strategy {strategy!r} almost no gradients and moments "
+                f"to shard: set strategy to {choices('frozen_backbone')}"
             )
         if part.train == "head" and self.parallel.activation_checkpointing and self.stages.pretrain is None:
             raise ValueError(

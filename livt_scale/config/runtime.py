@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from livt_scale.config.capabilities import StrategyName, choices, supports
+
 MAX_PROFILED_STEPS = 20
 
 
@@ -16,7 +18,7 @@ class RecipePart(BaseModel):
 class Parallel(RecipePart):
     """How the work is spread. The number of processes is the launcher's to say, never the recipe's."""
 
-    strategy: Literal["auto", "ddp", "fsdp", "zero1", "zero2", "zero3"] = Field(
+    strategy: Literal["auto", StrategyName] = Field(
         "auto", description="auto: ddp where weights, gradients and moments fit half of a device's memory, else fsdp"
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
@@ -25,10 +27,9 @@ class Parallel(RecipePart):
     shard_within: Literal["all", "node"] = Field(
         "all", description="fsdp: shards over all ranks, or within each node with a copy on every node (hybrid)"
     )
-    offload: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="where sharded states wait: the device, its host's memory, or (zero only) a disk"
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="where sharded states are kept: on the device, or in its host's memory"
     )
-    offload_dir: str | None = Field(None, min_length=1, description="a folder on each node's own disk, for nvme")
     activation_checkpointing: bool = Field(
         False, description="keep each block's input alone and compute the block again in the backward pass"
     )
@@ -45,17 +46,16 @@ class Parallel(RecipePart):
 
     @model_validator(mode="after")
     def _offload_has_an_effect(self) -> Self:
-        sharded = self.strategy in ("fsdp", "zero1", "zero2", "zero3")
-        if self.offload != "none" and not sharded:
+        if self.offload != "none" and not supports(self.strategy, "offload"):
             raise ValueError(
-                f"offload has no effect on strategy {self.strategy!r}: take fsdp or a zero, or leave it out"
+                f"offload has no effect on strategy {self.strategy!r}: "
+                f"set strategy to {choices('offload')}, or remove offload"
             )
-        if self.offload == "nvme" and not (self.strategy == "zero3" and self.offload_dir):
-            raise ValueError("offload is 'nvme': that needs strategy zero3 and an offload_dir")
-        if self.offload_dir and self.offload != "nvme":
-            raise ValueError(f"offload_dir has no effect on offload {self.offload!r}: leave it out")
-        if self.shard_within == "node" and self.strategy != "fsdp":
-            raise ValueError(f"shard_within 'node' has no effect on strategy {self.strategy!r}: take fsdp")
+        if self.shard_within == "node" and not supports(self.strategy, "hybrid"):
+            raise ValueError(
+                f"shard_within 'node' has no effect on strategy {self.strategy!r}: "
+                f"set strategy to {choices('hybrid')}, or remove shard_within"
+            )
         return self
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
@@ -29,8 +30,8 @@ _OWN_BUFFERS: dict[str, Any] = {
 class Ddp(TorchOptimizerStep):
     """A `Strategy`; `model` is moved to this rank's device."""
 
-    name = "ddp"
-    lockstep = False
+    name: StrategyName = "ddp"
+    lockstep = CAPABILITIES["ddp"].shards_parameters
 
     def __init__(
         self,

@@ -10,13 +10,11 @@ import atexit
 import importlib
 import logging
 import os
-import tempfile
 import warnings
 import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import init_device_mesh
 
 from livt_scale import optim
+from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.deepspeed_state import ZeroState
@@ -109,10 +108,10 @@ def start_engine(
 
 
 def engine_config(model: nn.Module, *, stage: int, parallel: Parallel, world: World) -> dict[str, Any]:
-    """What `deepspeed.initialize` is given. UsageError where the machine has not what `offload` needs.
+    """The configuration for `deepspeed.initialize`.
 
-    Precision is not the engine's: it holds and exchanges fp32, and the forward pass runs under autocast (`zero`).
-    Batches are not its either: the sizes below satisfy its checks, and the strategy tells it which micro-batch is last.
+    The engine does not handle precision: it holds and exchanges fp32, and the forward pass runs under autocast.
+    Nor does it handle batches: the sizes below satisfy its checks, and the strategy marks the last micro-batch.
     """
     numel = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zero: dict[str, Any] = {
@@ -137,29 +136,8 @@ def _offloaded(parallel: Parallel, *, stage: int, world: World) -> dict[str, Any
     if parallel.offload == "none":
         return {}
     to: dict[str, Any] = {"device": parallel.offload, "pin_memory": world.device.type == "cuda"}
-    if parallel.offload == "nvme":
-        assert parallel.offload_dir is not None, "the recipe has checked it"
-        to["nvme_path"] = _usable_disk(parallel.offload_dir)
-    # `offload_param` is stage 3's alone: the others keep all weights on the device
+    # Only stage 3 takes `offload_param`: the others keep all parameters on the device.
     return {"offload_optimizer": to, **({"offload_param": to} if stage == 3 else {})}
-
-
-def _usable_disk(folder: str) -> str:
-    builder = importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        raise UsageError(
-            "parallel.offload is nvme, and deepspeed cannot build its asynchronous file access here",
-            remedy="install libaio's headers (Debian: libaio-dev) and a C++ compiler on all nodes, or take cpu",
-        )
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(
-            f"parallel.offload_dir {folder} cannot be written: {error.strerror}", remedy="name a folder on a local disk"
-        ) from error
-    return folder
 
 
 def _name_device(world: World) -> None:
@@ -183,9 +161,6 @@ def _end_process_group() -> None:
         dist.destroy_process_group()
 
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
-
-
 class Zero:
     """A `Strategy`; the model's parameters are the engine's from now on."""
 
@@ -194,19 +169,20 @@ class Zero:
         model: nn.Module,
         groups: Groups,
         *,
-        name: str,
+        name: StrategyName,
         parallel: Parallel,
         betas: tuple[float, float],
         world: World,
     ) -> None:
-        stage = STAGES[name]
+        can = CAPABILITIES[name]
+        assert can.zero_stage is not None, f"{name} is not an engine of DeepSpeed"
         deepspeed = import_deepspeed(world)
-        self.name, self.model, self.lockstep = name, model.to(world.device), stage == 3
+        self.name, self.model, self.lockstep = name, model.to(world.device), can.shards_parameters
         self._device, self._precision = world.device, parallel.precision
         self._adamw = optim.make_adamw(groups(model), betas=betas, implementation=parallel.adamw)
         # Inside the module: the engine switches an autocast around it off.
         model.forward = partial(_under_autocast, model.forward, world.device, parallel.precision)
-        self._engine = start_engine(deepspeed, model, self._adamw, stage=stage, parallel=parallel, world=world)
+        self._engine = start_engine(deepspeed, model, self._adamw, stage=can.zero_stage, parallel=parallel, world=world)
         self._zero = self._engine.optimizer  # DeepSpeed's, around AdamW
         mesh = init_device_mesh(world.device.type, (world.world_size,)) if world.world_size > 1 else None
         self._state = ZeroState(deepspeed, self._engine, mesh=mesh)

@@ -91,18 +91,13 @@ class ZeroState:
 
     def _make_moments(self) -> None:
         """Zero moments before the first step, as `parallel.state.collect` makes them; the engine makes them in it."""
-        for index, flat in enumerate(self.flats()):
-            on_disk = self._sharded and self._zero._swappable_optimizer_subgroup(index)
-            if on_disk:
-                self._zero._optimizer_states_and_gradient_swap_in(index)
+        for flat in self.flats():
             beside = self._zero.optimizer.defaults["fused"]
             self._zero.optimizer.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device if beside else "cpu"),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }
-            if on_disk:
-                self._zero._optimizer_states_and_gradient_swap_out(index)
         if not self._sharded:
             self._zero._lazy_init_hp_params_optimizer_state()  # the parameters learn where their moments lie
 

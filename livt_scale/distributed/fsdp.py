@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
+from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.blocks import blocks_of
@@ -28,8 +29,8 @@ from livt_scale.distributed.world import World
 class Fsdp(TorchOptimizerStep):
     """A `Strategy`; the parameters of `model` become DTensors."""
 
-    name = "fsdp"
-    lockstep = True
+    name: StrategyName = "fsdp"
+    lockstep = CAPABILITIES["fsdp"].shards_parameters
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from livt_scale.config.capabilities import StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import UsageError
@@ -45,7 +46,7 @@ class StepResult:
 class Strategy(Protocol):
     """`model` keeps its plain parameter names. `lockstep`: a forward pass is a collective call."""
 
-    name: str
+    name: StrategyName
     model: nn.Module
     lockstep: bool
 
@@ -105,7 +106,7 @@ def make_strategy(
 
 
 def _engine(
-    name: str,
+    name: StrategyName,
     parallel: Parallel,
     model: nn.Module,
     groups: Groups,
@@ -128,7 +129,7 @@ def _engine(
     return Zero(model, groups, name=name, parallel=parallel, betas=betas, world=world)
 
 
-def choose(parallel: Parallel, model: nn.Module, *, world: World) -> str:
+def choose(parallel: Parallel, model: nn.Module, *, world: World) -> StrategyName:
     """The strategy's name; `auto`: the simplest whose states fit. UsageError where this many ranks cannot have it."""
     if parallel.shard_within == "node" and world.world_size % world.local_size:
         raise UsageError(

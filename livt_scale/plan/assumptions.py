@@ -44,7 +44,6 @@ class Assumptions(_Part):
     storage_gb_s: PositiveFloat = Field(5, description="the shared file system writes and reads for this job")
     host_copy_gb_s: PositiveFloat = Field(10, description="of one device to its host's memory, for a save")
     host_gb_s: PositiveFloat = Field(200, description="a node's main memory, under AdamW of all its ranks (offload)")
-    disk_gb_s: PositiveFloat = Field(5, description="a node's own disk, reading or writing (offload: nvme)")
     agree_ms: NonNegativeFloat = Field(
         72, description="ranks agree on a save, times log2 of their number (0.78 s on 1856, pytorch.org, April 2025)"
     )

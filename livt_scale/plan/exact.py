@@ -89,7 +89,7 @@ def measure_computing(
 
 def with_engine(found: Measurement, recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
     """A replica's measured computing, with a zero's states and buffers by formula about it; others as they are."""
-    if not spread.strategy.startswith("zero"):
+    if spread.can.zero_stage is None:
         return found
     weights = stage_weights(recipe, stage, num_classes=num_classes)
     last = activation_bytes(recipe, stage, spread).end

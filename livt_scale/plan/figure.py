@@ -14,7 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from livt_scale.plan.memory import GIB, STRATEGIES, Peak
+from livt_scale.config.capabilities import STRATEGIES
+from livt_scale.plan.memory import GIB, Peak
 from livt_scale.plan.stage_plan import StagePlan, Task, candidates, plan_stage, spread_of
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.plots import new_figure, png_of

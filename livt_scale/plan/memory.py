@@ -23,14 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from livt_scale.config.capabilities import CAPABILITIES, Capabilities, StrategyName
 from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
 from livt_scale.plan.parameters import Weight
 
-Strategy = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
-STRATEGIES: tuple[Strategy, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 GIB = 2**30
 FP32 = 4
-ZERO_BUCKET = 50_000_000  # elements exchanged at a time: `parallel.zero_engine.BUCKET`, which a test compares
+ZERO_BUCKET = 50_000_000  # elements exchanged at a time: `distributed.deepspeed.BUCKET`, which a test compares
 ZERO_REUSE = 1_000_000_000  # elements: weights that come again so soon stay gathered (DeepSpeed's max_reuse_distance)
 KEPT_FP32 = 2  # values of a block a token and channel: the residual stream before attention and before the MLP
 KEPT_LOW = 14
@@ -42,14 +41,18 @@ WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
 class Spread:
     """How the work lies on the ranks. `shards`: ranks that share one copy of the states (all, or those of a node)."""
 
-    strategy: Strategy
+    strategy: StrategyName
     gpus: int
     precision: Literal["fp32", "bf16", "fp16"]
     micro_batch: int
     accumulation: int = 1
     recompute: bool = False
     within_node: int | None = None  # hybrid fsdp: ranks of a node
-    offload: Literal["none", "cpu", "nvme"] = "none"  # where sharded states wait
+    offload: Literal["none", "cpu"] = "none"  # where sharded states are kept
+
+    @property
+    def can(self) -> Capabilities:
+        return CAPABILITIES[self.strategy]
 
     @property
     def shards(self) -> int:
@@ -100,7 +103,7 @@ class Memory:
 
 
 def plan_memory(recipe: Recipe, stage: Stage, weights: Sequence[Weight], spread: Spread) -> Memory:
-    """Memory of `stage`'s step on the device; what is offloaded waits elsewhere (`offloaded_bytes`)."""
+    """Memory of `stage`'s step on the device; what is offloaded is not on it (`offloaded_bytes`)."""
     kept = activation_bytes(recipe, stage, spread)
     casts, casts_again = cast_bytes(weights, spread)
     peak = peak_of(weights, spread, max(kept.forward + casts, kept.backward + casts_again), kept.end)
@@ -113,12 +116,12 @@ def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int
     held, grads, moments = held_bytes(weights, spread)
     forward, backward = buffer_bytes(weights, spread)
     early, late = 0, grads  # gradients when the activations are at their most, and when all gradients are there
-    if (spread.strategy == "ddp" and spread.gpus > 1) or spread.strategy == "zero3":
+    if (spread.strategy == "ddp" and spread.gpus > 1) or spread.can.zero_stage == 3:
         early = grads  # views of DDP's buckets, or stage 3's flat buffer, which stay
     elif spread.strategy == "fsdp" and spread.accumulation > 1:
         early = FP32 * _trained(weights)  # add up whole until the last micro-batch
         late = early
-    elif spread.strategy == "zero1":
+    elif spread.can.zero_stage == 1:
         late = grads + FP32 * _trained(weights)
         early = FP32 * _trained(weights) if spread.accumulation > 1 else 0
     elif spread.accumulation > 1:
@@ -142,7 +145,7 @@ def held_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int
 
 
 def offloaded_bytes(weights: Sequence[Weight], spread: Spread) -> int:
-    """Of a rank: pieces of weights, gradients and moments that wait in the host's memory or on its disk."""
+    """Of a rank: pieces of weights, gradients and moments that are kept in the host's memory."""
     shared, _, own, moments = _held(weights, spread)
     return 0 if spread.offload == "none" else shared + own + moments
 
@@ -158,7 +161,7 @@ def _held(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int, int
         own = FP32 * sum(w.rows_numel(spread.shards) for w in weights if w.trained)
         return rows, 0, own, FP32 * sum(w.moments * w.rows_numel(spread.shards) for w in weights if w.trained)
     own = FP32 * math.ceil(_trained(weights) / spread.shards)
-    if spread.strategy == "zero3":
+    if spread.can.shards_parameters:
         shared = FP32 * sum(math.ceil(w.numel / spread.shards) for w in weights)
         persistent = FP32 * _persistent(weights) if spread.gpus > 1 else 0
         return shared, persistent, own, 2 * own
@@ -184,9 +187,9 @@ def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
     if spread.strategy == "ddp" or (spread.gpus == 1 and spread.strategy == "fsdp"):
         return 0, 0
     bucket = FP32 * min(ZERO_BUCKET, trained)
-    if spread.strategy in ("zero1", "zero2"):
+    if spread.can.zero_stage in (1, 2):
         return bucket, bucket
-    if spread.strategy == "zero3":
+    if spread.can.zero_stage == 3:
         # at the end of the forward pass the last half of that distance is still there: it comes again going back
         gathered = FP32 * min(max(2 * largest + ZERO_BUCKET, ZERO_REUSE // 2), trained) if spread.gpus > 1 else 0
         # the bucket, its copy in the order of ranks, and this rank's share of the sum

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Recipe, Stage, StagePart
 from livt_scale.plan.assumptions import Accelerator, Assumptions, peak_tflops
 from livt_scale.plan.flops import Flops, network_flops
-from livt_scale.plan.memory import FP32, GIB, STRATEGIES, Memory, Spread, offloaded_bytes, plan_memory
+from livt_scale.plan.memory import FP32, GIB, Memory, Spread, offloaded_bytes, plan_memory
 from livt_scale.plan.parameters import Weight, stage_weights
 from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
 
@@ -167,7 +168,7 @@ def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
 
     Under ddp a tensor is one piece, else one of each rank that has rows of it.
     """
-    ranks = 1 if spread.strategy == "ddp" else spread.shards
+    ranks = spread.shards if spread.can.shards_moments else 1
     size = pieces = 0
     for w in weights:
         moments, counts = w.moments * w.trained, (w.moments == 2) * w.trained
@@ -176,27 +177,31 @@ def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
     return FP32 * size + PIECE_BYTES * pieces
 
 
-def spread_of(task: Task, strategy: str, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
+def spread_of(task: Task, strategy: StrategyName, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
     """`strategy` on the task's GPUs, as the recipe has it: hybrid within nodes, offloaded, where `strategy` can be."""
     parallel = task.recipe.parallel
-    hybrid = strategy == "fsdp" and parallel.shard_within == "node" and task.gpus > task.per_node
-    takes = strategy == "zero3" if parallel.offload == "nvme" else strategy != "ddp"
+    can = CAPABILITIES[strategy]
+    hybrid = can.hybrid and parallel.shard_within == "node" and task.gpus > task.per_node
     return Spread(
-        strategy,  # type: ignore[arg-type]
+        strategy,
         task.gpus,
         parallel.precision,
         micro_batch,
         accumulation,
         recompute,
         task.per_node if hybrid else None,
-        parallel.offload if takes else "none",
+        parallel.offload if can.offload else "none",
     )
 
 
-def strategies_for(part: StagePart) -> tuple[str, ...]:
-    """Those that a recipe may give this stage: the zeros know neither LARS nor a frozen backbone."""
-    probes = part.backbone_frozen or part.lars_momentum is not None
-    return tuple(name for name in STRATEGIES if not (probes and name.startswith("zero")))
+def strategies_for(part: StagePart) -> tuple[StrategyName, ...]:
+    """The strategies that a recipe may combine with this stage."""
+    lars = part.lars_momentum is not None
+    return tuple(
+        name
+        for name, can in CAPABILITIES.items()
+        if (can.frozen_backbone or not part.backbone_frozen) and (can.lars or not lars)
+    )
 
 
 def candidates(task: Task) -> list[StagePlan]:

@@ -73,29 +73,24 @@ def step_time(
     compute_s = max(images * work / (peak_tflops(device, spread.precision) * 1e12 * assumed.mfu), launches_s)
     collectives = exchange(weights, spread)
     exchange_s = sum(_seconds(c, device, assumed, per_node=min(per_node, spread.gpus)) for c in collectives)
-    hides = spread.strategy in ("ddp", "fsdp", "zero3")  # deepspeed overlaps in stage 3 alone, as it is configured here
-    hidden_s = min(assumed.overlap * exchange_s, compute_s) if hides else 0.0
+    hidden_s = min(assumed.overlap * exchange_s, compute_s) if spread.can.overlaps else 0.0
     trained = sum(w.numel for w in weights if w.trained)
-    own = trained if spread.strategy == "ddp" else trained / spread.shards
+    own = trained / spread.shards if spread.can.shards_moments else trained
     traffic = round(sum(c.traffic for c in collectives))
     exposed_s, here = exchange_s - hidden_s, min(per_node, spread.gpus)
     if spread.offload != "none":
         optimizer_s = PASSES_OF_ADAMW * FP32 * own * here / (assumed.host_gb_s * 1e9)
-        offload_s = _offload_s(FP32 * own, spread, assumed, ranks=here)
+        offload_s = _offload_s(FP32 * own, spread, assumed)
         return StepTime(compute_s, exchange_s, exposed_s, optimizer_s, traffic, offload_s)
     optimizer_s = PASSES_OF_ADAMW * FP32 * own / (device.memory_gb_s * 1e9)
     return StepTime(compute_s, exchange_s, exposed_s, optimizer_s, traffic)
 
 
-def _offload_s(own_bytes: float, spread: Spread, assumed: Assumptions, *, ranks: int) -> float:
+def _offload_s(own_bytes: float, spread: Spread, assumed: Assumptions) -> float:
     """Seconds that a step's pieces move: of weights, `own_bytes` each, for every gather; of gradients, when reduced."""
-    gathers = 2 * spread.accumulation if spread.strategy in ("fsdp", "zero3") else 1  # else the updated weights, once
-    reduced = spread.accumulation if spread.strategy in ("zero2", "zero3") else 1
-    copied_s = (gathers + reduced) * own_bytes / (assumed.host_copy_gb_s * 1e9)
-    if spread.offload == "cpu":
-        return copied_s
-    states = 2 * 3 * own_bytes  # fp32 weights and two moments, read and written
-    return copied_s + ranks * (states + gathers * own_bytes) / (assumed.disk_gb_s * 1e9)
+    gathers = 2 * spread.accumulation if spread.can.shards_parameters else 1  # otherwise the updated weights, once
+    reduced = spread.accumulation if spread.can.reduces_each_micro_batch else 1
+    return (gathers + reduced) * own_bytes / (assumed.host_copy_gb_s * 1e9)
 
 
 def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:
@@ -113,13 +108,13 @@ def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:
     within = spread.within_node is not None
     if spread.strategy == "ddp":
         return [Collective(2 * share * whole, units, ranks, False)]
-    if spread.strategy in ("zero1", "zero2"):
-        times = micro if spread.strategy == "zero2" else 1
+    if spread.can.zero_stage in (1, 2):
+        times = micro if spread.can.reduces_each_micro_batch else 1
         return [
             Collective(share * whole * times, units * times, ranks, False),
             Collective(share * whole, 1, ranks, False),
         ]
-    if spread.strategy == "zero3":
+    if spread.can.zero_stage == 3:
         return [Collective(3 * share * whole * micro, 3 * units * micro, ranks, False)]
     found = [
         Collective(share * gathered * micro, gathers * micro, ranks, within),

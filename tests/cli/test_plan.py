@@ -171,8 +171,6 @@ def test_offload_frees_the_device_fills_the_host_and_takes_time():
     assert away["step_s"] > here["step_s"] + away["offload_s"] > here["step_s"] + 0.1
     ddp = [c for c in away["candidates"] if c["strategy"] == "ddp"]
     assert ddp == [c for c in here["candidates"] if c["strategy"] == "ddp"]  # cannot
-    disk = ["--set=parallel.strategy=zero3", "--set=parallel.offload=nvme", "--set=parallel.offload_dir=/disk"]
-    assert planned(*words, *disk)["stages"][0]["offload_s"] > away["offload_s"]
     with pytest.raises(UsageError, match="on the device"):
         planned(*words, "--set=parallel.strategy=fsdp", "--set=parallel.offload=cpu", "--exact")
 

@@ -157,9 +157,9 @@ def test_a_probe_refuses_what_would_have_no_effect_on_it(fields, said):
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
 def test_the_zeros_refuse_lars_and_a_frozen_backbone(strategy):
     parallel = {"parallel": {"strategy": strategy}}
-    with pytest.raises(ValidationError, match=f"'head' leaves parallel.strategy '{strategy}'.*take ddp"):
+    with pytest.raises(ValidationError, match=f"'head' leaves parallel.strategy '{strategy}'.*ddp or fsdp"):
         probe(parallel)
-    with pytest.raises(ValidationError, match=r"'lars' asks for the norm of each layer.*take ddp or fsdp"):
+    with pytest.raises(ValidationError, match=r"'lars' needs the norm of each layer.*set strategy to ddp or fsdp"):
         probe(parallel, train="all", optimizer="lars")
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from livt_scale.checkpoint.load import read_tensors
-from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import deepspeed as zero
 from livt_scale.distributed.deepspeed import GROWTH_INTERVAL, DynamicScale
 from livt_scale.distributed.world import World
@@ -208,22 +207,6 @@ def test_an_old_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="0.18.9+cu128"))
     with pytest.raises(UsageError, match=r"0\.18\.9\+cu128 is installed"):
         zero.import_deepspeed(World())
-
-
-def test_what_the_machine_lacks_for_a_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = torch.nn.Linear(2, 3)
-    builder = SimpleNamespace(is_compatible=lambda verbose: False)
-    monkeypatch.setitem(sys.modules, "deepspeed.ops.op_builder", SimpleNamespace(AsyncIOBuilder=lambda: builder))
-    parallel = Parallel(strategy="zero3", offload="nvme", offload_dir=str(tmp_path / "disk"))
-    with pytest.raises(UsageError, match=r"parallel\.offload is nvme.*libaio"):
-        zero.engine_config(model, stage=3, parallel=parallel, world=World())
-    builder.is_compatible = lambda verbose: True
-    config = zero.engine_config(model, stage=3, parallel=parallel, world=World())
-    assert config["zero_optimization"]["offload_param"]["nvme_path"] == str(tmp_path / "disk")
-    (tmp_path / "file").write_text("")
-    parallel = parallel.model_copy(update={"offload_dir": str(tmp_path / "file")})
-    with pytest.raises(UsageError, match=r"parallel\.offload_dir .*file cannot be written"):
-        zero.engine_config(model, stage=3, parallel=parallel, world=World())
 
 
 def test_a_whole_run_says_nothing_that_is_deepspeeds(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from livt_scale.checkpoint.load import read_tensors
+from livt_scale.config.capabilities import STRATEGIES
 from tests.distributed.strategies import SMALL, Job, Kind, train_all
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 SINGLE = Kind("ddp", 1)
 PAIRED = [
     SINGLE,

@@ -10,10 +10,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from livt_scale.cli import main
+from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.config.load import load_recipe
 from livt_scale.plan.assumptions import Assumptions, accelerator
 from livt_scale.plan.figure import by_strategy, draw, hours_by_gpus
-from livt_scale.plan.memory import STRATEGIES
 from livt_scale.plan.stage_plan import DataSet, Task, best, candidates, plan_stage, spread_of
 from livt_scale.util.errors import UsageError
 

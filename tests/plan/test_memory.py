@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Model
 from livt_scale.distributed.deepspeed import BUCKET
@@ -18,7 +19,6 @@ from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.plan.memory import (
     GIB,
-    STRATEGIES,
     ZERO_BUCKET,
     ZERO_REUSE,
     Spread,
