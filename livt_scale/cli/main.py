@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -28,7 +29,7 @@ from livt_scale.cli import (
     submit,
     weights,
 )
-from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError
+from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError, UsageError
 from livt_scale.util.log import line, to_stderr
 
 EPILOG = """
@@ -109,9 +110,23 @@ app.add_typer(study.app, name="study")
 app.command()(doctor.doctor)
 
 
+RENAMED_OPTIONS = {"--at-once": "--jobs", "--from": "--checkpoint"}
+
+
+def _refuse_old_options(words: Sequence[str]) -> None:
+    """Raise UsageError, with the new name, for an option that was renamed."""
+    for word in words:
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        if name in RENAMED_OPTIONS:
+            raise UsageError(f"there is no option {name}", remedy=f"it is now called {RENAMED_OPTIONS[name]}")
+
+
 def main() -> None:
     """Run the command line; what a user can meet becomes one line on stderr and an exit code, not a traceback."""
     try:
+        _refuse_old_options(sys.argv[1:])
         app(prog_name="livt")
     except LivtError as error:
         _tell(error, "stopped" if error.exit_code == EXIT_PREEMPTED else "error")

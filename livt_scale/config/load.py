@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from livt_scale.config import renamed
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
 from livt_scale.util.errors import RecipeError, UsageError, nearest
@@ -36,6 +37,21 @@ def load_recipe(path: str | Path, *, sets: Sequence[str] = ()) -> Recipe:
         _apply_set(tree, text)
     recipe = _validate(tree, path)
     return _resolve_paths(recipe, path)
+
+
+def load_saved(path: Path) -> Recipe:
+    """The recipe that a run saved in `path`, perhaps by an earlier version: old names are translated.
+
+    Raises RecipeError.
+    """
+    tree = _read(path, seen=())
+    tree.values = renamed.translate(tree.values)
+    return _resolve_paths(_validate(tree, path), path)
+
+
+def from_saved(values: dict[str, Any]) -> Recipe:
+    """The recipe in the facts of a checkpoint, perhaps of an earlier version. Raises pydantic's ValidationError."""
+    return Recipe.model_validate(renamed.translate(values))
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -202,7 +218,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
         return f"{tree.origin_of(field if field in tree.origins else where, default=shown(path))}: {prefix}{said}"
     origin = tree.origin_of(where, default=shown(path))
     if error["type"] == "extra_forbidden":
-        return f"{origin}: there is no field {name}: {_hint(where)}"
+        return f"{origin}: there is no field {name}: {renamed.hint(name) or _hint(where)}"
     if error["type"] == "missing":
         return f"{origin}: {name} is missing and has no default"
     if error["type"] == "literal_error":

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from livt_scale.checkpoint.io import sha256_of
-from livt_scale.config.load import load_recipe
+from livt_scale.config.load import load_saved
 from livt_scale.config.model import USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
 from livt_scale.data.image.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
@@ -341,7 +341,7 @@ def evaluation_set(path: Path, trained: Trained) -> str | None:
     if not is_run(path):
         return None
     saved = path / "recipe.yaml"  # newer than the checkpoint's, where the run was moved and continued
-    recipe = load_recipe(saved) if saved.is_file() else trained.recipe
+    recipe = load_saved(saved) if saved.is_file() else trained.recipe
     return recipe.data.val
 
 

@@ -20,6 +20,7 @@ import yaml
 from livt_scale.checkpoint.catalog import damages
 from livt_scale.checkpoint.manifest import MANIFEST, step_of
 from livt_scale.config.recipe import STAGES
+from livt_scale.config.renamed import translate
 from livt_scale.slurm.commands import seconds
 from livt_scale.train import heartbeat
 from livt_scale.train.heartbeat import Heartbeat
@@ -135,7 +136,7 @@ def read_plan(run_dir: Path) -> tuple[Plan, list[str]]:
     if path is None:
         return Plan(run_dir.name, there), []
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
+        tree = translate(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace")))
         parts = {stage: part for stage in STAGES if isinstance(part := tree["stages"].get(stage), dict)}
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         return Plan(run_dir.name, there), [f"{path} cannot be read: {_first_line(error)}"]

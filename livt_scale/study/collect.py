@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from livt_scale import __version__
 from livt_scale.checkpoint.manifest import read_manifest
-from livt_scale.config.load import load_recipe
+from livt_scale.config.load import from_saved, load_saved
 from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Claim, Setting, runs_of
@@ -142,7 +142,7 @@ def what_is_wrong(run: Run, folder: Path) -> str:
         return f"{status.get('state')}: {status.get('why') or 'not at its end'}"[:300]
     try:
         wanted = run.load(folder)
-        differs = _differs(load_recipe(place / "recipe.yaml"), wanted, run.stage)
+        differs = _differs(load_saved(place / "recipe.yaml"), wanted, run.stage)
         return differs or (_other_pretraining(place, wanted) if run.after is not None else "")
     except (LivtError, ValidationError, LookupError) as error:
         return f"what it is cannot be read: {' '.join(str(error).split())}"[:300]
@@ -159,7 +159,7 @@ def _other_pretraining(place: Path, wanted: Recipe) -> str:
     from livt_scale.train.finetune import final_pretraining  # torch
 
     facts = read_manifest(final_pretraining(place)).facts
-    problem = _differs(Recipe.model_validate(facts["recipe"]), wanted, "pretrain")
+    problem = _differs(from_saved(facts["recipe"]), wanted, "pretrain")
     if problem:
         return f"its pretraining is {problem}"
     began = read_eval(place / "finetune" / EVAL)["weights"]["init"]

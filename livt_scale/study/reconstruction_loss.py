@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from livt_scale.checkpoint.manifest import MANIFEST
-from livt_scale.config.load import load_recipe
+from livt_scale.config.load import load_saved
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.manifest import ShardSet
 from livt_scale.data.seeds import sample_rng
@@ -41,7 +41,7 @@ def reconstruction_loss(run_dir: Path) -> float:
 
 @torch.no_grad()
 def _measure(run_dir: Path) -> float:
-    recipe = load_recipe(run_dir / "recipe.yaml").at("pretrain")
+    recipe = load_saved(run_dir / "recipe.yaml").at("pretrain")
     part = recipe.stages.pretrain
     if recipe.data.val is None or part is None:
         raise RunError(f"{run_dir} has no evaluation set to reconstruct", remedy="set data.val")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from livt_scale import optim
 from livt_scale.checkpoint import load
+from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
 from livt_scale.data.loader import Batch, apply_mix, normalise
 from livt_scale.data.manifest import ShardSet
@@ -107,7 +108,7 @@ def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     facts, at = manifest.facts, manifest.position
     lineage = weights_lineage(facts, step=at.step, epoch=at.epoch, checkpoint=path.name)
     state = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
-    return state, lineage, Recipe.model_validate(facts["recipe"])
+    return state, lineage, from_saved(facts["recipe"])
 
 
 def final_pretraining(run_dir: Path) -> Path:

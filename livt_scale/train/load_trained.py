@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from livt_scale.checkpoint import load
+from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.distributed.state_dict import AVERAGE, collect
 from livt_scale.evaluation.evaluate import TrainingClasses, weights_lineage
@@ -58,7 +59,7 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     manifest = load.read_manifest(path)
     facts = manifest.facts
     try:
-        recipe = Recipe.model_validate(facts["recipe"])
+        recipe = from_saved(facts["recipe"])
         classes = TrainingClasses(tuple(facts["class_names"]), tuple(facts["class_counts"]), where=str(path))
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointMismatch(

@@ -12,8 +12,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from livt_scale.checkpoint.manifest import differences
-from livt_scale.util.errors import CheckpointMismatch, UsageError, nearest
+from livt_scale.config.load import from_saved
+from livt_scale.config.recipe import learnt_from
+from livt_scale.util.errors import CheckpointMismatch, LivtError, UsageError, nearest
+
+OF_THE_DATA = ("data.manifest", "init")  # what a run adds to the fields of its recipe: `train_state.run_facts`
 
 _IN_BOTH_STAGES = (
     "epochs",
@@ -53,11 +59,7 @@ def check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path, *, allo
     """
     if theirs.get("stage") != ours["stage"]:
         raise CheckpointMismatch(f"{path} is of stage {theirs.get('stage')}, not {ours['stage']}")
-    if not isinstance(theirs.get("learnt_from"), dict):
-        raise CheckpointMismatch(
-            f"{path} does not say what it was trained by", remedy="was it converted without --recipe?"
-        )
-    changed = differences(theirs["learnt_from"], ours["learnt_from"])
+    changed = differences(_learnt_from(theirs, path), ours["learnt_from"])
     refused = [line for line in changed if _field(line) not in allow]
     if not refused:
         return changed
@@ -66,6 +68,22 @@ def check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path, *, allo
     if len(could_be) == len(refused):
         remedy += f"; to go on with the change: {' '.join(f'--allow {field}' for field in could_be)}"
     raise CheckpointMismatch(f"{path} was trained by another recipe: {'; '.join(refused)}", remedy=remedy)
+
+
+def _learnt_from(facts: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the checkpoint `path` was trained by, under today's names: read from its recipe again."""
+    stored, recipe = facts.get("learnt_from"), facts.get("recipe")
+    if not isinstance(stored, dict) or not isinstance(recipe, dict):
+        raise CheckpointMismatch(
+            f"{path} does not say what it was trained by", remedy="was it converted without --recipe?"
+        )
+    try:
+        learnt = learnt_from(from_saved(recipe), facts["stage"])
+    except (ValidationError, LivtError, KeyError) as error:
+        raise CheckpointMismatch(
+            f"{path}: its recipe cannot be read: {error}", remedy="was it written by a newer version?"
+        ) from error
+    return learnt | {name: stored[name] for name in OF_THE_DATA if name in stored}
 
 
 def _field(difference: str) -> str:

@@ -5,7 +5,7 @@ import pytest
 from livt_scale.config.catalog import page, rows
 from livt_scale.util.errors import UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SOURCED = ("base_lr", "layer_decay", "betas", "weight_decay", "smoothing", "warmup_epochs", "global_batch")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,16 @@ HERE = Path("step-00000009")
 
 
 def facts(stage: str = "pretrain", **fields: object) -> dict:
-    recipe = Recipe.model_validate(BASE)
-    return {"stage": stage, "learnt_from": {**learnt_from(recipe, stage), "data.manifest": "0" * 64, **fields}}
+    tree = copy.deepcopy(BASE)
+    for path, value in fields.items():
+        *parts, name = path.split(".")
+        part = tree
+        for key in parts:
+            part = part.setdefault(key, {})
+        part[name] = value
+    recipe = Recipe.model_validate(tree)
+    learnt = {**learnt_from(recipe, stage), "data.manifest": "0" * 64}
+    return {"stage": stage, "recipe": recipe.model_dump(mode="json"), "learnt_from": learnt}
 
 
 def test_every_field_that_can_be_allowed_is_one_of_the_recipe_and_decides_what_is_learnt():
