@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does with
 
 app = typer.Typer(no_args_is_help=True, help="Show, check or describe recipes.")
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, as recipes/SET/SIZE.yaml.")]
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over the recipe's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -43,11 +43,11 @@ def list_(
     if page is not None:
         write_atomic(page, made(found).encode())
     if as_json:
-        keys = ("path", "reproduces", "hardware", "expect", "command")
+        keys = ("name", "path", "reproduces", "hardware", "expect", "command")
         typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in found]))
         return
     for row in found:
-        typer.echo(f"recipes/{row.path}\n    {summary(row.recipe)}\n    {row.reproduces}")
+        typer.echo(f"{row.name}\n    {summary(row.recipe)}\n    {row.reproduces}")
 
 
 @app.command()

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-QUICKSTART = Path(__file__).resolve().parents[2] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
 ALLOW_HELP = (
     "A field of the recipe that may have changed in mid-stage, e.g. stages.pretrain.base_lr. Can be given again."
 )
@@ -50,13 +49,9 @@ def quickstart(
     from livt_scale.evaluation.results import results_table
     from livt_scale.train.run_dir import is_done
     from livt_scale.train.run_files import EVAL, read_eval
-    from livt_scale.util.errors import UsageError
+    from livt_scale.util.resources import shipped
 
-    if not QUICKSTART.exists():
-        raise UsageError(
-            f"the quickstart's recipe is not at {QUICKSTART}", remedy="run it from a clone of the repository"
-        )
-    recipe = load_recipe(QUICKSTART, sets=sets or [])
+    recipe = load_recipe(shipped("recipes/fashion_mnist_lt/quickstart.yaml"), sets=sets or [])
     run_dir = Path(recipe.run_dir or "")
     if all(is_done(run_dir, stage) for stage in recipe.stage_names):
         typer.echo(f"This run is done; to run it anew, remove {run_dir}.")

@@ -42,8 +42,10 @@ Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: on
 
 @app.command("build")
 def build(
-    spec: Annotated[Path, typer.Argument(help="a YAML file: sources, and sets made of them")],
-    out: Annotated[Path | None, typer.Option(help="folder for the sets; default: named as the spec, beside it")] = None,
+    spec: Annotated[Path, typer.Argument(help="a YAML file, or livt:NAME for a shipped one")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the sets; default: beside SPEC; of livt:NAME shards/NAME")
+    ] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(help="NAME=FOLDER: where the raw files of a source lie; NAME.FIELD=PATH: one of its files"),
@@ -62,12 +64,14 @@ def build(
     from livt_scale.data.build.spec import load_spec
     from livt_scale.data.build.writer import Prepare
     from livt_scale.util.errors import UsageError
+    from livt_scale.util.resources import is_name
 
     if quality and not resize_shorter:
         raise UsageError("--quality is that of images made smaller", remedy="add --resize-shorter 256")
     prepare = Prepare(resize_shorter=resize_shorter, quality=quality or 92) if resize_shorter else None
     loaded = load_spec(spec, overrides=source or (), prepare=prepare, ignore_expected=ignore_expected)
-    out = out or loaded.folder / loaded.build.name
+    # A shipped spec may be in a folder of the system; recipes look for its sets in shards/ here.
+    out = out or (Path("shards") if is_name(spec) else loaded.folder) / loaded.build.name
     with _progress("images") as progress:
         built = build_shards(loaded, out, workers=workers, progress=progress)
     for one in built:

@@ -14,8 +14,8 @@ from pathlib import Path
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.util.errors import UsageError
+from livt_scale.util.resources import PREFIX, shipped
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 HEAD = re.compile(r"^# (Reproduces|Hardware|Expect|Command):\s*(.*)$")
 PAGE = """\
 # Recipes
@@ -45,6 +45,11 @@ class Row:
     recipe: Recipe
 
     @property
+    def name(self) -> str:
+        """`livt:imagenet_lt/vit_b16`: what the command line takes anywhere."""
+        return PREFIX + self.path.removesuffix(".yaml")
+
+    @property
     def model(self) -> str:
         model = self.recipe.model
         return f"{model.size}/{model.dims.patch_px}" if model.is_vit else model.size
@@ -62,10 +67,9 @@ class Row:
         return f"{part.epochs} × {part.global_batch} at {px} px{loss}{trained}"
 
 
-def rows(folder: Path = RECIPES) -> list[Row]:
-    """Every recipe below `folder`, but those that others share (base/). Raises UsageError: one has no head."""
-    if not folder.is_dir():
-        raise UsageError(f"there are no recipes in {folder}", remedy="run it from a clone of the repository")
+def rows(folder: Path | None = None) -> list[Row]:
+    """Every recipe below `folder`, or that ships, except those in base/. Raises UsageError: one has no head."""
+    folder = folder or shipped("recipes")
     paths = sorted(path for path in folder.rglob("*.yaml") if "base" not in path.relative_to(folder).parts)
     return [_row(path, folder) for path in paths]
 

@@ -1,6 +1,7 @@
 """Recipes on disk: YAML, `extends:`, `--set a.b=c`, and errors that name file, line and nearest valid name.
 
-    extends: ../base/livt.yaml      # or a list; what stands here wins, part by part; `null` takes a stage away
+    extends: ../base/livt.yaml      # or a list; a value of this file wins, part by part; `null` removes a stage
+    extends: livt:base/livt         # a recipe that ships, from anywhere
     data: {train: shards/x/train}   # a relative path is looked for here, then beside and above the recipe file
 
 Every value remembers where it was written (`Tree.origins`), so that a mistake in a base recipe is reported there.
@@ -23,15 +24,16 @@ from livt_scale.config import renamed
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
 from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url, redacted
 
 
 def load_recipe(path: str | Path, *, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path` with `sets` ("a.b=c") laid over it, checked.
+    """The recipe in `path` (or the shipped one that `livt:NAME` means), overridden by `sets` ("a.b=c") and checked.
 
-    Raises RecipeError; UsageError for one of the `sets` that cannot be laid.
+    Raises RecipeError; UsageError for an unknown name, or one of the `sets` that cannot be applied.
     """
-    path = Path(path)
+    path = named(path, kind="recipes")
     tree = _read(path, seen=())
     for text in sets:
         _apply_set(tree, text)
@@ -77,7 +79,7 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
     where = own.origins.get(("extends",), shown(path))
     tree = Tree()
     for base in _bases(own.values.pop("extends", []), where):
-        file = _beside(path, base)
+        file = _base_file(path, base, where)
         if not file.is_file():
             raise RecipeError(f"{where}: extends {base}, but there is no such file", remedy=_near(file))
         _lay_over(tree, _read(file, seen=(*seen, real)))
@@ -92,6 +94,15 @@ def _bases(extends: Any, where: str) -> list[str]:
             f"{where}: extends is {extends!r}", remedy="give the path of a recipe file, or a list of them"
         )
     return bases
+
+
+def _base_file(path: Path, base: str, where: str) -> Path:
+    if not is_name(base):
+        return _beside(path, base)
+    try:
+        return named(base, kind="recipes")
+    except UsageError as error:
+        raise RecipeError(f"{where}: extends: {error.message}", remedy=error.remedy) from None
 
 
 def _beside(path: Path, base: str) -> Path:

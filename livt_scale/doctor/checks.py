@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from livt_scale.doctor.finding import Finding
+from livt_scale.util.resources import shipped
 
 GIB = 2**30
 # What `make test` runs with: constraints.txt, which an installed package does not have beside it.
@@ -259,17 +260,17 @@ def _slurm() -> list[Finding]:
 
 
 def _shards() -> list[Finding]:
-    """The images that ship with a clone: what `livt quickstart` needs."""
+    """The images that ship: what `livt quickstart` needs."""
     from livt_scale.data.manifest import ShardSet
     from livt_scale.util.errors import LivtError
 
-    folder = Path(__file__).resolve().parents[2] / "shards" / "fashion-mnist-lt"
-    if not folder.parent.is_dir():
-        return [Finding("shipped shards", "note", "not a clone of the repository: livt quickstart has no images here")]
     try:
+        folder = shipped("shards/fashion-mnist-lt")
         sizes = [f"{name} {ShardSet.open(folder / name).num_samples}" for name in ("train-lt", "train-balanced", "val")]
     except LivtError as error:
-        return [Finding("shipped shards", "problem", str(error), "git checkout shards/fashion-mnist-lt")]
+        return [
+            Finding("shipped shards", "problem", error.message, error.remedy or "git checkout shards/fashion-mnist-lt")
+        ]
     return [Finding("shipped shards", "ok", f"{', '.join(sizes)} images")]
 
 

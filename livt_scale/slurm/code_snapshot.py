@@ -39,7 +39,7 @@ def contents(recipe_yaml: str, *, package: Path = PACKAGE) -> tuple[dict[str, by
     files = {
         f"livt_scale/{path.relative_to(package)}": path.read_bytes()
         for path in sorted(package.rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not {"__pycache__", "shipped"} & set(path.relative_to(package).parts)
     }
     git, diff = git_view(package.parent)
     files["recipe.yaml"] = recipe_yaml.encode("utf-8", "surrogateescape")

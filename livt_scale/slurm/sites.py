@@ -19,8 +19,8 @@ from livt_scale.config.runtime import RecipePart
 from livt_scale.config.slurm import Slurm, Value, Variable, Word
 from livt_scale.config.yaml import parse, shown, validated
 from livt_scale.util.errors import UsageError, nearest
+from livt_scale.util.resources import shipped
 
-SLURM_FOLDER = Path(__file__).resolve().parents[2] / "slurm"
 UNLIMITED_MIN = 24 * 60  # of a job, where neither the recipe nor a profile says
 
 Preempt = Literal["off", "requeue", "cancel"]
@@ -67,8 +67,9 @@ class Ask:
         return self.nodes * self.tasks_per_node
 
 
-def load_site(name: str, *, folder: Path = SLURM_FOLDER / "sites") -> Site:
+def load_site(name: str, *, folder: Path | None = None) -> Site:
     """The profile NAME, or the one at a path (with a slash or .yaml). Raises UsageError: what is wrong and where."""
+    folder = folder or shipped("slurm/sites")
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
         known = [p.stem for p in folder.glob("*.yaml")]

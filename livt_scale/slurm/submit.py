@@ -34,10 +34,11 @@ from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.slurm.chain import Plan, dependency, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Frozen, freeze
 from livt_scale.slurm.script import LOGS, JobPlan, Shared, log_name, render
-from livt_scale.slurm.sites import SLURM_FOLDER, Site, load_site
+from livt_scale.slurm.sites import Site, load_site
 from livt_scale.slurm.step_times import measure
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
+from livt_scale.util.resources import shipped
 from livt_scale.util.urls import is_url
 
 CHAIN = "slurm/chain.json"
@@ -94,11 +95,7 @@ def scripts(prepared: Prepared, frozen: Frozen | None) -> list[str]:
 
 
 def template(job: JobPlan) -> str:
-    path = SLURM_FOLDER / f"{job.job}.sbatch"
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UsageError(f"there is no batch script {path}", remedy="submit from a clone of the repository") from None
+    return shipped(f"slurm/{job.job}.sbatch").read_text(encoding="utf-8")
 
 
 def shared_by_all(prepared: Prepared, frozen: Frozen | None) -> Shared:

@@ -24,8 +24,8 @@ from livt_scale.plan.flops import network_flops
 from livt_scale.plan.published import PUBLISHED
 from livt_scale.study.comparison import Ask, Gap, Question
 from livt_scale.study.runs import Run, as_words
+from livt_scale.util.resources import shipped
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Sets = Mapping[str, Any]
 # A network that begins at random needs one rate for all layers (as timm's and DeiT's recipes have it).
 SCRATCH: Sets = {"stages.finetune.init": "scratch", "stages.finetune.layer_decay": 1.0}
@@ -40,7 +40,7 @@ class Setting:
     The numbers of images are for the cost alone, which is reckoned before the sets are there.
     """
 
-    recipe: Path
+    name: str  # of a shipped recipe
     balanced: str
     sizes: Mapping[str, Sets]
     mgp_epochs: tuple[int, ...]  # the last is the recipe's own
@@ -50,6 +50,10 @@ class Setting:
     from_scratch: Sets  # how labels alone are given their time, where that is the claim: schedule and budget
     cnn: Sets  # the network in the ViT's place, of about as many weights
     sets: Sets = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Path:
+        return shipped(f"recipes/{self.name}.yaml")
 
     def load(self, sets: Sets | None = None) -> Recipe:
         """The recipe of this setting, with `sets` over it; both stages are in it."""
@@ -246,18 +250,18 @@ _SMALL = {
     "vit_mini": {"model.width": 144, "model.depth": 6},
 }
 _LARGE = {name: {} if name == "vit_b" else {"model.size": name} for name in ("vit_s", "vit_b", "vit_l", "vit_h")}
-_FASHION = RECIPES / "fashion_mnist_lt" / "claims.yaml"
+_FASHION = "fashion_mnist_lt/claims"
 # Twice the recipe's epochs of fine-tuning: nothing was pretrained. Evaluated at the end alone, as the claim asks.
 _FASHION_SCRATCH = {"stages.finetune.epochs": 6, "stages.finetune.eval_every_epochs": None}
 _RESNET_MICRO = {"model.size": "resnet_micro", "model.patch_px": None}
 SETTINGS = {
     "fashion_mnist_lt": Setting(
-        recipe=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
+        name=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
         num_classes=10, num_images=14_886, num_balanced=14_886,
         from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
     ),
     "fashion_mnist_lt_if10": Setting(
-        recipe=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
+        name=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
         num_classes=10, num_images=24_516, num_balanced=24_516,
         from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
         sets={
@@ -266,7 +270,7 @@ SETTINGS = {
         },
     ),
     "imagenet_lt": Setting(
-        recipe=RECIPES / "imagenet_lt" / "vit_b16.yaml", balanced="shards/imagenet-bal/train", sizes=_LARGE,
+        name="imagenet_lt/vit_b16", balanced="shards/imagenet-bal/train", sizes=_LARGE,
         mgp_epochs=(200, 400, 800), num_classes=1000,
         num_images=PUBLISHED["imagenet-lt"][1], num_balanced=PUBLISHED["imagenet-bal"][1],
         from_scratch={  # DeiT's epochs, the rest MAE's ViT-B from scratch: recipes/imagenet_lt/vit_b16_scratch.yaml

@@ -22,7 +22,7 @@ from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import from_saved, load_saved
 from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.plan.parameters import weights_of
-from livt_scale.study.claims import CLAIMS, RECIPES, SETTINGS, Claim, Setting, runs_of
+from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
 from livt_scale.study.comparison import together
 from livt_scale.study.runs import Run
 from livt_scale.train.run_dir import is_done
@@ -37,6 +37,7 @@ from livt_scale.train.run_files import (
     read_status,
 )
 from livt_scale.util.errors import LivtError
+from livt_scale.util.resources import root
 
 FORMAT, VERSION = "livt-claim-results", 1
 GROUPS = ("all", "many", "medium", "few")
@@ -200,7 +201,7 @@ def training_minutes(folder: Path) -> float:
 
 def beside_the_recipes(place: str) -> str:
     """A path as the recipe has it, where it lies in the folder of the project: the page is for others' machines."""
-    project = RECIPES.parent
+    project = root()
     return str(Path(place).relative_to(project)) if Path(place).is_relative_to(project) else place
 
 
@@ -210,7 +211,7 @@ def _budget(claim: Claim, setting: Setting, sets: Mapping[str, Any]) -> dict[str
     recipe = first.load(Path())
     pretrain = recipe.stages.pretrain
     return {
-        "recipe": f"recipes/{setting.recipe.parent.name}/{setting.recipe.name}",
+        "recipe": f"recipes/{setting.name}.yaml",
         "data": beside_the_recipes(recipe.data.train),
         "pretrain_epochs": pretrain.epochs if pretrain else None,
         "finetune_epochs": recipe.stage("finetune").epochs,

@@ -34,6 +34,7 @@ from livt_scale.data.build.spec import PlainName
 from livt_scale.study.claims import loss_sets
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.errors import UsageError, nearest
+from livt_scale.util.resources import named
 
 Sets = dict[str, JsonValue]
 Fraction = Annotated[float, Field(gt=0, le=1)]
@@ -174,7 +175,11 @@ SUBSETS = {"imbalance_factor": "if", "data_fraction": "fraction"}
 
 
 def load_study(path: Path, *, folder: Path | None = None) -> Loaded:
-    """The study in `path`, each of its runs' recipes checked. Raises UsageError: field, file and line, nearest name."""
+    """The study in `path`, or the shipped one that `livt:NAME` means, each of its runs' recipes checked.
+
+    Raises UsageError: field, file and line, nearest name.
+    """
+    path = named(path, kind="studies")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -22,7 +22,8 @@ LivtError                 exit code 1
 │   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
 ├── ClusterError          Slurm is not there, or refuses: in its own words
 ├── ExportError           a model cannot be written or read in a foreign layout
-└── WeightsError          weights from elsewhere cannot be read, or belong to another network
+├── WeightsError          weights from elsewhere cannot be read, or belong to another network
+└── InstallationError     the files that ship with the package are missing
 """
 
 from __future__ import annotations
@@ -134,6 +135,10 @@ class ExportError(LivtError):
 
 
 class WeightsError(LivtError):
+    pass
+
+
+class InstallationError(LivtError):
     pass
 
 

@@ -15,9 +15,10 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.chain import plan_chain
 from livt_scale.slurm.script import JobPlan, Shared, render
-from livt_scale.slurm.sites import SLURM_FOLDER, ask, load_site
+from livt_scale.slurm.sites import ask, load_site
 from livt_scale.slurm.step_times import Measured
 from livt_scale.util.errors import UsageError
+from livt_scale.util.resources import shipped
 
 JOBS = ("pretrain", "finetune", "evaluate")
 SITES = ("single_node", "h100_infiniband", "a100_slingshot")
@@ -64,7 +65,7 @@ def shared(of, site=None, **changed):
 
 
 def template(job):
-    return (SLURM_FOLDER / f"{job}.sbatch").read_text()
+    return shipped(f"slurm/{job}.sbatch").read_text()
 
 
 def script_of(of, job="pretrain", site=None, **changed):
@@ -104,7 +105,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path, job):
         "by": "apptainer", "image": "/images/livt.sif"}}, run_dir="/runs/it")  # fmt: skip
     rendered = tmp_path / f"{job}.sbatch"
     rendered.write_text(script_of(of, job, code="/runs/code"))
-    files = [str(SLURM_FOLDER / f"{job}.sbatch"), str(rendered)]
+    files = [str(shipped(f"slurm/{job}.sbatch")), str(rendered)]
     done = subprocess.run([SHELLCHECK, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 

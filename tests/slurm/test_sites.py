@@ -3,8 +3,9 @@
 import pytest
 
 from livt_scale.config.slurm import Slurm
-from livt_scale.slurm.sites import SLURM_FOLDER, Ask, ask, load_site
+from livt_scale.slurm.sites import Ask, ask, load_site
 from livt_scale.util.errors import RecipeError, UsageError
+from livt_scale.util.resources import shipped
 
 SITE = """\
 about: a test
@@ -22,7 +23,7 @@ def site(tmp_path):
     return load_site(str(path))
 
 
-@pytest.mark.parametrize("path", sorted((SLURM_FOLDER / "sites").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(shipped("slurm/sites").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_profiles_that_ship_are_sound(path):
     site = load_site(path.stem)
     for job in ("pretrain", "finetune", "evaluate"):

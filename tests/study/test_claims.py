@@ -15,6 +15,7 @@ from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, l
 from livt_scale.study.cost import cost_of
 from livt_scale.study.runs import Run, in_order
 from livt_scale.util.errors import UsageError
+from livt_scale.util.resources import shipped
 
 ALL = [(claim, on) for claim in CLAIMS for on in SETTINGS]
 
@@ -73,7 +74,7 @@ def test_balance_at_the_size_of_imagenet_is_as_the_recipes_from_scratch_have_it(
     assert by_arm["vit-lt"].model.size == "vit_b"
     assert by_arm["resnet-lt"].model.size == "resnet50"
     ours = by_arm["vit-lt"].stages.finetune.model_dump()
-    recipe = load_recipe(claims.RECIPES / "imagenet_lt" / "vit_b16_scratch.yaml").stages.finetune.model_dump()
+    recipe = load_recipe(shipped("recipes/imagenet_lt/vit_b16_scratch.yaml")).stages.finetune.model_dump()
     assert {name for name in ours if ours[name] != recipe[name]} <= {"loss", "micro_batch", "eval_every_epochs"}
 
 

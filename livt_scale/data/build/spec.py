@@ -29,6 +29,7 @@ from livt_scale.data.build.inaturalist import open_inaturalist
 from livt_scale.data.build.writer import Prepare
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
+from livt_scale.util.resources import named
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
 
@@ -294,13 +295,14 @@ def load_spec(
     prepare: Prepare | None = None,
     ignore_expected: bool = False,
 ) -> Spec:
-    """The spec in `path`, with `overrides`: "source=FOLDER" for its root, "source.field=PATH" for one of its files.
+    """The spec in `path`, or the shipped one that `livt:NAME` means.
 
+    `overrides`: "source=FOLDER" for the root of a source, "source.field=PATH" for one of its files.
     `prepare`: for every set, instead of what the spec says. `ignore_expected`: build whatever is there.
 
     Raises UsageError: field, file and line, and the nearest valid name.
     """
-    path = Path(path)
+    path = named(path, kind="shards")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
