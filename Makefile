@@ -37,11 +37,12 @@ test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 test-slurm: $(READY)  ## the tests on a real Slurm of two nodes, started for them; as root
 	$(BIN)/python -m pytest -m slurm -rs tests/slurm_real $(TEST_FLAGS)
 
-lint: $(READY)  ## ruff, mypy and the one-way imports
+lint: $(READY)  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/check_imports.py
 
 format: $(READY)  ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
