@@ -13,11 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-
-import matplotlib as mpl
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from livt_scale.losses import make_loss
+from livt_scale.util.plots import log_scale, png_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = [int(1000 * 100 ** (-c / 9)) for c in range(10)]  # shards/fashion-mnist-lt.yaml
@@ -44,16 +46,13 @@ def curves(counts: list[int]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def draw(counts: list[int]) -> Figure:
-    with mpl.rc_context({"font.size": 8, "svg.hashsalt": "margins"}):
-        figure = Figure(figsize=(8, 3), layout="constrained")
-        for axes, (title, lines) in zip(figure.subplots(1, 2), curves(counts).items(), strict=True):
-            for label, numbers in lines.items():
-                axes.plot(counts, numbers, marker="o", markersize=3, linewidth=1, label=label)
-            axes.set(title=title, xscale="log", xlabel="training images of the class")
-            axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
-    return figure
+def draw(figure: Figure, counts: list[int]) -> None:
+    for axes, (title, lines) in zip(figure.subplots(1, 2), curves(counts).items(), strict=True):
+        for label, numbers in lines.items():
+            axes.plot(counts, numbers, marker="o", label=label)
+        axes.set(title=title, xlabel="training images of the class")
+        log_scale(axes, "x")
+        axes.legend()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -61,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--counts", type=int, nargs="+", default=SHIPPED, help="images of each class")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures" / "margins.png")
     args = parser.parse_args(argv)
-    draw(args.counts).savefig(args.out, dpi=110, metadata={"Software": None})
+    with png_figure(args.out, width=8, height=3) as figure:
+        draw(figure, args.counts)
     print(args.out)
     return 0
 

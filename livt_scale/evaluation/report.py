@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from livt_scale.evaluation import adjust, drawings, holdout
+from livt_scale.evaluation import adjust, holdout, plots
 from livt_scale.evaluation.calibration import fitted_and_reported, temperature_report
 from livt_scale.evaluation.logits import About, Outputs
 from livt_scale.evaluation.per_class import class_rows, write_csv
@@ -61,13 +61,13 @@ def write_reports(told: Told, folder: Path) -> list[Path]:
     rows = class_rows(told.outputs)
     table, picture, diagram = folder / "per_class.csv", folder / "per_class.png", folder / "reliability.png"
     write_csv(rows, table)
-    drawings.classes_by_frequency(rows, picture)
+    plots.classes_by_frequency(rows, picture)
     fitted = told.report.get("temperature")
     if fitted is None:
         panels = {"as it is": told.report["calibration"]}
     else:
         panels = {"T = 1": fitted["before"], f"T = {fitted['temperature']:.3f}": fitted["after"]}
-    drawings.reliability(panels, diagram)
+    plots.reliability(panels, diagram)
     return [table, picture, diagram]
 
 

@@ -1,6 +1,6 @@
-"""A plan as a picture: what a rank holds by strategy at the height of a step, and hours against the number of GPUs.
+"""A plan as a plot: memory of a rank by strategy at its peak, and hours against the number of GPUs.
 
-    draw(plans, Path("plan.png"))   # a panel of bars for each stage, and one of the whole's hours
+    draw(plans, Path("plan.png"))   # a panel of bars for each stage, and one of the hours of all stages
 
 Bars: the plan's own micro-batch, blocks kept and recomputed; their parts add up to the peak. Hours: all stages, each by
 the strategy's fastest micro-batch that fits, on 1, 2, 4, … 4096 GPUs, as far as the global batches can be cut. The same
@@ -17,33 +17,29 @@ from typing import Any
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.plan.memory import GIB, Peak
 from livt_scale.plan.stage_plan import StagePlan, Task, candidates, plan_stage, spread_of
-from livt_scale.util.atomic import write_atomic
-from livt_scale.util.plots import new_figure, png_of
+from livt_scale.util.plots import GREY, MARKERS, PALETTE, log_scale, png_figure
 
 MAX_GPUS = 4096
 PARTS = {  # of a `Peak`, in the order in which they are stacked: label and colour
-    "weights": ("weights", "#4c78a8"),
-    "grads": ("gradients", "#f58518"),
-    "moments": ("AdamW's moments", "#54a24b"),
-    "computing": ("activations, casts", "#b7b2d8"),
-    "buffers": ("gathered and exchanged", "#9d755d"),
+    "weights": ("parameters", PALETTE[0]),
+    "grads": ("gradients", PALETTE[1]),
+    "moments": ("AdamW's moments", PALETTE[2]),
+    "computing": ("activations, casts", PALETTE[3]),
+    "buffers": ("gathered and exchanged", PALETTE[5]),
 }
-LINES = {"ddp": ("#000000", "o"), "fsdp": ("#1f77b4", "s"), "zero1": ("#d62728", "^"), "zero2": ("#e6a000", "v"),
-         "zero3": ("#2ca02c", "D")}  # fmt: skip
-FAR = 3.0  # a limit so many times the longest bar is told, not drawn: the bars would be slivers
+FAR = 3.0  # a limit beyond this multiple of the longest bar is written, not drawn: the bars would be slivers
 UNITS = ((1, "h"), (60, "min"), (3600, "s"))
 
 
 def draw(plans: Sequence[StagePlan], path: Path) -> None:
     """Write the picture of a run's stages, all on one number of GPUs, to `path` (PNG)."""
-    figure = new_figure(4.6 * (len(plans) + 1), 4.4)
-    axes = figure.subplots(1, len(plans) + 1, squeeze=False)[0]
-    for panel, planned in zip(axes, plans, strict=False):
-        _memory(panel, planned)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=8, frameon=False)
-    _hours(axes[-1], [planned.task for planned in plans])
-    write_atomic(path, png_of(figure))
+    with png_figure(path, width=4.6 * (len(plans) + 1), height=4.4) as figure:
+        axes = figure.subplots(1, len(plans) + 1, squeeze=False)[0]
+        for panel, planned in zip(axes, plans, strict=False):
+            _memory(panel, planned)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels))
+        _hours(axes[-1], [planned.task for planned in plans])
 
 
 def by_strategy(planned: StagePlan) -> list[StagePlan]:
@@ -85,18 +81,16 @@ def _memory(axes: Any, planned: StagePlan) -> None:
             f"{peak.total / size:.1f}", (peak.total / size, row), xytext=(3, 0), textcoords="offset points",
             va="center", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )  # fmt: skip
-    axes.set_yticks(range(len(plans)), [_row(p) for p in plans], fontsize=8)
+    axes.set_yticks(range(len(plans)), [_row(p) for p in plans])
     drawn = usable <= FAR * longest
     axes.set_xlim(0, 1.15 * max(longest, usable if drawn else 0) / size)
     limit = f"{task.usable_bytes / GIB:.1f} GiB of {task.device.name} usable"
     if drawn:
         axes.axvline(usable / size, color="#c00000", linestyle="--", linewidth=1.2)
     where = f"dashed: {limit}" if drawn else f"{limit}, far to the right"
-    axes.set_xlabel(f"{unit} of a rank at its peak ({where})", fontsize=8)
+    axes.set_xlabel(f"{unit} of a rank at its peak ({where})")
     spread = planned.spread
-    axes.set_title(
-        f"{task.stage}, {_gpus(task.gpus)}, micro-batch {spread.micro_batch} × {spread.accumulation}", fontsize=10
-    )
+    axes.set_title(f"{task.stage}, {_gpus(task.gpus)}, micro-batch {spread.micro_batch} × {spread.accumulation}")
 
 
 def _gpus(number: int) -> str:
@@ -116,25 +110,25 @@ def _stack(axes: Any, peaks: Sequence[Peak], size: int) -> None:
 
 
 def _hours(axes: Any, tasks: Sequence[Task]) -> None:
-    """One line a strategy; thin dots show what the first point would come to if GPUs added up in full."""
+    """One line per strategy; the dotted line is perfect scaling from the first point."""
     found = hours_by_gpus(tasks)
     fitting = {gpus: h for hours in found.values() for gpus, h in hours.items() if h is not None}
-    axes.set_title("all stages" if len(tasks) > 1 else tasks[0].stage, fontsize=10)
+    axes.set_title("all stages" if len(tasks) > 1 else tasks[0].stage)
     if not fitting:
         axes.text(0.5, 0.5, "nothing fits on any number of GPUs", ha="center", transform=axes.transAxes)
         return
     factor, unit = next((f, name) for f, name in UNITS if max(fitting.values()) * f >= 1 or name == "s")
-    for name, (colour, marker) in LINES.items():
+    for name, colour, marker in zip(STRATEGIES, PALETTE, MARKERS, strict=False):
         at = {gpus: h * factor for gpus, h in found[name].items() if h is not None}
-        axes.plot(list(at), list(at.values()), color=colour, marker=marker, markersize=4, linewidth=1, label=name)
+        axes.plot(list(at), list(at.values()), color=colour, marker=marker, label=name)
     first = min(fitting)
     start = factor * min(h for h in (hours.get(first) for hours in found.values()) if h is not None)
     every = sorted({gpus for hours in found.values() for gpus in hours})
-    axes.plot(every, [start * first / n for n in every], ":", color="#888888", linewidth=1, label="in full")
-    axes.axvline(tasks[0].gpus, color="#888888", linewidth=0.8)
+    axes.plot(every, [start * first / n for n in every], ":", color=GREY, label="perfect scaling")
+    axes.axvline(tasks[0].gpus, color=GREY, linewidth=0.8)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(every, [str(n) for n in every], fontsize=8, rotation=45 if len(every) > 9 else 0)
-    axes.set_xlabel(f"GPUs ({tasks[0].device.name}); grey line: {_gpus(tasks[0].gpus)}, as in the bars", fontsize=8)
-    axes.set_ylabel(f"{unit}, the fastest micro-batch that fits", fontsize=8)
-    axes.legend(fontsize=8)
+    log_scale(axes, "y")
+    axes.set_xticks(every, [str(n) for n in every], rotation=45 if len(every) > 9 else 0)
+    axes.set_xlabel(f"GPUs ({tasks[0].device.name}); grey line: {_gpus(tasks[0].gpus)}, as in the bars")
+    axes.set_ylabel(f"{unit}, the fastest micro-batch that fits")
+    axes.legend()

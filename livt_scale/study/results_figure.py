@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.study.results_page import COLUMNS
-from livt_scale.util.atomic import write_atomic
-from livt_scale.util.plots import new_figure, png_of
+from livt_scale.util.plots import GREY, PALETTE, log_scale, png_figure
 
 MEASURES = ("top1_all", "reconstruction_loss")  # the first that was measured is drawn
 
@@ -25,24 +24,23 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     curves = {arm: lines for arm, lines in result["curves"].items() if any(len(line) > 1 for line in lines)}
     by_size = len({result["weights"][arm] for arm in values}) > 1
     beside = bool(curves) or by_size
-    figure = new_figure(9 if beside else 5, 0.35 * max(len(values), 6) + 1.2)
-    axes = figure.subplots(1, 2 if beside else 1, squeeze=False)[0]
     label = COLUMNS[measure] if scale == 1 else f"top-1 %, {COLUMNS[measure]}"
-    _bars(axes[0], values, label=label)
-    if by_size:
-        _sizes(axes[1], values, result["weights"], label=label)
-    elif curves:
-        _epochs(axes[1], curves)
-    write_atomic(path, png_of(figure))
+    with png_figure(path, width=9 if beside else 5, height=0.35 * max(len(values), 6) + 1.2) as figure:
+        axes = figure.subplots(1, 2 if beside else 1, squeeze=False)[0]
+        _bars(axes[0], values, label=label)
+        if by_size:
+            _sizes(axes[1], values, result["weights"], label=label)
+        elif curves:
+            _epochs(axes[1], curves)
 
 
 def _bars(axes: Any, values: Mapping[str, Sequence[float]], *, label: str) -> None:
     """Mean and deviation as a bar with a whisker, the seeds as dots."""
     for row, (arm, of) in enumerate(reversed(list(values.items()))):
         spread = statistics.stdev(of) if len(of) > 1 else 0
-        axes.barh(row, statistics.fmean(of), xerr=spread, color="#9ecae1", ecolor="#636363", capsize=3)
-        axes.plot(of, [row] * len(of), "o", color="#08519c", markersize=3, label=arm)
-    axes.set_yticks(range(len(values)), list(reversed(list(values))), fontsize=8)
+        axes.barh(row, statistics.fmean(of), xerr=spread, color=PALETTE[5], alpha=0.6, ecolor=GREY, capsize=3)
+        axes.plot(of, [row] * len(of), "o", color=PALETTE[0], markersize=3, label=arm)
+    axes.set_yticks(range(len(values)), list(reversed(list(values))))
     axes.set_xlabel(label)
     every = [v for of in values.values() for v in of]
     if every:  # differences are small beside the values: the axis starts near the lowest
@@ -58,12 +56,13 @@ def _epochs(axes: Any, curves: Mapping[str, Sequence[Sequence[float]]]) -> None:
         epochs = range(1, length + 1)
         mean = [100 * statistics.fmean(each) for each in by_epoch]
         spread = [100 * statistics.stdev(each) if len(each) > 1 else 0 for each in by_epoch]
-        (line,) = axes.plot(epochs, mean, label=arm, linewidth=1.2)
+        (line,) = axes.plot(epochs, mean, label=arm)
         low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
         axes.fill_between(epochs, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_xlabel("evaluations, epoch by epoch of fine-tuning")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("top-1 %, all")
-    axes.legend(fontsize=6)
+    axes.legend()
 
 
 def _sizes(axes: Any, values: Mapping[str, Sequence[float]], weights: Mapping[str, int], *, label: str) -> None:
@@ -71,7 +70,7 @@ def _sizes(axes: Any, values: Mapping[str, Sequence[float]], weights: Mapping[st
     for arm, of in values.items():
         spread = statistics.stdev(of) if len(of) > 1 else 0
         axes.errorbar(weights[arm] / 1e6, statistics.fmean(of), yerr=spread, fmt="o", capsize=3, label=arm)
-    axes.set_xscale("log")
+    log_scale(axes, "x")
     axes.set_xlabel("weights of the classifier, millions")
     axes.set_ylabel(label)
-    axes.legend(fontsize=6)
+    axes.legend()

@@ -22,7 +22,7 @@ from livt_scale.distributed.ema import with_average
 from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import World, detect, process_group
 from livt_scale.evaluation import evaluate as evaluation
-from livt_scale.evaluation import pictures
+from livt_scale.evaluation import plots
 from livt_scale.train import run_dir as rundir
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.batch_plan import BatchPlan, plan_batches
@@ -192,7 +192,7 @@ def _write_evaluation(
     end = schedule.position(schedule.total)
     weights = evaluation.weights_lineage(facts, step=end.step, epoch=end.epoch, checkpoint=step_name(end.step))
     evaluation.write_eval(report, folder / "eval.json", weights=weights)
-    pictures.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
+    plots.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
 
 
 def _telemetry(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from livt_scale.evaluation import pictures
+from livt_scale.evaluation import pictures, plots
 
 MEAN, STD = (0.3, 0.5, 0.2), (0.2, 0.25, 0.3)
 
@@ -76,7 +76,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
         made, is_masked = perfect(images, noise=noise, mean=MEAN[:1], std=STD[:1])
         path = tmp_path / f"{name}.png"
         pictures.reconstructions(images, made, is_masked, mean=MEAN[:1], std=STD[:1], path=path)
-        pictures.confusion(report, ["T-shirt", "Boot"], tmp_path / f"{name}-confusion.png")
+        plots.confusion(report, ["T-shirt", "Boot"], tmp_path / f"{name}-confusion.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a-confusion.png").read_bytes() == (tmp_path / "b-confusion.png").read_bytes()
 
@@ -85,7 +85,7 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_a_confusion_of_any_number_of_classes_fits_a_screen(tmp_path: Path, num_classes: int) -> None:
     report = {"confusion": np.eye(num_classes, dtype=int)}
     path = tmp_path / "confusion.png"
-    pictures.confusion(report, [f"class {k}" for k in range(num_classes)], path)
+    plots.confusion(report, [f"class {k}" for k in range(num_classes)], path)
     with Image.open(path) as picture:
         assert max(picture.size) <= 1100
         assert np.asarray(picture).min() < 100  # a dark diagonal
@@ -93,6 +93,6 @@ def test_a_confusion_of_any_number_of_classes_fits_a_screen(tmp_path: Path, num_
 
 def test_class_names_of_any_kind_are_drawn(tmp_path: Path) -> None:
     names = ["", "two\nlines", "$\\frac{", "名前", "x" * 300, "\x00\x07", "a 'b\" c", "\u202eright to left"]
-    pictures.confusion({"confusion": np.zeros((8, 8), dtype=int)}, names, tmp_path / "confusion.png")
+    plots.confusion({"confusion": np.zeros((8, 8), dtype=int)}, names, tmp_path / "confusion.png")
     with Image.open(tmp_path / "confusion.png") as picture:
         assert max(picture.size) < 600

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from livt_scale.study.report import plots
+from livt_scale.study.report import interactive
 from livt_scale.study.report.markdown import markdown
-from livt_scale.study.report.pictures import png, reconstructions
+from livt_scale.study.report.png import draw_panels
 from livt_scale.study.report.sections import Section, facts_of, fit_table, lead_of, sections_of
 from livt_scale.study.report.series import MEASURES, Panel, cost_of, short, value
+from livt_scale.study.report.thumbnails import reconstructions
 from livt_scale.study.table import FORMAT, VERSION
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError
@@ -42,15 +43,12 @@ def write_report(collected: Mapping[str, Any], folder: Path) -> list[Path]:
     check(collected)
     sections = sections_of(collected)
     page = html(collected, folder, sections)
-    pictures = {f"report-{section.id}.png": png(section.panels) for section in sections if section.panels}
-    files = {
-        "report.html": page.encode(),
-        "report.md": markdown(collected, sections, links=lambda run: link(run, folder)).encode(),
-        **pictures,
-    }
-    for name, data in files.items():
-        write_atomic(folder / name, data)
-    return [folder / name for name in files]
+    write_atomic(folder / "report.html", page.encode())
+    write_atomic(folder / "report.md", markdown(collected, sections, links=lambda run: link(run, folder)).encode())
+    drawn = {folder / f"report-{section.id}.png": section.panels for section in sections if section.panels}
+    for path, panels in drawn.items():
+        draw_panels(panels, path)
+    return [folder / "report.html", folder / "report.md", *drawn]
 
 
 def check(collected: Mapping[str, Any]) -> None:
@@ -71,7 +69,7 @@ def check(collected: Mapping[str, Any]) -> None:
 
 def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) -> str:
     """The page, whole. Links lead from `folder` to the runs' directories."""
-    library = plots.library().replace("</script", "<\\/script")  # first: it says what is missing
+    library = interactive.library().replace("</script", "<\\/script")  # first: it says what is missing
 
     import bokeh
     import jinja2
@@ -79,7 +77,7 @@ def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) ->
 
     script = _part("report.js")
     panels = [panel for section in sections for panel in section.panels]
-    data = plots.as_script_data({panel.key: plots.item(panel) for panel in panels})
+    data = interactive.as_script_data({panel.key: interactive.item(panel) for panel in panels})
     columns, rows = _table(collected, folder)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_part("report.html"))
     return template.render(

@@ -12,9 +12,8 @@ from typing import Any
 
 from livt_scale.study.report.series import Panel, Series, short, ticks_of
 from livt_scale.util.errors import UsageError
+from livt_scale.util.plots import GREY, PALETTE
 
-# Okabe and Ito's colours without black and yellow: told apart by the colour-blind, seen on white and on near black.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "hex")
 DASHES = ("solid", "dashed", "dotted", "dotdash")
 HEIGHT_PX = 300
@@ -132,8 +131,8 @@ def _draw(plot: Any, panel: Panel, series: Series) -> Any:
 def _draw_band(plot: Any, panel: Panel) -> None:
     band = panel.band
     assert band is not None
-    plot.varea(band.x, band.low, band.high, fill_color="#808890", fill_alpha=0.25, legend_label="fitted law")
-    plot.line(band.x, band.mid, color="#808890", line_width=2.5, legend_label="fitted law")
+    plot.varea(band.x, band.low, band.high, fill_color=GREY, fill_alpha=0.25, legend_label="fitted law")
+    plot.line(band.x, band.mid, color=GREY, line_width=2.5, legend_label="fitted law")
 
 
 def _legend(plot: Any, panel: Panel) -> None:

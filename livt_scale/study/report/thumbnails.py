@@ -1,26 +1,20 @@
-"""The pictures of a report: reconstructions made small enough for a page, and the panels as PNG for papers."""
+"""Reconstructions of a study's runs as a table of images, each small enough to be part of a page."""
 
 from __future__ import annotations
 
 import base64
 import io
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
-from livt_scale.study.report.plots import PALETTE
-from livt_scale.study.report.series import Panel, Series, short, ticks_of, values_of, varied
-from livt_scale.util.errors import UsageError
-from livt_scale.util.plots import new_figure, png_of
+from livt_scale.study.report.series import values_of, varied
 
 TOTAL_BYTES = 2_200_000  # of all reconstructions in one page, as data URIs
 WIDEST_PX, NARROWEST_PX = 640, 160
 MAX_PIXELS = 50_000_000  # a picture beyond that is not one of ours
-DPI = 150
-MPL_MARKERS = ("o", "s", "^", "D", "v", "h")
 
 
 class Cell(NamedTuple):
@@ -90,65 +84,3 @@ def small_uri(path: Path, *, max_bytes: int) -> str:
         if buffer.tell() <= max_bytes or width <= NARROWEST_PX:
             return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         width = max(NARROWEST_PX, int(width * 0.8))
-
-
-def png(panels: Sequence[Panel]) -> bytes:
-    """The panels of one section as a picture for a paper. The same panels give the same bytes."""
-    if not panels:
-        raise UsageError("there is nothing to draw")
-    across = min(2 if len(panels) < 5 else 3, len(panels))
-    down = math.ceil(len(panels) / across)
-    figure = new_figure(4.4 * across, 3.3 * down)
-    grid = figure.subplots(down, across, squeeze=False).ravel()
-    for axes, panel in zip(grid, panels, strict=False):
-        _paint(axes, panel)
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    return png_of(figure, dpi=DPI)
-
-
-def _paint(axes: Any, panel: Panel) -> None:
-    axes.set_title(plain_math(panel.title), fontsize=9, loc="left")
-    axes.set_xlabel(plain_math(panel.x_label), fontsize=8)
-    axes.set_ylabel(plain_math(panel.y_label), fontsize=8)
-    axes.tick_params(labelsize=7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", linewidth=0.4, alpha=0.5)
-    if panel.x_log:
-        axes.set_xscale("log")
-        every = [x for of in panel.series for x in of.x]
-        low, high = min(every) / 1.15, max(every) * 1.15
-        ticks = [tick for tick in ticks_of(panel) if low <= tick <= high]
-        axes.set_xlim(low, high)
-        axes.set_xticks(ticks, [short(tick) for tick in ticks])
-        axes.minorticks_off()
-    if panel.categories:
-        axes.set_xticks(range(len(panel.categories)), [plain_math(name) for name in panel.categories])
-    if panel.y_range:
-        axes.set_ylim(*panel.y_range)
-    if panel.band:
-        axes.fill_between(panel.band.x, panel.band.low, panel.band.high, color="#808890", alpha=0.25, linewidth=0)
-        axes.plot(panel.band.x, panel.band.mid, color="#606870", label="fitted law")
-    said: set[str] = set()
-    for series in panel.series:
-        _points(axes, panel, series, label=None if series.label in said else series.label)
-        said.add(series.label)
-    axes.legend(fontsize=6.5, frameon=False)
-
-
-def _points(axes: Any, panel: Panel, series: Series, *, label: str | None) -> None:
-    colour = PALETTE[series.colour % len(PALETTE)]
-    style: dict[str, Any] = {"color": colour, "markersize": 3 if series.joined else 5}
-    style["label"] = None if label is None else plain_math(label)
-    style["marker"] = MPL_MARKERS[series.colour % len(MPL_MARKERS)]
-    x = series.x
-    if panel.categories:
-        x = [at + 0.22 * (series.colour - (len(panel.series) - 1) / 2) for at in x]
-    if series.hollow:
-        style["markerfacecolor"] = "none"
-    axes.plot(x, series.y, linestyle="-" if series.joined else "none", linewidth=1.1, **style)
-
-
-def plain_math(text: str) -> str:
-    """Text that matplotlib does not set as a formula."""
-    return text.replace("$", r"\$")
