@@ -46,8 +46,8 @@ from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.build.writer import Prepare
 from livt_scale.data.loader import normalise, train_batches
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.reader import read_sample
+from livt_scale.data.shard_set import ShardSet
 
 sys.path.insert(0, str(Path(__file__).parent))  # beside this script, however it was started
 from loader_peers import MEAN, PEERS, STD, Place

@@ -41,8 +41,8 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.loader import train_batches
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.reader import read_sample
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import SourceError
 
 ROOT = Path(__file__).resolve().parents[1]

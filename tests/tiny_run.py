@@ -14,7 +14,7 @@ from livt_scale.config.load import save_recipe
 from livt_scale.config.recipe import Recipe, digest, learnt_from
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import BuildSpec, Spec
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.state_dict import collect
 from livt_scale.models.classifier import Classifier, build_classifier
 from livt_scale.optim import make_adamw, param_groups

@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.cpu_cores import told_to_loader
 from livt_scale.distributed.world import detect, process_group
 from livt_scale.evaluation import adjust

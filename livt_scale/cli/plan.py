@@ -106,7 +106,7 @@ def _measured_mfu(path: Path) -> float:
 
 def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, classes: int | None) -> DataSet:
     """What was said, else what the shards say, else the published size of a set that the folder is named after."""
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
     from livt_scale.plan.published import published
     from livt_scale.plan.stage_plan import DataSet
 

@@ -165,7 +165,7 @@ def _missing_data(recipe: Recipe) -> list[str]:
 
 
 def _open_data(recipe: Recipe) -> None:
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
 
     for folder in (recipe.data.train, recipe.data.val):
         if folder:

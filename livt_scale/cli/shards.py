@@ -199,7 +199,7 @@ def _seen(folder: str, recipe: Path, stage: str | None, sets: list[str]) -> dict
     from livt_scale.config.load import load_recipe
     from livt_scale.config.recipe import STAGES
     from livt_scale.data.inspect import class_report
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
     from livt_scale.util.errors import UsageError, nearest
 
     loaded = load_recipe(recipe, sets=sets)

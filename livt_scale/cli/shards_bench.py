@@ -29,7 +29,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Measure how many images a second one core and all cores decode and crop, and what GPUs would need."""
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
     from livt_scale.doctor.decode import bench as measure
     from livt_scale.doctor.decode import needed
     from livt_scale.util.errors import UsageError

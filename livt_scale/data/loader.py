@@ -36,13 +36,13 @@ from livt_scale.data import num_workers as calibrate
 from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform, TrainTransform
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
 from livt_scale.data.num_workers import Loading
 from livt_scale.data.order.instance import Ints, eval_positions
 from livt_scale.data.reader import MicroBatch, RankOrder, SampleReader, stage_order, this_worker
 from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError, UsageError
 
 __all__ = ["Batch", "Batches", "Mix", "apply_mix", "eval_batches", "normalise", "train_batches"]

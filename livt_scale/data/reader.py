@@ -26,12 +26,12 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from livt_scale.config.recipe import Recipe, Stage
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order.class_balanced import order_for
 from livt_scale.data.order.instance import Ints, SampleOrder
 from livt_scale.data.remote.cache import closing_fd
 from livt_scale.data.remote.prefetch import fetched_ahead
 from livt_scale.data.seeds import view_key
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import ManifestError, SampleError, ShardError, UsageError
 from livt_scale.util.urls import one_line
 

@@ -146,7 +146,7 @@ def _disks(dirs: list[Path], seconds: float) -> list[Facts]:
 def _decode(recipe: Recipe | None, seconds: float) -> Facts:
     """Images a second: of the recipe's first stage by the whole node, or of one core on a picture of noise."""
     if recipe is not None:
-        from livt_scale.data.manifest import ShardSet
+        from livt_scale.data.shard_set import ShardSet
         from livt_scale.doctor.decode import bench as decode_bench
 
         shards = ShardSet.open(recipe.data.train, data=recipe.data)

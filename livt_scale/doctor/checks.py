@@ -261,7 +261,7 @@ def _slurm() -> list[Finding]:
 
 def _shards() -> list[Finding]:
     """The images that ship: what `livt quickstart` needs."""
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
     from livt_scale.util.errors import LivtError
 
     try:

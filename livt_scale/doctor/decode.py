@@ -15,7 +15,7 @@ from typing import Any
 
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.data.loader import core_rate, train_batches
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.process_pool import usable_cores
 
 BATCH = 64

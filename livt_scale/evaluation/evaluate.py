@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.loader import eval_batches
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.num_workers import most_workers
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.remote.prefetch import check_evaluation_room
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from livt_scale.data.image.decode import BadImage, decode
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.reader import SampleReader
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.gallery_page import PAGE
 from livt_scale.evaluation.logits import Outputs
 from livt_scale.evaluation.per_class import predictions

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from livt_scale.config.recipe import Loss
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.losses import options_of
 from livt_scale.metrics import Tally

@@ -29,7 +29,7 @@ from livt_scale.config.load import load_saved
 from livt_scale.config.model import USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
 from livt_scale.data.image.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, evaluate
 from livt_scale.evaluation.logits import About, Outputs, gather, logit_scale

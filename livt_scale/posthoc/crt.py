@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from livt_scale import optim
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order.class_balanced import ClassOrder
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.evaluate import check_same_classes, data_lineage
 from livt_scale.export.timm import check_target, is_export, open_trained, write_export
 from livt_scale.losses import make_loss, soft_targets

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.loader import eval_batches, normalise
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
 from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, check_same_classes, data_lineage
 from livt_scale.evaluation.holdout import SEED, half_rows

@@ -24,7 +24,7 @@ from torch import Tensor
 from livt_scale.checkpoint import load
 from livt_scale.checkpoint.manifest import MANIFEST, differences
 from livt_scale.config.recipe import digest
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.export.timm import check_target, open_trained, write_export
 from livt_scale.models.classifier import AnyClassifier
 from livt_scale.posthoc import features

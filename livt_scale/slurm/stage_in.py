@@ -21,8 +21,9 @@ from pathlib import Path
 
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe
-from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, Manifest, ShardSet, plain_disk_errors
-from livt_scale.util.atomic import new_file
+from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, ShardManifest
+from livt_scale.data.shard_set import ShardSet
+from livt_scale.util.atomic import new_file, plain_disk_errors
 from livt_scale.util.errors import DataError, LivtError, ShardError, UsageError
 from livt_scale.util.urls import is_url
 
@@ -82,7 +83,7 @@ def _copy_all(recipe: Recipe, target: Path, *, stage: str) -> int:
     return needed
 
 
-def copy_set(source: Path, target: Path, manifest: Manifest) -> None:
+def copy_set(source: Path, target: Path, manifest: ShardManifest) -> None:
     """Copy a set of shards, the manifest last. Raises ShardError for a file that is not what the manifest says."""
     target.mkdir()
     for info in _files(manifest):
@@ -104,7 +105,7 @@ def copy_set(source: Path, target: Path, manifest: Manifest) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def _files(manifest: Manifest) -> list[FileInfo]:
+def _files(manifest: ShardManifest) -> list[FileInfo]:
     return [*manifest.shards, manifest.index, manifest.keys]
 
 

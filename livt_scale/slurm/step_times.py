@@ -53,8 +53,8 @@ def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
     """Steps of the stage by recipe and manifest; None where the shards are not to be seen from here."""
     import numpy as np
 
-    from livt_scale.data.manifest import ShardSet
     from livt_scale.data.order.class_balanced import order_for  # not data.stream, which would bring torch
+    from livt_scale.data.shard_set import ShardSet
 
     try:
         shards = ShardSet.open(recipe.data.train, data=recipe.data)

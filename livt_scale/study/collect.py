@@ -125,7 +125,7 @@ def sets_read(run: Run, place: Path, *, train: str, val: str | None) -> dict[str
 
 def _digest_here(where: str) -> tuple[str, str] | None:
     """The digest of the set in the folder `where` and what to call it; None where it is not on this machine."""
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
 
     try:
         return ShardSet.open(where).digest, "is there now"

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.study.runs import Run, in_order
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder

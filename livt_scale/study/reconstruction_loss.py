@@ -15,8 +15,8 @@ import torch
 from livt_scale.checkpoint.manifest import MANIFEST
 from livt_scale.config.load import load_saved
 from livt_scale.data.loader import eval_batches, normalise
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.models.mae import build_mae
 from livt_scale.train.finetune import final_pretraining, read_pretraining
 from livt_scale.util.atomic import write_atomic

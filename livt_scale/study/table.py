@@ -18,7 +18,7 @@ from typing import Any
 
 from livt_scale import __version__
 from livt_scale.config.recipe import STAGES, Recipe
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.flops import stage_flops
 from livt_scale.slurm.status import look_at
 from livt_scale.study.collect import (

@@ -14,7 +14,7 @@ from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
 from livt_scale.data.loader import Batch, apply_mix, normalise
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import Averaged
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from livt_scale import optim
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.loader import Batch, eval_batches, normalise
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation import pictures

@@ -20,7 +20,7 @@ from livt_scale.checkpoint.load import Position
 from livt_scale.checkpoint.manager import Found, Tiers
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.resume_rules import check_same

@@ -10,6 +10,7 @@ the name (rename(2) is atomic, but durable only after the folder is synced). An 
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from livt_scale.util.errors import DataError
 
 PREFIX = ".livt-writing-"  # a leftover of a killed process starts so; nothing ever reads one
 
@@ -66,6 +69,23 @@ def new_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def plain_disk_errors(path: Path, *, needed: int = 0) -> Iterator[None]:
+    """Turn an OSError while `path` is written into a DataError with a remedy; `needed`: bytes to be written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(path.parent).free
+            raise DataError(
+                f"{path}: not enough space ({error.strerror}): {needed:,} bytes needed, {free:,} free",
+                remedy="free some space or choose another folder, then run the command again: finished files are kept",
+            ) from error
+        raise DataError(
+            f"{path}: cannot be written: {error.strerror or error}", remedy="choose a folder that you can write to"
+        ) from error
 
 
 def sync_folder(folder: Path) -> None:

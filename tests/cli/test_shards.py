@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from livt_scale.cli.main import app
 from livt_scale.cli.shards import histogram
 from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
-from livt_scale.data.manifest import QUARANTINE, ShardSet
+from livt_scale.data.manifest import QUARANTINE
+from livt_scale.data.shard_set import ShardSet
 from tests.small_sets import encoded, small_set, write_idx_spec
 
 SETS = "{lt: {source: raw, exponential: {imbalance: 3}}, even: {source: raw, balanced: {like: lt}}}"

@@ -10,7 +10,7 @@ import pytest
 from livt_scale.config.load import load_recipe
 from livt_scale.data.inspect import trace
 from livt_scale.data.loader import train_batches
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import UsageError
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"

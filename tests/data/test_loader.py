@@ -26,10 +26,10 @@ from torchvision.transforms import functional as tv
 from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.build.verify import verify
 from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.mixup import draw_mix
 from livt_scale.data.reader import RankOrder, stage_order
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError
 from tests.data.tiny_sets import HOSTILE, tiny_recipe, tiny_set
 
@@ -293,7 +293,7 @@ def test_no_process_outlives_the_iterator(shards, how):
 SCRIPT = """
     import multiprocessing, os, signal, sys
     from livt_scale.data.loader import train_batches
-    from livt_scale.data.manifest import ShardSet
+    from livt_scale.data.shard_set import ShardSet
     from livt_scale.config.recipe import Recipe
     recipe = Recipe.model_validate_json(sys.stdin.read())
     shards = ShardSet.open(recipe.data.train)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.builder import index_tars
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 
 HOSTILE = 'a set\'s "dir"\n$(touch x)'
 

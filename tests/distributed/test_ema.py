@@ -19,7 +19,7 @@ from livt_scale import optim
 from livt_scale.checkpoint.load import Position, Saver, load, read_tensors
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Ema, Parallel, learnt_from
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import Averaged, decay_at, with_average
 from livt_scale.distributed.strategy import Strategy, make_strategy
 from livt_scale.distributed.world import World

@@ -8,7 +8,7 @@ import shutil
 import signal
 import time
 
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.train.run_files import read_status
 from tests.whole_runs import assert_same_run
 

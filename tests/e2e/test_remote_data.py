@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from tests.data.remote.flaky_server import FAULTS, FlakyServer
 from tests.whole_runs import REPO, assert_same_run
 

@@ -11,7 +11,7 @@ import pytest
 from livt_scale.config.load import load_recipe
 from livt_scale.data.build.builder import index_tars
 from livt_scale.data.inspect import trace
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from tests.e2e.test_kill_and_resume import run_until_done_killing
 from tests.whole_runs import REPO, assert_same_run
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from livt_scale.config.recipe import Parallel, Recipe
 from livt_scale.data.loader import eval_batches, normalise
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy, make_strategy
 from livt_scale.distributed.world import World, process_group
 from livt_scale.evaluation import evaluate as evaluation

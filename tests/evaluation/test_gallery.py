@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation import gallery
 from livt_scale.evaluation.holdout import halves
 from livt_scale.evaluation.logits import About, Outputs

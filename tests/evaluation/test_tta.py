@@ -17,7 +17,7 @@ from PIL import Image
 
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.loader import eval_batches
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World, process_group
 from livt_scale.evaluation.evaluate import TrainingClasses, evaluate
 from livt_scale.evaluation.logits import About, gather

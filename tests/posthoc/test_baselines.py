@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from livt_scale.cli.main import app
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import evaluate
 from livt_scale.export.timm import export_run, load_export, open_trained

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from livt_scale.config.load import save_recipe
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.slurm import stage_in as staging
 from livt_scale.slurm.stage_in import main, stage_in
 from livt_scale.util.errors import DataError, ShardError, UsageError

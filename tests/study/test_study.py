@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from livt_scale.cli import main
 from livt_scale.config.recipe import learnt_from
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
 from livt_scale.study.local_runner import run_all
 from livt_scale.study.slurm_runner import ready, whole_recipe

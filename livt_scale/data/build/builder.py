@@ -26,9 +26,10 @@ from livt_scale.data.build.sources import Source
 from livt_scale.data.build.spec import Spec
 from livt_scale.data.build.tar import shown
 from livt_scale.data.build.writer import Prepare, Shard, ShardJob, make_shard, publish, scan_shard
-from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, Manifest, ShardSet, plain_disk_errors
+from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, ShardManifest
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import choose, imbalance_factor, shuffled
-from livt_scale.util.atomic import PREFIX, write_atomic
+from livt_scale.util.atomic import PREFIX, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError
 from livt_scale.util.process_pool import in_processes, usable_cores
 
@@ -101,7 +102,7 @@ def _finished(spec: Spec, name: str, folder: Path) -> Built | None:
     """What is there, if it is whole; None if there is work to do. Raises DataError if it is of another spec."""
     if not (folder / MANIFEST).exists():
         return None
-    manifest = Manifest.read(folder)
+    manifest = ShardManifest.read(folder)
     if manifest.source.get("spec_sha256") != _spec_sha256(spec, name):
         raise DataError(
             f"{folder} holds the set {manifest.name!r}, built from another spec",
@@ -165,7 +166,7 @@ def _claim(plan: Plan, folder: Path) -> None:
                 remedy="choose another --out, or remove the folder first",
             )
     elif (folder / MANIFEST).exists():
-        manifest = Manifest.read(folder)
+        manifest = ShardManifest.read(folder)
         if manifest.source != plan.facts["source"]:
             raise DataError(
                 f"{folder} is incomplete, and the images now are not those it was built from",
@@ -188,7 +189,7 @@ def _claim(plan: Plan, folder: Path) -> None:
 def _build_set(plan: Plan, folder: Path, *, workers: int, progress: Progress | None) -> Built:
     known = {}
     if (folder / MANIFEST).exists():
-        known = {s.name: s.sha256 for s in Manifest.read(folder).shards}
+        known = {s.name: s.sha256 for s in ShardManifest.read(folder).shards}
     names = [plan.shard_name(k) for k in range(plan.num_shards)]
     jobs = (ShardJob(folder / name, plan.part(k), known.get(name), plan.prepare) for k, name in enumerate(names))
     shards: dict[int, Shard] = {}
@@ -245,7 +246,7 @@ def index_tars(
     built from a spec.
     """
     folder = Path(folder)
-    if (folder / MANIFEST).exists() and "spec_sha256" in Manifest.read(folder).source:
+    if (folder / MANIFEST).exists() and "spec_sha256" in ShardManifest.read(folder).source:
         raise DataError(f"{folder} was built from a spec and has its manifest", remedy="there is nothing to do")
     paths = _tars(folder)
     shards: dict[int, Shard] = {}

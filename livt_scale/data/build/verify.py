@@ -21,20 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from livt_scale.data.image.decode import BadImage, decode
-from livt_scale.data.manifest import (
-    INDEX,
-    MANIFEST,
-    QUARANTINE,
-    FileInfo,
-    Manifest,
-    Quarantine,
-    Quarantined,
-    ShardSet,
-    plain_disk_errors,
-    read_quarantine,
-)
+from livt_scale.data.manifest import INDEX, MANIFEST, QUARANTINE, FileInfo, Quarantine, Quarantined, ShardManifest
 from livt_scale.data.remote.cache import closing_fd
-from livt_scale.util.atomic import write_atomic
+from livt_scale.data.shard_set import ShardSet, read_quarantine
+from livt_scale.util.atomic import plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, RemoteError, UsageError
 from livt_scale.util.process_pool import in_processes, usable_cores
 from livt_scale.util.urls import is_url, one_line
@@ -93,7 +83,7 @@ def verify(
         return _verify_url(folder, decode=decode, progress=progress)
     folder = Path(folder)
     try:
-        manifest = Manifest.read(folder)
+        manifest = ShardManifest.read(folder)
     except ManifestError as error:
         if not (folder / MANIFEST).is_file():
             raise
@@ -157,7 +147,7 @@ def _check_file(path: Path, expected: FileInfo) -> list[Fault]:
 
 
 def _check_shards(
-    folder: Path, manifest: Manifest, *, decode: bool, workers: int, progress: Progress | None
+    folder: Path, manifest: ShardManifest, *, decode: bool, workers: int, progress: Progress | None
 ) -> list[Fault]:
     index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
     whole = ShardSet(folder, manifest, index, ())  # not opened: that would stop at the first shard that is missing
@@ -235,7 +225,7 @@ def _damaged_end(job: _Job) -> int | None:
     return end + len(rest) - len(rest.lstrip(b"\0")) if rest.strip(b"\0") else None
 
 
-def _write_quarantine(folder: Path, manifest: Manifest, faults: Sequence[Fault], *, decoded: bool) -> None:
+def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fault], *, decoded: bool) -> None:
     """quarantine.json of the samples among `faults`, removed if there are none. Raises DataError for other faults.
 
     Without `decoded`, what was in quarantine before stays there: it may be there for an image that does not decode.

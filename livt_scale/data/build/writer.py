@@ -25,17 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from livt_scale.data.build.sources import Source
 from livt_scale.data.build.tar import END_OF_TAR, IMAGE_TYPES, read_tar, sample_bytes
 from livt_scale.data.image.decode import BadImage, decode, open_image
-from livt_scale.data.manifest import (
-    INDEX,
-    INDEX_DTYPE,
-    KEYS,
-    MANIFEST,
-    FileInfo,
-    Manifest,
-    ShardInfo,
-    plain_disk_errors,
-)
-from livt_scale.util.atomic import new_file, write_atomic
+from livt_scale.data.manifest import INDEX, INDEX_DTYPE, KEYS, MANIFEST, FileInfo, ShardInfo, ShardManifest
+from livt_scale.util.atomic import new_file, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ShardError, SourceError
 
 
@@ -131,7 +122,7 @@ def scan_shard(path: Path) -> Shard:
     return Shard(info, rows, "".join(s.key for s in samples).encode(), was_there=True)
 
 
-def publish(folder: Path, shards: Sequence[Shard], **facts: Any) -> Manifest:
+def publish(folder: Path, shards: Sequence[Shard], **facts: Any) -> ShardManifest:
     """Write index, keys and, last, the manifest. `facts`: its name, seed, class_names, class_counts and source."""
     rows = np.concatenate([s.rows for s in shards]) if shards else np.zeros(0, dtype=INDEX_DTYPE)
     lengths = [len(s.keys) for s in shards]
@@ -141,7 +132,7 @@ def publish(folder: Path, shards: Sequence[Shard], **facts: Any) -> Manifest:
     rows["image_type"] = np.searchsorted(used, rows["image_type"])
     files = {INDEX: _npy(rows), KEYS: b"".join(s.keys for s in shards)}
     infos = {n: FileInfo(name=n, bytes=len(b), sha256=hashlib.sha256(b).hexdigest()) for n, b in files.items()}
-    manifest = Manifest(
+    manifest = ShardManifest(
         num_samples=len(rows),
         image_types=[IMAGE_TYPES[t] for t in used],
         shards=[s.info for s in shards],

@@ -1,6 +1,6 @@
 """Files fetched from elsewhere, kept on this node up to a limit, shared by all its processes.
 
-    cache = Cache.of(recipe.data.cache)
+    cache = ShardCache.of(recipe.data.cache)
     with closing_fd(cache.hold(info, fetch, wait_s=900)) as handle:      # fetched once, whoever comes first
         os.pread(handle, nbytes, start)
 
@@ -58,14 +58,14 @@ class _File:
 
 
 @dataclass(frozen=True)
-class Cache:
+class ShardCache:
     """The files below `folder`, `limit` bytes at most. Holds nothing open: may be pickled, and used in any process."""
 
     folder: Path
     limit: int
 
     @classmethod
-    def of(cls, part: recipe.Cache) -> Cache:
+    def of(cls, part: recipe.Cache) -> ShardCache:
         """As the recipe says. Makes the folder. Raises UsageError where it cannot be, or is somebody else's."""
         folder = Path(part.dir).expanduser().absolute() if part.dir else default_folder()
         for one in (folder, folder / VERSION):
@@ -135,7 +135,7 @@ class Cache:
             if handle is not None:
                 return handle
             part = self._claim(info)
-            if isinstance(part, _Part):
+            if isinstance(part, _PartialFile):
                 return self._bring(info, part, fetch)
             if time.monotonic() > give_up:
                 raise self._waited(info, part, wait_s)
@@ -161,7 +161,7 @@ class Cache:
         os.close(handle)
         return None
 
-    def _claim(self, info: FileInfo) -> _Part | str | None:
+    def _claim(self, info: FileInfo) -> _PartialFile | str | None:
         """The .part, ours to fill, with room for it; else why not: "fetched" by another, "full", None: it came."""
         path = self.folder / f"{info.sha256}.{info.bytes}.part"
         with self._locked():
@@ -174,12 +174,12 @@ class Cache:
                 os.close(handle)
                 return "fetched"
             if self._make_room(info.bytes, apart_from=path):
-                return _Part(path, handle)
+                return _PartialFile(path, handle)
             path.unlink(missing_ok=True)
             os.close(handle)
             return "full"
 
-    def _bring(self, info: FileInfo, part: _Part, fetch: Fetch) -> int:
+    def _bring(self, info: FileInfo, part: _PartialFile, fetch: Fetch) -> int:
         try:
             fetch(part.path)
             os.fchmod(part.handle, 0o400)
@@ -252,7 +252,7 @@ class Cache:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _PartialFile:
     path: Path
     handle: int  # with an exclusive lock
 

@@ -140,7 +140,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def is_as_told(size: int, sha256: str) -> Callable[[Path], str]:
+def matches(size: int, sha256: str) -> Callable[[Path], str]:
     """A check for `fetch`: the file has this size and this SHA-256."""
 
     def check(path: Path) -> str:

@@ -17,7 +17,8 @@ from livt_scale.data.build.builder import BUILD, build, index_tars, info
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
 from livt_scale.data.build.verify import verify
-from livt_scale.data.manifest import MANIFEST, Manifest, ShardSet
+from livt_scale.data.manifest import MANIFEST, ShardManifest
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import shuffled
 from livt_scale.util.atomic import PREFIX
 from livt_scale.util.errors import DataError, ManifestError, SampleError, ShardError, SourceError
@@ -315,7 +316,7 @@ def test_the_shards_that_ship_are_small_licensed_and_of_the_spec_that_ships():
     assert "Zalando" in (SHIPPED / "LICENSE").read_text()
     spec = load_spec(SHIPPED.parent / "fashion-mnist-lt.yaml")
     assert [b.made for b in build(spec, SHIPPED)] == [0, 0, 0]
-    training = [Manifest.read(SHIPPED / name) for name in ("train-lt", "train-balanced")]
+    training = [ShardManifest.read(SHIPPED / name) for name in ("train-lt", "train-balanced")]
     assert training[0].num_samples == training[1].num_samples == 2478
 
 
@@ -324,7 +325,7 @@ def test_the_shards_that_ship_are_small_licensed_and_of_the_spec_that_ships():
 def test_the_full_set_builds_from_the_package(tmp_path):
     built = build(load_spec(SHIPPED.parent / "fashion-mnist-lt-full.yaml"), tmp_path)
     assert [b.num_samples for b in built] == [14886, 14886, 10000]
-    counts = Manifest.read(tmp_path / "train-lt").class_counts
+    counts = ShardManifest.read(tmp_path / "train-lt").class_counts
     assert counts == [int(6000 * 100 ** (-c / 9)) for c in range(10)]
 
 

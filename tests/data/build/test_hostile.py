@@ -34,8 +34,8 @@ from livt_scale.data.build.tar import MAX_HEADER_BYTES, MAX_SAMPLE_BYTES, read_t
 from livt_scale.data.build.verify import verify
 from livt_scale.data.build.writer import publish, scan_shard
 from livt_scale.data.loader import train_batches
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.reader import SampleReader
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import LivtError, ManifestError, SampleError, ShardError, SourceError
 from tests.data.build.hostile import BLOCK, END, entry, gnu_long, header, pax, sample, tar
 from tests.data.image.test_hostile_images import REFUSED as BAD_IMAGES
@@ -384,7 +384,9 @@ def test_an_index_that_points_elsewhere_is_refused_by_reader_and_verify(field, v
     del told["digest"]
     data = (folder / manifest.INDEX).read_bytes()
     told["index"] = {"name": manifest.INDEX, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (folder / manifest.MANIFEST).write_bytes(manifest.Manifest.model_validate(told).to_bytes())  # all sums are right
+    (folder / manifest.MANIFEST).write_bytes(
+        manifest.ShardManifest.model_validate(told).to_bytes()
+    )  # all sums are right
     shards = ShardSet.open(folder)
     assert next(SampleReader(shards).read(np.array([0]))).image == PNG
     with pytest.raises(ManifestError, match="impossible row for sample 'b'"):

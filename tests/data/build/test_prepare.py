@@ -16,8 +16,9 @@ from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.build.writer import Prepare, prepared
 from livt_scale.data.image.decode import decode
-from livt_scale.data.manifest import Manifest, ShardSet
+from livt_scale.data.manifest import ShardManifest
 from livt_scale.data.reader import read_sample
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SourceError
 from tests.data.tiny_sets import HOSTILE, encoded, photo
 
@@ -82,7 +83,7 @@ def test_the_bytes_do_not_depend_on_who_builds_and_the_manifest_tells(spec):
         for name in ("one", "two")
     ]
     assert files[0] == files[1]
-    told = Manifest.read(spec.parent / "one" / "train").source["spec"]["set"]["prepare"]
+    told = ShardManifest.read(spec.parent / "one" / "train").source["spec"]["set"]["prepare"]
     assert told == {"resize_shorter": 32, "quality": 90}
 
 
@@ -107,7 +108,7 @@ def test_as_typed(spec):
     out = spec.parent / "typed"
     typed = ["shards", "build", str(spec), "--out", str(out), "--workers", "1"]
     assert CliRunner().invoke(app, [*typed, "--resize-shorter", "32", "--quality", "90"]).exit_code == 0
-    assert Manifest.read(out / "train").source["spec"]["set"]["prepare"] == {"resize_shorter": 32, "quality": 90}
+    assert ShardManifest.read(out / "train").source["spec"]["set"]["prepare"] == {"resize_shorter": 32, "quality": 90}
     wrong = CliRunner().invoke(app, [*typed, "--quality", "90"])
     assert wrong.exit_code != 0
     assert "--resize-shorter" in str(wrong.exception) + wrong.output + repr(getattr(wrong.exception, "remedy", ""))

@@ -13,7 +13,7 @@ from livt_scale.data.build.builder import build
 from livt_scale.data.build.cifar import open_cifar
 from livt_scale.data.build.inaturalist import open_inaturalist
 from livt_scale.data.build.spec import check_expected, load_spec
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import class_counts_exponential
 from livt_scale.util.errors import SourceError
 from tests.small_sets import contents

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from livt_scale.data.build.builder import index_tars, info
 from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
 from livt_scale.data.build.verify import verify
-from livt_scale.data.manifest import INDEX, KEYS, MANIFEST, QUARANTINE, ShardSet
+from livt_scale.data.manifest import INDEX, KEYS, MANIFEST, QUARANTINE
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, ManifestError
 from tests.small_sets import encoded, small_set
 
@@ -67,9 +68,9 @@ def test_missing_and_cut_shards_are_named_with_the_samples_they_lack(tmp_path):
 
 
 def _parts(folder):
-    from livt_scale.data.manifest import Manifest
+    from livt_scale.data.manifest import ShardManifest
 
-    return Manifest.read(folder), np.load(folder / INDEX), ()
+    return ShardManifest.read(folder), np.load(folder / INDEX), ()
 
 
 def test_with_a_damaged_index_the_shards_are_checked_all_the_same(tmp_path):

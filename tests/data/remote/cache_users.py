@@ -10,22 +10,22 @@ from pathlib import Path
 
 from livt_scale.config.recipe import Remote
 from livt_scale.data.manifest import FileInfo
-from livt_scale.data.remote.cache import Cache, closing_fd
-from livt_scale.data.remote.fetch import Fetcher, is_as_told
+from livt_scale.data.remote.cache import ShardCache, closing_fd
+from livt_scale.data.remote.fetch import Fetcher, matches
 
 REMOTE = Remote(tries=3, connect_timeout_s=5, stall_timeout_s=20, deadline_s=60)
 
 
-def hold(cache: Cache, info: FileInfo, url: str) -> int:
+def hold(cache: ShardCache, info: FileInfo, url: str) -> int:
     def fetch(path: Path) -> None:
-        check = is_as_told(info.bytes, info.sha256)
+        check = matches(info.bytes, info.sha256)
         Fetcher(url, REMOTE).fetch(info.name, path, most_bytes=info.bytes, check=check)
 
     return cache.hold(info, fetch, wait_s=60)
 
 
 def main(what: str, folder: str, limit: str, url: str, seed: str, rounds: str, *infos: str) -> None:
-    cache = Cache(Path(folder), int(limit))
+    cache = ShardCache(Path(folder), int(limit))
     files = [FileInfo.model_validate_json(info) for info in infos]
     draw = random.Random(int(seed))
     print("ready", flush=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from livt_scale.config import recipe
 from livt_scale.data.manifest import FileInfo
 from livt_scale.data.remote import cache as cache_module
-from livt_scale.data.remote.cache import GIB, Cache, closing_fd
+from livt_scale.data.remote.cache import GIB, ShardCache, closing_fd
 from livt_scale.data.remote.fetch import Cancelled
 from livt_scale.util.errors import DataError, UsageError
 from tests.data.remote.cache_users import hold as hold_from
@@ -43,7 +43,7 @@ def unexpected(path):
 
 
 def make(folder, limit=3 * SIZE):
-    return Cache.of(recipe.Cache(dir=str(folder), limit_gib=limit / GIB))
+    return ShardCache.of(recipe.Cache(dir=str(folder), limit_gib=limit / GIB))
 
 
 def use(cache, number, fetch=None):
@@ -313,7 +313,7 @@ def test_each_user_has_a_folder_of_their_own_by_default(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     before = set(Path("/dev/shm").iterdir())
-    mine = Cache.of(recipe.Cache())
+    mine = ShardCache.of(recipe.Cache())
     use(mine, 1)
     assert mine.folder == tmp_path / f"livt-cache-{os.getuid()}" / "v1"
     assert mine.folder.stat().st_mode & 0o077 == 0
@@ -321,7 +321,7 @@ def test_each_user_has_a_folder_of_their_own_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345)
     assert cache_module.default_folder() == tmp_path / "livt-cache-12345"
     with pytest.raises(UsageError, match="belongs to another user"):
-        Cache.of(recipe.Cache(dir=str(mine.folder.parent)))
+        ShardCache.of(recipe.Cache(dir=str(mine.folder.parent)))
     monkeypatch.setenv("LIVT_CACHE_DIR", str(tmp_path / "told"))
     assert cache_module.default_folder() == tmp_path / "told"
 
@@ -344,7 +344,7 @@ def test_a_folder_that_cannot_be_is_told_with_what_to_do(tmp_path):
 )
 def test_whatever_is_held_and_let_go_the_limit_holds_and_what_is_held_stays(tmp_path_factory, steps, sizes, limit):
     cache = make(tmp_path_factory.mktemp("c"), limit)
-    cache = Cache(cache.folder, limit)
+    cache = ShardCache(cache.folder, limit)
     held = {}
     for number, let_go in steps:
         info = info_of(number, sizes[number])

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.remote import fetch, prefetch
-from livt_scale.data.remote.cache import GIB, Cache
+from livt_scale.data.remote.cache import GIB, ShardCache
+from livt_scale.data.remote.shards import held_bytes
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import evaluate
 from livt_scale.train.finetune import finetune_task
@@ -47,7 +48,7 @@ def server(local):
 def least(local: ShardSet) -> int:
     """Bytes: what is held, and the largest shards: a batch of four in a run that may begin anywhere, and one ahead."""
     sizes = sorted((s.bytes for s in local.manifest.shards), reverse=True)
-    return prefetch.held_bytes(local.manifest) + sum(sizes[: 3 + 1])
+    return held_bytes(local.manifest) + sum(sizes[: 3 + 1])
 
 
 class Guess(nn.Module):
@@ -63,7 +64,7 @@ def recipe_for(local: ShardSet, url: str, limit: int):
 def test_an_evaluation_with_the_least_room_counts_each_image_and_stays_below_it(server, local, tmp_path, monkeypatch):
     recipe = recipe_for(local, server.url, least(local))
     val = ShardSet.open(server.url, data=recipe.data)
-    most, hold = [], Cache.hold
+    most, hold = [], ShardCache.hold
 
     def watched(cache, *args, **options):
         handle = hold(cache, *args, **options)
@@ -71,7 +72,7 @@ def test_an_evaluation_with_the_least_room_counts_each_image_and_stays_below_it(
             most.append(cache.used())
         return handle
 
-    monkeypatch.setattr(Cache, "hold", watched)
+    monkeypatch.setattr(ShardCache, "hold", watched)
     report = evaluate(Guess(), val, recipe, world=World(), batch=BATCH)
     assert report["num_samples"] == 43
     assert max(most) <= least(local)
@@ -91,12 +92,12 @@ def test_fine_tuning_says_at_its_start_that_its_evaluations_have_no_room(server,
     recipe = recipe_for(local, server.url, least(local) - 1)
     with pytest.raises(DataError, match="an evaluation, with 1 loader processes on the node, needs"):
         finetune_task(recipe, local, run_dir=tmp_path / "run", world=World())
-    everything = sum(s.bytes for s in local.manifest.shards) + prefetch.held_bytes(local.manifest)
+    everything = sum(s.bytes for s in local.manifest.shards) + held_bytes(local.manifest)
     finetune_task(recipe_for(local, server.url, everything), local, run_dir=tmp_path / "run", world=World())
 
 
 def test_what_the_training_set_holds_is_counted(server, local):
-    recipe = recipe_for(local, server.url, least(local) + prefetch.held_bytes(local.manifest) - 1)
+    recipe = recipe_for(local, server.url, least(local) + held_bytes(local.manifest) - 1)
     val = ShardSet.open(server.url, data=recipe.data)
     options = {"batch": BATCH, "ranks": 1, "workers": 0}
     prefetch.check_evaluation_room(val, **options, train=local)  # in a folder: takes nothing of the cache

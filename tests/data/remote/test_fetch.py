@@ -7,13 +7,13 @@ import pytest
 
 from livt_scale.config.recipe import Remote
 from livt_scale.data.remote import fetch as remote
-from livt_scale.data.remote.fetch import Cancelled, Fetcher, is_as_told
+from livt_scale.data.remote.fetch import Cancelled, Fetcher, matches
 from livt_scale.util.errors import DataError, RemoteError
 from livt_scale.util.urls import below, is_url, redacted, url_problem
 from tests.data.remote.flaky_server import FAULTS, FlakyServer
 
 BODY = bytes(range(256)) * 400
-CHECK = is_as_told(len(BODY), hashlib.sha256(BODY).hexdigest())
+CHECK = matches(len(BODY), hashlib.sha256(BODY).hexdigest())
 QUICK = Remote(tries=4, connect_timeout_s=5, stall_timeout_s=5, deadline_s=60)
 
 

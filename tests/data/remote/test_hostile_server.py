@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 from livt_scale.cli.main import app
 from livt_scale.config.recipe import Data, Remote
 from livt_scale.data.build.verify import verify
-from livt_scale.data.manifest import MANIFEST, Manifest, ShardSet
+from livt_scale.data.manifest import MANIFEST, ShardManifest
 from livt_scale.data.reader import read_sample
 from livt_scale.data.remote import fetch
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError, ManifestError, RemoteError
 from tests.data.remote.flaky_server import FlakyServer
 from tests.data.tiny_sets import tiny_set
@@ -52,7 +53,7 @@ def change(folder, **fields):
         for parent in parents:
             part = part[parent]
         part[last] = value
-    (folder / MANIFEST).write_bytes(Manifest.model_validate(tree).to_bytes())
+    (folder / MANIFEST).write_bytes(ShardManifest.model_validate(tree).to_bytes())
 
 
 def opened(server) -> ShardSet:

@@ -17,12 +17,13 @@ from livt_scale.cli.main import app
 from livt_scale.config.load import load_recipe
 from livt_scale.data.build.verify import verify
 from livt_scale.data.loader import eval_batches, train_batches
-from livt_scale.data.manifest import QUARANTINE, ShardSet
+from livt_scale.data.manifest import QUARANTINE
 from livt_scale.data.order.instance import Order
 from livt_scale.data.reader import SampleStream, read_sample, stage_order
 from livt_scale.data.remote import fetch
 from livt_scale.data.remote.cache import GIB
 from livt_scale.data.remote.prefetch import shards_in_view
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError, ManifestError, RemoteError, UsageError
 from tests.data.remote.chaos_proxy import ChaosProxy
 from tests.data.remote.flaky_server import FAULTS, FlakyServer

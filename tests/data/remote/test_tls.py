@@ -11,9 +11,9 @@ import time
 import pytest
 
 from livt_scale.config.recipe import Data, Remote
-from livt_scale.data.manifest import ShardSet
 from livt_scale.data.remote import fetch
 from livt_scale.data.remote.fetch import Fetcher
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import RemoteError
 from tests.data.remote.certificates import self_signed
 from tests.data.remote.flaky_server import FlakyServer

@@ -1,0 +1,247 @@
+"""A folder of shards, or a set at a URL, opened for reading.
+
+    shards = ShardSet.open("shards/fashion-mnist-lt/train-lt")
+    shards.class_counts, shards.keys(np.array([7])), shards.labels(np.array([7]))
+
+`ShardSet.open` costs the same for a thousand samples and for a billion: it reads the manifest, asks for the size of
+each file and maps the index into memory. Each sample's bytes are checked when they are read, all of them by
+`livt shards verify`. A sample has a number (its row of the index) and, once the quarantined ones are left out, a
+position.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from livt_scale.config.recipe import Data
+from livt_scale.data.manifest import (
+    INDEX_DTYPE,
+    QUARANTINE,
+    FileInfo,
+    Quarantine,
+    Quarantined,
+    ShardInfo,
+    ShardManifest,
+)
+from livt_scale.data.remote.shards import RemoteShards
+from livt_scale.util.errors import ManifestError, ShardError
+from livt_scale.util.urls import below, is_url
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """The shards of one folder, opened for reading by `ShardSet.open`. Pickling stores the location and reopens it."""
+
+    folder: Path  # of a set at a URL: the cache's folder, where its index has another name
+    manifest: ShardManifest
+    index: np.ndarray  # [num_samples + quarantined] of INDEX_DTYPE, mapped
+    quarantine: tuple[Quarantined, ...]  # by number
+    remote: RemoteShards | None = None  # where shards are fetched from; None: they are in `folder`
+
+    @classmethod
+    def open(cls, folder: str | Path, *, data: Data | None = None) -> Self:
+        """Open `folder`, or the set at a URL with the settings of `data` (None: the defaults), in O(shards).
+
+        Raises ManifestError (no folder, no manifest, another version, an index of the wrong size), ShardError (a shard
+        that is missing or of the wrong size) and, for a URL, RemoteError.
+        """
+        if isinstance(folder, str) and is_url(folder):
+            return cls._open_remote(RemoteShards.at(folder, data))
+        folder = Path(folder)
+        manifest = ShardManifest.read(folder)
+        for info in (*manifest.shards, manifest.index, manifest.keys):
+            _check_size(folder, info)
+        opened = cls(folder, manifest, _map_index(folder / manifest.index.name, manifest), ())
+        quarantine = read_quarantine(opened)
+        return cls(folder, manifest, opened.index, quarantine)
+
+    @classmethod
+    def _open_remote(cls, remote: RemoteShards, manifest: ShardManifest | None = None) -> Self:
+        """`manifest`: already known if another process has opened the set."""
+        manifest = manifest or remote.manifest()
+        for info in (manifest.index, manifest.keys):
+            remote.keep(info)
+        cache = remote.cache
+        opened = cls(cache.folder, manifest, _map_index(cache.path(manifest.index), manifest), (), remote)
+        listed = remote.quarantine()
+        if listed is None:
+            return opened
+        quarantine = check_quarantine(opened, listed, below(remote.url, QUARANTINE))
+        return cls(opened.folder, manifest, opened.index, quarantine, remote)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapped array would be pickled as a copy of the full index
+        if self.remote:
+            return type(self)._open_remote, (self.remote, self.manifest)
+        return type(self).open, (self.folder,)
+
+    @property
+    def where(self) -> str:
+        """The folder or the URL, for messages."""
+        return self.remote.url if self.remote else str(self.folder)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.manifest.class_names)
+
+    @property
+    def num_samples(self) -> int:
+        """Usable samples: those in the manifest except the quarantined ones."""
+        return self.manifest.num_samples - len(self.quarantine)
+
+    @cached_property
+    def first(self) -> NDArray[np.int64]:
+        """[num_shards + 1] The number of each shard's first sample, and the number of samples."""
+        return np.concatenate([[0], np.cumsum([s.samples for s in self.manifest.shards])]).astype(np.int64)
+
+    @cached_property
+    def quarantined(self) -> NDArray[np.int64]:
+        """[quarantined] Their sample numbers, ascending."""
+        return np.array([q.number for q in self.quarantine], dtype=np.int64)
+
+    @cached_property
+    def usable_per_shard(self) -> NDArray[np.int64]:
+        """[num_shards] Usable samples of each shard."""
+        lost = np.bincount(self.shard_of(self.quarantined), minlength=len(self.manifest.shards))
+        return np.diff(self.first) - lost
+
+    @cached_property
+    def class_counts(self) -> NDArray[np.int64]:
+        """[C] Usable samples of each class."""
+        lost = np.bincount(np.array([q.label for q in self.quarantine], dtype=np.int64), minlength=self.num_classes)
+        return np.array(self.manifest.class_counts, dtype=np.int64) - lost
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of manifest and quarantine: with seed, epoch and batch size, all that the order depends on."""
+        return hashlib.sha256(self.manifest.to_bytes() + self.quarantined.tobytes()).hexdigest()
+
+    def usable_to_sample(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions among the usable samples, int64 [n], to sample numbers [n]. The identity without a quarantine."""
+        # usable samples before the k-th quarantined one: numbers 3, 4, 9 -> 3, 3, 7; position 3 is then number 5
+        before = self.quarantined - np.arange(len(self.quarantined))
+        return positions + np.searchsorted(before, positions, side="right")
+
+    def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] The class of each sample number."""
+        return self.index["label"][samples].astype(np.int64)
+
+    def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] The shard that contains each sample number."""
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+    def impossible_rows(self, rows: np.ndarray, shard: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Which of the index rows `rows` [n], for samples in the shards `shard` [n], are impossible.
+
+        The sample is outside its shard, the image outside the sample, or the class or image type does not exist.
+        Reading such a row could take any amount of memory.
+        """
+        room = self._shard_bytes[shard] - rows["start"]  # wraps around where start is beyond
+        image_end = rows["data_offset"].astype(np.uint64) + rows["data_size"]
+        outside = (rows["start"] > self._shard_bytes[shard]) | (rows["nbytes"] > room) | (image_end > rows["nbytes"])
+        unknown = (rows["label"] < 0) | (rows["label"] >= self.num_classes)
+        return np.flatnonzero(outside | unknown | (rows["image_type"] >= len(self.manifest.image_types)))
+
+    @cached_property
+    def _shard_bytes(self) -> NDArray[np.uint64]:
+        return np.array([s.bytes for s in self.manifest.shards], dtype=np.uint64)
+
+    def shard_path(self, shard: int) -> Path:
+        """The path of a shard; of a set at a URL, its path in the cache once it has been fetched."""
+        info = self.manifest.shards[shard]
+        return self.remote.cache.path(info) if self.remote else self.folder / info.name
+
+    def shard_name(self, shard: int) -> str:
+        """Path or URL of a shard, for messages."""
+        name = self.manifest.shards[shard].name
+        return below(self.remote.url, name) if self.remote else str(self.folder / name)
+
+    def keys(self, samples: NDArray[np.int64]) -> list[str]:
+        """The key of each sample number. Raises ManifestError where index or keys are damaged."""
+        return [self._key(int(k)) for k in samples]
+
+    def _key(self, sample: int) -> str:
+        end = int(self.index["key_end"][sample])
+        start = int(self.index["key_end"][sample - 1]) if sample else 0
+        try:
+            if not start <= end <= len(self._keys):
+                raise ValueError(f"bytes {start} to {end} of {len(self._keys)}")
+            return bytes(self._keys[start:end]).decode()
+        except ValueError as error:
+            raise ManifestError(
+                f"{self.where}: the key of sample {sample} cannot be read: {error}",
+                remedy=f"run `livt shards verify {self.where}` to find the damage",
+            ) from error
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        keys = self.manifest.keys
+        path = self.remote.cache.path(keys) if self.remote else self.folder / keys.name
+        if not self.manifest.keys.bytes:  # an empty file cannot be mapped
+            return np.zeros(0, dtype=np.uint8)
+        return np.memmap(path, dtype=np.uint8, mode="r")
+
+
+def _check_size(folder: Path, info: FileInfo) -> None:
+    error = ShardError if isinstance(info, ShardInfo) else ManifestError
+    path = folder / info.name
+    try:
+        size = path.stat().st_size
+    except OSError as cause:
+        raise error(f"{path} is missing", remedy="copy it again, or rebuild the set") from cause
+    if size != info.bytes:
+        raise error(
+            f"{path} has {size:,} bytes, but the manifest says {info.bytes:,}",
+            remedy="the file was truncated or changed: copy it again, or rebuild the set",
+        )
+
+
+def _map_index(path: Path, manifest: ShardManifest) -> np.ndarray:
+    remedy = f"copy it again, or recreate it with `livt shards index {path.parent}`"
+    try:
+        index = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a header is parsed as Python literals: damaged, it fails in many ways
+        raise ManifestError(f"{path}: not an index: {error}", remedy=remedy) from error
+    if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
+        raise ManifestError(
+            f"{path}: {index.shape} rows of {index.dtype}, but the manifest has {manifest.num_samples} index rows",
+            remedy=remedy,
+        )
+    return index
+
+
+def read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
+    """The samples in quarantine.json, by number; none without the file. Raises ManifestError if it does not match."""
+    path = shards.folder / QUARANTINE
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
+    return check_quarantine(shards, raw, str(path))
+
+
+def check_quarantine(shards: ShardSet, raw: bytes, path: str) -> tuple[Quarantined, ...]:
+    """The samples in the bytes `raw` of the quarantine file `path`. Raises ManifestError if they do not match."""
+    remedy = f"recreate it with `livt shards verify {shards.where} --decode --quarantine`"
+    try:
+        listed = Quarantine.model_validate_json(raw, strict=True).samples
+    except ValidationError as error:
+        raise ManifestError(f"{path}: {error.errors(include_url=False)[0]['msg']}", remedy=remedy) from None
+    numbers = [q.number for q in listed]
+    if any(b <= a for a, b in itertools.pairwise(numbers)):
+        raise ManifestError(f"{path}: its samples are not in ascending order", remedy=remedy)
+    for q in listed:
+        known = q.number < shards.manifest.num_samples
+        if not known or (shards._key(q.number), int(shards.index["label"][q.number])) != (q.key, q.label):
+            raise ManifestError(f"{path}: sample {q.number} is not {q.key!r}: made for other shards", remedy=remedy)
+    return tuple(listed)
