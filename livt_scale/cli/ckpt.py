@@ -114,7 +114,7 @@ def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, s
     """`found` with the facts that `livt train` asks of a checkpoint. UsageError where the recipe has no such stage."""
     from livt_scale.checkpoint.foreign.convert import Position, trained_by
     from livt_scale.config.load import load_recipe
-    from livt_scale.data.reader import stage_order
+    from livt_scale.data.order.for_stage import stage_order
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.train.train_state import run_facts
     from livt_scale.util.errors import UsageError

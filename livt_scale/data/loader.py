@@ -38,8 +38,9 @@ from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform, TrainTransform
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
 from livt_scale.data.num_workers import Loading
+from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Ints, eval_positions
-from livt_scale.data.reader import MicroBatch, RankOrder, SampleReader, stage_order, this_worker
+from livt_scale.data.reader import MicroBatch, RankOrder, SampleReader, this_worker
 from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.shard_set import ShardSet

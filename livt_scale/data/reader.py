@@ -25,8 +25,6 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from livt_scale.config.recipe import Recipe, Stage
-from livt_scale.data.order.class_balanced import order_for
 from livt_scale.data.order.instance import Ints, SampleOrder
 from livt_scale.data.remote.cache import closing_fd
 from livt_scale.data.remote.prefetch import fetched_ahead
@@ -69,23 +67,6 @@ class RawSample:
     def error(self, what: str) -> SampleError:
         """A SampleError that says where this sample lies."""
         return _sample_error(self.shard, self.offset, self.key, what)
-
-
-def stage_order(shards: ShardSet, recipe: Recipe, stage: Stage) -> SampleOrder:
-    """The order in which `stage` of `recipe` sees `shards`. Raises DataError where they fill no global batch."""
-    return order_for(
-        recipe.stage(stage),
-        shards.usable_per_shard,
-        lambda: usable_labels(shards),
-        seed=recipe.seed,
-        lane_groups=recipe.data.lane_groups,
-        window=recipe.data.shuffle_window,
-    )
-
-
-def usable_labels(shards: ShardSet) -> Ints:
-    """[num_samples] The class of each position among the usable samples."""
-    return shards.labels(shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64)))
 
 
 class RankOrder:

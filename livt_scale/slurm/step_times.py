@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.data.order.for_stage import planned_steps
 from livt_scale.train.run_files import METRICS, StageStatus, read_metrics, read_status
-from livt_scale.util.errors import LivtError
 
 LINES = 200
 
@@ -47,25 +47,3 @@ def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
         save_s=status.get("longest_save_s"),
         world_size=lines[-1].world_size if lines else None,
     )
-
-
-def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
-    """Steps of the stage by recipe and manifest; None where the shards are not to be seen from here."""
-    import numpy as np
-
-    from livt_scale.data.order.class_balanced import order_for  # not data.stream, which would bring torch
-    from livt_scale.data.shard_set import ShardSet
-
-    try:
-        shards = ShardSet.open(recipe.data.train, data=recipe.data)
-        order = order_for(
-            recipe.stage(stage),
-            shards.usable_per_shard,
-            lambda: shards.labels(shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64))),
-            seed=recipe.seed,
-            lane_groups=recipe.data.lane_groups,
-            window=recipe.data.shuffle_window,
-        )
-    except (LivtError, OSError):
-        return None
-    return recipe.stage(stage).epochs * order.steps_per_epoch

@@ -14,7 +14,7 @@ from livt_scale.checkpoint.manager import Tiers
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.config.recipe import Parallel, Recipe, Stage
 from livt_scale.data.loader import Batch, train_batches
-from livt_scale.data.reader import stage_order
+from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import cpu_cores
 from livt_scale.distributed.batchnorm import statistics_of

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Pretrain
-from livt_scale.data.order.class_balanced import order_for
+from livt_scale.data.order.for_stage import order_for
 from livt_scale.data.order.instance import Order
 from livt_scale.data.reader import RankOrder
 from livt_scale.util.errors import DataError

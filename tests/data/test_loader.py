@@ -27,7 +27,8 @@ from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.build.verify import verify
 from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
 from livt_scale.data.mixup import draw_mix
-from livt_scale.data.reader import RankOrder, stage_order
+from livt_scale.data.order.for_stage import stage_order
+from livt_scale.data.reader import RankOrder
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError

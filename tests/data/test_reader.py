@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Order
-from livt_scale.data.reader import RankOrder, SampleReader, SampleStream, read_sample, stage_order
+from livt_scale.data.reader import RankOrder, SampleReader, SampleStream, read_sample
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import LivtError, SampleError, ShardError, UsageError
 from tests.data.tiny_sets import HOSTILE, tiny_recipe, tiny_set

@@ -16,7 +16,8 @@ from livt_scale.cli.main import app
 from livt_scale.data.build.verify import verify
 from livt_scale.data.inspect import trace
 from livt_scale.data.loader import train_batches
-from livt_scale.data.reader import SampleStream, stage_order
+from livt_scale.data.order.for_stage import stage_order
+from livt_scale.data.reader import SampleStream
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import UsageError
 from tests.data.tiny_sets import tiny_recipe, tiny_set

@@ -18,56 +18,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from livt_scale.config.recipe import Policy, StagePart
-from livt_scale.data.order.instance import Ints, Order, SampleOrder, _permutation
-from livt_scale.util.errors import DataError
+from livt_scale.config.recipe import Policy
+from livt_scale.data.order.instance import Ints, SampleOrder, random_permutation
 
 BLOCK = 1 << 20  # draws that are shuffled together
 FINE = 20  # bits after the point in which shares of a block are counted
-
-
-def order_for(
-    part: StagePart,
-    samples_per_shard: npt.ArrayLike,
-    labels: Callable[[], Ints],
-    *,
-    seed: int,
-    lane_groups: int | None = None,
-    window: int = 65536,
-) -> SampleOrder:
-    """The order that `part` of a recipe asks for. `labels()`: int64 [N], the class of each position; called if needed.
-
-    Raises DataError where an epoch would not fill one global batch.
-    """
-    num_samples = int(np.sum(np.asarray(samples_per_shard, dtype=np.int64)))
-    steps, paired = num_samples // part.global_batch, part.mixes
-    unit = part.repeats * (2 if paired and part.repeats > 1 else 1)
-    if not steps:
-        largest = num_samples // unit * unit
-        raise DataError(
-            f"the set has {num_samples} samples, fewer than one global batch of {part.global_batch}",
-            remedy=f"set global_batch to at most {largest}" if largest else "give it more samples, or fewer repeats",
-        )
-    batch = part.global_batch // part.repeats
-    base: SampleOrder
-    if part.sampling.ends == ("instance", "instance"):
-        if lane_groups is not None and part.global_batch % lane_groups == 0 and batch % lane_groups:
-            raise DataError(
-                f"data.lane_groups is {lane_groups} and does not divide the {batch} samples of a global batch of "
-                f"{part.global_batch} with {part.repeats} views each",
-                remedy="leave it out, or take one that does",
-            )
-        base = Order(samples_per_shard, batch, seed=seed, lane_groups=lane_groups, window=window)
-    else:
-        base = ClassOrder(labels(), batch, seed=seed, steps=steps, epochs=part.epochs, ends=part.sampling.ends)
-    return base if part.repeats == 1 else Repeated(base, part.repeats, steps=steps, paired=paired)
 
 
 def shares(counts: Ints, ends: tuple[Policy, Policy], *, progress: float) -> npt.NDArray[np.float64]:
@@ -171,7 +132,7 @@ class ClassOrder:
         counts = self._apportioned(before)[0]
         kind: Any = np.uint16 if counts.size < 2**16 else np.int64  # NumPy sorts 16 bits by radix: no comparisons
         row = np.repeat(np.arange(counts.size, dtype=kind), counts)
-        classes = row[_permutation(row.size, self.seed, epoch, "classes", number)]
+        classes = row[random_permutation(row.size, self.seed, epoch, "classes", number)]
         by_class = np.argsort(classes, kind="stable")
         nth = np.empty(row.size, dtype=np.int32)
         nth[by_class] = np.arange(row.size) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -138,7 +138,7 @@ class Order:
             return self._window_memo[key]
         size, count = self._group_samples, self._num_windows
         length = size * (window + 1) // count - size * window // count
-        shuffle = _permutation(length, self.seed, epoch, "window", group, window)
+        shuffle = random_permutation(length, self.seed, epoch, "window", group, window)
         self._window_memo[key] = shuffle
         while len(self._window_memo) > self.lane_groups + 1:  # one a group, and the next one of a group that moves on
             self._window_memo.popitem(last=False)
@@ -159,7 +159,7 @@ class Order:
     def _draw(self, epoch: int) -> _Epoch:
         if self._epoch_memo is not None and self._epoch_memo[0] == epoch:
             return self._epoch_memo[1]
-        shards = _permutation(len(self._per_shard), self.seed, epoch, "shards")
+        shards = random_permutation(len(self._per_shard), self.seed, epoch, "shards")
         num_left_out = self.num_samples - self.steps_per_epoch * self.global_batch
         left_out = np.sort(_sample(self.num_samples, num_left_out, self.seed, epoch))
         drawn = _Epoch(shards, np.cumsum(self._per_shard[shards]), left_out - np.arange(num_left_out))
@@ -201,14 +201,14 @@ def _random_u64(count: int, *what: int | str) -> npt.NDArray[np.uint64]:
     return np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
 
 
-def _permutation(count: int, *what: int | str) -> Ints:
+def random_permutation(count: int, *what: int | str) -> Ints:
     return np.argsort(_random_u64(count, *what), kind="stable")
 
 
 def _sample(population: int, count: int, seed: int, epoch: int) -> Ints:
     """`count` different numbers below `population`, each set equally likely."""
     if population <= 4 * count or population <= 65536:
-        return _permutation(population, seed, epoch, "left out")[:count]
+        return random_permutation(population, seed, epoch, "left out")[:count]
     drawn = np.empty(0, dtype=np.int64)  # few among many: draw, keep the first appearance of each
     for attempt in range(64):
         more = (_random_u64(2 * count + 8, seed, epoch, "left out", attempt) % np.uint64(population)).astype(np.int64)

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.config.recipe import Finetune, Pretrain
+from livt_scale.config.recipe import Finetune
 from livt_scale.data.inspect import times_seen
 from livt_scale.data.order import class_balanced as policy_module
-from livt_scale.data.order.class_balanced import ClassOrder, Repeated, order_for, shares
+from livt_scale.data.order.class_balanced import ClassOrder, shares
+from livt_scale.data.order.for_stage import order_for
 from livt_scale.data.order.instance import Order
 from livt_scale.util.errors import DataError
 
@@ -184,13 +185,6 @@ def test_a_batch_larger_than_the_set_is_an_error_that_names_the_largest(repeats,
     with pytest.raises(DataError, match=rf"23 samples, fewer than one global batch of 24.*at most {largest}$"):
         make([20, 3], sampling, batch=24, repeats=repeats, mixup=mixup)
     make([20, 3], sampling, batch=largest - largest % 2, repeats=1)
-
-
-def test_lane_groups_must_divide_the_samples_of_a_batch_with_repeats():
-    part = Pretrain(epochs=2, warmup_epochs=0, global_batch=12, micro_batch=2, repeats=3)
-    with pytest.raises(DataError, match=r"lane_groups is 6 and does not divide the 4 samples .* 3 views"):
-        order_for(part, [100], lambda: np.zeros(100), seed=0, lane_groups=6)
-    assert isinstance(order_for(part, [100], lambda: np.zeros(100), seed=0, lane_groups=4), Repeated)
 
 
 def test_random_places_are_permutations_and_uniform():

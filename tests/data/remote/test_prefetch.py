@@ -18,8 +18,9 @@ from livt_scale.config.load import load_recipe
 from livt_scale.data.build.verify import verify
 from livt_scale.data.loader import eval_batches, train_batches
 from livt_scale.data.manifest import QUARANTINE
+from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Order
-from livt_scale.data.reader import SampleStream, read_sample, stage_order
+from livt_scale.data.reader import SampleStream, read_sample
 from livt_scale.data.remote import fetch
 from livt_scale.data.remote.cache import GIB
 from livt_scale.data.remote.prefetch import shards_in_view

@@ -1,0 +1,82 @@
+"""The order in which a stage of a recipe sees a set of shards. Needs no torch, so `livt status` can use it.
+
+order = stage_order(shards, recipe, "finetune")
+order.steps_per_epoch, order.positions(epoch=3, step=100)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from livt_scale.config.recipe import Recipe, Stage, StagePart
+from livt_scale.data.order.class_balanced import ClassOrder, Repeated
+from livt_scale.data.order.instance import Ints, Order, SampleOrder
+from livt_scale.data.shard_set import ShardSet
+from livt_scale.util.errors import DataError, LivtError
+
+
+def stage_order(shards: ShardSet, recipe: Recipe, stage: Stage) -> SampleOrder:
+    """The order in which `stage` of `recipe` sees `shards`. Raises DataError if they do not fill a global batch."""
+    return order_for(
+        recipe.stage(stage),
+        shards.usable_per_shard,
+        lambda: usable_labels(shards),
+        seed=recipe.seed,
+        lane_groups=recipe.data.lane_groups,
+        window=recipe.data.shuffle_window,
+    )
+
+
+def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
+    """Optimizer steps of the stage, by recipe and manifest; None if the shards cannot be read from this machine."""
+    try:
+        shards = ShardSet.open(recipe.data.train, data=recipe.data)
+        order = stage_order(shards, recipe, stage)
+    except (LivtError, OSError):
+        return None
+    return recipe.stage(stage).epochs * order.steps_per_epoch
+
+
+def usable_labels(shards: ShardSet) -> Ints:
+    """[num_samples] The class of each position among the usable samples."""
+    return shards.labels(shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64)))
+
+
+def order_for(
+    part: StagePart,
+    samples_per_shard: npt.ArrayLike,
+    labels: Callable[[], Ints],
+    *,
+    seed: int,
+    lane_groups: int | None = None,
+    window: int = 65536,
+) -> SampleOrder:
+    """The order that the stage `part` asks for. `labels()`: int64 [N], the class of each position; called if needed.
+
+    Raises DataError if an epoch does not fill one global batch.
+    """
+    num_samples = int(np.sum(np.asarray(samples_per_shard, dtype=np.int64)))
+    steps, paired = num_samples // part.global_batch, part.mixes
+    unit = part.repeats * (2 if paired and part.repeats > 1 else 1)
+    if not steps:
+        largest = num_samples // unit * unit
+        raise DataError(
+            f"the set has {num_samples} samples, fewer than one global batch of {part.global_batch}",
+            remedy=f"set global_batch to at most {largest}" if largest else "add samples, or lower repeats",
+        )
+    batch = part.global_batch // part.repeats
+    base: SampleOrder
+    if part.sampling.ends == ("instance", "instance"):
+        if lane_groups is not None and part.global_batch % lane_groups == 0 and batch % lane_groups:
+            raise DataError(
+                f"data.lane_groups is {lane_groups} and does not divide the {batch} samples of a global batch of "
+                f"{part.global_batch} with {part.repeats} views each",
+                remedy="remove it, or choose a divisor",
+            )
+        base = Order(samples_per_shard, batch, seed=seed, lane_groups=lane_groups, window=window)
+    else:
+        base = ClassOrder(labels(), batch, seed=seed, steps=steps, epochs=part.epochs, ends=part.sampling.ends)
+    return base if part.repeats == 1 else Repeated(base, part.repeats, steps=steps, paired=paired)
