@@ -39,7 +39,7 @@ class Batch:
     keys: list[str]
     epoch: int
     step: int  # within the epoch
-    micro: int  # which of the step's micro-batches
+    micro_index: int  # which of the step's micro-batches
     noise: Tensor | None = None  # float32 [B, num_patches] uniforms, pretraining: the lowest quarter stays
     drop: Tensor | None = None  # float32 [B, 2 · depth] uniforms, fine-tuning with drop path
     mix: Mix | None = None  # fine-tuning with mixup or cutmix
@@ -67,7 +67,7 @@ class Packed:
 
     block: Tensor | None  # uint8 [HEADER + bytes]; None: the main process knows it by its number
     layout: tuple[tuple[str, str, tuple[int, ...], int], ...]  # name, dtype, shape, offset
-    place: tuple[int, int, int]  # epoch, step, micro
+    place: tuple[int, int, int]  # epoch, step, micro_index
     name: tuple[int, int] | None = None  # process and number of a block that goes round
 
     def unpack(self) -> Batch:
@@ -77,8 +77,8 @@ class Packed:
         tensors = {name: torch.from_numpy(array) for name, array in values.items()}
         images = tensors.pop("images").permute(0, 3, 1, 2)  # [B, H, W, C] -> [B, C, H, W]
         mix = Mix(tensors.pop("lam"), tensors.pop("box")) if "lam" in tensors else None
-        epoch, step, micro = self.place
-        return Batch(images, tensors.pop("labels"), keys, epoch, step, micro, mix=mix, **tensors)
+        epoch, step, micro_index = self.place
+        return Batch(images, tensors.pop("labels"), keys, epoch, step, micro_index, mix=mix, **tensors)
 
     def received(self) -> Packed:
         """With its block, in the main process; call once for each message, in any order of batches."""

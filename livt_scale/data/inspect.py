@@ -9,9 +9,9 @@ import numpy as np
 
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.data.order.class_balanced import ClassOrder, Repeated
+from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order, usable_labels
 from livt_scale.data.order.instance import Ints, Order, SampleOrder
-from livt_scale.data.reader import RankOrder
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import UsageError
 

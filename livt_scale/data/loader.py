@@ -37,10 +37,11 @@ from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform, TrainTransform
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
-from livt_scale.data.num_workers import Loading
+from livt_scale.data.num_workers import Loading, this_worker
+from livt_scale.data.order.for_rank import MicroBatch, RankOrder
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Ints, eval_positions
-from livt_scale.data.reader import MicroBatch, RankOrder, SampleReader, this_worker
+from livt_scale.data.reader import SampleReader
 from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.shard_set import ShardSet
@@ -279,7 +280,7 @@ class _Dataset(IterableDataset[Any]):
         px = self.recipe.model.image_px
         shape = (len(keys) * self.crops, px, px, self.recipe.model.channels)
         blocks = self.blocks if get_worker_info() else None
-        packed, sent = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro), blocks=blocks)
+        packed, sent = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro_index), blocks=blocks)
         return torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2), sent
 
 

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch.utils.data import get_worker_info
 
 from livt_scale.config.recipe import Data, Recipe
-from livt_scale.data.reader import MicroBatch
+from livt_scale.data.order.for_rank import MicroBatch
 from livt_scale.util.process_pool import usable_cores
 
 CALIBRATION_S = 2.0
@@ -103,6 +104,12 @@ def ready_bytes(local_ranks: int) -> int:
     """What the loader of one rank may fill: its share of MAX_READY_BYTES, and of half of what /dev/shm has left."""
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else MAX_READY_BYTES
     return min(MAX_READY_BYTES, free // 2) // local_ranks
+
+
+def this_worker() -> tuple[int, int]:
+    """(number of this loader process, number of loader processes); (0, 1) in the main process."""
+    info = get_worker_info()
+    return (0, 1) if info is None else (info.id, info.num_workers)
 
 
 @contextmanager

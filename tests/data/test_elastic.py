@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Pretrain
+from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import order_for
 from livt_scale.data.order.instance import Order
-from livt_scale.data.reader import RankOrder
 from livt_scale.util.errors import DataError
 
 WORLDS = (1, 2, 3, 4, 6, 8, 16, 64, 512)
@@ -75,7 +75,7 @@ def read(new_order, world: int, start: int, stop: int, *, micros: int, seed: int
         batches = ranks.micro_batches(epoch=where[0], step=where[1])
         for batch in itertools.islice(batches, (stop - start) * ranks.accumulation):
             step = batch.epoch * order.steps_per_epoch + batch.step - start
-            first = rank * slots + batch.micro * micro
+            first = rank * slots + batch.micro_index * micro
             seen[step, first : first + micro] = batch.samples
     return seen
 

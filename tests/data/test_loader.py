@@ -27,8 +27,8 @@ from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.build.verify import verify
 from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
 from livt_scale.data.mixup import draw_mix
+from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order
-from livt_scale.data.reader import RankOrder
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError
@@ -69,7 +69,7 @@ def tensors(batch: Batch) -> dict[str, torch.Tensor]:
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
     assert len(ours) == len(theirs) > 0
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.epoch, a.step, a.micro, a.keys) == (b.epoch, b.step, b.micro, b.keys)
+        assert (a.epoch, a.step, a.micro_index, a.keys) == (b.epoch, b.step, b.micro_index, b.keys)
         assert tensors(a).keys() == tensors(b).keys()
         for name, tensor in tensors(a).items():
             assert tensor.dtype == tensors(b)[name].dtype
@@ -83,7 +83,7 @@ def joined(parts: list[Batch]) -> Batch:
     if first.mix is not None:
         mix = Mix(merged.pop("lam"), merged.pop("box"))
     keys = [key for part in parts for key in part.keys]
-    return Batch(keys=keys, epoch=first.epoch, step=first.step, micro=0, mix=mix, **merged)
+    return Batch(keys=keys, epoch=first.epoch, step=first.step, micro_index=0, mix=mix, **merged)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(shards, whole, stage, wo
 def test_ranks_together_have_the_batches_of_one(shards, whole, stage, world, micro, workers):
     ranks = [load(shards, stage, rank=r, world=world, micro=micro, data__workers=workers) for r in range(world)]
     accumulation = 8 // world // micro
-    assert [b.micro for b in ranks[0][:accumulation]] == list(range(accumulation))
+    assert [b.micro_index for b in ranks[0][:accumulation]] == list(range(accumulation))
     steps = [
         joined([b for rank in ranks for b in rank[k * accumulation : (k + 1) * accumulation]]) for k in range(3 * STEPS)
     ]

@@ -12,7 +12,7 @@ from livt_scale.config.recipe import Data
 from livt_scale.data import loader, num_workers
 from livt_scale.data.loader import eval_batches, train_batches
 from livt_scale.data.num_workers import CHUNK, choose, decode_rate
-from livt_scale.data.reader import MicroBatch
+from livt_scale.data.order.for_rank import MicroBatch
 from tests.data.tiny_sets import tiny_recipe, tiny_set
 
 MB = 10**6

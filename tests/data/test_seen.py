@@ -17,7 +17,7 @@ from livt_scale.data.build.verify import verify
 from livt_scale.data.inspect import trace
 from livt_scale.data.loader import train_batches
 from livt_scale.data.order.for_stage import stage_order
-from livt_scale.data.reader import SampleStream
+from livt_scale.data.pipeline import to_webdataset
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import UsageError
 from tests.data.tiny_sets import tiny_recipe, tiny_set
@@ -125,7 +125,7 @@ def test_ranks_load_the_batches_of_one_process_from_any_step_on(shards, world_si
     for rank in range(world_size):
         mine = batches_of(shards, recipe, rank=rank, world_size=world_size, step=5, workers=workers)
         slots = 4 // world_size
-        expected = [b for b in alone[20:] if rank * slots <= b.micro < (rank + 1) * slots]
+        expected = [b for b in alone[20:] if rank * slots <= b.micro_index < (rank + 1) * slots]
         for one, other in itertools.zip_longest(mine, expected):
             assert one.keys == other.keys
             for name in ("images", "labels", "drop"):
@@ -138,6 +138,6 @@ def test_trace_and_stream_follow_the_policy(shards):
     told = trace(recipe, "finetune", rank=0, world_size=1, epoch=1)["steps"]
     assert sorted(told[0]["views"])[:4] == [0, 0, 0, 0]
     assert 1 in told[0]["views"]
-    stream = SampleStream(shards, stage_order(shards, recipe, "finetune"), epochs=2, epoch=1)
+    stream = to_webdataset(shards, stage_order(shards, recipe, "finetune"), epochs=2, epoch=1)
     assert [s["__key__"] for s in stream] == [key for step in told for key in step["keys"]]
     assert "views" not in trace(recipe_of(shards), "finetune", rank=0, world_size=1, epoch=1)["steps"][0]

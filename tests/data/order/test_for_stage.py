@@ -14,6 +14,8 @@ from livt_scale.data.order.class_balanced import ClassOrder, Repeated
 from livt_scale.data.order.for_stage import order_for, planned_steps, stage_order
 from livt_scale.data.order.instance import Order
 from livt_scale.util.errors import DataError
+from tests.data import tiny_sets
+from tests.data.tiny_sets import tiny_set
 from tests.test_architecture import ROOT
 from tests.tiny_run import tiny_recipe, tiny_shards
 
@@ -64,3 +66,10 @@ def test_lane_groups_must_divide_the_samples_of_a_batch_with_repeats():
     with pytest.raises(DataError, match=r"lane_groups is 6 and does not divide the 4 samples .* 3 views"):
         order_for(part, [100], lambda: np.zeros(100), seed=0, lane_groups=6)
     assert isinstance(order_for(part, [100], lambda: np.zeros(100), seed=0, lane_groups=4), Repeated)
+
+
+def test_seed_batch_and_lane_groups_come_from_the_recipe(tmp_path):
+    shards = tiny_set(tmp_path / "set")
+    recipe = tiny_sets.tiny_recipe(shards.folder, seed=9, data__lane_groups=2)
+    order = stage_order(shards, recipe, "finetune")
+    assert (order.seed, order.global_batch, order.lane_groups) == (9, 8, 2)

@@ -20,7 +20,8 @@ from livt_scale.data.loader import eval_batches, train_batches
 from livt_scale.data.manifest import QUARANTINE
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Order
-from livt_scale.data.reader import SampleStream, read_sample
+from livt_scale.data.pipeline import to_webdataset
+from livt_scale.data.reader import read_sample
 from livt_scale.data.remote import fetch
 from livt_scale.data.remote.cache import GIB
 from livt_scale.data.remote.prefetch import shards_in_view
@@ -149,7 +150,7 @@ def test_shards_are_there_before_they_are_needed(server, local):
     """While a reader sits on its first batch, the next `ahead` shards come by themselves."""
     recipe = recipe_for(server.url, data__shuffle_window=4, data__lane_groups=1, data__cache__ahead=3)
     shards = ShardSet.open(server.url, data=recipe.data)
-    stream = SampleStream(shards, stage_order(shards, recipe, "pretrain"), epochs=1, micro_batch=1)
+    stream = to_webdataset(shards, stage_order(shards, recipe, "pretrain"), epochs=1, micro_batch=1)
     samples = iter(stream)
     next(samples)
     for _ in range(1000):
