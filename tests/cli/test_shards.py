@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 
 from livt_scale.cli.main import app
 from livt_scale.cli.shards import histogram
-from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
 from livt_scale.data.manifest import QUARANTINE
 from livt_scale.data.shard_set import ShardSet
+from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import encoded, small_set, write_idx_spec
 
 SETS = "{lt: {source: raw, exponential: {imbalance: 3}}, even: {source: raw, balanced: {like: lt}}}"
@@ -72,8 +72,8 @@ def test_verify_says_whole_or_names_shard_and_key(tmp_path):
 
 def test_index_makes_a_set_of_strangers_tars(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\nunicorn\n")
-    parts = [sample_bytes(f"k{k}", k % 2, ("jpg", encoded(k, kind="jpeg")))[0] for k in range(3)]
-    (tmp_path / "a.tar").write_bytes(b"".join(parts) + END_OF_TAR)
+    parts = [sample_bytes(f"k{k}", k % 2, ("jpg", encoded(k, kind="jpeg"))) for k in range(3)]
+    (tmp_path / "a.tar").write_bytes(b"".join(parts) + END)
     code, out, _ = livt("index", tmp_path, "--class-names", tmp_path / "names.txt", "--workers", 1)
     assert code == 0
     assert "3 images of 3 classes: manifest written" in out

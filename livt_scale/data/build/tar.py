@@ -1,7 +1,7 @@
 """The headers of a tar, read strictly: bounded memory, one pass, and an error for whatever is not plain.
 
     with path.open("rb") as file:
-        for member in members(file, size):      # Member(name, offset, data, size), plain files alone
+        for member in members(file, size):      # TarMember(name, offset, data, size), plain files alone
             …
 
 Reads ustar, old v7, GNU long names and sizes, and PAX `path` and `size`. Links, devices, pipes, sparse files, names
@@ -15,11 +15,12 @@ silence at a header that it cannot read. The tests compare the two on tars that 
 from __future__ import annotations
 
 import re
-import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from webdataset.tariterators import base_plus_ext
 
 from livt_scale.util.errors import SampleError, ShardError
 
@@ -51,7 +52,7 @@ class BadTar(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class TarMember:
     """A plain file in a tar; bytes from the beginning of the tar."""
 
     name: str
@@ -70,7 +71,7 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def members(file: BinaryIO, size: int) -> Iterator[Member]:
+def members(file: BinaryIO, size: int) -> Iterator[TarMember]:
     """The plain files of the tar `file` of `size` bytes, in their order. Raises BadTar; OSError as the system does.
 
     The file may be read elsewhere between two members: each header is sought.
@@ -101,7 +102,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         if kind not in _REGULAR:
             what = _OTHERS.get(kind, f"of the unknown type {kind!r}")
             raise BadTar(offset, f"{name!r} is {what}: shards hold plain files")
-        member = Member(name, offset, position, num_bytes)
+        member = TarMember(name, offset, position, num_bytes)
         yield member
         position = member.end
     _check_end(file, position)
@@ -225,8 +226,7 @@ def _check_end(file: BinaryIO, position: int) -> None:
 
 
 IMAGE_TYPES = ("jpeg", "jpg", "png")
-END_OF_TAR = bytes(2 * BLOCK)
-_KEY_AND_TYPE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)  # webdataset's own rule
+_METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's tar_file_iterator skips
 MAX_CLASSES = 1_000_000  # ImageNet-21k has 21,841; counts and names of all of them are kept in memory
 MAX_SAMPLE_BYTES = 1 << 29  # a sample is read at once; a 67-megapixel RGB image that no codec could shrink has 200 MB
 _LABEL = re.compile(rb"[ \t\r\n]*[0-9]{1,9}[ \t\r\n]*")
@@ -243,20 +243,6 @@ class TarSample:
     nbytes: int  # to the end of its last padded member
     data_start: int  # of the image
     data_size: int
-
-
-def sample_bytes(key: str, label: int, image: tuple[str, bytes]) -> tuple[bytes, int]:
-    """One sample, (image type, image) and label, as the bytes of a tar; and where in them the image begins."""
-    image_type, data = image
-    return _member(f"{key}.{image_type}", data) + _member(f"{key}.cls", b"%d" % label), BLOCK
-
-
-def _member(name: str, data: bytes) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(data), 0o644, 0
-    header = info.tobuf(tarfile.USTAR_FORMAT, "utf-8", "strict")
-    assert len(header) == BLOCK, name  # a key is short enough for one header: see sources.shard_key
-    return header + data + bytes(padded(len(data)) - len(data))
 
 
 def shown(path: Path) -> str:
@@ -280,15 +266,15 @@ def read_tar(path: Path) -> Iterator[TarSample]:
         raise ShardError(f"{where}: {error}", remedy="copy it again, or write it again") from error
 
 
-Part = tuple[str, str, Member]  # key, type, where it lies
+Part = tuple[str, str, TarMember]  # key, type, where it lies
 
 
-def _named(found: Iterable[Member]) -> Iterator[Part]:
-    """The members that webdataset would take, by name."""
+def _named(found: Iterable[TarMember]) -> Iterator[Part]:
+    """The members that webdataset reads, with key and type by its own rule."""
     for member in found:
-        match = _KEY_AND_TYPE.match(member.name)
-        if match and not (member.name.startswith("__") and member.name.endswith("__")):
-            yield match[1], match[2].lower(), member
+        key, kind = base_plus_ext(member.name)
+        if key is not None and not _METADATA.match(member.name):
+            yield key, kind.lower(), member
 
 
 def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part]]]:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import tarfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,9 +22,10 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from webdataset.writer import TarWriter
 
 from livt_scale.data.build.sources import Source
-from livt_scale.data.build.tar import END_OF_TAR, IMAGE_TYPES, read_tar, sample_bytes
+from livt_scale.data.build.tar import BLOCK, IMAGE_TYPES, read_tar
 from livt_scale.data.image.decode import BadImage, decode, open_image
 from livt_scale.data.manifest import INDEX, INDEX_DTYPE, KEYS, MANIFEST, FileInfo, ShardInfo, ShardManifest
 from livt_scale.util.atomic import new_file, plain_disk_errors, write_atomic
@@ -88,7 +90,8 @@ def make_shard(job: ShardJob) -> Shard:
             found = None  # cut or changed since: it is written again
         if found and _is_it(found, job):
             return found
-    return _write(job)
+    _write(job)
+    return replace(scan_shard(job.path), was_there=False)
 
 
 def scan_shard(path: Path) -> Shard:
@@ -153,26 +156,20 @@ def _is_it(found: Shard, job: ShardJob) -> bool:
     return known and keys == found.keys and np.array_equal(found.rows["label"], source.labels)
 
 
-def _write(job: ShardJob) -> Shard:
-    source, path = job.source, job.path
-    rows = np.zeros(len(source), dtype=INDEX_DTYPE)
-    keys: list[bytes] = []
-    digest = hashlib.sha256()
-    offset = key_end = 0
-    with plain_disk_errors(path), new_file(path) as file:
-        for k in range(len(source)):
-            image_type, image = _image(job, k)
-            data, data_offset = sample_bytes(source.key(k), source.label(k), (image_type, image))
-            keys.append(source.key(k).encode())
-            key_end += len(keys[-1])
-            kind, crc = IMAGE_TYPES.index(image_type), zlib.crc32(data)
-            rows[k] = (offset, len(data), data_offset, len(image), source.label(k), crc, kind, key_end)
-            digest.update(data)
-            offset += file.write(data)
-        digest.update(END_OF_TAR)
-        offset += file.write(END_OF_TAR)
-    info = ShardInfo(name=path.name, bytes=offset, sha256=digest.hexdigest(), samples=len(rows))
-    return Shard(info, rows, b"".join(keys), was_there=False)
+def _write(job: ShardJob) -> None:
+    source = job.source
+    with plain_disk_errors(job.path), new_file(job.path) as file:
+        with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as writer:
+            # TarWriter has no encoding and (1.0.2) ignores its format: tarfile's defaults depend on the locale
+            tar = writer.tarstream
+            tar.format, tar.encoding, tar.errors = tarfile.USTAR_FORMAT, "utf-8", "strict"
+            for k in range(len(source)):
+                image_type, image = _image(job, k)
+                # one call per member: one call for both would sort them, and the image comes first in our shards
+                writer.write({"__key__": source.key(k), image_type: image})
+                writer.write({"__key__": source.key(k), "cls": b"%d" % source.label(k)})
+            end = tar.offset
+        file.truncate(end + 2 * BLOCK)  # tarfile pads to a tape's record of 10,240 bytes
 
 
 def _image(job: ShardJob, k: int) -> tuple[str, bytes]:

@@ -54,6 +54,11 @@ def tar(*entries: bytes) -> bytes:
     return b"".join(entries) + END
 
 
+def sample_bytes(key: str, label: int, image: tuple[str, bytes]) -> bytes:
+    """A sample as our builds write it: (image type, image), then the label."""
+    return entry(f"{key}.{image[0]}", image[1]) + entry(f"{key}.cls", b"%d" % label)
+
+
 def pax(records: dict[str, bytes], *, type: bytes = b"x") -> bytes:
     """A PAX extended header with these records."""
     lines = b"".join(pax_record(key.encode(), value) for key, value in records.items())

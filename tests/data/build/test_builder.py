@@ -15,13 +15,13 @@ from PIL import Image
 
 from livt_scale.data.build.builder import BUILD, build, index_tars, info
 from livt_scale.data.build.spec import load_spec
-from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
 from livt_scale.data.build.verify import verify
 from livt_scale.data.manifest import MANIFEST, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import shuffled
 from livt_scale.util.atomic import PREFIX
 from livt_scale.util.errors import DataError, ManifestError, SampleError, ShardError, SourceError
+from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import contents, encoded, small_set, write_idx_spec, write_image_folder
 
 SETS = """{
@@ -266,17 +266,17 @@ def test_strangers_tars_get_an_index_and_stay_as_they_are(tmp_path):
     ("second", "error", "said"),
     [
         (
-            sample_bytes("a", 0, ("png", b"x"))[0] + END_OF_TAR,
+            sample_bytes("a", 0, ("png", b"x")) + END,
             SampleError,
             r"1\.tar, offset 0, key 'a'.*0\.tar",
         ),
-        (sample_bytes("b", 5, ("png", b"x"))[0] + END_OF_TAR, SampleError, r"1\.tar.*label 5 is outside the 2 classes"),
-        (sample_bytes("b", 0, ("png", b"x"))[0], ShardError, r"1\.tar.*cut"),
+        (sample_bytes("b", 5, ("png", b"x")) + END, SampleError, r"1\.tar.*label 5 is outside the 2 classes"),
+        (sample_bytes("b", 0, ("png", b"x")), ShardError, r"1\.tar.*cut"),
         (b"", ShardError, r"1\.tar.*not a tar"),
     ],
 )
 def test_tars_that_cannot_be_a_set_are_refused_and_nothing_is_written(tmp_path, second, error, said):
-    (tmp_path / "0.tar").write_bytes(sample_bytes("a", 1, ("png", b"x"))[0] + END_OF_TAR)
+    (tmp_path / "0.tar").write_bytes(sample_bytes("a", 1, ("png", b"x")) + END)
     (tmp_path / "1.tar").write_bytes(second)
     with pytest.raises(error, match=said):
         index_tars(tmp_path, class_names=["x", "y"], workers=1)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from livt_scale.data.build.sources import open_folder, open_idx, open_list, open_tars, shard_key
-from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
 from livt_scale.util.errors import SampleError, ShardError, SourceError
+from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import encoded, write_idx, write_idx_set, write_image_folder
 
 
@@ -160,8 +160,8 @@ def test_a_damaged_idx_file_is_named(tmp_path, damage, said):
 
 def test_tars_are_a_source_and_keep_their_keys(tmp_path):
     for number in range(2):
-        parts = [sample_bytes(f"t{number}/é {k}", k, ("jpg", encoded(k, kind="jpeg")))[0] for k in range(3)]
-        (tmp_path / f"{number}.tar").write_bytes(b"".join(parts) + END_OF_TAR)
+        parts = [sample_bytes(f"t{number}/é {k}", k, ("jpg", encoded(k, kind="jpeg"))) for k in range(3)]
+        (tmp_path / f"{number}.tar").write_bytes(b"".join(parts) + END)
     source = open_tars("raw", tmp_path)
     assert [source.key(i) for i in range(6)] == [f"t{n}/é {k}" for n in range(2) for k in range(3)]
     assert source.labels.tolist() == [0, 1, 2] * 2
@@ -171,9 +171,9 @@ def test_tars_are_a_source_and_keep_their_keys(tmp_path):
 def test_tars_that_are_wrong_are_refused(tmp_path):
     with pytest.raises(SourceError, match=r"holds no \.tar"):
         open_tars("raw", tmp_path)
-    sample = sample_bytes("a", 0, ("png", encoded(0)))[0]
-    (tmp_path / "0.tar").write_bytes(sample + END_OF_TAR)
-    (tmp_path / "1.tar").write_bytes(sample + END_OF_TAR)
+    sample = sample_bytes("a", 0, ("png", encoded(0)))
+    (tmp_path / "0.tar").write_bytes(sample + END)
+    (tmp_path / "1.tar").write_bytes(sample + END)
     with pytest.raises(SourceError, match="'a' is there twice"):
         open_tars("raw", tmp_path)
     (tmp_path / "1.tar").write_bytes(sample)

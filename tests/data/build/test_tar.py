@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from livt_scale.data.build.tar import END_OF_TAR, read_tar, sample_bytes
+from livt_scale.data.build.tar import read_tar
 from livt_scale.util.errors import LivtError, SampleError, ShardError
+from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import encoded
 
 IMAGE = encoded(0)
@@ -44,7 +45,7 @@ LEAVES_FILES_OPEN = pytest.mark.filterwarnings(
 @LEAVES_FILES_OPEN
 def test_our_own_tar_opens_in_tarfile_and_webdataset(tmp_path):
     path = tmp_path / "a.tar"
-    path.write_bytes(b"".join(sample_bytes(f"k-{k}", k, ("png", encoded(k)))[0] for k in range(3)) + END_OF_TAR)
+    path.write_bytes(b"".join(sample_bytes(f"k-{k}", k, ("png", encoded(k))) for k in range(3)) + END)
     with tarfile.open(path) as tar:
         assert tar.getnames() == ["k-0.png", "k-0.cls", "k-1.png", "k-1.cls", "k-2.png", "k-2.cls"]
         assert {(m.mtime, m.uid, m.gid, m.uname, m.mode) for m in tar.getmembers()} == {(0, 0, 0, "", 0o644)}
@@ -79,8 +80,33 @@ def test_a_strangers_tar_is_read_as_webdataset_reads_it(tmp_path, format):
     data = path.read_bytes()
     for sample in ours:
         assert data[sample.data_start : sample.data_start + sample.data_size] == IMAGE
-        with tarfile.open(fileobj=io.BytesIO(data[sample.start : sample.start + sample.nbytes] + END_OF_TAR)) as tar:
+        with tarfile.open(fileobj=io.BytesIO(data[sample.start : sample.start + sample.nbytes] + END)) as tar:
             assert {n.split(".")[0] for n in tar.getnames()} <= {sample.key, "__notes__"}  # a tar of its own
+
+
+NAMES = st.text(st.sampled_from("a_./\nB"), min_size=1, max_size=9).filter(
+    lambda name: not name.startswith("/") and ".." not in name.split("/") and not name.endswith("/")
+)
+
+
+@LEAVES_FILES_OPEN
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(keys=st.lists(NAMES, min_size=1, max_size=5))
+@example(keys=["__a/b", "__c__/d", "e.f/g", "h.i\n/j"])
+def test_webdataset_and_we_agree_on_which_members_are_a_sample(tmp_path, keys):
+    members = [(f"{key}.{kind}", data) for key in keys for kind, data in (("PNG", IMAGE), ("cls", b"1"))]
+    path = write_tar(tmp_path / "a.tar", members)
+    try:
+        theirs = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+    except ValueError:  # a key twice
+        theirs = []
+    valid = [sample for sample in theirs if {"png", "cls"} <= sample.keys()]
+    try:
+        ours = list(read_tar(path))
+    except SampleError:
+        assert len(valid) < len(theirs) or not theirs
+        return
+    assert [sample.key for sample in ours] == [sample["__key__"] for sample in theirs]
 
 
 HOSTILE = {
@@ -121,16 +147,16 @@ def test_a_member_that_claims_more_than_there_is_is_refused(tmp_path):
 
 
 def test_a_cut_tar_is_refused_wherever_it_is_cut(tmp_path):
-    whole = b"".join(sample_bytes(f"k-{k}", k, ("png", IMAGE))[0] for k in range(2)) + END_OF_TAR
+    whole = b"".join(sample_bytes(f"k-{k}", k, ("png", IMAGE)) for k in range(2)) + END
     path = tmp_path / "a.tar"
-    for end in range(0, len(whole) - len(END_OF_TAR) + 1, 64):
+    for end in range(0, len(whole) - len(END) + 1, 64):
         path.write_bytes(whole[:end])
         with pytest.raises((ShardError, SampleError)):
             list(read_tar(path))
 
 
 def test_what_follows_the_end_of_a_tar_is_not_lost_in_silence(tmp_path):
-    one = sample_bytes("a", 1, ("png", IMAGE))[0] + END_OF_TAR
+    one = sample_bytes("a", 1, ("png", IMAGE)) + END
     path = tmp_path / "a.tar"
     path.write_bytes(one + one)
     with pytest.raises(ShardError, match="not a tar from here on"):

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from livt_scale.data.build.builder import index_tars, info
-from livt_scale.data.build.tar import END_OF_TAR, sample_bytes
 from livt_scale.data.build.verify import verify
 from livt_scale.data.manifest import INDEX, KEYS, MANIFEST, QUARANTINE
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, ManifestError
+from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import encoded, small_set
 
 ONE = {"workers": 1}
@@ -96,9 +96,9 @@ def with_bad_images(tmp_path):
         f"{name}-{k}": encoded(label * 10 + k, kind="jpeg", px=16) for label, name in enumerate("abc") for k in (0, 1)
     }
     images["b-1"], images["c-0"] = images["b-1"][:-40], b"\xff\xd8\xffnot a photograph"
-    parts = [sample_bytes(key, "abc".index(key[0]), ("jpg", data))[0] for key, data in images.items()]
-    (folder / "0.tar").write_bytes(b"".join(parts[:3]) + END_OF_TAR)
-    (folder / "1.tar").write_bytes(b"".join(parts[3:]) + END_OF_TAR)
+    parts = [sample_bytes(key, "abc".index(key[0]), ("jpg", data)) for key, data in images.items()]
+    (folder / "0.tar").write_bytes(b"".join(parts[:3]) + END)
+    (folder / "1.tar").write_bytes(b"".join(parts[3:]) + END)
     index_tars(folder, workers=1)
     return folder
 
