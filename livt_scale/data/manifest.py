@@ -163,7 +163,7 @@ def _no_manifest(folder: Path, error: OSError) -> ManifestError:
         return ManifestError(f"{folder} contains no {MANIFEST}", remedy=f"give one of its sets: {', '.join(inside)}")
     if any(folder.glob("*.tar")):
         return ManifestError(
-            f"{folder} holds tars but no {MANIFEST}",
-            remedy="X",
+            f"{folder} contains tars but no {MANIFEST}",
+            remedy=f"for existing tars run `livt shards index {folder}`; an interrupted build is resumed by its command",
         )
     return ManifestError(f"{folder} contains no {MANIFEST}", remedy="build the set with `livt shards build`")
