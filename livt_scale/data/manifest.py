@@ -164,6 +164,6 @@ def _no_manifest(folder: Path, error: OSError) -> ManifestError:
     if any(folder.glob("*.tar")):
         return ManifestError(
             f"{folder} contains tars but no {MANIFEST}",
-            remedy=f"for existing tars run `livt shards index {folder}`; an interrupted build is resumed by its command",
+            remedy=f"for existing tars run `livt shards index {folder}`; run an interrupted build again",
         )
     return ManifestError(f"{folder} contains no {MANIFEST}", remedy="build the set with `livt shards build`")
