@@ -13,7 +13,7 @@ from livt_scale.checkpoint.load import Position, Retention, Saver
 from livt_scale.config.load import save_recipe
 from livt_scale.config.recipe import Recipe, digest, learnt_from
 from livt_scale.data.build.builder import build
-from livt_scale.data.build.spec import BuildSpec, Spec
+from livt_scale.data.build.spec import Spec, build_spec_model
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.state_dict import collect
 from livt_scale.models.classifier import Classifier, build_classifier
@@ -109,5 +109,5 @@ def tiny_shards(folder: Path, per_class: dict[str, int], *, size_px: int = 28) -
         "sources": {"raw": {"folder": {"root": "raw"}}},
         "sets": {"set": {"source": "raw", "shard_samples": 3}},
     }
-    build(Spec(build=BuildSpec.model_validate(part), folder=folder), folder, workers=1)
+    build(Spec(build=build_spec_model().model_validate(part), folder=folder), folder, workers=1)
     return ShardSet.open(folder / "set")

@@ -29,12 +29,12 @@ from typing import Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, read_tar, shown
+from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, is_key, read_tar, shown
 from livt_scale.util.errors import SourceError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".ppm")
-_MAX_KEY = 94  # with ".jpeg" or ".cls" it fits the 100 bytes of a tar header's name
+MAX_KEY_BYTES = 94  # with ".jpeg" or ".cls" it fits the 100 bytes of a tar header's name
 _MAX_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
 _MISSING_SHOWN = 3  # files that a complaint names
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
@@ -129,7 +129,7 @@ class TarSource(Source):
 
     def key(self, i: int) -> str:
         key = self.samples[i][1].key
-        return key if len(key.encode()) <= _MAX_KEY else shard_key(key)
+        return key if len(key.encode()) <= MAX_KEY_BYTES else shard_key(key)
 
     def image(self, i: int) -> tuple[str, bytes]:
         number, sample = self.samples[i]
@@ -206,10 +206,10 @@ def shard_key(name: str) -> str:
     "n01/a b.v2" -> "n01/a%20b%2Ev2". Different names give different keys.
     """
     key = _UNSAFE.sub(lambda found: "".join(f"%{byte:02X}" for byte in os.fsencode(found[0])), name)
-    if len(key) <= _MAX_KEY:
+    if len(key) <= MAX_KEY_BYTES:
         return key
     mark = hashlib.blake2b(os.fsencode(name), digest_size=16).hexdigest()
-    return f"{key[: _MAX_KEY - len(mark) - 1]}~{mark}"  # no other key holds a ~
+    return f"{key[: MAX_KEY_BYTES - len(mark) - 1]}~{mark}"  # no other key holds a ~
 
 
 def checked(source: S) -> S:
@@ -231,6 +231,11 @@ def checked(source: S) -> S:
     seen: dict[str, int] = {}
     for i in range(len(source)):
         key = source.key(i)
+        if not is_key(key) or len(key.encode()) > MAX_KEY_BYTES:
+            raise SourceError(
+                f"source {source.name}: {key!r} cannot be the key of a sample",
+                remedy=f"a key has at most {MAX_KEY_BYTES} bytes, no dot in its last part and no folder __X__",
+            )
         if seen.setdefault(key, i) != i:
             raise SourceError(
                 f"source {source.name}: the key {key!r} is there twice (images {seen[key]} and {i})",

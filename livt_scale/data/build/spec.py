@@ -17,15 +17,14 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, create_model, model_validator
 
 from livt_scale.config.yaml import Tree, parse, validated
-from livt_scale.data.build import sources
-from livt_scale.data.build.cifar import open_cifar
-from livt_scale.data.build.inaturalist import open_inaturalist
+from livt_scale.data.build.formats import SOURCE_FORMATS, SourceFormat, SpecPart
+from livt_scale.data.build.sources import Source, checked
 from livt_scale.data.build.writer import Prepare
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
@@ -34,62 +33,8 @@ from livt_scale.util.resources import named
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class Folder(_Part):
-    """root/CLASS/**/image."""
-
-    root: str
-
-
-class ListFile(_Part):
-    """Lines `path label`, the paths below root."""
-
-    root: str
-    list: str
-
-
-class Idx(_Part):
-    """Grey images and labels in the IDX format, .gz or not."""
-
-    root: str
-    images: str
-    labels: str
-
-
-class INaturalist(_Part):
-    """Images below root, listed by a JSON file as iNaturalist publishes it."""
-
-    root: str
-    annotations: str
-    as_text: bool = Field(False, description="categories in the order 0, 1, 10, 100 …, as LiVT's published weights")
-
-
-class Cifar(_Part):
-    """Records of CIFAR's binary version, in one or more files below root."""
-
-    root: str
-    files: list[str] = Field(min_length=1)
-    classes: Literal[10, 100]
-
-
-class Tars(_Part):
-    """Every *.tar in root: WebDataset's key.jpg|jpeg|png + key.cls."""
-
-    root: str
-
-
-class SourceSpec(_Part):
-    """Where labelled images come from: one of the formats."""
-
-    folder: Folder | None = None
-    list: ListFile | None = None
-    idx: Idx | None = None
-    inaturalist: INaturalist | None = None
-    cifar: Cifar | None = None
-    tars: Tars | None = None
+class SourceSpec(SpecPart):
+    """Where labelled images come from: one of the registered formats. `build_spec_model` gives it a field for each."""
 
     @model_validator(mode="after")
     def _one_format(self) -> Self:
@@ -97,18 +42,20 @@ class SourceSpec(_Part):
         return self
 
     @property
-    def format(self) -> str:
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+    def format(self) -> SourceFormat:
+        """The options of the format that is given."""
+        given: SourceFormat = next(part for _, part in self if part is not None)
+        return given
 
 
-class Exponential(_Part):
+class Exponential(SpecPart):
     """n_c = int(n0 · imbalance^(−c / (C − 1)))."""
 
     n0: PositiveInt | None = Field(None, description="images of the first class; None: all that the source has of it")
     imbalance: Annotated[float, Field(ge=1)]
 
 
-class CountsProfile(_Part):
+class CountsProfile(SpecPart):
     """Images of each class, written here or in a JSON file that holds a list."""
 
     values: list[NonNegativeInt] | None = None
@@ -120,7 +67,7 @@ class CountsProfile(_Part):
         return self
 
 
-class Balanced(_Part):
+class Balanced(SpecPart):
     """The same number of images of each class."""
 
     like: PlainName | None = Field(None, description="as many images in all as this set has")
@@ -133,7 +80,7 @@ class Balanced(_Part):
         return self
 
 
-class Expected(_Part):
+class Expected(SpecPart):
     """What is known of a published set: another number means other files, another list or another order of classes."""
 
     images: PositiveInt
@@ -143,7 +90,7 @@ class Expected(_Part):
     counts: str | None = Field(None, description="a JSON file with the images of each class, in the classes' order")
 
 
-class SetSpec(_Part):
+class SetSpec(SpecPart):
     """One set: a folder of shards."""
 
     source: PlainName
@@ -160,7 +107,7 @@ class SetSpec(_Part):
         return self
 
 
-class BuildSpec(_Part):
+class BuildSpec(SpecPart):
     """The whole file."""
 
     name: PlainName
@@ -190,34 +137,26 @@ class BuildSpec(_Part):
         return self
 
 
-class Spec(_Part):
+def build_spec_model() -> type[BuildSpec]:
+    """BuildSpec with every format that is registered now as a field of its sources."""
+    formats: Any = {name: (options | None, None) for name, options in SOURCE_FORMATS.items()}
+    source = create_model("SourceSpec", __base__=SourceSpec, **formats)
+    return create_model("BuildSpec", __base__=BuildSpec, sources=(dict[PlainName, source], ...))
+
+
+class Spec(SpecPart):
     """A spec and the folder that its relative paths start from."""
 
     build: BuildSpec
     folder: Path
 
-    def open_source(self, name: str) -> sources.Source:
+    def open_source(self, name: str) -> Source:
         """The source `name`, its files looked at and its labels read. Raises SourceError."""
-        spec = self.build.sources[name]
-        part: Any = getattr(spec, spec.format)
-        root = self.folder / Path(part.root).expanduser()
+        part = self.build.sources[name].format
         classes = tuple(self.build.class_names) if self.build.class_names is not None else None
-        if spec.folder:
-            return sources.open_folder(name, root, class_names=classes)
-        if spec.list:
-            return sources.open_list(name, root, list_file=root / spec.list.list, class_names=classes)
-        if spec.idx:
-            labels = root / spec.idx.labels
-            return sources.open_idx(name, root / spec.idx.images, labels=labels, class_names=classes)
-        if spec.inaturalist:
-            annotations = root / spec.inaturalist.annotations
-            as_text = spec.inaturalist.as_text
-            return open_inaturalist(name, root, annotations=annotations, class_names=classes, as_text=as_text)
-        if spec.cifar:
-            return open_cifar(name, root, files=spec.cifar.files, classes=spec.cifar.classes, class_names=classes)
-        return sources.open_tars(name, root, class_names=classes)
+        return checked(part.open(name, self.folder / Path(part.root).expanduser(), class_names=classes))
 
-    def class_counts(self, name: str, source: sources.Source) -> Counts:
+    def class_counts(self, name: str, source: Source) -> Counts:
         """[C] Images of each class in the set `name`, drawn from `source`. Raises SourceError: not what is expected."""
         counts = self._profile_counts(name, source)
         expected = self.build.sets[name].expected
@@ -226,7 +165,7 @@ class Spec(_Part):
             if expected.counts:
                 listed = CountsProfile(file=expected.counts)
                 known = self._listed_counts(name, listed, expected.classes)
-            check_expected(
+            check_published_counts(
                 name,
                 counts,
                 images=expected.images,
@@ -237,7 +176,7 @@ class Spec(_Part):
             )
         return counts
 
-    def _profile_counts(self, name: str, source: sources.Source) -> Counts:
+    def _profile_counts(self, name: str, source: Source) -> Counts:
         part, num_classes = self.build.sets[name], len(source.class_names)
         available = np.bincount(source.labels, minlength=num_classes).astype(np.int64)
         if part.exponential:
@@ -313,7 +252,7 @@ def load_spec(
     tree = parse(text, path)
     for override in overrides:
         _override(tree, override)
-    build = validated(tree, path, BuildSpec)
+    build = validated(tree, path, build_spec_model())
     if prepare:
         sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
         build = build.model_copy(update={"sets": sets})
@@ -359,7 +298,7 @@ REMEDY = "compare list file and folder with what the authors publish; to build i
 SHOWN = 5  # classes that a complaint names
 
 
-def check_expected(
+def check_published_counts(
     name: str,
     counts: Counts,
     *,

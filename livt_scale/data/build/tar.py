@@ -266,6 +266,11 @@ def read_tar(path: Path) -> Iterator[TarSample]:
         raise ShardError(f"{where}: {error}", remedy="copy it again, or write it again") from error
 
 
+def is_key(key: str) -> bool:
+    """Whether webdataset reads `key`.jpg in a tar as the sample `key`."""
+    return base_plus_ext(f"{key}.jpg") == (key, "jpg") and not _METADATA.match(f"{key}.jpg")
+
+
 Part = tuple[str, str, TarMember]  # key, type, where it lies
 
 
