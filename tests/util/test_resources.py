@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from livt_scale.config.load import load_recipe
-from livt_scale.data.manifest import ShardSet
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import InstallationError, RecipeError, UsageError
 from livt_scale.util.resources import named, names_of, root, shipped
 from tests.small_sets import write_idx

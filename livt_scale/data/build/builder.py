@@ -51,7 +51,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SetPlan:
     """Which image goes where: decided before anything is written."""
 
     name: str
@@ -116,7 +116,7 @@ def _finished(spec: Spec, name: str, folder: Path) -> Built | None:
     return Built(name, folder, manifest.num_samples, num_bytes, made=0, kept=len(manifest.shards))
 
 
-def _plan(spec: Spec, name: str, source: Source) -> Plan:
+def _plan(spec: Spec, name: str, source: Source) -> SetPlan:
     seed, part = spec.build.seed, spec.build.sets[name]
     counts = spec.class_counts(name, source)
     try:
@@ -134,7 +134,7 @@ def _plan(spec: Spec, name: str, source: Source) -> Plan:
         "spec_sha256": _spec_sha256(spec, name),
         "plan_sha256": plan.hexdigest(),
     }
-    return Plan(name, source, counts, order, cuts, {"name": name, "seed": seed, "source": facts}, part.prepare)
+    return SetPlan(name, source, counts, order, cuts, {"name": name, "seed": seed, "source": facts}, part.prepare)
 
 
 def _spec_sha256(spec: Spec, name: str) -> str:
@@ -142,7 +142,7 @@ def _spec_sha256(spec: Spec, name: str) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _same_classes(plans: list[Plan]) -> None:
+def _same_classes(plans: list[SetPlan]) -> None:
     for plan in plans[1:]:
         first = plans[0]
         if plan.source.class_names != first.source.class_names:
@@ -153,7 +153,7 @@ def _same_classes(plans: list[Plan]) -> None:
             )
 
 
-def _claim(plan: Plan, folder: Path) -> None:
+def _claim(plan: SetPlan, folder: Path) -> None:
     """Mark `folder` as this plan's, and clear what a killed build left half-written. Raises DataError if it is not."""
     with plain_disk_errors(folder / BUILD):
         folder.mkdir(exist_ok=True)
@@ -186,7 +186,7 @@ def _claim(plan: Plan, folder: Path) -> None:
                 (folder / name).unlink()
 
 
-def _build_set(plan: Plan, folder: Path, *, workers: int, progress: Progress | None) -> Built:
+def _build_set(plan: SetPlan, folder: Path, *, workers: int, progress: Progress | None) -> Built:
     known = {}
     if (folder / MANIFEST).exists():
         known = {s.name: s.sha256 for s in ShardManifest.read(folder).shards}

@@ -18,6 +18,7 @@ from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from livt_scale.data.build.sources import Indices, Source, checked
 from livt_scale.util.errors import SourceError
@@ -40,8 +41,6 @@ class CifarSource(Source):
         return f"{self.name}-{self.numbers[i]:06d}"
 
     def image(self, i: int) -> tuple[str, bytes]:
-        from PIL import Image
-
         number = int(self.numbers[i])
         for file in self.files:
             records = _records(file, self.record_bytes)

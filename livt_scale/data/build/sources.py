@@ -28,6 +28,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, is_key, read_tar, shown
 from livt_scale.util.errors import SourceError
@@ -110,8 +111,6 @@ class IdxSource(Source):
         return f"{self.name}-{self.numbers[i]:06d}"
 
     def image(self, i: int) -> tuple[str, bytes]:
-        from PIL import Image
-
         png = io.BytesIO()
         Image.fromarray(_read_idx(self.images)[self.numbers[i]]).save(png, "png", optimize=True)
         return "png", png.getvalue()
