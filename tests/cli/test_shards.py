@@ -104,7 +104,7 @@ def test_the_histogram_shows_head_and_tail_of_many_classes():
         (["build", "small.yaml", "--source", "row=/x"], 2, "there is no source 'row': did you mean 'raw'?"),
         (["build", "small.yaml", "--source", "raw=/nowhere"], 1, "/nowhere/images.gz: No such file or directory"),
         (["build", "small.yaml", "--out", "/dev/null/x"], 1, "cannot be written: Not a directory"),
-        (["info", "raw"], 1, "raw holds no manifest.json"),
+        (["info", "raw"], 1, "raw contains no manifest.json"),
         (["verify", "nothing"], 1, "there is no folder nothing"),
         (["index", "raw"], 1, "raw holds no .tar"),
     ],

@@ -210,9 +210,9 @@ def test_damage_is_the_same_plain_error_in_a_worker_and_without(tmp_path, worker
         contents[start + 600] ^= 255
         path.write_bytes(contents)
     said = {
-        "bytes": rf"part-002\.tar, byte {start}, sample 's005': its bytes are not those",
+        "bytes": rf"part-002\.tar, byte {start}, sample 's005': the bytes are corrupt",
         "image": rf"part-002\.tar, byte {start}, sample 's005': the JPEG is cut or damaged",
-        "cut": r"part-002\.tar is cut: sample 's005'",
+        "cut": r"part-002\.tar is truncated: sample 's005'",
         "gone": r"part-002\.tar cannot be read .*'s00[45]'.*No such file",
     }
     with pytest.raises((SampleError, ShardError), match=said[damage]) as caught:
