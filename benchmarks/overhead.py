@@ -4,11 +4,11 @@
     python benchmarks/overhead.py --checkpoints             # with an asynchronous checkpoint every 50 steps
     python benchmarks/overhead.py --quick                   # a few steps: does it run?
 
-Ours is `livt_scale.train.loop.fit` with everything on: schedule, gradient norm, agreement on loss and signals,
-metrics.jsonl, TensorBoard, status.json, heartbeat, watchdog, the clock before a time limit, the look for spikes of the
-loss. The bare loop is forward, backward, step, zero_grad on a model of its own with the same weights. Both get the same
-batches of real images, loaded before. Steps are taken in turn, one of the loop, one bare, so that a busy machine slows
-both; times are summed over the 20 steps of a log interval, so that the line written once in an interval counts, and the
+Ours is `livt_scale.train.loop.Loop` with the hooks of `livt train`: schedule, gradient norm, agreement on loss and
+signals, metrics.jsonl, TensorBoard, status.json, heartbeat, watchdog, the clock before a time limit, detection of loss
+spikes. The bare loop is forward, backward, step, zero_grad on a second model with the same weights. Both get the same
+batches of real images, loaded before. The steps alternate, one of the loop, one bare, so that a busy machine slows
+both; times are summed over the 20 steps of a log interval, so that the line written once per interval counts, and the
 overhead is the median over intervals of loop / bare - 1. With --checkpoints the loop also pays for the writing: the
 bare step waits until a save has ended.
 """
@@ -40,11 +40,13 @@ from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import World
 from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.loop import Guard, Schedule, Task, fit
+from livt_scale.train.hooks import Save, StopOnRequest
+from livt_scale.train.loop import Loop, StageTask
 from livt_scale.train.preempt import Preemption
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.run_dir import Status
-from livt_scale.train.telemetry.metrics_log import Telemetry
+from livt_scale.train.schedule import Schedule
+from livt_scale.train.telemetry.metrics_log import MetricsLog
 from livt_scale.train.telemetry.mfu import speed_of
 from livt_scale.train.telemetry.trackers import open_trackers
 from livt_scale.train.train_state import TrainState, run_facts
@@ -84,13 +86,13 @@ def quickstart(stage: Stage, *, batch: int, log_every: int) -> Recipe:
     return load_recipe(RECIPE, sets=sets)
 
 
-def make_task(recipe: Recipe, stage: Stage, shards: ShardSet, folder: Path) -> Task:
+def make_task(recipe: Recipe, stage: Stage, shards: ShardSet, folder: Path) -> StageTask:
     if stage == "pretrain":
         return pretrain_task(recipe, shards, world=World())
     return replace(finetune_task(recipe, shards, run_dir=folder, world=World()), evaluate=None)
 
 
-def make_bare_step(task: Task) -> Callable[[Batch], None]:
+def make_bare_step(task: StageTask) -> Callable[[Batch], None]:
     """Forward, backward, step, zero_grad of `task`'s model, and nothing else."""
     device = World().device
     model = task.model.to(device)
@@ -137,7 +139,7 @@ def measure(recipe: Recipe, stage: Stage, *, intervals: int, save_every: int | N
 
 
 def run_loop(
-    task: Task,
+    task: StageTask,
     recipe: Recipe,
     stage: Stage,
     shards: ShardSet,
@@ -145,44 +147,32 @@ def run_loop(
     *,
     steps: int,
     save_every: int,
-    twin: Task,
+    twin: StageTask,
     batches: list[Batch],
 ) -> TakenInTurn:
-    """`fit` as `livt train` calls it, over `steps` steps and one more that ends the time of the last."""
+    """The loop as `livt train` runs it, over `steps` steps and one more that ends the time of the last."""
+    world = World()
     saving = recipe.checkpoint.model_copy(update={"every_steps": save_every, "mode": "async"})
-    schedule = Schedule(1, steps + 1, saving)
-    strategy = make_strategy(Parallel(), task.model, task.groups, betas=task.part.betas, world=World())
+    schedule = Schedule(1, steps + 1, saving, log_every_steps=recipe.log.every_steps)
+    strategy = make_strategy(Parallel(), task.model, task.groups, betas=task.part.betas, world=world)
     state = TrainState(strategy, run_facts(recipe, stage, shards, strategy=strategy.name, origin=task.origin))
-    telemetry = Telemetry(
-        folder,
-        label=stage,
-        every_steps=recipe.log.every_steps,
-        total_steps=schedule.total,
-        steps_per_epoch=schedule.steps_per_epoch,
-        global_batch=task.part.global_batch,
-        start_step=0,
-        world_size=1,
-        sums=None,
-        writes=True,
-        speed=speed_of(recipe, stage, num_classes=shards.num_classes, device=World().device, world_size=1),
-        trackers=open_trackers(recipe, stage, run_dir=folder, start_step=0, sent_to=0, say=print),
-        device=World().device,
-    )
     plan = plan_batches(task.part.global_batch, task.part.micro_batch, world_size=1, pairs=False)
     status = Status(folder, stage=stage, writes=True)
-    watchdog = Watchdog(folder, status, world=World(), faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
-    guard = Guard(Preemption(time.time() + 1e6), watchdog, recipe.faults)
-    with Tiers(folder / "checkpoints", saving=saving) as saver, telemetry, guard.preemption, watchdog:
+    speed = speed_of(recipe, stage, num_classes=shards.num_classes, device=world.device, world_size=1)
+    trackers = open_trackers(recipe, stage, run_dir=folder, start_step=0, sent_to=0)
+    log = MetricsLog(folder, speed=speed, trackers=trackers)
+    watchdog = Watchdog(folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
+    with Tiers(folder / "checkpoints", saving=saving) as saver, Preemption(time.time() + 1e6) as preemption, watchdog:
+        save = Save(saver, status=status, log=log, watchdog=watchdog)
+        hooks = [watchdog, log, save, StopOnRequest(preemption, saver)]
 
         def settle() -> None:
             saver.wait()
             _wait_for_gpu()
 
         turns = TakenInTurn(batches, bare_step=make_bare_step(twin), settle=settle)
-        fit(
-            task, turns, state=state, schedule=schedule, plan=plan, saver=saver,
-            telemetry=telemetry, status=status, guard=guard, world=World(), folder=folder,
-        )  # fmt: skip
+        loop = Loop(task, state, schedule=schedule, plan=plan, world=world, hooks=hooks)
+        loop.run(lambda _: watchdog.waits_seen(turns))
     return turns
 
 

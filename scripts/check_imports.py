@@ -38,6 +38,7 @@ DEFERRED: dict[str, str] = {
     "cli/": START_UP,
     "data/image/augment.py": "start-up: timm takes seconds, and only RandAugment needs it",
     "data/remote/fetch.py": "start-up: fsspec and aiohttp take half a second, and only sets at a URL need them",
+    "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",
     **dict.fromkeys(
         (
             "checkpoint/commit.py", "checkpoint/load.py", "checkpoint/node_local.py", "checkpoint/saver.py",
@@ -45,7 +46,7 @@ DEFERRED: dict[str, str] = {
             "distributed/rendezvous.py", "distributed/strategy.py", "distributed/world.py", "doctor/bench.py",
             "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py", "slurm/commands.py",
             "study/collect.py", "study/report/html.py", "study/report/plots.py",
-            "study/table.py", "train/telemetry/trackers.py", "train/watchdog.py", "util/plots.py",
+            "study/table.py", "util/plots.py",
         ),
         "not yet looked at",
     ),
@@ -53,7 +54,7 @@ DEFERRED: dict[str, str] = {
 
 # Class names that are still to be told apart.
 SHARED_CLASS_NAMES = {
-    "Ask", "Checkpoint", "Job", "Loss", "Peak", "Plan", "Run", "Task"
+    "Ask", "Checkpoint", "Job", "Loss", "Peak", "Plan", "Run"
 }  # fmt: skip
 
 # File names that occur several times. Files of cli/ are named as their commands, and are not counted.

@@ -21,7 +21,7 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
 from livt_scale.losses import make_loss, soft_targets
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
-from livt_scale.train.loop import Evaluation, Task
+from livt_scale.train.loop import Evaluation, StageTask
 from livt_scale.train.run_dir import is_done, is_run
 from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import RunError, UsageError, WeightsError
@@ -29,7 +29,7 @@ from livt_scale.weights.adapt import start_classifier
 from livt_scale.weights.importer import open_weights
 
 
-def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: World) -> Task:
+def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: World) -> StageTask:
     """The classifier of `recipe`, its encoder from RUN/pretrain or from the seed, and how it is trained."""
     part = recipe.stages.finetune
     assert part is not None
@@ -41,7 +41,7 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         decay = part.layer_decay if is_vit and part.train == "all" else None
         return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=decay, depth=depth)
 
-    return Task(
+    return StageTask(
         part,
         model,
         groups,

@@ -18,12 +18,12 @@ from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation import pictures
 from livt_scale.models.mae import build_mae
-from livt_scale.train.loop import Task
+from livt_scale.train.loop import StageTask
 from livt_scale.weights.adapt import start_mae
 from livt_scale.weights.importer import open_weights
 
 
-def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
+def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> StageTask:
     """The masked autoencoder of `recipe`, initialised from its seed or from `weights`, and how it is trained."""
     part = recipe.stages.pretrain
     assert part is not None
@@ -49,7 +49,7 @@ def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> Task:
             model, weight_decay=part.weight_decay, layer_decay=None, depth=depth, tokens_decay=True
         )
 
-    return Task(part, model, groups, objective, draw=_painter(recipe, train, world), origin=origin)
+    return StageTask(part, model, groups, objective, draw=_painter(recipe, train, world), origin=origin)
 
 
 def _painter(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy, Path], None] | None:

@@ -1,10 +1,12 @@
-"""A run from its recipe to its results: stage after stage, each taken up where it stopped, none done twice."""
+"""A run from its recipe to its results: stage after stage, each resumed where it stopped, finished ones skipped."""
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,46 +21,57 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import cpu_cores
 from livt_scale.distributed.batchnorm import statistics_of
 from livt_scale.distributed.ema import with_average
-from livt_scale.distributed.strategy import make_strategy
+from livt_scale.distributed.strategy import Strategy, make_strategy
 from livt_scale.distributed.world import World, detect, process_group
 from livt_scale.evaluation import evaluate as evaluation
 from livt_scale.evaluation import plots
 from livt_scale.train import run_dir as rundir
 from livt_scale.train.anomalies import Anomalies
+from livt_scale.train.anomaly_policy import AnomalyPolicy
 from livt_scale.train.batch_plan import BatchPlan, plan_batches
 from livt_scale.train.finetune import finetune_task
-from livt_scale.train.loop import Guard, Schedule, Task, fit
+from livt_scale.train.hooks import Evaluate, Pictures, Save, StopOnRequest
+from livt_scale.train.loop import Hook, Loop, StageTask
 from livt_scale.train.preempt import Preemption, time_limit
 from livt_scale.train.pretrain import pretrain_task
+from livt_scale.train.replica_check import ReplicaCheck
 from livt_scale.train.resume_rules import check_allowable
-from livt_scale.train.telemetry.layer_stats import LayerGroups
-from livt_scale.train.telemetry.metrics_log import Telemetry, last_step_written, measured_demand
+from livt_scale.train.schedule import Schedule
+from livt_scale.train.telemetry.layer_stats import LayerStats
+from livt_scale.train.telemetry.metrics_log import MetricsLog, last_step_written, measured_demand
 from livt_scale.train.telemetry.mfu import speed_of
+from livt_scale.train.telemetry.profiler import Profiler
 from livt_scale.train.telemetry.trackers import Trackers, check_installed, open_trackers
 from livt_scale.train.train_state import TrainState, run_facts
 from livt_scale.train.watchdog import Watchdog
 from livt_scale.util.errors import CheckpointMismatch, DataError, UsageError
 
+_log = logging.getLogger(__name__)
 
-def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = ()) -> None:
-    """Run `recipe`, or one of its stages, to the end: under nothing, torchrun or srun alike.
 
-    Continues by itself from what the run directory holds. allow: fields of the recipe that may have changed in
-    mid-stage (`train.allowed`). Raises LivtError: Preempted where a signal stopped it.
+def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = (), hooks: Sequence[Hook] = ()) -> None:
+    """Run `recipe`, or one of its stages, to the end: as a single process, under torchrun or under srun.
+
+    Resumes from what the run directory holds. allow: fields of the recipe that may have changed in mid-stage
+    (`train.resume_rules`). hooks: called after the built-in ones, in every stage (`train.hooks`). Raises LivtError:
+    Preempted if a signal stopped it.
     """
     allowed = check_allowable(allow)
     if stage is not None and stage not in recipe.stage_names:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
     for name in recipe.stage_names:
-        _plan(recipe, name, world)  # what cannot be divided is said before anything is allocated
+        _plan(recipe, name, world)  # a batch that cannot be divided is an error before anything is allocated
     _set_up_torch(recipe.parallel)
+    stages = (stage,) if stage else recipe.stage_names
     with process_group(world, timeout_s=recipe.parallel.timeout_s):
-        train_together(recipe, (stage,) if stage else recipe.stage_names, world=world, allow=allowed)
+        train_together(recipe, stages, world=world, allow=allowed, hooks=hooks)
 
 
-def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, allow: tuple[str, ...] = ()) -> None:
-    """`train` in a process group that is up already: all ranks of `world` call it."""
+def train_together(
+    recipe: Recipe, stages: Iterable[Stage], *, world: World, allow: tuple[str, ...] = (), hooks: Sequence[Hook] = ()
+) -> None:
+    """`train` in an existing process group: all ranks of `world` call it."""
     run_dir = run_dir_of(recipe)
     limit = world.peers.on_rank0(time_limit)
     with (
@@ -69,11 +82,10 @@ def train_together(recipe: Recipe, stages: Iterable[Stage], *, world: World, all
         world.peers.on_rank0(lambda: check_installed(recipe.log))
         world.peers.on_rank0(lambda: rundir.save_resolved(recipe, run_dir))
         for name in stages:
-            if world.peers.on_rank0(lambda name=name: rundir.is_done(run_dir, name)):  # type: ignore[misc]
-                _say(world, f"{name} is done already in {run_dir}")
+            if world.peers.on_rank0(partial(rundir.is_done, run_dir, name)):
+                _log.info("%s is done already in %s", name, run_dir)
             else:
-                plan = _plan(recipe, name, world)
-                _train_stage(recipe.at(name), name, preemption, run_dir=run_dir, world=world, plan=plan, allow=allow)
+                _StageRun(recipe.at(name), name, run_dir, world, preemption, allow, hooks).run()
 
 
 def _set_up_torch(parallel: Parallel) -> None:
@@ -89,9 +101,9 @@ def run_dir_of(recipe: Recipe) -> Path:
 
 
 def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
-    """The training set, the same on every rank: what goes wrong on one of them is raised on all.
+    """The training set, the same on every rank. An error on one rank is raised on all.
 
-    Raises DataError where a rank reads another manifest or quarantine than rank 0: it would train on other samples.
+    Raises DataError if a rank reads another manifest or quarantine than rank 0: it would train on other samples.
     """
     train_set = world.peers.run_all(lambda: ShardSet.open(recipe.data.train, data=recipe.data))
     digest = train_set.digest
@@ -99,140 +111,164 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
     if digest != world.peers.on_rank0(lambda: digest):
         error = DataError(
             f"rank {world.rank} reads another manifest or quarantine in {recipe.data.train} than rank 0",
-            remedy="start again when the set is the same for all nodes",
+            remedy="start again when all nodes see the same set",
         )
     world.peers.all_or_none(error)
     return train_set
 
 
-def _train_stage(
-    recipe: Recipe,
-    stage: Stage,
-    preemption: Preemption,
-    *,
-    run_dir: Path,
-    world: World,
-    plan: BatchPlan,
-    allow: tuple[str, ...],
-) -> None:
-    folder = run_dir / stage
-    status = rundir.Status(folder, stage=stage, writes=world.is_main)
-    watchdog = Watchdog(folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
-    with status.told(), watchdog, watchdog.errors_told():
-        train_set = open_alike(recipe, world=world)
-        order = stage_order(train_set, recipe, stage)
-        task = _make_task(recipe, stage, train_set, run_dir=run_dir, world=world)
-        schedule = Schedule(
-            task.part.epochs, order.steps_per_epoch, recipe.checkpoint, evaluate_every_epochs=task.evaluate_every_epochs
+@dataclass(frozen=True)
+class _StageRun:
+    """One stage of a run, on one rank. `recipe` is the one that the stage sees (`Recipe.at`)."""
+
+    recipe: Recipe
+    stage: Stage
+    run_dir: Path
+    world: World
+    preemption: Preemption
+    allow: tuple[str, ...]
+    extra_hooks: Sequence[Hook]
+
+    @property
+    def folder(self) -> Path:
+        return self.run_dir / self.stage
+
+    def run(self) -> None:
+        recipe, world = self.recipe, self.world
+        status = rundir.Status(self.folder, stage=self.stage, writes=world.is_main)
+        watchdog = Watchdog(self.folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
+        with status.told(), watchdog, watchdog.errors_told():
+            train_set = open_alike(recipe, world=world)
+            order = stage_order(train_set, recipe, self.stage)
+            task = self._task(train_set)
+            schedule = self._schedule(task, order.steps_per_epoch)
+            state = self._state(task, train_set)
+
+            checkpoints = Tiers(self.folder / "checkpoints", saving=recipe.checkpoint, world=world.peers)
+            with checkpoints as saver, watchdog.errors_told():
+                resumed = state.resume(saver)
+                if state.step > schedule.total:  # possible only if --allow has made the stage shorter
+                    raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
+                status.write("running", step=state.step, total_steps=schedule.total)
+                plan = _plan(recipe, self.stage, world)
+                self._announce(task, plan, state.strategy, resumed)
+
+                log = self._metrics_log(state, train_set)
+                evaluate = Evaluate(task.evaluate, log=log, watchdog=watchdog) if task.evaluate else None
+                save = Save(saver, status=status, log=log, watchdog=watchdog)
+                hooks = self._hooks(task, saver, watchdog=watchdog, log=log, evaluate=evaluate, save=save)
+                loop = Loop(task, state, schedule=schedule, plan=plan, world=world, hooks=hooks)
+                loop.run(lambda step: watchdog.waits_seen(self._batches(train_set, loop, step)))
+
+            if evaluate is not None:
+                report = evaluate.of_final(loop).report
+                if world.is_main:
+                    self._write_evaluation(report, train_set, loop)
+            status.write("done", step=state.step, total_steps=schedule.total)
+
+    def _task(self, train_set: ShardSet) -> StageTask:
+        if self.stage == "pretrain":
+            make = partial(pretrain_task, self.recipe, train_set, world=self.world)
+        else:
+            make = partial(finetune_task, self.recipe, train_set, run_dir=self.run_dir, world=self.world)
+        return self.world.peers.run_all(make)
+
+    def _schedule(self, task: StageTask, steps_per_epoch: int) -> Schedule:
+        return Schedule(
+            task.part.epochs,
+            steps_per_epoch,
+            self.recipe.checkpoint,
+            evaluate_every_epochs=task.evaluate_every_epochs,
+            log_every_steps=self.recipe.log.every_steps,
         )
+
+    def _state(self, task: StageTask, train_set: ShardSet) -> TrainState:
+        """The initial weights, as the recipe's strategy holds them."""
         betas, momentum = task.part.betas, task.part.lars_momentum
-        strategy = make_strategy(recipe.parallel, task.model, task.groups, betas=betas, momentum=momentum, world=world)
+        strategy = make_strategy(
+            self.recipe.parallel, task.model, task.groups, betas=betas, momentum=momentum, world=self.world
+        )
         strategy = with_average(strategy, task.average)
-        facts = run_facts(recipe, stage, train_set, strategy=strategy.name, origin=task.origin)
-        state = TrainState(strategy, facts, anomalies=Anomalies(recipe.faults), allow=allow)
-        with (
-            Tiers(folder / "checkpoints", saving=recipe.checkpoint, world=world.peers) as saver,
-            watchdog.errors_told(),
-        ):
-            resumed = state.resume(saver)
-            if state.step > schedule.total:  # only where --allow has made the stage shorter
-                raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
-            status.write("running", step=state.step, total_steps=schedule.total)
-            _announce(stage, task, plan, strategy.name, world, resumed)
-            with _telemetry(recipe, stage, folder, schedule, state, train_set, world) as telemetry:
-                batches = _batches(recipe, stage, train_set, plan, schedule, state, world)
-                ended = fit(
-                    task, batches, state=state, schedule=schedule, plan=plan, saver=saver,
-                    telemetry=telemetry, status=status, guard=Guard(preemption, watchdog, recipe.faults), world=world,
-                    folder=folder,
-                )  # fmt: skip
-        if task.evaluate is not None:
-            watchdog.at("evaluation", state.step)
-            ended = ended or task.evaluate(strategy)  # a run that was killed between its last checkpoint and here
-            if world.is_main:
-                _write_evaluation(ended.report, train_set, folder, facts, schedule)
-        status.write("done", step=state.step, total_steps=schedule.total)
+        facts = run_facts(self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin)
+        return TrainState(strategy, facts, anomalies=Anomalies(self.recipe.faults), allow=self.allow)
 
+    def _hooks(
+        self,
+        task: StageTask,
+        saver: Tiers,
+        *,
+        watchdog: Watchdog,
+        log: MetricsLog,
+        evaluate: Evaluate | None,
+        save: Save,
+    ) -> list[Hook]:
+        """What the run does besides learning, in this order at each point of the loop."""
+        logs, faults = self.recipe.log, self.recipe.faults
+        profile_steps = logs.profile_steps if self.world.is_main or logs.profile_ranks == "all" else None
+        every_steps = faults.digest_every_steps
+        hooks = (
+            watchdog,
+            Profiler(self.folder / "profile", steps=profile_steps) if profile_steps else None,
+            LayerStats() if logs.layer_groups else None,
+            log,
+            ReplicaCheck(every_steps=every_steps) if every_steps else None,
+            evaluate,
+            save,
+            Pictures(task.draw, self.folder / "samples") if task.draw else None,
+            AnomalyPolicy(saver, self.folder),
+            *self.extra_hooks,
+            StopOnRequest(self.preemption, saver),
+        )
+        return [hook for hook in hooks if hook is not None]
 
-def _make_task(recipe: Recipe, stage: Stage, train_set: ShardSet, *, run_dir: Path, world: World) -> Task:
-    if stage == "pretrain":
-        return world.peers.run_all(lambda: pretrain_task(recipe, train_set, world=world))
-    return world.peers.run_all(lambda: finetune_task(recipe, train_set, run_dir=run_dir, world=world))
+    def _metrics_log(self, state: TrainState, train_set: ShardSet) -> MetricsLog:
+        num_classes, world = train_set.num_classes, self.world
+        speed = speed_of(
+            self.recipe, self.stage, num_classes=num_classes, device=world.device, world_size=world.world_size
+        )
+        trackers = world.peers.run_all(lambda: self._trackers(state.step))
+        return MetricsLog(self.folder, speed=speed, trackers=trackers)
 
+    def _trackers(self, start_step: int) -> Trackers | None:
+        if not self.world.is_main:
+            return None
+        sent_to = last_step_written(self.folder)
+        return open_trackers(self.recipe, self.stage, run_dir=self.run_dir, start_step=start_step, sent_to=sent_to)
 
-def _batches(
-    recipe: Recipe,
-    stage: Stage,
-    train_set: ShardSet,
-    plan: BatchPlan,
-    schedule: Schedule,
-    state: TrainState,
-    world: World,
-) -> Iterator[Batch]:
-    epoch, step = divmod(state.step, schedule.steps_per_epoch)
-    batches = train_batches(
-        train_set,
-        recipe,
-        stage=stage,
-        rank=world.rank,
-        world_size=world.world_size,
-        micro_batch=plan.micro_batch,
-        epoch=epoch,
-        step=step,
-        local_ranks=world.local_size,
-        demand=measured_demand(run_dir_of(recipe) / stage),
-    )
-    _say(world, f"{stage}: {batches.loading}")
-    return iter(batches)
+    def _batches(self, train_set: ShardSet, loop: Loop, done: int) -> Iterator[Batch]:
+        epoch, step = divmod(done, loop.schedule.steps_per_epoch)
+        batches = train_batches(
+            train_set,
+            self.recipe,
+            stage=self.stage,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            micro_batch=loop.plan.micro_batch,
+            epoch=epoch,
+            step=step,
+            local_ranks=self.world.local_size,
+            demand=measured_demand(self.folder),
+        )
+        _log.info("%s: %s", self.stage, batches.loading)
+        return iter(batches)
 
+    def _write_evaluation(self, report: dict[str, Any], train_set: ShardSet, loop: Loop) -> None:
+        end = loop.schedule.position(loop.schedule.total)
+        checkpoint = step_name(end.step)
+        weights = evaluation.weights_lineage(loop.state.facts, step=end.step, epoch=end.epoch, checkpoint=checkpoint)
+        evaluation.write_eval(report, self.folder / "eval.json", weights=weights)
+        plots.confusion(report, train_set.manifest.class_names, self.folder / "samples" / "confusion.png")
 
-def _write_evaluation(
-    report: dict[str, Any], train_set: ShardSet, folder: Path, facts: dict[str, Any], schedule: Schedule
-) -> None:
-    end = schedule.position(schedule.total)
-    weights = evaluation.weights_lineage(facts, step=end.step, epoch=end.epoch, checkpoint=step_name(end.step))
-    evaluation.write_eval(report, folder / "eval.json", weights=weights)
-    plots.confusion(report, train_set.manifest.class_names, folder / "samples" / "confusion.png")
-
-
-def _telemetry(
-    recipe: Recipe,
-    stage: Stage,
-    folder: Path,
-    schedule: Schedule,
-    state: TrainState,
-    train_set: ShardSet,
-    world: World,
-) -> Telemetry:
-    log = recipe.log
-    speed = speed_of(recipe, stage, num_classes=train_set.num_classes, device=world.device, world_size=world.world_size)
-    return Telemetry(
-        folder,
-        label=stage,
-        every_steps=log.every_steps,
-        total_steps=schedule.total,
-        steps_per_epoch=schedule.steps_per_epoch,
-        global_batch=recipe.stage(stage).global_batch,
-        world_size=world.world_size,
-        start_step=state.step,
-        sums=state.sums,
-        writes=world.is_main,
-        speed=speed,
-        trackers=world.peers.run_all(lambda: _trackers(recipe, stage, folder, state, world)),
-        device=world.device,
-        profile_steps=log.profile_steps if world.is_main or log.profile_ranks == "all" else None,
-        rank=world.rank,
-        layers=LayerGroups(state.strategy.model) if log.layer_groups else None,
-    )
-
-
-def _trackers(recipe: Recipe, stage: Stage, folder: Path, state: TrainState, world: World) -> Trackers | None:
-    if not world.is_main:
-        return None
-    return open_trackers(
-        recipe, stage, run_dir=folder.parent, start_step=state.step, sent_to=last_step_written(folder),
-        say=lambda text: _say(world, f"{stage}: {text}"),
-    )  # fmt: skip
+    def _announce(self, task: StageTask, plan: BatchPlan, strategy: Strategy, resumed: str | None) -> None:
+        part, stage = task.part, self.stage
+        sizes = (getattr(p, "ds_numel", p.numel()) for p in task.model.parameters())  # DeepSpeed leaves 0 in place
+        frozen = ", only the head is trained" if part.backbone_frozen else ""
+        _log.info("%s: %.1f M parameters%s, %s, %s", stage, sum(sizes) / 1e6, frozen, strategy.name, plan)
+        _log.info("%s: peak lr %.3g = %.3g · %d / 256", stage, part.peak_lr, part.base_lr, part.global_batch)
+        if self.world.world_size > 1 and statistics_of(task.model):
+            _log.info("%s: batch norm sees one rank's micro-batch: the result depends on the number of ranks", stage)
+        if resumed:
+            _log.info("%s: resumed from %s", stage, resumed)
 
 
 def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
@@ -241,25 +277,8 @@ def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
     return plan_batches(part.global_batch, part.micro_batch, world_size=world.world_size, pairs=pairs)
 
 
-def _announce(stage: Stage, task: Task, plan: BatchPlan, strategy: str, world: World, resumed: str | None) -> None:
-    part = task.part
-    weights = sum(getattr(p, "ds_numel", p.numel()) for p in task.model.parameters())  # DeepSpeed leaves 0 in place
-    frozen = ", the head alone trained" if part.backbone_frozen else ""
-    _say(world, f"{stage}: {weights / 1e6:.1f} M weights{frozen}, {strategy}, {plan}")
-    _say(world, f"{stage}: peak lr {part.peak_lr:.3g} = {part.base_lr:.3g} · {part.global_batch} / 256")
-    if world.world_size > 1 and statistics_of(task.model):
-        _say(world, f"{stage}: batch norm sees a rank's micro-batch, so the result depends on the number of ranks")
-    if resumed:
-        _say(world, f"{stage}: goes on from {resumed}")
-
-
-def _say(world: World, text: str) -> None:
-    if world.is_main:
-        print(text, file=sys.stderr, flush=True)
-
-
 class _alone:
-    """The run's lock, taken by rank 0 for all; where it is refused, every rank raises the same error."""
+    """The run's lock, taken by rank 0 for all; if it is refused, every rank raises the same error."""
 
     def __init__(self, run_dir: Path, world: World) -> None:
         self._lock, self._world = rundir.hold(run_dir), world

@@ -30,10 +30,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self, TypeVar
 
+import torch.distributed as dist
+
 from livt_scale.config.recipe import Faults
 from livt_scale.distributed.world import World
 from livt_scale.train import heartbeat
 from livt_scale.train.heartbeat import Heartbeat
+from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run_dir import Status
 from livt_scale.util.errors import EXIT_FAILED, LivtError, Preempted, RankLostError
 
@@ -59,8 +62,11 @@ class _Now:
     since: float  # of time.time, for others to read
 
 
-class Watchdog:
-    """Of one rank in one stage. `at` costs a few attributes: the thread does the writing."""
+class Watchdog(Hook):
+    """The watchdog of one rank in one stage. `at` sets an attribute; the thread does the writing.
+
+    It is entered before the loop, which it follows as its first hook.
+    """
 
     def __init__(self, folder: Path, status: Status, *, world: World, faults: Faults, timeout_s: float) -> None:
         self._folder, self._status, self._world = folder, status, world
@@ -78,10 +84,22 @@ class Watchdog:
         """This rank has come to `phase` of the step after `step` done ones: a sign of life."""
         self._now = _Now(phase, self._now.step if step is None else step, time.monotonic(), time.time())
 
+    def at_start(self, loop: Loop) -> None:
+        self._start = loop.state.step
+        self.at("first step", self._start)
+
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if loop.state.step > self._start:
+            self.at("step", loop.state.step)
+
+    @property
+    def phase(self) -> Phase:
+        return self._now.phase
+
     def waits_seen(self, items: Iterator[Item]) -> Iterator[Item]:
         """`items`; while the next is waited for, this rank is in phase `data` (after its first step)."""
         while True:
-            phase = self._now.phase
+            phase = self.phase
             if phase == "step":
                 self.at("data")
             item = next(items)
@@ -249,8 +267,6 @@ def _state_after(error: BaseException) -> heartbeat.State:
 
 def _speaks_of_peers(error: BaseException | None) -> bool:
     """Whether an error, or one that it comes from, is torch's word for another rank that is gone or silent."""
-    import torch.distributed as dist
-
     while error is not None:
         if isinstance(error, RankLostError):
             return False  # found out and said already

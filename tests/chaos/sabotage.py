@@ -9,7 +9,7 @@
     SIGUSR2:7:1  in its 7th step rank 1 gets that signal (any signal's name)
     slow:0.05    every step takes so much longer, in seconds
 
-It stands in the loop's own functions, at the step that the loop says it is in; a rank's number is the launcher's.
+The faults are a hook of the loop; `livt train` is replaced by a command that trains with it.
 """
 
 from __future__ import annotations
@@ -19,61 +19,66 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from livt_scale.cli import main
-from livt_scale.train import loop
+from livt_scale.config.load import load_recipe
+from livt_scale.train.loop import Hook, Loop, Step
+from livt_scale.train.run import train
 from livt_scale.util.errors import SampleError
 
+LOSS_FACTORS = {"nan": torch.nan, "spike": 1000.0}
 
-class Sabotage:
+
+class Sabotage(Hook):
     def __init__(self, faults: list[str]) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.step = 0
+        rank = int(os.environ.get("RANK", "0"))
         self.slow_s = 0.0
         self.plan: dict[int, list[str]] = {}
         for fault in faults:
-            kind, at, *rank = fault.split(":")
+            kind, at, *ranks = fault.split(":")
             if kind == "slow":
                 self.slow_s = float(at)
-            elif self.rank == int((rank or [0 if kind == "nan" else self.rank])[0]):
+            elif rank == int((ranks or [0 if kind == "nan" else rank])[0]):
                 self.plan.setdefault(int(at), []).append(kind)
 
-    def install(self) -> None:
-        rate, accumulate, after = loop._learning_rate, loop._accumulate, loop._after_step
+    def before_step(self, loop: Loop, step: Step) -> None:
+        time.sleep(self.slow_s)
+        faults = self.plan.get(step.number, [])
+        for name in faults:
+            if name.startswith("SIG"):
+                os.kill(os.getpid(), signal.Signals[name])
+        if "hang" in faults:
+            time.sleep(1e6)
+        if "lock" in faults:
+            ctypes.PyDLL(None).sleep(10**6)
+        if "error" in faults:
+            raise SampleError("shard x.tar, offset 512, key a-key: not an image", remedy="livt shards verify")
 
-        def learning_rate(part, schedule, step):
-            self.step = step + 1
-            return rate(part, schedule, step)
+    def after_backward(self, loop: Loop, step: Step) -> None:
+        for fault in self.plan.get(step.number, []):
+            step.rank_loss *= LOSS_FACTORS.get(fault, 1.0)
 
-        def accumulates(*args, **named):
-            time.sleep(self.slow_s)
-            faults = self.plan.get(self.step, [])
-            for name in faults:
-                if name.startswith("SIG"):
-                    os.kill(os.getpid(), signal.Signals[name])
-            if "hang" in faults:
-                time.sleep(1e6)
-            if "lock" in faults:
-                ctypes.PyDLL(None).sleep(10**6)
-            if "error" in faults:
-                raise SampleError("shard x.tar, offset 512, key a-key: not an image", remedy="livt shards verify")
-            loss, *rest = accumulate(*args, **named)
-            for kind, factor in (("nan", torch.nan), ("spike", 1000.0)):
-                loss = loss * factor if kind in faults else loss
-            return loss, *rest
-
-        def after_step(task, state, *args, **named):
-            if "flip" in self.plan.get(self.step, []):
-                next(state.strategy.model.parameters()).data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
-            return after(task, state, *args, **named)
-
-        loop._learning_rate, loop._accumulate, loop._after_step = learning_rate, accumulates, after_step
+    def after_step(self, loop: Loop, step: Step) -> None:
+        if "flip" in self.plan.get(step.number, []):
+            next(loop.state.strategy.model.parameters()).data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
 
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
-    Sabotage(sys.argv[1:split]).install()
+    hooks = [Sabotage(sys.argv[1:split])]
     sys.argv[1:] = sys.argv[split + 1 :]
+
+    @main.app.command("train")
+    def sabotaged(
+        recipe: Path,
+        stage: Annotated[str | None, typer.Option()] = None,
+        sets: Annotated[list[str] | None, typer.Option("--set")] = None,
+    ) -> None:
+        train(load_recipe(recipe, sets=sets or []), stage=stage, hooks=hooks)
+
     main.main()

@@ -100,7 +100,7 @@ class Chaos:
     def check(self, ranks: Ranks) -> None:
         """What this start went on from was whole, and a damaged one was named."""
         said = ranks.said(0)
-        taken = re.search(r"goes on from (step-\d+)", said)
+        taken = re.search(r"resumed from (step-\d+)", said)
         if self.damaged is not None:
             assert f"{self.damaged} is damaged and not used" in said
             assert taken is None or taken[1] < self.damaged

@@ -68,7 +68,7 @@ def test_too_many_in_a_row_end_the_run_and_it_goes_on_later(livt, finished, full
     assert "Traceback" not in said
     assert steps(run_dir) == [3]
     full_disk("False")
-    assert "goes on from step-00000003" in livt.train(run_dir)
+    assert "resumed from step-00000003" in livt.train(run_dir)
     assert_same_run(run_dir, finished)
 
 
@@ -175,7 +175,7 @@ def test_a_run_goes_on_from_a_converted_checkpoint_as_from_the_one_that_it_was(l
     target.parent.mkdir(parents=True)
     livt.run("ckpt", "convert", str(finished / "pretrain" / "checkpoints" / target.name), "--to", str(file))
     livt.run("ckpt", "convert", str(file), "--to", str(target))
-    assert "goes on from step-00000015" in livt.train(run_dir)
+    assert "resumed from step-00000015" in livt.train(run_dir)
     for stage in ("pretrain", "finetune"):
         ours, theirs = final_weights(run_dir, stage), final_weights(finished, stage)
         assert ours.keys() == theirs.keys()

@@ -85,7 +85,7 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed_and_the_run_goes_o
         os.kill(json.loads(beat.read_text())["pid"], signal.SIGKILL)
         _, said = process.communicate(timeout=150)
     assert process.returncode == 0, said
-    assert "goes on from step-" in said
+    assert "resumed from step-" in said
     assert_same_weights(run, by_torchrun)
 
 

@@ -41,7 +41,7 @@ def test_it_trains_goes_on_bit_for_bit_and_is_evaluated_and_exported(livt):
         (checkpoints / f"step-{step:08d}").rmdir()
     for name in ("status.json", "eval.json", "metrics.jsonl"):
         (resumed / "finetune" / name).unlink()
-    assert "goes on from step-00000001" in livt.train(resumed, **RESNET)
+    assert "resumed from step-00000001" in livt.train(resumed, **RESNET)
     ours, theirs = final_weights(resumed), final_weights(whole)
     assert any("running_var" in name for name in ours)
     assert [name for name in ours if (ours[name] != theirs[name]).any()] == []

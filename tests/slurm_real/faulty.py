@@ -7,16 +7,21 @@
     starts  is written: "JOB RESTART" a line, for each start of the pretraining
     steps   is written: a line for each of its steps, "START STEP"
 
-It stands in the loop's own functions, as tests/chaos/sabotage.py does, and imports the package that the job froze.
+The faults are a hook of the loop, as in tests/chaos/sabotage.py. It imports the package that the job froze.
 """
 
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from livt_scale.cli import main
-from livt_scale.train import loop
+from livt_scale.config.load import load_recipe
+from livt_scale.train.loop import Hook
+from livt_scale.train.run import train
 from livt_scale.train.run_dir import Status
 
 FAULTS = Path(os.environ["FAULTS"])
@@ -35,27 +40,21 @@ def note(name: str, *words: object) -> None:
             file.write(" ".join(map(str, words)) + "\n")
 
 
-def install() -> None:
-    rate, accumulate = loop._learning_rate, loop._accumulate
-    note("starts", os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"))
-    num_start = len((FAULTS / "starts").read_text().splitlines()) if RANK == 0 else 0
-    at = [0]
+class Faulty(Hook):
+    """The faults of one start of the pretraining."""
 
-    def learning_rate(part, schedule, step):
-        at[0] = step + 1
-        return rate(part, schedule, step)
+    def __init__(self) -> None:
+        note("starts", os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_RESTART_COUNT", "0"))
+        self.num_start = len((FAULTS / "starts").read_text().splitlines()) if RANK == 0 else 0
 
-    def accumulates(*args, **named):
-        note("steps", num_start, at[0])
-        if RANK == 0 and (pace := told("pace")) and num_start <= pace[1]:
+    def before_step(self, loop, step) -> None:
+        note("steps", self.num_start, step.number)
+        if RANK == 0 and (pace := told("pace")) and self.num_start <= pace[1]:
             time.sleep(pace[0])
-        if RANK == 1 and told("bug") == [at[0]]:
+        if RANK == 1 and told("bug") == [step.number]:
             raise RuntimeError("a planted bug")
-        if RANK == 1 and told("hang") == [at[0]]:
+        if RANK == 1 and told("hang") == [step.number]:
             time.sleep(1e6)
-        return accumulate(*args, **named)
-
-    loop._learning_rate, loop._accumulate = learning_rate, accumulates
 
 
 def leave() -> None:
@@ -70,8 +69,19 @@ def leave() -> None:
 
 
 if __name__ == "__main__":
+    hooks = []
     if "pretrain" in sys.argv:
         if (FAULTS / "leave").exists():
             leave()
-        install()
+        hooks = [Faulty()]
+
+    @main.app.command("train")
+    def faulty(
+        recipe: Path,
+        stage: Annotated[str | None, typer.Option()] = None,
+        sets: Annotated[list[str] | None, typer.Option("--set")] = None,
+        allow: Annotated[list[str] | None, typer.Option()] = None,
+    ) -> None:
+        train(load_recipe(recipe, sets=sets or []), stage=stage, allow=allow or (), hooks=hooks)
+
     main.main()

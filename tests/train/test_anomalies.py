@@ -11,16 +11,18 @@ from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Faults
 from livt_scale.distributed.strategy import StepResult
-from livt_scale.distributed.world import World
-from livt_scale.train.anomalies import MAX_OVERFLOWS, Anomalies, Anomaly, step_over
+from livt_scale.train.anomalies import MAX_OVERFLOWS, Anomalies, Anomaly
+from livt_scale.train.anomaly_policy import AnomalyPolicy
+from livt_scale.train.loop import Step
 from livt_scale.util.errors import NonFiniteError
+from tests.train.loops import a_step, idle_loop
 
 
 def judged(anomalies: Anomalies, losses: list[float]) -> list[bool]:
     """Whether each loss is one to skip; those that are not are taken."""
     found = []
     for step, loss in enumerate(losses, 1):
-        anomaly = anomalies.in_loss(loss, step=step, say=lambda text: None)
+        anomaly = anomalies.in_loss(loss, step=step)
         found.append(anomaly is not None)
         if anomaly is None:
             anomalies.taken(loss)
@@ -58,14 +60,14 @@ def test_a_continued_run_decides_as_the_unbroken_one(losses, cut):
     assert begun + judged(second, losses[cut:]) == unbroken
 
 
-def test_a_warned_spike_is_said_and_taken():
-    said = []
+def test_a_warned_spike_is_logged_and_taken(caplog):
+    caplog.set_level("INFO")
     anomalies = Anomalies(Faults(on_spike="warn", spike_window=10))
     for _ in range(10):
         anomalies.taken(1.0)
-    assert anomalies.in_loss(8.0, step=11, say=said.append) is None
-    assert said == ["step 11: the loss is 8, 700 deviations above 1, the median before it"]
-    assert Anomalies(Faults(on_spike="none")).in_loss(8.0, step=11, say=said.append) is None
+    assert anomalies.in_loss(8.0, step=11) is None
+    assert caplog.messages == ["step 11: the loss is 8, 700 deviations above 1, the median before it"]
+    assert Anomalies(Faults(on_spike="none")).in_loss(8.0, step=11) is None
 
 
 def test_overflows_are_counted_and_only_many_in_a_row_are_an_anomaly():
@@ -88,24 +90,24 @@ def test_steps_that_were_not_taken_are_kept_as_ranges():
     assert anomalies.not_taken == [(7, 8), (19, 24)]
 
 
-def over(anomalies: Anomalies, policy: str, folder, *, step: int = 38, back_to: int | None = 30) -> list[str]:
-    said: list[str] = []
-    step_over(
-        Anomaly("the loss is nan", policy), anomalies, step=step, samples=(False, ["a", "b"]), world=World(),
-        roll_back=lambda: back_to, folder=folder, say=said.append,
-    )  # fmt: skip
-    return said
+def over(anomalies: Anomalies, policy: str, folder, *, step: int = 38, back_to: int | None = 30) -> Step:
+    """A step that the policy has dealt with."""
+    loop, taken = idle_loop(), a_step(step, keys=["a", "b"], anomaly=Anomaly("the loss is nan", policy))
+    loop.state.anomalies = anomalies
+    loop.state.roll_back = lambda saver: back_to
+    AnomalyPolicy(saver=None, folder=folder).on_anomaly(loop, taken)
+    return taken
 
 
-def test_policies(tmp_path):
+def test_policies(tmp_path, caplog):
     anomalies = Anomalies()
     with pytest.raises(NonFiniteError, match=r"step 38: the loss is nan\. Samples of the batch: a, b"):
         over(anomalies, "stop", tmp_path)
-    assert over(anomalies, "skip", tmp_path) == [
-        "step 38: the loss is nan: skip, weights as after step 37, no update for steps 38 to 38"
-    ]
-    assert over(anomalies, "rollback", tmp_path, step=40) == [
-        "step 40: the loss is nan: rollback, weights as after step 30, no update for steps 31 to 40"
+    assert not over(anomalies, "skip", tmp_path).save
+    assert over(anomalies, "rollback", tmp_path, step=40).save
+    assert caplog.messages == [
+        "step 38: the loss is nan: skip, weights as after step 37, no update for steps 38 to 38",
+        "step 40: the loss is nan: rollback, weights as after step 30, no update for steps 31 to 40",
     ]
     assert anomalies.not_taken == [(31, 40)]
     assert anomalies.due_step == 40
@@ -132,4 +134,4 @@ def test_too_many_in_a_row_end_the_run(tmp_path, policy):
 
 
 def test_a_record_that_cannot_be_written_is_no_error(tmp_path):
-    assert over(Anomalies(), "skip", tmp_path / "nowhere")
+    assert not over(Anomalies(), "skip", tmp_path / "nowhere").save

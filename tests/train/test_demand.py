@@ -1,4 +1,4 @@
-"""What the step took from its loader is known from the part of the run before, if there was one."""
+"""What a step takes from its loader is known from an earlier part of the run, if there is one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from livt_scale.train.telemetry.metrics_log import Telemetry, measured_demand
+from livt_scale.distributed.world import World
+from livt_scale.train.telemetry.metrics_log import MetricsLog, measured_demand
+from tests.train.loops import a_step, idle_loop, started, take
 
 
 def test_demand_is_what_the_steps_would_take_without_waiting(tmp_path):
@@ -20,14 +22,12 @@ def test_demand_is_what_the_steps_would_take_without_waiting(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 def test_a_rank_s_demand_is_told_by_the_world_that_it_was_measured_in(tmp_path, ranks):
-    """Each device takes 64 images in 0.3 s of computing, and waits 0.1 s more for them; whoever goes on needs 213/s."""
-    with Telemetry(
-        tmp_path, label="pretrain", every_steps=2, total_steps=9, steps_per_epoch=9, global_batch=64 * ranks,
-        world_size=ranks, start_step=0, sums=None, writes=True,
-    ) as telemetry:  # fmt: skip
-        telemetry.clock.take = lambda: {"data_wait": 0.2}
+    """Each device takes 64 images in 0.3 s of computing, and waits 0.1 s more for them: it needs 213/s."""
+    loop = idle_loop(MetricsLog(tmp_path), total=9, epoch=9, log_every=2, batch=64 * ranks, world=World(0, ranks))
+    loop.clock.take = lambda: {"data_wait": 0.2}
+    with started(loop):
         for done in (1, 2):
-            telemetry.step(done, loss=1.0, grad_norm=1.0, lr=0.1, step_s=0.4)
+            take(loop, a_step(done, seconds=0.4))
     assert measured_demand(tmp_path) == pytest.approx(64 / 0.3, rel=1e-3)
 
 

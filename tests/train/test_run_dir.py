@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -63,7 +64,7 @@ def test_status_tells_how_the_stage_ended(tmp_path, error, state, why):
 def test_since_is_when_the_state_changed(tmp_path, monkeypatch):
     status = rundir.Status(tmp_path / "finetune", stage="finetune", writes=True)
     for moment, state in (("1", "running"), ("2", "running"), ("3", "done")):
-        monkeypatch.setattr(rundir, "_now", lambda moment=moment: moment)
+        monkeypatch.setattr(time, "strftime", lambda _format, moment=moment: moment)
         status.write(state)
     written = json.loads((tmp_path / "finetune" / "status.json").read_text())
     assert (written["since"], written["at"]) == ("3", "3")

@@ -20,13 +20,14 @@ from livt_scale.train.heartbeat import Heartbeat
 from livt_scale.train.run_dir import Status
 from livt_scale.train.watchdog import SLOW_TIMES, Watchdog
 from livt_scale.util.errors import Preempted, RankLostError, SampleError
+from tests.train.loops import a_step, idle_loop, take
 
 BEAT = Heartbeat(0, socket.gethostname(), os.getpid(), "running", "step", 12, since=100.0, at=103.0)
 GONE = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:5043"
 
 
-def watchdog(folder, *, rank=0, world=2, **faults) -> Watchdog:
-    status = Status(folder, stage="pretrain", writes=rank == 0)
+def watchdog(folder, *, rank=0, world=2, status=None, **faults) -> Watchdog:
+    status = status or Status(folder, stage="pretrain", writes=rank == 0)
     faults = Faults(**{"heartbeat_s": 0.05, **faults})
     return Watchdog(folder, status, world=World(rank, world), faults=faults, timeout_s=60)
 
@@ -85,9 +86,10 @@ def test_only_a_process_of_this_host_is_known_to_be_dead():
 def test_a_running_rank_writes_where_it_is_and_status_joins_the_ranks(tmp_path, monkeypatch):
     monkeypatch.setattr("livt_scale.train.watchdog.STATUS_EVERY_S", 0.05)
     heartbeat.write(tmp_path, replace(BEAT, rank=1, phase="data", step=4))
-    watched = watchdog(tmp_path)
+    status_file = Status(tmp_path, stage="pretrain", writes=True)
+    watched = watchdog(tmp_path, status=status_file)
     with watched:
-        watched._status.write("running", step=0)
+        status_file.write("running", step=0)
         watched.at("step", 5)
         deadline = time.monotonic() + 20
         while (status := json.loads((tmp_path / "status.json").read_text())).get("ranks", {}).get("max_step") != 5:
@@ -107,17 +109,19 @@ def test_waiting_for_data_is_a_phase_of_its_own_after_the_first_step(tmp_path):
 
     def batches():
         while True:
-            seen.append(watched._now.phase)
+            seen.append(watched.phase)
             yield len(seen)
 
     watched = watchdog(tmp_path)
-    watched.at("first step", 0)
+    loop = idle_loop(watched)
+    watched.at_start(loop)
     taken = watched.waits_seen(batches())
+    take(loop, a_step(1))
     assert next(taken) == 1
-    watched.at("step", 1)
+    take(loop, a_step(2))
     assert [next(taken), next(taken)] == [2, 3]
     assert seen == ["first step", "data", "data"]
-    assert watched._now.phase == "step"
+    assert watched.phase == "step"
 
 
 def test_slow_phases_have_a_longer_bound(tmp_path):
@@ -158,10 +162,11 @@ def test_a_lost_connection_names_the_rank_that_failed_and_its_error(tmp_path):
 
 def test_a_lost_connection_names_the_rank_whose_process_is_gone_and_rank_1_writes_the_status(tmp_path):
     heartbeat.write(tmp_path, replace(BEAT, pid=dead_process(), at=time.time() - 4))
-    watched = watchdog(tmp_path, rank=1)
+    status = Status(tmp_path, stage="pretrain", writes=False)
+    watched = watchdog(tmp_path, rank=1, status=status)
     with (
         pytest.raises(RankLostError, match=r"rank 0 is gone: last seen at step 12 \(step\), 4 s ago, process \d+ on"),
-        watched._status.told(),
+        status.told(),
         watched,
         watched.errors_told(),
     ):

@@ -1,22 +1,25 @@
-"""How each layer of the network learns, at the steps that a line is written for: `log.layer_groups`.
+"""How each layer of the network learns, at the steps that are logged: `log.layer_groups`.
 
-For each group of weights (the embedding, each block, the head; in pretraining the decoder's too):
+For each group of parameters (the embedding, each block, the head; in pretraining the decoder's too):
 
     grad_norm       of its gradient, before clipping
-    weight_norm     of its weights after the step
-    update_ratio    norm of what the step changed, over weight_norm: around 1e-3 learns, 1e-6 stands still, 1e-1 is wild
+    weight_norm     of its parameters after the step
+    update_ratio    norm of the step's change / weight_norm: 1e-3 is usual, 1e-6 does not learn, 1e-1 is unstable
 
-A ViT has one loss, at its end: a loss of a layer does not exist without heads that the method does not have. These
-three say what one asks it for: which layer the loss reaches, and which moves.
+A ViT has one loss, at its end; a loss per layer would need heads that the method does not have. These three numbers
+answer the question behind it: which layers the gradient reaches, and which ones move.
 """
 
 from __future__ import annotations
 
+import math
 import re
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from livt_scale.train.loop import Hook, Loop, Step
 
 BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.")
 RESIDUAL = re.compile(r"layer(\d+)\.(\d+)\.")  # of a ResNet
@@ -38,10 +41,26 @@ def group_of(name: str) -> str:
     return "norm" if name.startswith("norm.") else "embed"
 
 
-class LayerGroups:
-    """Of one model, its parameters plain or sharded. Both calls are collective where it is sharded.
+class LayerStats(Hook):
+    """Adds `layers` to the lines of metrics.jsonl. To be called before the hook that writes them."""
 
-    Between the two a copy of the (own shard of the) weights is held.
+    def at_start(self, loop: Loop) -> None:
+        self._groups = LayerGroups(loop.state.strategy.model)
+
+    def before_update(self, loop: Loop, step: Step) -> None:
+        if loop.schedule.logs(step.number):
+            self._groups.before(scale=(loop.state.strategy.scaler() or {}).get("scale", 1.0))
+
+    def after_step(self, loop: Loop, step: Step) -> None:
+        if loop.schedule.logs(step.number):
+            table = self._groups.after()
+            step.metrics["layers"] = {group: {k: _finite(v) for k, v in row.items()} for group, row in table.items()}
+
+
+class LayerGroups:
+    """The groups of one model, its parameters plain or sharded. Both calls are collective if it is sharded.
+
+    Between the two calls a copy of the rank's (shard of the) parameters is held.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,14 +73,14 @@ class LayerGroups:
 
     @torch.no_grad()
     def before(self, *, scale: float) -> None:
-        """Gradients are there, the step is not yet taken. `scale`: what fp16 multiplied the loss by."""
+        """The gradients are complete, the weights not yet updated. `scale`: fp16's loss scale."""
         groups = self._groups.values()
         self._gradients = _norms([[p.grad for p in group if p.grad is not None] for group in groups]) / scale
         self._before = [[p.detach().clone() for p in group] for group in groups]
 
     @torch.no_grad()
     def after(self) -> dict[str, dict[str, float]]:
-        """By group, the numbers of the step since `before`; nothing where a bad loss ended the step before it."""
+        """By group, the numbers of the step since `before`; empty if a bad loss ended the step before that."""
         if self._gradients is None:
             return {}
         groups = self._groups.values()
@@ -77,3 +96,7 @@ def _norms(groups: list[list[Tensor]]) -> Tensor:
     """The norm of each list of tensors, over all shards: float32 `[groups]`."""
     totals = (nn.utils.get_total_norm(tensors, foreach=True) for tensors in groups)
     return torch.stack([t.full_tensor() if isinstance(t, DTensor) else t for t in totals]).float()
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

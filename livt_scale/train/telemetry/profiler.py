@@ -1,67 +1,65 @@
 """torch.profiler over chosen steps: `log.profile_steps: [20, 24]` -> STAGE/profile/steps-20-24-rank-0.json.gz.
 
-The file opens in https://ui.perfetto.dev or chrome://tracing. It tells what no sum of seconds tells: which kernels, on
-which stream, hidden behind which. The steps that are traced are slower. Neither a profiler that cannot start nor a file
-that cannot be written ends the run.
+The file opens in https://ui.perfetto.dev or chrome://tracing. It shows what no sum of seconds shows: which kernels ran,
+on which stream, overlapping with which. The traced steps are slower. A profiler that cannot start and a file that
+cannot be written are logged and do not end the run.
 """
 
 from __future__ import annotations
 
 import gzip
+import logging
 import shutil
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from livt_scale.distributed.world import World
+from livt_scale.train.loop import Hook, Loop, Step
+from livt_scale.util.log import EVERY_RANK
+
 MAX_BYTES = 2**30  # of a trace before it is packed; a step of ViT-L is some 10 MB
+_log = logging.getLogger(__name__)
 
 
-class Profiler:
-    """Traces the steps `steps` (first and last, counted from 1) of this rank; None: nothing."""
+class Profiler(Hook):
+    """Traces the steps `steps` (first and last, counted from 1) of this rank. After a resumption, the rest of them."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        steps: tuple[int, int] | None,
-        rank: int,
-        device: torch.device,
-        say: Callable[[str], None],
-    ) -> None:
-        self._folder, self._rank, self._say = folder, rank, say
-        self._first, self._last = steps or (0, -1)
-        self._activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    def __init__(self, folder: Path, *, steps: tuple[int, int]) -> None:
+        self._folder = folder
+        self._first, self._last = steps
         self._running: profile | None = None
         self._begun_at = 0
         self._failed = False
 
-    def before(self, step: int) -> None:
-        """Step `step` begins. A run that is continued within the steps traces the rest of them."""
-        if self._running is not None or self._failed or not self._first <= step <= self._last:
+    def before_step(self, loop: Loop, step: Step) -> None:
+        if self._running is not None or self._failed or not self._first <= step.number <= self._last:
             return
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         try:
-            running = profile(activities=self._activities)
+            running = profile(activities=activities)
             running.start()
         except RuntimeError as error:
             self._failed = True
-            self._say(f"no profile: the profiler does not start: {error}")
+            _log.warning("no profile: the profiler does not start: %s", error)
             return
-        self._running, self._begun_at = running, step
+        self._running, self._begun_at = running, step.number
 
-    def after(self, step: int) -> None:
-        """Step `step` has ended."""
-        if self._running is not None and step >= self._last:
-            self.end(step)
+    def after_step(self, loop: Loop, step: Step) -> None:
+        if step.number >= self._last:
+            self._write(step.number, loop.world)
 
-    def end(self, step: int) -> None:
-        """Write what has been traced, up to `step`; nothing where nothing is."""
+    def close(self, loop: Loop) -> None:
+        self._write(loop.state.step, loop.world)
+
+    def _write(self, step: int, world: World) -> None:
+        """Write the trace up to `step`, if one is running."""
         if self._running is None:
             return
         running, self._running = self._running, None
-        name = f"steps-{self._begun_at}-{step}-rank-{self._rank}.json"
+        name = f"steps-{self._begun_at}-{step}-rank-{world.rank}.json"
         plain = self._folder / f".tmp-{name}"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +69,12 @@ class Profiler:
             if size > MAX_BYTES:
                 raise OSError(f"it has {size / 2**20:.0f} MiB, the limit is {MAX_BYTES / 2**20:.0f}: trace fewer steps")
             _pack(plain, self._folder / f"{name}.gz")
-            self._say(f"profile of steps {self._begun_at} to {step}: {self._folder / name}.gz")
+            path = self._folder / f"{name}.gz"
+            _log.info("profile of steps %d to %d: %s", self._begun_at, step, path, extra=EVERY_RANK)
         except (OSError, RuntimeError) as error:
-            self._say(f"no profile of steps {self._begun_at} to {step}: {error}")
+            _log.warning("no profile of steps %d to %d: %s", self._begun_at, step, error)
         finally:
-            with suppress(OSError):  # the folder is no folder, or not ours
+            with suppress(OSError):  # the folder is a file, or not ours
                 plain.unlink(missing_ok=True)
 
 

@@ -1,18 +1,19 @@
-"""TensorBoard, wandb and mlflow, by accelerate's trackers: what goes to them, and that a continued run stays one run.
+"""TensorBoard, wandb and mlflow, by accelerate's trackers. A resumed run stays one run in each of them.
 
-    RUN/STAGE/tensorboard     always, unless log.tensorboard is false; steps that are done again are purged
-    RUN/trackers.json         {"wandb": {"pretrain": "4f1c20e9"}}: the names by which a continued stage goes on
+    RUN/STAGE/tensorboard     always, unless log.tensorboard is false; steps that are repeated are purged
+    RUN/trackers.json         {"wandb": {"pretrain": "4f1c20e9"}}: the run ids by which a resumed stage continues
 
-wandb and mlflow may wait for a server, so each works in a thread of its own: training hands over and goes on. A line
-that a tracker refuses is said once and costs that line; metrics.jsonl has it. Keys and passwords stay where these
-libraries look for them (their environment, ~/.netrc): nothing of them is written into the run directory. What is sent
-is the resolved recipe and the lines.
+wandb and mlflow may wait for a server, so each has its own thread: training hands over its lines and continues. The
+first line that a tracker refuses is logged; metrics.jsonl has all of them. Keys and passwords stay where these
+libraries look for them (their environment, ~/.netrc): none is written into the run directory. Sent are the resolved
+recipe and the lines.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import queue
 import secrets
@@ -28,8 +29,9 @@ from livt_scale.util.errors import UsageError
 
 START_S = 120.0  # for a server to answer at the start
 FINISH_S = 120.0  # for what is still to be sent at the end
-MAX_WAITING = 10_000  # lines; what comes then is dropped, and that is said
+MAX_WAITING = 10_000  # lines; further ones are dropped, which is logged
 IDS = "trackers.json"
+_log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -41,7 +43,7 @@ class Tracker(Protocol):
 
 
 def check_installed(log: Log) -> None:
-    """UsageError where a tracker that the recipe asks for is not installed."""
+    """UsageError if a tracker that the recipe asks for is not installed."""
     for name in log.trackers:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
@@ -69,10 +71,8 @@ class Trackers:
             tracker.finish()
 
 
-def open_trackers(
-    recipe: Recipe, stage: Stage, *, run_dir: Path, start_step: int, sent_to: int, say: Callable[[str], None]
-) -> Trackers:
-    """Start what the recipe asks for. UsageError where one does not start: no login, no server, no such run."""
+def open_trackers(recipe: Recipe, stage: Stage, *, run_dir: Path, start_step: int, sent_to: int) -> Trackers:
+    """Start the trackers of the recipe. UsageError if one does not start: no login, no server, no such run."""
     trackers: list[Tracker] = []
     if recipe.log.tensorboard:
         trackers.append(_tensorboard(run_dir / stage, purge_step=start_step + 1))
@@ -80,7 +80,7 @@ def open_trackers(
     for name in recipe.log.trackers:
         ids = _read_ids(run_dir)
         known = ids.get(name, {}).get(stage)
-        background = InBackground(name, lambda name=name, known=known: starts[name](recipe, stage, run_dir, known), say)  # type: ignore[misc]
+        background = InBackground(name, lambda name=name, known=known: starts[name](recipe, stage, run_dir, known))  # type: ignore[misc]
         trackers.append(background)
         if background.run_id != known:
             ids.setdefault(name, {})[stage] = background.run_id
@@ -89,10 +89,10 @@ def open_trackers(
 
 
 class InBackground:
-    """A tracker whose every call is made by one thread, in the order given; `log` never waits."""
+    """A tracker whose calls are made by one thread, in their order; `log` never waits."""
 
-    def __init__(self, name: str, start: Callable[[], tuple[Tracker, str]], say: Callable[[str], None]) -> None:
-        self._name, self._say = name, say
+    def __init__(self, name: str, start: Callable[[], tuple[Tracker, str]]) -> None:
+        self._name = name
         self._lines: queue.Queue[tuple[dict[str, Any], int | None] | None] = queue.Queue(MAX_WAITING)
         self._started: queue.Queue[str | Exception] = queue.Queue()
         self._complained = False
@@ -115,12 +115,12 @@ class InBackground:
             self._complain(f"{MAX_WAITING} lines wait for it; the next ones are dropped")
 
     def finish(self) -> None:
-        """Send what waits, for FINISH_S at most, and end."""
+        """Send what is waiting, for FINISH_S at most, and end."""
         with suppress(queue.Full):
             self._lines.put(None, timeout=FINISH_S)
         self._thread.join(FINISH_S)
         if self._thread.is_alive():
-            self._say(f"{self._name} has not taken all lines within {FINISH_S:.0f} s; metrics.jsonl has them")
+            _log.warning("%s has not taken all lines within %.0f s; metrics.jsonl has them", self._name, FINISH_S)
 
     def _work(self, start: Callable[[], tuple[Tracker, str]]) -> None:
         try:
@@ -142,21 +142,21 @@ class InBackground:
     def _complain(self, text: str) -> None:
         if not self._complained:
             self._complained = True
-            self._say(f"{self._name}: {text} (said once)")
+            _log.warning("%s: %s (logged once)", self._name, text)
 
 
 REMEDIES = {
     "wandb": "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later",
-    "mlflow": "see that MLFLOW_TRACKING_URI leads to a server that answers, or unset it for files in the run directory",
+    "mlflow": "check that MLFLOW_TRACKING_URI is a server that answers, or unset it for files in the run directory",
 }
 
 
 def _tensorboard(folder: Path, *, purge_step: int) -> Tracker:
-    """accelerate's tracker, writing into `folder`/tensorboard; events of steps that are done again are dropped."""
+    """accelerate's tracker, writing into `folder`/tensorboard; events of repeated steps are dropped."""
     from accelerate import PartialState
     from accelerate.tracking import TensorBoardTracker
 
-    PartialState(cpu=True)  # the tracker asks it who the main process is; the process group is up already
+    PartialState(cpu=True)  # the tracker asks it for the main process; the process group exists already
     tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=purge_step)
     tracker.start()
     return tracker
@@ -192,7 +192,7 @@ def _start_mlflow(recipe: Recipe, stage: Stage, run_dir: Path, known: str | None
         mlflow.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').resolve()}")
     tracker = MLflowTracker(recipe.log.tracker_project, run_id=known, run_name=f"{recipe.name}/{stage}")
     tracker.start()
-    if known is None:  # mlflow refuses a parameter's second value, and a continued recipe may differ in harmless ones
+    if known is None:  # mlflow refuses to change a parameter, and a resumed recipe may differ in harmless ones
         tracker.store_init_configuration(dict(_flat(recipe.model_dump(mode="json"))))
     return tracker, tracker.tracker.info.run_id
 
@@ -205,7 +205,7 @@ def _read_ids(run_dir: Path) -> dict[str, dict[str, str]]:
     except ValueError as error:
         raise UsageError(
             f"{run_dir / IDS} is not JSON: {error}",
-            remedy="remove it: the stages then begin new runs in wandb and mlflow",
+            remedy="remove it: the stages then start new runs in wandb and mlflow",
         ) from error
     return ids
 

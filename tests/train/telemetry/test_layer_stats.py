@@ -10,7 +10,8 @@ import torch
 from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
-from livt_scale.train.telemetry.layer_stats import LayerGroups, group_of
+from livt_scale.train.telemetry.layer_stats import NAMES, LayerGroups, LayerStats, group_of
+from tests.train.loops import a_step, idle_loop, started, take
 from tests.whole_runs import Livt, metrics
 
 TINY = Model(size="vit_micro", image_px=28, channels=1, decoder={"width": 32, "depth": 1, "heads": 2})
@@ -50,7 +51,25 @@ def test_norms_are_those_of_gradient_weights_and_change():
         assert row["update_ratio"] == pytest.approx(change / norm([after[n] for n in names]), rel=1e-3)
 
 
-def test_a_sharded_run_tells_of_the_same_layers_as_a_single_process(tmp_path):
+def test_only_the_steps_that_are_logged_have_them_and_what_is_not_finite_is_null():
+    model = build_classifier(TINY, num_classes=10, drop_path=0.0)
+    model(torch.rand(4, 1, 28, 28)).logsumexp(1).sum().backward()
+    model.fc_norm.weight.grad[0] = torch.inf
+    loop = idle_loop(LayerStats(), total=4, epoch=4, log_every=2, model=model, scaler=lambda: {"scale": 2.0})
+    steps = [a_step(number) for number in (1, 2, 3)]
+    with started(loop):
+        for step in steps:
+            take(loop, step)
+    assert steps[0].metrics == steps[2].metrics == {}
+    layers = steps[1].metrics["layers"]
+    assert set(layers["block_00"]) == set(NAMES)
+    assert layers["head"]["grad_norm"] is None
+    unscaled = LayerGroups(model)
+    unscaled.before(scale=1.0)
+    assert layers["block_00"]["grad_norm"] == pytest.approx(unscaled.after()["block_00"]["grad_norm"] / 2)
+
+
+def test_a_sharded_run_has_the_same_layers_as_a_single_process(tmp_path):
     livt = Livt(tmp_path)
     sets = {
         "log__layer_groups": True,

@@ -1,15 +1,18 @@
-"""metrics.jsonl of a run that was killed and continued holds what that of an unbroken run holds."""
+"""metrics.jsonl of a run that was killed and resumed equals that of an uninterrupted run."""
 
 from __future__ import annotations
 
 import json
+import resource
+from contextlib import contextmanager
 
 import pytest
 
+from livt_scale.distributed.world import World
 from livt_scale.train.telemetry.clock import PARTS
-from livt_scale.train.telemetry.layer_stats import NAMES
-from livt_scale.train.telemetry.metrics_log import Telemetry, last_step_written, measured_demand
+from livt_scale.train.telemetry.metrics_log import MetricsLog, last_step_written, measured_demand
 from livt_scale.train.telemetry.mfu import Speed
+from tests.train.loops import a_step, idle_loop, started, take
 
 LOSSES = [0.1 * (k + 1) ** 0.5 for k in range(20)]
 PART_S = dict(zip(PARTS, (0.0625, 0.0625, 0.015625, 0.03125, 0.0625, 0.5, 2.0), strict=True))  # sums are exact
@@ -26,15 +29,14 @@ class FixedClock:
 
 
 def record(folder, *, first: int, last: int, sums=None) -> dict[str, float]:
-    with Telemetry(
-        folder, label="pretrain", every_steps=4, total_steps=20, steps_per_epoch=10, global_batch=64,
-        world_size=2, start_step=first, sums=sums, writes=True, speed=Speed(10**9, 0.5, 2),
-    ) as telemetry:  # fmt: skip
-        telemetry.clock = FixedClock()
+    log = MetricsLog(folder, speed=Speed(10**9, 0.5, 2))
+    loop = idle_loop(log, log_every=4, world=World(0, 2), start=first)
+    loop.state.sums, loop.clock = sums, FixedClock()
+    with started(loop):
         for done in range(first + 1, last + 1):
-            telemetry.clock.steps += 1
-            telemetry.step(done, loss=LOSSES[done - 1], grad_norm=1.0, lr=0.5, step_s=0.25, applied=done != 7)
-        return telemetry.sums
+            loop.clock.steps += 1
+            take(loop, a_step(done, loss=LOSSES[done - 1], applied=done != 7))
+        return log.sums
 
 
 def lines(folder) -> list[dict[str, float]]:
@@ -97,28 +99,35 @@ def test_a_step_that_was_not_taken_is_counted_and_in_no_mean(tmp_path):
     assert [line["skipped_steps"] for line in lines(tmp_path)] == [0, 1, 0, 0, 0]
 
 
-def test_an_interval_without_a_step_taken_has_no_loss_and_is_json(tmp_path, capsys):
-    with Telemetry(
-        tmp_path, label="x", every_steps=1, total_steps=1, steps_per_epoch=1, global_batch=4, world_size=1,
-        start_step=0, sums=None, writes=True,
-    ) as telemetry:  # fmt: skip
-        telemetry.step(1, loss=float("nan"), grad_norm=float("inf"), lr=0.1, step_s=0.1, applied=False)
+def test_an_interval_without_a_step_taken_has_no_loss_and_is_json(tmp_path, caplog):
+    caplog.set_level("INFO")
+    with started(idle_loop(MetricsLog(tmp_path), total=1, epoch=1)) as loop:
+        take(loop, a_step(1, loss=float("nan"), grad_norm=float("inf"), applied=False))
     line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
     assert line["loss"] is None
     assert line["grad_norm"] is None
-    assert "1 steps skipped" in capsys.readouterr().err
+    assert "1 steps skipped" in caplog.text
 
 
-def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, capsys):
-    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
-    with Telemetry(
-        tmp_path, label="x", every_steps=1, total_steps=3, steps_per_epoch=3, global_batch=4, world_size=1,
-        start_step=0, sums=None, writes=False,
-    ) as telemetry:  # fmt: skip
-        telemetry._writes, telemetry._file = True, (tmp_path / "metrics.jsonl").open("a")
-        for done in (1, 2, 3):
-            telemetry.step(done, loss=1.0, grad_norm=1.0, lr=0.1, step_s=0.1)
-    assert capsys.readouterr().err.count("No space left on device; training goes on, lines are missing") == 1
+@contextmanager
+def full_disk():
+    """No file may grow; the limit stands for the disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, caplog):
+    with started(idle_loop(MetricsLog(tmp_path), total=3, epoch=3)) as loop:
+        with full_disk():
+            take(loop, a_step(1))
+            take(loop, a_step(2))
+        take(loop, a_step(3))
+    assert [line["step"] for line in lines(tmp_path)][-1] == 3
+    assert caplog.text.count("File too large; training continues, lines are missing") == 1
 
 
 def test_where_an_earlier_start_stopped_writing(tmp_path):
@@ -130,24 +139,10 @@ def test_where_an_earlier_start_stopped_writing(tmp_path):
     assert last_step_written(tmp_path) == 16
 
 
-class FakeLayers:
-    def before(self, *, scale):
-        self.scale = scale
-
-    def after(self):
-        return {"head": dict.fromkeys(NAMES, 0.5), "embed": {**dict.fromkeys(NAMES, 0.5), "grad_norm": float("inf")}}
-
-
-def test_layer_groups_are_asked_at_the_steps_of_a_line_alone(tmp_path):
-    layers = FakeLayers()
-    with Telemetry(
-        tmp_path, label="x", every_steps=2, total_steps=4, steps_per_epoch=4, global_batch=4, world_size=1,
-        start_step=0, sums=None, writes=True, layers=layers,
-    ) as telemetry:  # fmt: skip
+def test_what_a_hook_adds_to_a_step_is_in_its_line(tmp_path):
+    with started(idle_loop(MetricsLog(tmp_path), total=4, epoch=4, log_every=2)) as loop:
         for done in (1, 2, 3):
-            telemetry.before_update(done, loss_scale=float(done))
-            telemetry.step(done, loss=1.0, grad_norm=1.0, lr=0.1, step_s=0.1)
-    assert layers.scale == 2.0
+            take(loop, a_step(done, metrics={"layers": {"head": done}}))
     (line,) = lines(tmp_path)
-    assert line["layers"]["head"] == {"grad_norm": 0.5, "weight_norm": 0.5, "update_ratio": 0.5}
-    assert line["layers"]["embed"]["grad_norm"] is None
+    assert line["layers"] == {"head": 2}
+    assert list(line)[-1] == "layers"

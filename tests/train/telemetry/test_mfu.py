@@ -11,7 +11,7 @@ from livt_scale.config.load import load_recipe
 from livt_scale.plan.flops import stage_flops
 from livt_scale.train.telemetry import mfu
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+QUICKSTART = Path(__file__).parents[3] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 

@@ -1,4 +1,4 @@
-"""Traces of chosen steps: written whole or not at all, and never a reason to end a run."""
+"""Traces of chosen steps: written completely or not at all, and never a reason to end a run."""
 
 from __future__ import annotations
 
@@ -9,26 +9,39 @@ import pytest
 import torch
 
 from livt_scale.config.runtime import Log
+from livt_scale.distributed.world import World
+from livt_scale.train.loop import Hook
 from livt_scale.train.telemetry import profiler as profile
 from livt_scale.train.telemetry.profiler import Profiler
+from tests.train.loops import a_step, idle_loop, started, take
 
 
-def run(folder, *, steps, begin=1, end=6, rank=0) -> list[str]:
-    said: list[str] = []
-    profiler = Profiler(folder, steps=steps, rank=rank, device=torch.device("cpu"), say=said.append)
-    for step in range(begin, end + 1):
-        profiler.before(step)
+class Work(Hook):
+    """A step's work, to be found in the trace."""
+
+    def after_backward(self, loop, step):
         torch.ones(8, 8) @ torch.ones(8, 8)
-        profiler.after(step)
-    profiler.end(end)
-    return said
+
+
+@pytest.fixture
+def run(caplog):
+    def run(folder, *, steps, begin=1, end=6, rank=0) -> list[str]:
+        """Steps `begin` to `end` under the profiler; what it logged."""
+        caplog.clear()
+        world = World(rank, rank + 1)
+        with caplog.at_level("INFO"), started(idle_loop(Profiler(folder, steps=steps), Work(), world=world)) as loop:
+            for number in range(begin, end + 1):
+                take(loop, a_step(number))
+        return caplog.messages
+
+    return run
 
 
 def names(folder) -> list[str]:
     return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
 
-def test_the_steps_asked_for_are_traced(tmp_path):
+def test_the_steps_asked_for_are_traced(tmp_path, run):
     folder = tmp_path / "a folder's"
     (said,) = run(folder, steps=(2, 3), rank=4)
     assert names(folder) == ["steps-2-3-rank-4.json.gz"]
@@ -42,17 +55,17 @@ def test_the_steps_asked_for_are_traced(tmp_path):
     [(3, 6, ["steps-3-4-rank-0.json.gz"]), (1, 3, ["steps-2-3-rank-0.json.gz"]), (5, 6, [])],
     ids=["continued within", "stopped within", "continued behind"],
 )
-def test_what_a_run_takes_of_the_steps_is_traced(tmp_path, begin, end, expected):
+def test_what_a_run_takes_of_the_steps_is_traced(tmp_path, run, begin, end, expected):
     run(tmp_path / "p", steps=(2, 4), begin=begin, end=end)
     assert names(tmp_path / "p") == expected
 
 
-def test_no_steps_no_folder(tmp_path):
-    assert run(tmp_path / "p", steps=None) == []
+def test_no_steps_no_folder(tmp_path, run):
+    assert run(tmp_path / "p", steps=(7, 9)) == []
     assert not (tmp_path / "p").exists()
 
 
-def test_a_trace_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+def test_a_trace_that_cannot_be_written_is_logged(tmp_path, run, monkeypatch):
     (tmp_path / "p").write_text("a file where the folder should be")
     (said,) = run(tmp_path / "p", steps=(1, 2))
     assert said.startswith("no profile of steps 1 to 2: ")
@@ -66,7 +79,7 @@ def test_a_trace_that_cannot_be_written_is_said(tmp_path, monkeypatch):
     assert names(tmp_path / "q") == []
 
 
-def test_a_trace_that_is_too_large_is_not_kept(tmp_path, monkeypatch):
+def test_a_trace_that_is_too_large_is_not_kept(tmp_path, run, monkeypatch):
     monkeypatch.setattr(profile, "MAX_BYTES", 100)
     (said,) = run(tmp_path / "p", steps=(1, 2))
     assert "trace fewer steps" in said

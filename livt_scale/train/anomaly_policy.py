@@ -1,0 +1,78 @@
+"""What happens at a step whose update is skipped: the policies of `faults.on_non_finite` and `faults.on_spike`.
+
+    stop       NonFiniteError, with the samples of the batch
+    skip       the weights stay as they are
+    rollback   the weights and moments of the last checkpoint that was due are loaded, and saved at this position
+
+Each skip and rollback is logged and appended to RUN/STAGE/anomalies.jsonl, with the keys of the samples. How a step is
+judged: `anomalies.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from livt_scale.checkpoint.manager import Tiers
+from livt_scale.distributed.world import World
+from livt_scale.train.anomalies import Anomaly
+from livt_scale.train.loop import Hook, Loop, Step
+from livt_scale.util.errors import NonFiniteError
+
+RECORD = "anomalies.jsonl"
+REMEDY = (
+    "the checkpoints before it are kept; look at these images, lower base_lr, or set clip_grad, or faults.on_non_finite"
+)
+_log = logging.getLogger(__name__)
+
+
+class AnomalyPolicy(Hook):
+    """Raises NonFiniteError where the policy is `stop`, where there is nothing to roll back to, or after too many."""
+
+    def __init__(self, saver: Tiers, folder: Path) -> None:
+        self._saver, self._folder = saver, folder
+
+    def on_anomaly(self, loop: Loop, step: Step) -> None:
+        assert step.anomaly is not None
+        policy, what = step.anomaly.policy, f"step {step.number}: {step.anomaly.what}"
+        keys = _keys_at_fault(step, loop.world)
+        samples = f"Samples of the batch: {', '.join(keys)}"
+        if policy == "stop":
+            raise NonFiniteError(f"{what}. {samples}", remedy=REMEDY)
+
+        first: int | None = step.number
+        if policy == "rollback":
+            saved = loop.state.roll_back(self._saver)
+            first = None if saved is None else saved + 1
+        if first is None:
+            raise NonFiniteError(f"{what}, and there is no checkpoint yet to roll back to. {samples}", remedy=REMEDY)
+
+        anomalies = loop.state.anomalies
+        in_a_row = anomalies.skipped(first, step.number, rolled_back=policy == "rollback")
+        if anomalies.too_many(in_a_row):
+            kind = "rollback since a checkpoint" if policy == "rollback" else "step in a row that is skipped"
+            limit = f"it would be the {in_a_row}th {kind}, more than faults.most_in_a_row"
+            raise NonFiniteError(f"{what}; {limit}. {samples}", remedy=REMEDY)
+
+        step.save |= policy == "rollback"
+        if loop.world.is_main:
+            weights = f"weights as after step {first - 1}, no update for steps {first} to {step.number}"
+            _log.warning("%s: %s, %s", what, policy, weights)
+            self._append(step.number, step.anomaly, first=first, in_a_row=in_a_row, keys=keys)
+
+    def _append(self, step: int, anomaly: Anomaly, *, first: int, in_a_row: int, keys: list[str]) -> None:
+        line = {"step": step, "what": anomaly.what, "policy": anomaly.policy, "not_taken": [first, step]}
+        line |= {"in_a_row": in_a_row, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "samples": keys}
+        with suppress(OSError), (self._folder / RECORD).open("a", encoding="utf-8") as file:  # the facts have it too
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _keys_at_fault(step: Step, world: World) -> list[str]:
+    """Keys of the ranks whose own loss is not finite; of all ranks if none is. A collective call."""
+    ranks = world.peers.all_gather((not math.isfinite(step.rank_loss.item()), step.keys))
+    at_fault = [key for is_at_fault, keys in ranks if is_at_fault for key in keys]
+    return at_fault or [key for _, keys in ranks for key in keys]
