@@ -15,7 +15,7 @@ import typer
 from livt_scale.cli.status import clean
 
 if TYPE_CHECKING:
-    from livt_scale.slurm.status import Job, Stage, View
+    from livt_scale.slurm.status import ChainJob, RunView, StageView
 
 POLL_S = 0.5
 TAIL_BYTES = 2**22  # however long the lines
@@ -68,18 +68,18 @@ def logs(
             _follow(run, file.fileno())
 
 
-def _last_started(view: View) -> str:
+def _last_started(view: RunView) -> str:
     """The stage that is on, or the last one that has something to show."""
     begun = [each.name for each in view.stages if each.record.status or _newest_log(view, each.name)]
     return begun[-1] if begun else view.stage
 
 
-def _newest_log(view: View, stage: str) -> Job | None:
+def _newest_log(view: RunView, stage: str) -> ChainJob | None:
     jobs = [job for job in view.jobs if job.stage == stage and job.log and (view.run_dir / job.log).is_file()]
     return jobs[-1] if jobs else None
 
 
-def _failures(view: View, stage: Stage, *, lines: int) -> None:
+def _failures(view: RunView, stage: StageView, *, lines: int) -> None:
     """Each rank's own error, and the files of stacks."""
     for beat in stage.record.beats:
         if beat.state == "failed" and beat.why:
@@ -89,7 +89,7 @@ def _failures(view: View, stage: Stage, *, lines: int) -> None:
         _head(path, lines)
 
 
-def _rank(view: View, stage: Stage, rank: int, *, lines: int, job: Job | None) -> None:
+def _rank(view: RunView, stage: StageView, rank: int, *, lines: int, job: ChainJob | None) -> None:
     """Heartbeat and stacks of one rank, and the lines of the job's log that name it."""
     from livt_scale.util.errors import UsageError
 
@@ -112,7 +112,7 @@ def _rank(view: View, stage: Stage, rank: int, *, lines: int, job: Job | None) -
             _say(line)
 
 
-def _no_log(view: View, stage: Stage) -> None:
+def _no_log(view: RunView, stage: StageView) -> None:
     host, pid = stage.record.status.get("host"), stage.record.status.get("pid")
     if any(job.stage == stage.name for job in view.jobs):
         _say("== none of its jobs has written a log yet")

@@ -16,6 +16,7 @@ from livt_scale.cli import (
     cancel,
     ckpt,
     doctor,
+    job,
     logs,
     model,
     plan,
@@ -108,6 +109,7 @@ app.add_typer(recipe.app, name="recipe")
 app.command()(reproduce.reproduce)
 app.add_typer(study.app, name="study")
 app.command()(doctor.doctor)
+app.add_typer(job.app, name="job", hidden=True)
 
 
 RENAMED_OPTIONS = {"--at-once": "--jobs", "--from": "--checkpoint"}

@@ -181,12 +181,12 @@ def _stage(
 def _segments(planned: StagePlan, time_limit: float) -> tuple[int | None, str]:
     """By the chain's own rule: what `livt submit` would make of this step time."""
     from livt_scale.slurm.chain import num_segments
-    from livt_scale.slurm.sites import Ask
+    from livt_scale.slurm.sites import Resources
     from livt_scale.slurm.step_times import Measured
 
     task, save_s = planned.task, planned.checkpoint.stall_s + planned.checkpoint.write_s
     slurm = task.recipe.slurm.model_copy(update={"start_s": task.assumed.start_s, "step_s": planned.time.step_s})
-    asked = Ask(task.nodes, min(task.per_node, task.gpus), 0, None, max(int(time_limit * 60), 1), None)
+    asked = Resources(task.nodes, min(task.per_node, task.gpus), 0, None, max(int(time_limit * 60), 1), None)
     known = Measured(total=task.steps, step_s=planned.time.step_s, save_s=save_s)
     try:
         return num_segments(slurm, task.stage, asked, known)

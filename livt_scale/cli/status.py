@@ -16,7 +16,7 @@ from livt_scale.util.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
     from livt_scale.slurm.commands import Queue
-    from livt_scale.slurm.status import Stage, View
+    from livt_scale.slurm.status import RunView, StageView
 
 RUNS = Path("runs")
 WIDTH = 30  # characters of the line that the losses draw
@@ -74,7 +74,7 @@ class _AskedNowAndThen:
         self._asked = -math.inf
         self._queues: dict[Path, Queue] = {}
 
-    def look(self, places: list[Path]) -> list[View]:
+    def look(self, places: list[Path]) -> list[RunView]:
         from livt_scale.slurm.commands import look
         from livt_scale.slurm.status import chain_of, look_at
 
@@ -94,7 +94,7 @@ def _put(text: str, *, clear: bool) -> None:
     typer.echo(("\x1b[H\x1b[2J" if clear and sys.stdout.isatty() else "") + text)
 
 
-def _as_json(views: list[View], *, single: bool) -> str:
+def _as_json(views: list[RunView], *, single: bool) -> str:
     told = [as_dict(view) for view in views]
     return json.dumps(_finite(told[0] if single else {"version": JSON_VERSION, "runs": told}), allow_nan=False)
 
@@ -108,7 +108,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _as_text(views: list[View], *, single: bool, place: Path) -> str:
+def _as_text(views: list[RunView], *, single: bool, place: Path) -> str:
     if single:
         return screen(views[0])
     if not views:
@@ -121,7 +121,7 @@ def _as_text(views: list[View], *, single: bool, place: Path) -> str:
     )
 
 
-def overview(view: View) -> list[str]:
+def overview(view: RunView) -> list[str]:
     """The cells of a run's line."""
     now = view.current
     if now is None:
@@ -145,7 +145,7 @@ def overview(view: View) -> list[str]:
     ]
 
 
-def screen(view: View) -> str:
+def screen(view: RunView) -> str:
     """All that is known of one run, for people."""
     from livt_scale.slurm.status import span
 
@@ -175,7 +175,7 @@ def screen(view: View) -> str:
     return "\n".join(f"{name:<9} {clean(text)}".rstrip() for name, text in rows)
 
 
-def _progress_rows(stage: Stage, view: View) -> list[tuple[str, str]]:
+def _progress_rows(stage: StageView, view: RunView) -> list[tuple[str, str]]:
     """What the stage that is on has told of itself."""
     from livt_scale.slurm.status import span
 
@@ -207,7 +207,7 @@ def _progress_rows(stage: Stage, view: View) -> list[tuple[str, str]]:
     return [*rows, *_rank_rows(stage), *_history_rows(stage)]
 
 
-def _speed(stage: Stage) -> str | None:
+def _speed(stage: StageView) -> str | None:
     rate, step_s = _last(stage, "images_per_s"), _last(stage, "step_s")
     if rate is None or step_s is None:
         return None
@@ -218,7 +218,7 @@ def _speed(stage: Stage) -> str | None:
     return ", ".join(told)
 
 
-def _rank_rows(stage: Stage) -> list[tuple[str, str]]:
+def _rank_rows(stage: StageView) -> list[tuple[str, str]]:
     from livt_scale.slurm.status import span
     from livt_scale.train.heartbeat import slowest
 
@@ -233,7 +233,7 @@ def _rank_rows(stage: Stage) -> list[tuple[str, str]]:
     return [("ranks", f"{len(beats)}, slowest: {where}{span(behind.at - behind.since)}")]
 
 
-def _history_rows(stage: Stage) -> list[tuple[str, str]]:
+def _history_rows(stage: StageView) -> list[tuple[str, str]]:
     rows, history = [], history_of(stage)
     if history:
         starts = stage.record.status.get("starts")
@@ -255,11 +255,11 @@ def _ended(entry: dict[str, Any]) -> str:
     return f"{word}{step}, {str(entry.get('at', '?'))[:19].replace('T', ' ')}" + (f" ({why})" if why else "")
 
 
-def history_of(stage: Stage) -> list[dict[str, Any]]:
+def history_of(stage: StageView) -> list[dict[str, Any]]:
     return stage.record.status.get("history", [])
 
 
-def losses_of(stage: Stage) -> list[float]:
+def losses_of(stage: StageView) -> list[float]:
     return [line.loss for line in stage.record.lines if line.loss is not None]
 
 
@@ -274,7 +274,7 @@ def sparkline(values: list[float], *, width: int = WIDTH) -> str:
     return "".join(BARS[int((value - low) / (high - low) * (len(BARS) - 1) + 0.5)] for value in means)
 
 
-def _last(stage: Stage, name: str) -> float | None:
+def _last(stage: StageView, name: str) -> float | None:
     return getattr(stage.record.lines[-1], name) if stage.record.lines else None
 
 
@@ -288,7 +288,7 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def as_dict(view: View) -> dict[str, Any]:
+def as_dict(view: RunView) -> dict[str, Any]:
     """The keys of --json (docs/status.md): none is ever left out; null: not known."""
     return {
         "version": JSON_VERSION,
@@ -319,7 +319,7 @@ def as_dict(view: View) -> dict[str, Any]:
     }
 
 
-def _stage_dict(stage: Stage, view: View) -> dict[str, Any]:
+def _stage_dict(stage: StageView, view: RunView) -> dict[str, Any]:
     from livt_scale.slurm.progress import sampled
     from livt_scale.train.heartbeat import slowest
 

@@ -12,7 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
-    from livt_scale.slurm.chain import Plan
+    from livt_scale.slurm.chain import ChainPlan
     from livt_scale.slurm.code_snapshot import Frozen
     from livt_scale.slurm.script import JobPlan
     from livt_scale.slurm.submit import Prepared
@@ -82,7 +82,7 @@ def submit(
 
 def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_json: bool) -> None:
     from livt_scale.slurm import array
-    from livt_scale.slurm.chain import Plan
+    from livt_scale.slurm.chain import ChainPlan
 
     prepared = array.prepare_array(recipes, max_parallel=jobs)
     if not prepared.jobs:
@@ -91,7 +91,7 @@ def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_
     if dry_run:
         texts = array.array_scripts(prepared, [_not_yet_frozen(run) for run in prepared.runs])
         after = [("aftercorr", k - 1) if k else None for k in range(len(prepared.jobs))]
-        plan = Plan("requeue", prepared.why, notes=prepared.notes)
+        plan = ChainPlan("requeue", prepared.why, notes=prepared.notes)
         _print_dry_run(prepared.jobs, texts, after, plan, as_json=as_json)
         return
     told = array.submit_array(prepared)
@@ -121,26 +121,28 @@ def _print_chain(chain: dict[str, Any], notes: Sequence[str]) -> None:
     for note in notes:
         typer.echo(f"note: {note}")
     for job in chain["jobs"]:
-        typer.echo(f"{job['id']:>8}  {job['name']:<14} {_asked(job['ask'])}  {job['dependency'] or 'starts first'}")
+        typer.echo(
+            f"{job['id']:>8}  {job['name']:<14} {_asked(job['resources'])}  {job['dependency'] or 'starts first'}"
+        )
 
 
-def _asked(ask: dict[str, Any]) -> str:
-    gpus = f" · {ask['gpus_per_node']} GPUs" if ask["gpus_per_node"] else ""
-    return f"{ask['nodes']} nodes · {ask['tasks_per_node']} tasks{gpus}, {ask['time_min']} min"
+def _asked(resources: dict[str, Any]) -> str:
+    gpus = f" · {resources['gpus_per_node']} GPUs" if resources["gpus_per_node"] else ""
+    return f"{resources['nodes']} nodes · {resources['tasks_per_node']} tasks{gpus}, {resources['time_min']} min"
 
 
 def _print_dry_run(
     jobs: Sequence[JobPlan],
     texts: Sequence[str],
     waits: Sequence[tuple[str, int] | None],
-    plan: Plan,
+    plan: ChainPlan,
     *,
     as_json: bool,
 ) -> None:
     """waits: for each job, how it waits and for which. plan: mode, why and notes."""
     if as_json:
         told = [
-            {"name": job.name, "ask": asdict(job.ask), "after": after, "script": text}
+            {"name": job.name, "resources": asdict(job.resources), "after": after, "script": text}
             for job, text, after in zip(jobs, texts, waits, strict=True)
         ]
         typer.echo(json.dumps({"mode": plan.mode, "why": plan.why, "notes": plan.notes, "jobs": told}))
@@ -150,6 +152,6 @@ def _print_dry_run(
     typer.echo(f"# plan: {plan.mode}, because {plan.why}")
     for job, after in zip(jobs, waits, strict=True):
         then = f"{after[0]} {jobs[after[1]].name}" if after else "starts first"
-        typer.echo(f"#   {job.name:<14} {_asked(asdict(job.ask))}  {then}")
+        typer.echo(f"#   {job.name:<14} {_asked(asdict(job.resources))}  {then}")
     for note in plan.notes:
         typer.echo(f"# note: {note}")

@@ -1,4 +1,4 @@
-"""`livt doctor --node FOLDER`: a job's quick look at one node, before its tasks start there (slurm/pretrain.sbatch).
+"""`livt doctor --node FOLDER`: a quick check of one node, before the tasks of a batch job start there.
 
 Started once on each node. FOLDER/NODE then holds "ok", or a line for each thing that would fail; a node that leaves no
 file has not even come so far. FOLDER lies in the run directory, so that writing the file is the first check. What is

@@ -22,7 +22,7 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.slurm import commands
 from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
 from livt_scale.slurm.code_snapshot import Frozen
-from livt_scale.slurm.script import LOGS, Array, JobPlan, Shared, log_name, render
+from livt_scale.slurm.script import LOGS, ArraySettings, JobPlan, log_name, render
 from livt_scale.slurm.submit import (
     Prepared,
     alone,
@@ -32,7 +32,7 @@ from livt_scale.slurm.submit import (
     frozen_code,
     prepare,
     read_chain,
-    shared_by_all,
+    settings_of,
     start_anew,
     take_back,
     template,
@@ -92,20 +92,11 @@ def _check_apart(prepared: Sequence[Prepared]) -> None:
 
 def array_scripts(prepared: PreparedArray, frozen: Sequence[Frozen | None]) -> list[str]:
     """The batch script of each array."""
-    runs = tuple(shared_by_all(run, code) for run, code in zip(prepared.runs, frozen, strict=True))
-    array = Array(runs, prepared.max_parallel)
-    return [render(template(job), job, _first_of(prepared, runs), array=array) for job in prepared.jobs]
-
-
-def _first_of(prepared: PreparedArray, runs: Sequence[Shared]) -> Shared:
-    """The first run's settings, with what any of them needs in a container, and without any node that one found bad."""
+    runs = [settings_of(run, code) for run, code in zip(prepared.runs, frozen, strict=True)]
     bad = {node.name: node for run in prepared.runs for node in read_bad_nodes(run.run_dir)}
-    return replace(
-        runs[0],
-        name=f"{runs[0].name}-and-{len(runs) - 1}",
-        data=tuple(dict.fromkeys(folder for run in runs for folder in (run.run_dir, run.code, *run.data))),
-        slurm=excluding(prepared.runs[0].recipe.slurm, list(bad.values())),
-    )
+    slurm = excluding(prepared.runs[0].recipe.slurm, list(bad.values()))  # what one run found bad, none of them uses
+    array = ArraySettings(tuple(replace(run, slurm=slurm) for run in runs), prepared.max_parallel)
+    return [render(template(), job, array.runs[0], array=array) for job in prepared.jobs]
 
 
 def submit_array(prepared: PreparedArray) -> dict[str, Any]:

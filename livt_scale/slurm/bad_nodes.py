@@ -1,17 +1,21 @@
-"""The nodes that failed a job's check (slurm/pretrain.sbatch): RUN/slurm/bad-nodes, a line each.
+"""The nodes that failed a job's check: RUN/slurm/bad-nodes, one line each; and their exclusion from jobs that wait.
 
     gpu03<tab>2026-01-31T12:00:00<tab>1234<tab>gpu 2: a product of whole numbers came out wrong
 
-They are kept until a person removes the file: `livt submit` leaves them out where slurm.check_nodes is `exclude`.
+They are kept until a person removes the file: `livt submit` excludes them where slurm.check_nodes is `exclude`.
 """
 
 from __future__ import annotations
 
+import getpass
 import re
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.config.slurm import Slurm
+from livt_scale.slurm import commands
 
 BAD_NODES = "slurm/bad-nodes"
 
@@ -27,7 +31,7 @@ class BadNode:
 
 
 def read_bad_nodes(run_dir: Path) -> list[BadNode]:
-    """What was found so far, the newest word on each node; a line that is none of ours is left out."""
+    """What was found so far, the newest finding of each node; damaged lines are skipped."""
     try:
         text = (run_dir / BAD_NODES).read_text(errors="replace")
     except OSError:
@@ -37,8 +41,51 @@ def read_bad_nodes(run_dir: Path) -> list[BadNode]:
 
 
 def excluding(slurm: Slurm, bad: list[BadNode]) -> Slurm:
-    """`slurm` with the bad nodes beside those that the recipe excludes, where it asks for that."""
+    """`slurm` with the bad nodes added to those that the recipe excludes, if check_nodes is `exclude`."""
     if slurm.check_nodes != "exclude" or not bad:
         return slurm
     names = [*([slurm.exclude] if slurm.exclude else []), *sorted(node.name for node in bad)]
     return slurm.model_copy(update={"exclude": ",".join(names)})
+
+
+def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> tuple[list[str], list[BadNode]]:
+    """(nodes of the job, the bad ones), by what each node has written to folder/NODE: "ok", or what is wrong."""
+    names, _, _ = commands.query("scontrol", "show", "hostnames", node_list)
+    nodes, bad = names.split(), []
+    for node in nodes:
+        try:
+            answer = (folder / node).read_text(errors="replace")
+        except OSError:
+            answer = f"no answer within {check_min} min; see above"
+        why = "; ".join(answer.split("\n")).strip("; ")
+        if why != "ok":
+            bad.append(BadNode(node, time.strftime("%Y-%m-%dT%H:%M:%S"), job, why))
+    return nodes, bad
+
+
+def append(run_dir: Path, bad: Sequence[BadNode]) -> None:
+    with (run_dir / BAD_NODES).open("a") as file:
+        file.writelines(f"{node.name}\t{node.at}\t{node.job}\t{node.why}\n" for node in bad)
+
+
+def without(run_dir: Path, excluded: str) -> str:
+    """All nodes that are not to be used, as `sbatch --exclude` takes them. excluded: those of the submission."""
+    names = {node.name for node in read_bad_nodes(run_dir)} | ({excluded} if excluded else set())
+    return ",".join(sorted(names))
+
+
+def exclude(job: str, nodes: str) -> bool:
+    """Change a job that waits; False where Slurm refuses."""
+    return not commands.query("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}").problem
+
+
+def exclude_from_waiting_jobs(job: str, nodes: str) -> bool:
+    """Change the waiting jobs of the chain that `job` belongs to: they carry the same comment."""
+    comments, problem, _ = commands.query("squeue", "--noheader", f"--jobs={job}", "--format=%k")
+    chain = comments.strip().split("\n")[0]
+    if chain in ("", "(null)"):
+        return not problem
+    mine = ("--noheader", f"--user={getpass.getuser()}", "--states=PENDING", "--format=%i|%k")
+    rows, problem, _ = commands.query("squeue", *mine)
+    waiting = [row.split("|", 1)[0].strip() for row in rows.splitlines() if row.partition("|")[2].strip() == chain]
+    return not problem and all(exclude(each, nodes) for each in waiting)

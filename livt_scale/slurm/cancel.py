@@ -22,7 +22,7 @@ from typing import Any
 
 from livt_scale.config.recipe import STAGES
 from livt_scale.slurm import commands, processes, progress
-from livt_scale.slurm.commands import RUNS, ask
+from livt_scale.slurm.commands import RUNS, query
 from livt_scale.slurm.progress import Record
 from livt_scale.slurm.submit import read_chain
 from livt_scale.util.errors import ClusterError, RunError
@@ -81,7 +81,7 @@ def _cancel_chain(chain: dict[str, Any], done: Stopped, *, save: bool, wait_s: f
         say(f"killed: {', '.join(running)}; the newest checkpoint stays as it is")
         return
     for job in running:
-        _, refused = ask("scontrol", "update", f"JobId={job}", "Requeue=0")
+        _, refused, _ = query("scontrol", "update", f"JobId={job}", "Requeue=0")
         if refused:  # then it comes back, and is cancelled when it does, as long as this command is not ended
             say(f"note: {refused}")
     _scancel("--signal=USR2", "--full", *running)
@@ -102,7 +102,7 @@ def _cancel_chain(chain: dict[str, Any], done: Stopped, *, save: bool, wait_s: f
 
 
 def _scancel(*words: str) -> None:
-    _, why = ask("scancel", *words)
+    _, why, _ = query("scancel", *words)
     if why:
         raise ClusterError(why)
 

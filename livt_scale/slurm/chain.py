@@ -19,7 +19,7 @@ from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.commands import ClusterFacts
 from livt_scale.slurm.script import JobPlan
-from livt_scale.slurm.sites import Ask, Site, ask
+from livt_scale.slurm.sites import Resources, Site, resources_for
 from livt_scale.slurm.step_times import Measured
 from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.preempt import lead
@@ -32,7 +32,7 @@ SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing 
 
 
 @dataclass
-class Plan:
+class ChainPlan:
     """The jobs in their order, and what a person should know before they are submitted."""
 
     mode: Mode
@@ -55,7 +55,7 @@ def plan_chain(
     measured: Mapping[Stage, Measured],
     *,
     exported: bool = False,
-) -> Plan:
+) -> ChainPlan:
     """What to submit for `recipe`. Raises UsageError for what cannot run, or would make no progress.
 
     exported: the run's classifier is exported, and evaluated, already.
@@ -63,28 +63,28 @@ def plan_chain(
     slurm = recipe.slurm
     stages = [stage for stage in recipe.stage_names if not measured[stage].done]
     evaluates = recipe.stages.finetune is not None and not (exported and not stages)
-    asks = {job: ask(slurm, site, job) for job in (*stages, *(["evaluate"] if evaluates else []))}  # type: ignore[arg-type]
-    mode, why = choose_mode(slurm, site, facts, asks)
-    plan = Plan(mode, why)
+    resources = {job: resources_for(slurm, site, job) for job in (*stages, *(["evaluate"] if evaluates else []))}  # type: ignore[arg-type]
+    mode, why = choose_mode(slurm, site, facts, resources)
+    plan = ChainPlan(mode, why)
     plan.notes += [f"{stage} is done already" for stage in recipe.stage_names if measured[stage].done]
     if facts is not None:
-        plan.notes += check_cluster(slurm, site, facts, asks)
+        plan.notes += check_cluster(slurm, site, facts, resources)
     if site and site.needs_account and not slurm.account:
         raise UsageError("slurm.account is not given, and this site needs one", remedy="--set slurm.account=NAME")
     for stage in stages:
-        _check_batch(recipe, stage, asks[stage])
-        plan.notes += check_times(slurm, stage, asks[stage], measured[stage])
+        _check_batch(recipe, stage, resources[stage])
+        plan.notes += check_times(slurm, stage, resources[stage], measured[stage])
         segments = 1
         if mode == "segments":
-            segments, how = num_segments(slurm, stage, asks[stage], measured[stage])
+            segments, how = num_segments(slurm, stage, resources[stage], measured[stage])
             plan.notes.append(f"{stage}: {how}")
-        plan.jobs += _jobs(stage, asks[stage], segments, mode)
+        plan.jobs += _jobs(stage, resources[stage], segments, mode)
     if evaluates:
-        plan.jobs += _jobs("evaluate", asks["evaluate"], 1, mode)
+        plan.jobs += _jobs("evaluate", resources["evaluate"], 1, mode)
     return plan
 
 
-def _jobs(job: str, asked: Ask, segments: int, mode: Mode) -> list[JobPlan]:
+def _jobs(job: str, asked: Resources, segments: int, mode: Mode) -> list[JobPlan]:
     if mode == "requeue":
         return [JobPlan(job, asked)]  # type: ignore[arg-type]
     made = [JobPlan(job, asked, k, segments, "next") for k in range(1, segments + 1)]  # type: ignore[arg-type]
@@ -92,7 +92,7 @@ def _jobs(job: str, asked: Ask, segments: int, mode: Mode) -> list[JobPlan]:
 
 
 def choose_mode(
-    slurm: Slurm, site: Site | None, facts: ClusterFacts | None, asks: Mapping[str, Ask]
+    slurm: Slurm, site: Site | None, facts: ClusterFacts | None, resources: Mapping[str, Resources]
 ) -> tuple[Mode, str]:
     """How a stage that stopped early goes on, and why so."""
     if slurm.mode != "auto":
@@ -101,7 +101,7 @@ def choose_mode(
         return "segments", "the site profile forbids requeue"
     if facts is not None and facts.preempts_by_qos:
         return _mode_by_qos(slurm, facts)
-    for asked in asks.values():
+    for asked in resources.values():
         known = facts.partition(asked.partition) if facts else None
         offered = site.partitions.get(str(asked.partition)) if site else None
         preempt = known.preempt if known else offered.preempt if offered else "off"
@@ -120,10 +120,12 @@ def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
     return "requeue", f"{of} does not cancel what it preempts"
 
 
-def check_cluster(slurm: Slurm, site: Site | None, facts: ClusterFacts, asks: Mapping[str, Ask]) -> list[str]:
+def check_cluster(
+    slurm: Slurm, site: Site | None, facts: ClusterFacts, resources: Mapping[str, Resources]
+) -> list[str]:
     """Compare what is asked for with what the controller says. Raises UsageError; returns what is unusual."""
     notes = []
-    for job, asked in asks.items():
+    for job, asked in resources.items():
         if asked.partition is not None and asked.partition not in facts.partitions:
             raise UsageError(
                 f"{job}: there is no partition {asked.partition!r} on this cluster",
@@ -173,7 +175,7 @@ def profile_differs(site: Site, facts: ClusterFacts) -> list[str]:
     return notes
 
 
-def check_times(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> list[str]:
+def check_times(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) -> list[str]:
     """Is the lead long enough for a save, and a job for some progress? Raises UsageError; returns what is not known."""
     step_s = slurm.step_s or known.longest_step_s
     save_s = slurm.save_s or known.save_s
@@ -208,7 +210,7 @@ def end_s(slurm: Slurm, known: Measured) -> float:
     return max(slurm.signal_lead_s + SIGNAL_EARLY_S, lead(turn_s=turn_s, save_s=slurm.save_s or known.save_s))
 
 
-def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tuple[int, str]:
+def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) -> tuple[int, str]:
     """How many jobs the rest of a stage takes, and where the number is from."""
     given: int | None = getattr(slurm, stage).segments
     if given is not None:
@@ -232,7 +234,7 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Ask, known: Measured) -> tup
     return count, how
 
 
-def _check_batch(recipe: Recipe, stage: Stage, asked: Ask) -> None:
+def _check_batch(recipe: Recipe, stage: Stage, asked: Resources) -> None:
     """The global batch has to divide over the ranks that are asked for: said here, not when the job starts."""
     part = recipe.stage(stage)
     pairs = stage == "finetune" and recipe.stages.finetune is not None and recipe.stages.finetune.mixes

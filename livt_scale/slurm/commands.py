@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from livt_scale.slurm.sites import Preempt
 from livt_scale.util.errors import ClusterError, UsageError
@@ -238,7 +238,7 @@ def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
     queues, wanted = [Queue() for _ in chains], list(dict.fromkeys(job for jobs in ids for job in jobs))
     if not wanted:
         return queues
-    told, why = ask("squeue", "--noheader", "--array", f"--jobs={','.join(wanted)}", SQUEUE)
+    told, why, _ = query("squeue", "--noheader", "--array", f"--jobs={','.join(wanted)}", SQUEUE)
     if "Invalid job id" in why:  # squeue's word for a single one that is gone already
         why = ""
     for queue, chain, jobs in zip(queues, chains, ids, strict=True):
@@ -248,7 +248,7 @@ def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
     wanted = list(dict.fromkeys(job for jobs in gone for job in jobs))
     if not wanted:
         return queues
-    told, why = ask(
+    told, why, _ = query(
         "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"-j{','.join(wanted)}", SACCT
     )
     for queue, chain, jobs in zip(queues, chains, gone, strict=True):
@@ -258,20 +258,29 @@ def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
     return queues
 
 
-def ask(*words: str) -> tuple[str, str]:
-    """(output, why there is none) of one of Slurm's commands."""
+class Answer(NamedTuple):
+    """What a command printed; or why there is nothing, and its exit code (negative: the signal that ended it)."""
+
+    text: str
+    problem: str = ""
+    code: int | None = None  # None: it was not started, or did not end
+
+
+def query(*words: str) -> Answer:
+    """Run one of Slurm's commands. Raises nothing."""
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, errors="replace")
     except FileNotFoundError:
-        return "", f"there is no {words[0]} here"
+        return Answer("", f"there is no {words[0]} here")
     except subprocess.TimeoutExpired:
-        return "", f"{words[0]} did not answer within {ASK_S:.0f} s"
+        return Answer("", f"{words[0]} did not answer within {ASK_S:.0f} s")
     except OSError as error:
-        return "", f"{words[0]} cannot be started: {error.strerror}"
+        return Answer("", f"{words[0]} cannot be started: {error.strerror}")
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())[:300] or "nothing"
-        return "", f"{words[0]} failed with exit code {done.returncode} and said: {said}"
-    return done.stdout, ""
+        output = " ".join((done.stderr or done.stdout).split())[:300] or "nothing"
+        problem = f"{words[0]} failed with exit code {done.returncode} and printed: {output}"
+        return Answer("", problem, done.returncode)
+    return Answer(done.stdout, "", 0)
 
 
 def read_squeue(told: str, *, comment: str) -> dict[str, JobState]:

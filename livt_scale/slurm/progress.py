@@ -57,7 +57,7 @@ class Saved:
 
 
 @dataclass
-class Plan:
+class RunPlan:
     """What recipe.yaml says of the run, as far as it can be read."""
 
     name: str = ""
@@ -129,24 +129,24 @@ def is_run(path: Path) -> bool:
     )
 
 
-def read_plan(run_dir: Path) -> tuple[Plan, list[str]]:
+def read_plan(run_dir: Path) -> tuple[RunPlan, list[str]]:
     """(what recipe.yaml says, what is wrong with it). Without one, all stages that have a folder."""
     there: dict[str, int | None] = {stage: None for stage in STAGES if (run_dir / stage).is_dir()}
     path = next((p for p in _recipes(run_dir) if p.is_file()), None)
     if path is None:
-        return Plan(run_dir.name, there), []
+        return RunPlan(run_dir.name, there), []
     try:
         tree = translate(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace")))
         parts = {stage: part for stage in STAGES if isinstance(part := tree["stages"].get(stage), dict)}
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        return Plan(run_dir.name, there), [f"{path} cannot be read: {_first_line(error)}"]
+        return RunPlan(run_dir.name, there), [f"{path} cannot be read: {_first_line(error)}"]
     beat_s = (tree.get("faults") or {}).get("heartbeat_s") if isinstance(tree.get("faults"), dict | None) else None
     fresh_s = max(MIN_FRESH_S, FRESH_BEATS * (float(beat_s) if is_number(beat_s) else HEARTBEAT_S))
     epochs: dict[str, int | None] = {
         s: int(p["epochs"]) if is_number(p.get("epochs")) else None for s, p in parts.items()
     }
     evaluates = isinstance(tree.get("data"), dict) and bool(tree["data"].get("val"))
-    return Plan(_text(tree.get("name")) or run_dir.name, epochs or there, fresh_s, evaluates), []
+    return RunPlan(_text(tree.get("name")) or run_dir.name, epochs or there, fresh_s, evaluates), []
 
 
 def _recipes(run_dir: Path) -> Iterable[Path]:

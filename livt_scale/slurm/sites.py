@@ -1,7 +1,7 @@
 """What a cluster offers, as far as a profile says (slurm/sites/NAME.yaml), and what a stage's jobs ask of it.
 
     site = load_site("h100_infiniband")
-    ask(recipe.slurm, site, "pretrain")     nodes 4, gpus_per_node 8, tasks_per_node 8, cpus_per_task 12, time 24 h
+    resources_for(recipe.slurm, site, "pretrain")   nodes 4, gpus_per_node 8, tasks_per_node 8, cpus_per_task 12, 24 h
 
 A profile fills what a recipe leaves open; a recipe's own value always wins. Reading one runs nothing.
 """
@@ -24,7 +24,7 @@ from livt_scale.util.resources import shipped
 UNLIMITED_MIN = 24 * 60  # of a job, where neither the recipe nor a profile says
 
 Preempt = Literal["off", "requeue", "cancel"]
-Job = Literal["pretrain", "finetune", "evaluate"]
+JobKind = Literal["pretrain", "finetune", "evaluate"]
 
 
 class Partition(RecipePart):
@@ -52,7 +52,7 @@ class Site(RecipePart):
 
 
 @dataclass(frozen=True)
-class Ask:
+class Resources:
     """What one job asks for. None: nothing is asked, Slurm's own default holds."""
 
     nodes: int
@@ -83,13 +83,13 @@ def load_site(name: str, *, folder: Path | None = None) -> Site:
     return site
 
 
-def partition_of(slurm: Slurm, site: Site | None, job: Job) -> str | None:
+def partition_of(slurm: Slurm, site: Site | None, job: JobKind) -> str | None:
     """The partition of a job: the stage's, the recipe's, the profile's; None: Slurm's own default."""
     own: str | None = getattr(slurm, job).partition
     return own or slurm.partition or (site.default_partition if site else None)
 
 
-def ask(slurm: Slurm, site: Site | None, job: Job) -> Ask:
+def resources_for(slurm: Slurm, site: Site | None, job: JobKind) -> Resources:
     """What `job` asks for. Raises UsageError for what the profile does not offer."""
     name = partition_of(slurm, site, job)
     if site and name not in site.partitions:
@@ -109,13 +109,13 @@ def ask(slurm: Slurm, site: Site | None, job: Job) -> Ask:
         nodes = getattr(slurm, job).nodes or slurm.nodes
     else:
         gpus, tasks = min(gpus, 1), 1
-    asked = Ask(nodes, tasks, gpus, cpus, own_time or (offer.time_min if offer else UNLIMITED_MIN), name)
+    asked = Resources(nodes, tasks, gpus, cpus, own_time or (offer.time_min if offer else UNLIMITED_MIN), name)
     if offer:
         _check_offered(asked, offer, job)
     return asked
 
 
-def _check_offered(asked: Ask, offer: Partition, job: Stage | Job) -> None:
+def _check_offered(asked: Resources, offer: Partition, job: Stage | JobKind) -> None:
     for what, wanted, most in (
         ("time_min", asked.time_min, offer.time_min),
         ("nodes", asked.nodes, offer.nodes),

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from livt_scale.slurm import processes, progress
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.commands import FAILS, JobState, Queue, look, seconds
-from livt_scale.slurm.progress import Plan, Record
+from livt_scale.slurm.progress import Record, RunPlan
 from livt_scale.slurm.submit import CHAIN, read_chain
 from livt_scale.util.errors import LivtError
 
@@ -34,7 +34,7 @@ LAST = "evaluate"  # the chain's last job, which is no stage of the recipe
 
 
 @dataclass(frozen=True)
-class Job:
+class ChainJob:
     """One job of the chain: what was submitted, and what Slurm says of it."""
 
     id: str
@@ -61,7 +61,7 @@ class Signs:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageView:
     """One stage: its state, why, and all that it has written."""
 
     name: str
@@ -72,7 +72,7 @@ class Stage:
 
 
 @dataclass
-class View:
+class RunView:
     """One run. `queue` says what of Slurm could not be asked."""
 
     run_dir: Path
@@ -80,18 +80,18 @@ class View:
     state: State
     why: str
     stage: str
-    stages: list[Stage] = field(default_factory=list)
-    jobs: list[Job] = field(default_factory=list)
+    stages: list[StageView] = field(default_factory=list)
+    jobs: list[ChainJob] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     mode: str = ""  # of the chain; empty: not submitted
     at: float = 0.0
 
     @property
-    def current(self) -> Stage | None:
+    def current(self) -> StageView | None:
         return next((stage for stage in self.stages if stage.name == self.stage), None)
 
 
-def look_at(run_dir: Path, *, queue: Queue | None = None) -> View:
+def look_at(run_dir: Path, *, queue: Queue | None = None) -> RunView:
     """The run in `run_dir` as it stands. queue: what Slurm said a moment ago; None: it is asked. Raises nothing."""
     plan, notes = progress.read_plan(run_dir)
     chain, wrong = chain_of(run_dir)
@@ -111,10 +111,10 @@ def look_at(run_dir: Path, *, queue: Queue | None = None) -> View:
         signs = signs_of(run_dir, records[name], fresh_s=plan.fresh_s, is_current=name == current)
         of_it = [job for job in jobs if job.stage == name]
         state, why = judge(records[name], of_it, signs, gave_up=_gave_up(run_dir, name))
-        stages.append(Stage(name, state, why, records[name], plan.stages.get(name)))
+        stages.append(StageView(name, state, why, records[name], plan.stages.get(name)))
         notes += records[name].damage
     shown = next((stage for stage in stages if stage.name == current), None)
-    view = View(
+    view = RunView(
         run_dir,
         plan.name,
         shown.state if shown else "pending",
@@ -142,8 +142,8 @@ def chain_of(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [told if str(run_dir) in told else f"{run_dir / CHAIN} cannot be read: {told}"]
 
 
-def _job(entry: dict[str, Any], queue: Queue) -> Job:
-    return Job(
+def _job(entry: dict[str, Any], queue: Queue) -> ChainJob:
+    return ChainJob(
         str(entry["id"]),
         str(entry.get("stage", "")),
         int(entry["segment"]) if progress.is_number(entry.get("segment")) else 1,
@@ -167,7 +167,7 @@ def signs_of(run_dir: Path, record: Record, *, fresh_s: float, is_current: bool)
     return Signs(process, silent_s, fresh_s, starting)
 
 
-def judge(record: Record, jobs: Sequence[Job], signs: Signs, *, gave_up: str = "") -> tuple[State, str]:
+def judge(record: Record, jobs: Sequence[ChainJob], signs: Signs, *, gave_up: str = "") -> tuple[State, str]:
     """(state, why) of a stage, by what it says, then by its jobs. gave_up: the batch script's word, if it gave one."""
     said, why = record.state, str(record.status.get("why") or "")
     if said == "done":
@@ -195,7 +195,9 @@ def judge(record: Record, jobs: Sequence[Job], signs: Signs, *, gave_up: str = "
     return _ended(jobs) or ("pending", "not started, and no job of it is in the queue")
 
 
-def _says_running(jobs: Sequence[Job], runs: Job | None, waits: Job | None, signs: Signs) -> tuple[State, str]:
+def _says_running(
+    jobs: Sequence[ChainJob], runs: ChainJob | None, waits: ChainJob | None, signs: Signs
+) -> tuple[State, str]:
     silent = "no sign of life" if signs.silent_s is None else f"no sign of life for {span(signs.silent_s)}"
     ended = _ended(jobs)
     if signs.process or (signs.fresh and signs.process is None and (runs or not (waits or ended))):
@@ -208,13 +210,13 @@ def _says_running(jobs: Sequence[Job], runs: Job | None, waits: Job | None, sign
     return ended or ("stalled", ", ".join(part for part in (gone, silent) if part))
 
 
-def _is_older(job: Job, since: float | None) -> bool:
+def _is_older(job: ChainJob, since: float | None) -> bool:
     """Whether it had ended before the stage came into the state that it tells of."""
     end = seconds(job.now.end)
     return job.now.ended and since is not None and end is not None and end < since
 
 
-def _ended(jobs: Sequence[Job]) -> tuple[State, str] | None:
+def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
     """What accounting says of the last job that ended, where the run itself could not."""
     last = next((job for job in reversed(jobs) if job.now.ended), None)
     if last is None or last.now.state == "COMPLETED":
@@ -229,13 +231,13 @@ def _ended(jobs: Sequence[Job]) -> tuple[State, str] | None:
     return "stalled", f"{told}, and no other job of it is in the queue"
 
 
-def _waits(job: Job) -> str:
+def _waits(job: ChainJob) -> str:
     if job.now.never_starts:
         return f"job {job.id} can never start: the job that it waits for did not end well"
     return f"job {job.id} waits ({job.now.reason or 'no reason given'})"
 
 
-def _began_after(job: Job, since: float | None) -> bool:
+def _began_after(job: ChainJob, since: float | None) -> bool:
     start = seconds(job.now.start)
     return since is not None and start is not None and start > since
 
@@ -248,7 +250,7 @@ def _gave_up(run_dir: Path, stage: str) -> str:
         return ""
 
 
-def _evaluation(run_dir: Path, plan: Plan, *, after: Record | None) -> Record:
+def _evaluation(run_dir: Path, plan: RunPlan, *, after: Record | None) -> Record:
     """The last job keeps no status.json: its result is its record, unless it is of weights before these."""
     record, made = Record(LAST), run_dir / "export" / ("eval.json" if plan.evaluates else "config.json")
     with suppress(OSError):
@@ -257,7 +259,7 @@ def _evaluation(run_dir: Path, plan: Plan, *, after: Record | None) -> Record:
     return record
 
 
-def _warnings(view: View, plan: Plan, chain: dict[str, Any]) -> list[str]:
+def _warnings(view: RunView, plan: RunPlan, chain: dict[str, Any]) -> list[str]:
     """What a person should look at, though the run goes on."""
     told = []
     now = view.current

@@ -3,8 +3,7 @@
     RUN/slurm/chain.json      what was submitted: mode, code, and for each job stage, segment, id, script, log, time
     RUN/slurm/scripts/        the batch scripts, as they were submitted
     RUN/slurm/logs/           JOB-ID.log, added to by each restart
-    RUN/slurm/starts-STAGE    the newest checkpoint at the last start, and how many starts in a row found no newer one
-    RUN/slurm/failed-STAGE    why a segment failed: the ones behind it do not start
+    RUN/slurm/starts-STAGE.json, failed-STAGE   what the jobs record (`livt_scale.slurm.job`)
     RUN/code/                 what the jobs run from (`livt_scale.slurm.code_snapshot`)
 
 chain.json is written before the first job and after each one, so that a submission that is killed leaves no job that
@@ -31,9 +30,9 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.config.yaml import shown
 from livt_scale.slurm import commands
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
-from livt_scale.slurm.chain import Plan, dependency, plan_chain
+from livt_scale.slurm.chain import ChainPlan, dependency, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Frozen, freeze
-from livt_scale.slurm.script import LOGS, JobPlan, Shared, log_name, render
+from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site
 from livt_scale.slurm.step_times import measure
 from livt_scale.util.atomic import write_atomic
@@ -52,7 +51,7 @@ class Prepared:
     recipe: Recipe
     run_dir: Path
     site: Site | None
-    plan: Plan
+    plan: ChainPlan
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -90,31 +89,28 @@ def _look_at_cluster() -> tuple[commands.ClusterFacts | None, list[str]]:
 
 def scripts(prepared: Prepared, frozen: Frozen | None) -> list[str]:
     """The batch script of each job of the plan."""
-    shared = shared_by_all(prepared, frozen)
-    return [render(template(job), job, shared) for job in prepared.plan.jobs]
+    chain = settings_of(prepared, frozen)
+    return [render(template(), job, chain) for job in prepared.plan.jobs]
 
 
-def template(job: JobPlan) -> str:
-    return shipped(f"slurm/{job.job}.sbatch").read_text(encoding="utf-8")
+def template() -> str:
+    """The batch script before a recipe's values are filled in."""
+    return shipped("slurm/job.sbatch").read_text(encoding="utf-8")
 
 
-def shared_by_all(prepared: Prepared, frozen: Frozen | None) -> Shared:
-    recipe, data = prepared.recipe, prepared.recipe.data
-    code = frozen.folder if frozen else PACKAGE.parent
-    local = tuple(place for place in (data.train, data.val) if place and not is_url(place))
-    return Shared(
-        name=recipe.name,
-        recipe=str(prepared.run_dir / "slurm" / "recipe.yaml" if frozen is None else frozen.folder / "recipe.yaml"),
-        options=(),
+def settings_of(prepared: Prepared, frozen: Frozen | None) -> ChainSettings:
+    recipe = prepared.recipe
+    folder = prepared.run_dir / "slurm" if frozen is None else frozen.folder
+    return ChainSettings(
+        recipe=recipe,
+        recipe_path=str(folder / "recipe.yaml"),
         run_dir=str(prepared.run_dir),
         work_dir=str(Path.cwd()),
         python=recipe.slurm.python or sys.executable,
-        code=str(code),
+        code=str(frozen.folder if frozen else PACKAGE.parent),
         code_sha256=frozen.sha256 if frozen else "",
         slurm=excluding(recipe.slurm, read_bad_nodes(prepared.run_dir)),
         site=prepared.site,
-        data=local,
-        evaluation_data=data.val,
     )
 
 
@@ -228,7 +224,7 @@ def entry(job: JobPlan, *, id: str, script: str, log: str, dependency: str | Non
         "log": log,
         "dependency": dependency,
         "submitted_at": _now(),
-        "ask": asdict(job.ask),
+        "resources": asdict(job.resources),
     }
 
 

@@ -11,7 +11,7 @@ from livt_scale.slurm.commands import look
 from livt_scale.slurm.submit import read_chain
 from livt_scale.util.errors import ClusterError, UsageError
 from tests.slurm.fake_slurm import FakeSlurm
-from tests.slurm.test_script_text import HOSTILE, run_script
+from tests.slurm.test_script_text import HOSTILE, run_script, write_recipe
 
 
 @pytest.fixture
@@ -59,14 +59,16 @@ def test_one_array_a_stage_each_element_after_its_own_and_a_bounded_number_at_on
 @pytest.mark.parametrize("element", [0, 1, 2])
 def test_an_element_trains_its_own_recipe_into_its_own_folder(tmp_path, fake, element):
     names = ["plain", HOSTILE[2].replace("/", "_"), HOSTILE[4].replace("/", "_")]
-    array = prepare_array([recipe(tmp_path, name) for name in names])
-    (pretrain, *_) = array_scripts(array, [None] * 3)
+    recipes = [recipe(tmp_path, name, slurm={"code": "checkout", "check_nodes": "no"}) for name in names]
+    for each in recipes:
+        write_recipe(each, Path(each.run_dir) / "slurm" / "recipe.yaml")
+    (pretrain, *_) = array_scripts(prepare_array(recipes), [None] * 3)
     done, calls = run_script(tmp_path, pretrain, environ={"SLURM_ARRAY_TASK_ID": str(element)})
     assert done.returncode == 0, done.stderr
     (call,) = calls
     run = tmp_path / "runs" / names[element]
     assert call["words"][-3:] == [str(run / "slurm" / "recipe.yaml"), "--stage", "pretrain"]
-    assert (run / "slurm" / "starts-pretrain").is_file()
+    assert (run / "slurm" / "starts-pretrain.json").is_file()
     assert not list(tmp_path.rglob("pwned"))
 
 

@@ -8,7 +8,7 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.chain import MAX_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
 from livt_scale.slurm.commands import minutes, read_facts
-from livt_scale.slurm.sites import Ask, ask, load_site
+from livt_scale.slurm.sites import Resources, load_site, resources_for
 from livt_scale.slurm.step_times import Measured
 from livt_scale.util.errors import UsageError
 from tests.slurm.fake_slurm import CONFIG, PARTITIONS
@@ -28,7 +28,7 @@ def plan(of, site=None, facts=FACTS, **measured):
 
 
 def asked(time_min, *, nodes=1, tasks=1, partition=None):
-    return Ask(nodes, tasks, 0, None, time_min, partition)
+    return Resources(nodes, tasks, 0, None, time_min, partition)
 
 
 # --- what the controller says ---
@@ -106,7 +106,7 @@ def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job():
 )
 def test_the_mode_follows_recipe_then_profile_then_preempt_mode(slurm, site, facts, mode):
     slurm, site = Slurm.model_validate(slurm), load_site(site) if site else None
-    assert choose_mode(slurm, site, facts, {"pretrain": ask(slurm, site, "pretrain")})[0] == mode
+    assert choose_mode(slurm, site, facts, {"pretrain": resources_for(slurm, site, "pretrain")})[0] == mode
 
 
 BY_QOS = "\nPreemptMode             = {mode}\nPreemptType             = preempt/qos"
@@ -128,13 +128,13 @@ def test_where_qos_decide_who_is_preempted_the_mode_follows_the_qos_and_not_the_
     facts = read_facts(CONFIG + BY_QOS.format(mode=cluster), PARTITIONS, None, qos=said)
     for partition in ("normal", "scrap"):
         slurm = Slurm(partition=partition, qos=qos)
-        assert choose_mode(slurm, None, facts, {"pretrain": ask(slurm, None, "pretrain")})[0] == mode
+        assert choose_mode(slurm, None, facts, {"pretrain": resources_for(slurm, None, "pretrain")})[0] == mode
 
 
 def test_without_preemption_by_qos_the_partition_decides_whatever_the_qos_says():
     facts = read_facts(CONFIG, PARTITIONS, None, qos="scavenge|cancel\n")
     slurm = Slurm(partition="normal", qos="scavenge")
-    assert choose_mode(slurm, None, facts, {"pretrain": ask(slurm, None, "pretrain")})[0] == "requeue"
+    assert choose_mode(slurm, None, facts, {"pretrain": resources_for(slurm, None, "pretrain")})[0] == "requeue"
 
 
 def test_a_qos_that_the_cluster_does_not_have_is_refused_with_the_nearest():

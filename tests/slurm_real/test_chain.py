@@ -174,7 +174,7 @@ def test_a_run_that_comes_no_further_over_k_restarts_ends_with_its_reason(chain,
         assert len(set(chain.lines("starts"))) == 3, chain.tell()
         assert {states[name] for name in states if not name.startswith("pretrain")} == {"CANCELLED"}
         assert states[last] == "FAILED"
-        assert "no progress: 3 starts of pretrain after another found the same newest checkpoint" in chain.log(last)
+        assert "no progress: 3 starts of pretrain in a row found the same newest checkpoint" in chain.log(last)
         if mode == "segments":
             assert states["pretrain-5"] == states["pretrain-6"] == "FAILED"
             assert "pretrain failed in an earlier segment" in chain.log("pretrain-6")
@@ -206,7 +206,7 @@ def test_a_time_limit_too_short_takes_at_least_three_segments_and_comes_to_the_s
         assert chain.restarts("pretrain") >= len(starts) - 1  # one more where the last signal came after the last step
     else:
         assert len({line.split()[0] for line in starts}) == len(starts), "each start is a job of its own"
-        assert "pretrain is done already" in chain.log("pretrain-6")
+        assert "pretrain is already done" in chain.log("pretrain-6")
     assert_same_run(chain.run_dir, reference)
 
 

@@ -1,0 +1,66 @@
+"""`livt job`: what a batch script asks while it runs (slurm/job.sbatch). Not for the command line of a person."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Decisions of a batch job, for slurm/job.sbatch.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep `next` a command, although it is the only one."""
+
+
+@app.command("next")
+def next_(
+    stage: Annotated[str, typer.Argument(help="pretrain, finetune or evaluate.")],
+    recipe: Annotated[Path, typer.Argument(help="The recipe that the job trains.")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+    ] = None,
+    when_stopped: Annotated[str, typer.Option(help="requeue, next or last: how a stage that stopped continues.")] = (
+        "requeue"
+    ),
+    segment: Annotated[int, typer.Option(min=1, help="Number of this segment.")] = 1,
+    segments: Annotated[int, typer.Option(min=1, help="Number of segments of the stage.")] = 1,
+    exclude: Annotated[str, typer.Option(help="Nodes that the submission excludes.")] = "",
+    stage_in_dir: Annotated[str | None, typer.Option(help="Folder for a copy of the shards. Default: $TMPDIR.")] = None,
+    signalled: Annotated[str, typer.Option(help="yes: the batch shell has received a signal.")] = "no",
+    ended: Annotated[
+        list[str] | None, typer.Option(metavar="STEP:CODE", help="Steps that have ended, in order, with exit codes.")
+    ] = None,
+) -> None:
+    """Print `run STEP WORD...` or `exit CODE`, each word followed by a NUL character."""
+    from typing import cast, get_args
+
+    from livt_scale.config.load import load_recipe
+    from livt_scale.slurm.job import BatchJob, JobExit, next_action, parse_ended
+    from livt_scale.slurm.script import WhenStopped
+    from livt_scale.slurm.sites import JobKind
+    from livt_scale.util.errors import UsageError, nearest
+
+    for value, allowed in ((stage, get_args(JobKind)), (when_stopped, get_args(WhenStopped))):
+        if value not in allowed:
+            raise UsageError(f"{value!r} is not one of {', '.join(allowed)}", remedy=nearest(value, allowed))
+    loaded = load_recipe(recipe, sets=sets or [])
+    job = BatchJob(
+        cast("JobKind", stage),
+        loaded,
+        str(recipe),
+        Path(os.path.abspath(loaded.run_dir or Path("runs") / loaded.name)),  # noqa: PTH100 - links stay links
+        tuple(sets or ()),
+        cast("WhenStopped", when_stopped),
+        segment,
+        segments,
+        exclude,
+        loaded.slurm.stage_in_dir or stage_in_dir or os.environ.get("TMPDIR") or "/tmp",  # noqa: S108 - as Slurm has it
+    )
+    action = next_action(job, parse_ended(ended or ()), signalled=signalled == "yes")
+    words = ("exit", str(action.code)) if isinstance(action, JobExit) else ("run", action.name, *action.words)
+    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
