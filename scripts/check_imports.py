@@ -44,7 +44,7 @@ DEFERRED: dict[str, str] = {
             "checkpoint/commit.py", "checkpoint/load.py", "checkpoint/node_local.py", "checkpoint/saver.py",
             "distributed/collectives.py", "distributed/cpu_cores.py",
             "distributed/rendezvous.py", "distributed/strategy.py", "distributed/world.py", "doctor/bench.py",
-            "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py", "slurm/commands.py",
+            "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py",
             "study/collect.py", "study/report/html.py", "study/report/plots.py",
             "study/table.py", "util/plots.py",
         ),
@@ -54,7 +54,7 @@ DEFERRED: dict[str, str] = {
 
 # Class names that are still to be told apart.
 SHARED_CLASS_NAMES = {
-    "Ask", "Checkpoint", "Job", "Loss", "Peak", "Plan", "Run"
+    "Checkpoint", "Loss", "Peak", "Run"
 }  # fmt: skip
 
 # File names that occur several times. Files of cli/ are named as their commands, and are not counted.

@@ -12,7 +12,7 @@ from livt_scale.util.errors import EXIT_FAILED
 
 def cancel(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    now: Annotated[bool, typer.Option("--now", help="Kill it at once; what is not saved is lost.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Kill it immediately; what is not saved is lost.")] = False,
     wait_s: Annotated[float, typer.Option("--wait-s", min=0.0, help="How long its end is waited for.")] = 900.0,
 ) -> None:
     """End a run: let it save, stop it, and cancel what of its chain waits. Local runs too, on their own host.
@@ -40,6 +40,6 @@ def cancel(
         if record.state in ("preempted", "done"):
             typer.echo(f"{stage}: {record.state}, {saved}")
         else:
-            why = str(record.status.get("why") or "it ended without a word")
+            why = str(record.status.get("why") or "it ended without a record")
             typer.echo(f"{stage}: not saved at the end ({why}); {saved}")
             raise typer.Exit(EXIT_FAILED)

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 POLL_S = 0.5
 TAIL_BYTES = 2**22  # however long the lines
-OVER_AFTER_S = 5.0  # -f ends when the run is over and nothing has come for so long
+OVER_AFTER_S = 5.0  # -f ends when the run is over and nothing has been added for this long
 
 
 def logs(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
     stage: Annotated[str | None, typer.Option("--stage", help="pretrain, finetune or evaluate; else the last.")] = None,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="What this rank said and left.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="What this rank printed and recorded.")] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Go on as the log grows, until the run is over.")
     ] = False,

@@ -29,13 +29,13 @@ def status(
     run: Annotated[
         Path | None, typer.Argument(help="A run directory; or a folder of them. Without it: all below ./runs.")
     ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Draw it again and again until the run is over.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Redraw until the run is over.")] = False,
     every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="With --watch: seconds between two.")] = 10.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for scripts; with --watch an object a line.")
     ] = False,
 ) -> None:
-    """Tell how a run stands: how far, how fast, what it saved, who is behind, its jobs, and when it will be done.
+    """Show the state of a run: progress, speed, checkpoints, slowest rank, jobs, and expected end.
 
     livt status runs/try --watch
 
@@ -176,7 +176,7 @@ def screen(view: RunView) -> str:
 
 
 def _progress_rows(stage: StageView, view: RunView) -> list[tuple[str, str]]:
-    """What the stage that is on has told of itself."""
+    """What the current stage has recorded."""
     from livt_scale.slurm.status import span
 
     record, rows = stage.record, []
@@ -250,7 +250,7 @@ def _history_rows(stage: StageView) -> list[tuple[str, str]]:
 
 def _ended(entry: dict[str, Any]) -> str:
     state, why = str(entry.get("ended", "?")), shortened(str(entry.get("why") or ""), 120)
-    word = "ended without a word" if state == "running" else state
+    word = "ended without a record" if state == "running" else state
     step = f" at step {entry['step']}" if "step" in entry else ""
     return f"{word}{step}, {str(entry.get('at', '?'))[:19].replace('T', ' ')}" + (f" ({why})" if why else "")
 

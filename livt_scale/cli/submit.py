@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from livt_scale.slurm.script import JobPlan
     from livt_scale.slurm.submit import Prepared
 
-SETS_HELP = "Lay a value over the recipe's: a.b=c. Can be given again."
+SETS_HELP = "Override a recipe value (a.b=c). Repeatable."
 
 
 def submit(
@@ -27,7 +27,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Print plan and scripts; write and submit nothing.")
     ] = False,
     follow_checkout: Annotated[
-        bool, typer.Option("--follow-checkout", help="Run the code as it lies when a job starts, not a frozen copy.")
+        bool, typer.Option("--follow-checkout", help="Run the checkout as it is when a job starts, not a frozen copy.")
     ] = False,
     stage_in: Annotated[
         bool, typer.Option("--stage-in", help="Copy local shards to each node's own disk first (slurm.stage_in).")
@@ -37,7 +37,7 @@ def submit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
-    """Submit both stages, evaluation and export to Slurm, as a chain that comes to its end by itself.
+    """Submit both stages, export and evaluation to Slurm, as a chain that restarts itself.
 
     livt submit RECIPE --set slurm.nodes=4 --set slurm.time_min=720
 
@@ -105,7 +105,7 @@ def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_
 
 
 def _not_yet_frozen(prepared: Prepared) -> Frozen | None:
-    """Where the code will lie; its digest is known when it is frozen."""
+    """Where the frozen code will be; its digest is known when it is frozen."""
     from livt_scale.slurm.code_snapshot import Frozen
 
     if prepared.recipe.slurm.code != "frozen":

@@ -1,12 +1,12 @@
-"""Many runs submitted together, for a study: an array job a stage, a bounded number of runs at once in each.
+"""Many runs submitted together, for a study: one array job per stage, with a bounded number of runs in parallel.
 
     livt submit runs/*.yaml --jobs 4
 
     pretrain[0-11%4] ──aftercorr──> finetune[0-11%4] ──aftercorr──> evaluate[0-11%4]
 
 Element k is run k in each array, and waits for element k of the one before it alone: a run that fails stops no other.
-Each run has its own directory, frozen code and chain.json, whose jobs are its elements (12_3); so livt status, cancel
-and logs know it as any other. Scripts and logs of all lie in PARENT/array-HEX/slurm.
+Each run has its own directory, frozen code and chain.json, whose jobs are its elements (12_3), so that livt status,
+cancel and logs treat it as any other. The scripts and logs of all runs are in PARENT/array-HEX/slurm.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def prepare_array(recipes: Sequence[Recipe], *, max_parallel: int | None = None)
         if run.recipe.slurm != first.recipe.slurm:
             raise UsageError(
                 f"{run.recipe.name} and {first.recipe.name} ask Slurm for different things, and an array asks once",
-                remedy="submit them in two commands, or lay the same slurm.* over all with --set",
+                remedy="submit them in two commands, or set the same slurm.* for all with --set",
             )
         if run.plan.mode != "requeue":
             raise UsageError(
@@ -85,7 +85,7 @@ def _check_apart(prepared: Sequence[Prepared]) -> None:
         if run.run_dir in seen:
             raise UsageError(
                 f"two recipes have the same run directory {run.run_dir}: {seen[run.run_dir]} and {run.recipe.name}",
-                remedy="give each recipe a name of its own, and no run_dir",
+                remedy="give each recipe a different name, and no run_dir",
             )
         seen[run.run_dir] = run.recipe.name
 
@@ -100,9 +100,9 @@ def array_scripts(prepared: PreparedArray, frozen: Sequence[Frozen | None]) -> l
 
 
 def submit_array(prepared: PreparedArray) -> dict[str, Any]:
-    """Submit all or nothing: `folder`, `chain`, `jobs`, `runs`; with `joined` where the very same is in the queue.
+    """Submit all or nothing: `folder`, `chain`, `jobs`, `runs`; with `joined` if the same array is in the queue.
 
-    Raises ClusterError: sbatch's own words, after the jobs before it were taken back; or some of the runs have jobs in
+    Raises ClusterError: sbatch's message, after the jobs before it were cancelled; or some of the runs have jobs in
     the queue.
     """
     with ExitStack() as locks:
@@ -133,7 +133,7 @@ def submit_array(prepared: PreparedArray) -> dict[str, Any]:
 def _in_the_queue(
     prepared: PreparedArray, frozen: Sequence[Frozen | None], earlier: Sequence[dict[str, Any] | None]
 ) -> dict[str, Any] | None:
-    """The array that is in the queue, if it is of the same; None: nothing of it is; else the second one is refused."""
+    """The array that is in the queue, if it is the same one; None: no job of it is; else the second one is refused."""
     waiting = [commands.alive(chain) if chain else {} for chain in earlier]
     if not any(waiting):
         return None
@@ -145,7 +145,7 @@ def _in_the_queue(
         return {"jobs": [], "joined": {job: state for jobs in waiting for job, state in jobs.items()}}
     told = [f"{run.run_dir} ({', '.join(jobs)})" for run, jobs in zip(prepared.runs, waiting, strict=True) if jobs]
     raise ClusterError(
-        f"jobs of {len(told)} of these {len(waiting)} runs are in the queue still: {'; '.join(told[:5])}",
+        f"jobs of {len(told)} of these {len(waiting)} runs are still in the queue: {'; '.join(told[:5])}",
         remedy="leave those recipes out, or end the runs first: livt cancel RUN",
     )
 

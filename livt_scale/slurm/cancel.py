@@ -1,4 +1,4 @@
-"""End a run from outside: save first, then nothing of its chain is left to start it again.
+"""End a run from outside: save first, and leave no job of its chain that could start it again.
 
     1. the jobs of the chain that wait are cancelled, so that nothing takes the place of the one that runs
     2. the one that runs may not be put back (Requeue=0), and its tasks get SIGUSR2: they save and exit with 85
@@ -28,7 +28,7 @@ from livt_scale.slurm.submit import read_chain
 from livt_scale.util.errors import ClusterError, RunError
 
 POLL_S = 1.0
-TELL_EVERY_S = 30.0
+REPORT_EVERY_S = 30.0
 Say = Callable[[str], None]
 
 
@@ -125,7 +125,7 @@ def _end_processes(record: Record, done: Stopped, *, save: bool, wait_s: float, 
             )
         if processes.is_there(int(pid), host, wrote_at=since):
             raise RunError(f"process {int(pid)} is another user's: {processes.command_of(int(pid))}")
-        return  # it is gone without a word
+        return  # it has ended without a record
     number = signal.SIGUSR2 if save else signal.SIGKILL
     began = {p: processes.started_at(p) for p in ours}
     for process in sorted(ours):
@@ -156,7 +156,7 @@ def _wait(left: Callable[[], list[str]], *, what: str, wait_s: float, say: Say, 
         now = time.monotonic()
         if now - began >= wait_s:
             return remaining
-        if now - told >= TELL_EVERY_S:
+        if now - told >= REPORT_EVERY_S:
             told = now
             say(f"{what} is saving still, {now - began:.0f} s")
         time.sleep(min(poll_s, max(wait_s - (now - began), 0.01)))

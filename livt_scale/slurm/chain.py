@@ -1,11 +1,11 @@
 """Which jobs a run needs, and in what order: decided by pure functions, before anything is submitted.
 
     requeue     pretrain ──afterok──> finetune ──afterok──> evaluate          one job a stage, put back on exit 85
-    segments    pretrain-1 ──afterany──> pretrain-2 ──afterok──> finetune-1 …  a stage that stopped goes on in the next
+    segments    pretrain-1 ──afterany──> pretrain-2 ──afterok──> finetune-1 …  a stopped stage continues in the next
 
 A segment waits for the end of the one before it, however that ended: preempted by cancelling, a lost node and the time
-limit are no "ok" to Slurm. Whether it goes on is for the run's own record to say: where a segment has failed, the next
-ones end at once and the stages behind them are never started. A stage that is done is not in the plan.
+limit are not "ok" to Slurm. Whether the stage continues is decided by the run's own record: where a segment has failed,
+the next ones end immediately and later stages are never started. A stage that is done is not in the plan.
 """
 
 from __future__ import annotations
@@ -94,9 +94,9 @@ def _jobs(job: str, asked: Resources, segments: int, mode: Mode) -> list[JobPlan
 def choose_mode(
     slurm: Slurm, site: Site | None, facts: ClusterFacts | None, resources: Mapping[str, Resources]
 ) -> tuple[Mode, str]:
-    """How a stage that stopped early goes on, and why so."""
+    """How a stage that stopped early continues, and why."""
     if slurm.mode != "auto":
-        return slurm.mode, "slurm.mode says so"
+        return slurm.mode, "slurm.mode is set"
     if site is not None and not site.requeue:
         return "segments", "the site profile forbids requeue"
     if facts is not None and facts.preempts_by_qos:
@@ -112,7 +112,7 @@ def choose_mode(
 
 
 def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
-    """Where PreemptType=preempt/qos, the job's QOS decides; for one that says nothing, the cluster's PreemptMode."""
+    """With PreemptType=preempt/qos the job's QOS decides; where it has no mode, the cluster's PreemptMode."""
     own = facts.qos.get(slurm.qos) if slurm.qos else None
     of = f"QOS {slurm.qos}" if own else "this cluster, whose QOS decide,"
     if (own or facts.preempt) == "cancel":
@@ -123,7 +123,7 @@ def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
 def check_cluster(
     slurm: Slurm, site: Site | None, facts: ClusterFacts, resources: Mapping[str, Resources]
 ) -> list[str]:
-    """Compare what is asked for with what the controller says. Raises UsageError; returns what is unusual."""
+    """Compare the request with what the controller reports. Raises UsageError; returns notes on what is unusual."""
     notes = []
     for job, asked in resources.items():
         if asked.partition is not None and asked.partition not in facts.partitions:
@@ -158,20 +158,20 @@ def check_cluster(
 
 
 def profile_differs(site: Site, facts: ClusterFacts) -> list[str]:
-    """Where a site profile says something else than the controller."""
+    """Notes where a site profile and the controller differ."""
     notes = []
     for name, offer in site.partitions.items():
         known = facts.partitions.get(name)
         if known is None:
             notes.append(f"the site profile has a partition {name}, and this cluster does not")
             continue
-        for what, said, true in (
+        for what, profile, cluster in (
             ("time_min", offer.time_min, None if known.time_min is None else math.floor(known.time_min)),
             ("preempt", offer.preempt, known.preempt),
             ("nodes", offer.nodes, known.nodes),
         ):
-            if true is not None and said is not None and said != true:
-                notes.append(f"partition {name}: the site profile says {what} {said}, the cluster {true}")
+            if cluster is not None and profile is not None and profile != cluster:
+                notes.append(f"partition {name}: the site profile has {what} {profile}, the cluster {cluster}")
     return notes
 
 
@@ -235,7 +235,7 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) 
 
 
 def _check_batch(recipe: Recipe, stage: Stage, asked: Resources) -> None:
-    """The global batch has to divide over the ranks that are asked for: said here, not when the job starts."""
+    """The global batch has to divide over the ranks: checked here, not when the job starts."""
     part = recipe.stage(stage)
     pairs = stage == "finetune" and recipe.stages.finetune is not None and recipe.stages.finetune.mixes
     plan_batches(part.global_batch, part.micro_batch, world_size=asked.world_size, pairs=pairs)

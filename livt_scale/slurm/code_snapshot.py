@@ -1,10 +1,10 @@
 """The code that was submitted is the code that runs: package, recipe and git's view of them, kept in the run directory.
 
     RUN/code/3fa9c1d2e4b56677/  livt_scale/…  recipe.yaml  git.json  uncommitted.diff
-                                SHA256SUMS    of all of these; its own SHA-256 stands in each batch script
+                                SHA256SUMS    of all of these; its own SHA-256 is in each batch script
 
-The folder is named by that SHA-256 and appears under its name when it is whole. Each job checks it by sha256sum before
-it starts anything, so an edit of the frozen copy is refused, and one of the checkout changes nothing.
+The folder is named by that SHA-256 and appears under its name when it is complete. Each job checks it by sha256sum
+before it starts anything, so an edit of the frozen copy is refused, and one of the checkout changes nothing.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def git_view(checkout: Path) -> tuple[dict[str, object], bytes]:
-    """Commit, whether it was changed since, and that change as a diff; without git, or outside it, that is said."""
+    """Commit, whether it was changed since, and that change as a diff; without git or a checkout, the reason."""
     commit = _git(checkout, "rev-parse", "HEAD")
     if commit is None:
         return {"commit": None, "why": "not a git checkout, or no git"}, b""

@@ -1,10 +1,10 @@
-"""Slurm's own commands: what the cluster says of itself, and jobs submitted, listed and taken back.
+"""Slurm's own commands: facts about the cluster; jobs are submitted, listed and cancelled.
 
     facts = cluster_facts()             None where there is no scontrol; else partitions, accounts, PreemptMode
     sbatch(script, chdir=RUN, …)  ->  "1234"
     alive(chain.json)             ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
 
-Commands are started from lists, never through a shell. One that fails raises ClusterError with what it said.
+Commands are started from lists, never through a shell. One that fails raises ClusterError with its message.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ TIMEOUT_S = 120.0  # a controller under load answers late; one that is gone, nev
 
 @dataclass(frozen=True)
 class PartitionFacts:
-    """One partition, as the controller tells of it."""
+    """One partition, as the controller describes it."""
 
     name: str
     is_default: bool
@@ -39,19 +40,18 @@ class PartitionFacts:
 
 @dataclass(frozen=True)
 class ClusterFacts:
-    """A cluster, as its controller tells of it."""
+    """A cluster, as its controller describes it."""
 
     partitions: dict[str, PartitionFacts]
     requeues_by_default: bool  # JobRequeue
-    accounts: frozenset[str] | None = None  # that this user may charge; None: nobody says
+    accounts: frozenset[str] | None = None  # that this user may charge; None: not known
     kill_wait_s: int | None = None
-    said: list[str] = field(default_factory=list)
     preempts_by_qos: bool = False  # PreemptType=preempt/qos: the partition's PreemptMode is not looked at
     preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that has none of its own
     qos: dict[str, Preempt | None] = field(default_factory=dict)  # None: it has no PreemptMode of its own
 
     def partition(self, name: str | None) -> PartitionFacts | None:
-        """The one called `name`, or the default one; None where there is none."""
+        """The one called `name`, or the default one; None if there is no such partition."""
         if name is not None:
             return self.partitions.get(name)
         return next((p for p in self.partitions.values() if p.is_default), None)
@@ -123,12 +123,12 @@ def minutes(text: str) -> float | None:
 
 
 def sbatch(script: Path, *, chdir: Path, log: str, comment: str, dependency: str | None = None) -> str:
-    """Submit `script`, to write into `log` beneath `chdir`; the job's id. Raises ClusterError with sbatch's own words.
+    """Submit `script`, to write into `log` beneath `chdir`; the job's id. Raises ClusterError with sbatch's message.
 
-    What holds a user's path comes as an argument of its own, in which nothing needs quoting; but a % in a log's path
-    has to be doubled, also where it stands in the folder that a relative one is beneath (seen with Slurm 22.05).
+    A user's path is a separate argument, in which nothing needs quoting; but a % in a log's path has to be doubled,
+    also in the folder that a relative path is beneath (seen with Slurm 22.05).
     """
-    if "\\" in str(chdir):  # Slurm would then take %j as it stands, and one log for all
+    if "\\" in str(chdir):  # Slurm would then not expand %j: one log for all jobs
         raise UsageError(f"run_dir is {str(chdir)!r}: Slurm cannot write logs beneath a name with a backslash")
     output = f"{chdir}/".replace("%", "%%") + log
     words = ["--parsable", f"--chdir={chdir}", f"--output={output}", f"--comment={comment}"]
@@ -140,7 +140,7 @@ def sbatch(script: Path, *, chdir: Path, log: str, comment: str, dependency: str
         raise no_slurm("sbatch") from None
     job = told.strip().split(";")[0]  # "12;cluster" on a federation
     if not job.isdecimal():
-        raise ClusterError(f"sbatch gave no job id, but said: {told.strip()!r}")
+        raise ClusterError(f"sbatch gave no job id, but printed: {told.strip()!r}")
     return job
 
 
@@ -161,7 +161,7 @@ def alive(chain: Mapping[str, Any]) -> dict[str, str]:
         raise no_slurm("squeue") from None
     rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
     element = f"_{chain['array']['index']}" if chain.get("array") else ""
-    return {job: state for job, state, said in rows if said.strip() == chain["chain"] and job.endswith(element)}
+    return {job: state for job, state, comment in rows if comment.strip() == chain["chain"] and job.endswith(element)}
 
 
 def cancel(jobs: Sequence[str]) -> None:
@@ -177,12 +177,12 @@ def _run(*words: str) -> str:
     except subprocess.TimeoutExpired:
         raise ClusterError(f"{words[0]} did not answer within {TIMEOUT_S:.0f} s", remedy="try again later") from None
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split()) or "nothing"
-        raise ClusterError(f"{words[0]} failed with exit code {done.returncode} and said: {said}")
+        output = " ".join((done.stderr or done.stdout).split()) or "nothing"
+        raise ClusterError(f"{words[0]} failed with exit code {done.returncode} and printed: {output}")
     return done.stdout
 
 
-ASK_S = 15.0  # a screen that waits longer is no use; --watch asks again
+ASK_S = 15.0  # a screen should not wait longer; --watch asks again
 JOB_ID = r"[0-9]+(_[0-9]+)?"  # 12, or 12_3 of an array
 SQUEUE = "--format=%i|%T|%r|%M|%L|%S|%N|%k"
 SACCT = "--format=JobID,State,ExitCode,Start,End,NodeList,Reason"
@@ -195,10 +195,10 @@ FAILS = frozenset({"FAILED", "OUT_OF_MEMORY"})  # the job's own doing; TIMEOUT, 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job. Times as Slurm writes them; empty: not said."""
+    """One job. Times as Slurm writes them; empty: not known."""
 
     id: str
-    state: str  # Slurm's word, without "by 1000"; "" where nobody knows
+    state: str  # as Slurm spells it, without "by 1000"; empty: not known
     reason: str = ""
     left: str = ""
     start: str = ""
@@ -239,7 +239,7 @@ def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
     if not wanted:
         return queues
     told, why, _ = query("squeue", "--noheader", "--array", f"--jobs={','.join(wanted)}", SQUEUE)
-    if "Invalid job id" in why:  # squeue's word for a single one that is gone already
+    if "Invalid job id" in why:  # squeue's message for a single job that it has forgotten
         why = ""
     for queue, chain, jobs in zip(queues, chains, ids, strict=True):
         queue.notes += [why] if why and jobs else []
@@ -297,7 +297,7 @@ def read_squeue(told: str, *, comment: str) -> dict[str, JobState]:
 
 
 def read_sacct(told: str, *, submitted: Mapping[str, str]) -> dict[str, JobState]:
-    """The last word on each job: of one that was requeued, sacct has a row a start, in their order."""
+    """The last row of each job: sacct has one for each start of a job that was requeued, in their order."""
     found = {}
     for line in told.splitlines():
         parts = [part.strip() for part in line.split("|")]
@@ -322,8 +322,6 @@ def seconds(text: str) -> float | None:
     if re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d", text):
         return time.mktime(time.strptime(text, "%Y-%m-%dT%H:%M:%S"))
     with suppress(ValueError):
-        from datetime import datetime
-
         return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
     return None
 

@@ -4,7 +4,7 @@
     next_action(job, [("check", 0)], signalled=False)                   ->  JobStep("train", ("srun", …))
     next_action(job, [("check", 0), ("train", 85)], signalled=True)     ->  JobExit(85), after scontrol requeue
 
-The batch shell asks after each step (`livt job next`) and does what the answer says. Steps that have ended, with their
+The batch shell asks after each step (`livt job next`) and follows the answer. Steps that have ended, with their
 exit codes, are arguments; all else is in the run directory, so that a job may be killed between any two decisions:
 
     RUN/slurm/starts-STAGE.json   the newest checkpoint at the last start, and the starts since then without a newer one
@@ -105,7 +105,7 @@ class BatchJob:
 
     @cached_property
     def facts(self) -> dict[str, str]:
-        """What the controller says of this job; empty where it does not answer."""
+        """What the controller reports about this job; empty if it does not answer."""
         text, _, _ = commands.query("scontrol", "--oneliner", "show", "job", self.id)
         rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
         return next((row for row in rows if row.get("JobId") == self.id), {})
@@ -194,7 +194,7 @@ def _staged_sets(job: BatchJob) -> list[str]:
 
 
 def _stop_at(job: BatchJob) -> list[str]:
-    """The time limit, where Slurm does not tell the tasks: older versions do not, and a container cannot ask."""
+    """The time limit, if Slurm does not pass it to the tasks: older versions do not, and a container cannot ask."""
     if job.environ.get("SLURM_JOB_END_TIME"):
         return []
     end = commands.seconds(job.facts.get("EndTime", ""))
@@ -246,7 +246,7 @@ def _new_state(job: BatchJob) -> str:
 
 
 def was_preempted(facts: Mapping[str, str]) -> bool:
-    """Whether Slurm says so. The tasks of a preempted job are signalled, its batch shell need not be."""
+    """Whether Slurm has recorded a preemption. It signals the tasks of the job, and not always its batch shell."""
     return facts.get("PreemptTime", "")[:1].isdigit()
 
 
@@ -341,7 +341,7 @@ def newest_checkpoint(job: BatchJob) -> str | None:
 
 
 def _status(job: BatchJob) -> dict[str, Any]:
-    """status.json of the stage; empty where there is none, or it cannot be read: the run itself says so then."""
+    """status.json of the stage; empty if there is none, or if it cannot be read, which the run itself reports."""
     with suppress(RunError):
         return dict(read_status(job.run_dir, job.stage) or {})
     return {}

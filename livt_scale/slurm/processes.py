@@ -1,7 +1,7 @@
-"""Processes that a run's files name: is one still there, and is it the same one, so that it may be signalled.
+"""Processes that a run's files name: is one still alive, and is it the same one, so that it may be signalled.
 
-A number alone says nothing: it is given again, on another host it is somebody else's. The process that wrote a file
-started before it did; one that has the number now and started later is another.
+A number alone proves nothing: numbers are reused, and on another host it is another process. The process that wrote a
+file started before it did; one that has the number now and started later is another.
 """
 
 from __future__ import annotations

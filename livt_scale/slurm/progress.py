@@ -49,7 +49,7 @@ Line = TypeVar("Line")
 
 @dataclass(frozen=True)
 class Saved:
-    """The newest whole checkpoint, by sizes; `at` in seconds since 1970."""
+    """The newest complete checkpoint, by sizes; `at` in seconds since 1970."""
 
     name: str
     step: int
@@ -58,7 +58,7 @@ class Saved:
 
 @dataclass
 class RunPlan:
-    """What recipe.yaml says of the run, as far as it can be read."""
+    """What recipe.yaml says about the run, as far as it can be read."""
 
     name: str = ""
     stages: dict[str, int | None] = field(default_factory=dict)  # epochs of each, in their order
@@ -173,7 +173,7 @@ def read_record(run_dir: Path, stage: str) -> Record:
 
 
 def _beats(folder: Path, *, since: float | None) -> list[Heartbeat]:
-    """The last word of each rank; of a stage that runs, without ranks that an earlier start had."""
+    """The last heartbeat of each rank; of a running stage, without ranks that only an earlier start had."""
     numbers = [0]
     with suppress(OSError):
         names = [re.fullmatch(r"rank-(\d{1,5})\.json", path.name) for path in (folder / heartbeat.FOLDER).iterdir()]
@@ -219,7 +219,7 @@ def _newest(folder: Path, *, damage: list[str]) -> Saved | None:
 
 
 def sampled(values: Sequence[float], *, count: int) -> list[float]:
-    """At most `count` means over `values`, in their order: what a line of so many characters can show."""
+    """At most `count` means over `values`, in their order: what a line of that many characters can show."""
     if len(values) <= count:
         return list(values)
     edges = [i * len(values) // count for i in range(count + 1)]

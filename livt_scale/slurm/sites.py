@@ -1,4 +1,4 @@
-"""What a cluster offers, as far as a profile says (slurm/sites/NAME.yaml), and what a stage's jobs ask of it.
+"""What a cluster offers, by its profile (slurm/sites/NAME.yaml), and the resources that each job of a run asks for.
 
     site = load_site("h100_infiniband")
     resources_for(recipe.slurm, site, "pretrain")   nodes 4, gpus_per_node 8, tasks_per_node 8, cpus_per_task 12, 24 h
@@ -21,14 +21,14 @@ from livt_scale.config.yaml import parse, shown, validated
 from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.resources import shipped
 
-UNLIMITED_MIN = 24 * 60  # of a job, where neither the recipe nor a profile says
+UNLIMITED_MIN = 24 * 60  # of a job, if neither the recipe nor a profile sets it
 
 Preempt = Literal["off", "requeue", "cancel"]
 JobKind = Literal["pretrain", "finetune", "evaluate"]
 
 
 class Partition(RecipePart):
-    """One partition, as `scontrol show partition` would tell of it."""
+    """One partition, as `scontrol show partition` describes it."""
 
     time_min: PositiveInt = Field(description="MaxTime, minutes")
     nodes: PositiveInt | None = Field(None, description="most of one job; None: no limit")
@@ -53,7 +53,7 @@ class Site(RecipePart):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one job asks for. None: nothing is asked, Slurm's own default holds."""
+    """What one job asks for. None: Slurm's default."""
 
     nodes: int
     tasks_per_node: int
@@ -77,7 +77,7 @@ def load_site(name: str, *, folder: Path | None = None) -> Site:
     site = validated(parse(path.read_text(encoding="utf-8"), path), path, Site)
     if site.default_partition not in site.partitions:
         raise UsageError(
-            f"{shown(path)}: default_partition is {site.default_partition!r}, which is none of its partitions",
+            f"{shown(path)}: default_partition is {site.default_partition!r}, which is not one of its partitions",
             remedy=nearest(site.default_partition, site.partitions),
         )
     return site

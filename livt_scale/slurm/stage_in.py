@@ -2,8 +2,8 @@
 
     python -m livt_scale.slurm.stage_in /scratch/livt-shards-1234 pretrain RECIPE [--set a.b=c …]
 
-What the batch script starts once on each node (slurm/pretrain.sbatch); it takes the folder away when the job ends. The
-training then reads the copy in place. Sets at a URL have no need of this: their cache is on the node already.
+The batch job starts it once on each node, and removes the folder when it ends (`livt_scale.slurm.job`). The training
+then reads the copy in place. Sets at a URL do not need this: their cache is already on the node.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ from livt_scale.util.errors import DataError, LivtError, ShardError, UsageError
 from livt_scale.util.urls import is_url
 
 CHUNK = 1 << 22
-WHOLE = ".whole"  # which start of a job has copied all of it
+COMPLETE = ".complete"  # which start of a job has copied all of it
 
 
 def stage_in(recipe: Recipe, target: Path, *, stage: str) -> int:
     """Copy the sets that `stage` reads to `target`/train and `target`/val; the bytes copied.
 
     Where two nodes share the folder after all, one copies and the other waits for it. What an earlier start of the
-    job left there is taken away first. Raises DataError: no room, or a file that is not what the manifest says.
+    job left there is removed first. Raises DataError: no room, or a file that is not what the manifest says.
     """
     with _one_at_a_time(target), plain_disk_errors(target):
-        whole = target / WHOLE
-        if whole.is_file() and whole.read_text() == this_start():
+        complete = target / COMPLETE
+        if complete.is_file() and complete.read_text() == this_start():
             return 0
         copied = _copy_all(recipe, target, stage=stage)
-        whole.write_text(this_start())
+        complete.write_text(this_start())
         return copied
 
 
 def this_start(environ: Mapping[str, str] = os.environ) -> str:
-    """What tells this start of a job from the ones before it; outside Slurm, this process from all others."""
+    """A name for this start of a job, different for each restart; outside Slurm, for this process."""
     return f"{environ.get('SLURM_JOB_ID') or os.getpid()}.{environ.get('SLURM_RESTART_COUNT', '0')}"
 
 

@@ -1,16 +1,16 @@
-"""How a run stands: what it says of itself, joined with what Slurm says of its jobs.
+"""The state of a run: its own record, joined with what Slurm reports about its jobs.
 
     view = look_at(run_dir)         view.state, view.why, view.stages, view.jobs, view.notes
 
 The run's own record comes first and Slurm's accounting second: Slurm calls a job COMPLETED that was stopped half-way
-and saved, and FAILED or PREEMPTED one whose successor has long gone on. Each stage is in one of these states:
+and saved, and FAILED or PREEMPTED one whose successor has been running for hours. Each stage is in one of these states:
 
-    pending      it was not started, or is to go on: a job waits (with Slurm's reason), or nothing does yet
-    running      it says so, and a process, a job or a fresh heartbeat bears it out; or its job is starting
+    pending      not started, or to be resumed: a job waits (with Slurm's reason), or there is no job yet
+    running      by its record, and a process, a job or a fresh heartbeat confirms it; or its job is starting
     preempted    stopped and saved, and no job of it is in the queue
-    failed       it says so; or its job ended so before the run could say anything
-    stalled      it says running, but no process and no job of it is there, and no heartbeat is fresh
-    done         it says so
+    failed       by its record; or its job failed before the run could record anything
+    stalled      by its record it is running, but it has no process, no job and no fresh heartbeat
+    done         by its record
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAST = "evaluate"  # the chain's last job, which is no stage of the recipe
 
 @dataclass(frozen=True)
 class ChainJob:
-    """One job of the chain: what was submitted, and what Slurm says of it."""
+    """One job of the chain: what was submitted, and what Slurm reports about it."""
 
     id: str
     stage: str
@@ -48,7 +48,7 @@ class ChainJob:
 
 @dataclass(frozen=True)
 class Signs:
-    """Whether anything of a stage is alive. process: of the run's; None: on another host, nobody here can say."""
+    """Whether anything of a stage is alive. process: one of the run's is; None: they are on another host."""
 
     process: bool | None
     silent_s: float | None  # since the last heartbeat
@@ -73,7 +73,7 @@ class StageView:
 
 @dataclass
 class RunView:
-    """One run. `queue` says what of Slurm could not be asked."""
+    """One run."""
 
     run_dir: Path
     name: str
@@ -92,7 +92,7 @@ class RunView:
 
 
 def look_at(run_dir: Path, *, queue: Queue | None = None) -> RunView:
-    """The run in `run_dir` as it stands. queue: what Slurm said a moment ago; None: it is asked. Raises nothing."""
+    """The run in `run_dir`. queue: what Slurm reported a moment ago; None: it is asked. Raises nothing."""
     plan, notes = progress.read_plan(run_dir)
     chain, wrong = chain_of(run_dir)
     notes += wrong
@@ -155,7 +155,7 @@ def _job(entry: dict[str, Any], queue: Queue) -> ChainJob:
 
 
 def signs_of(run_dir: Path, record: Record, *, fresh_s: float, is_current: bool) -> Signs:
-    """Look for the processes that the stage's files name, and how old its last word is."""
+    """Look for the processes that the stage's files name, and for the age of its last heartbeat."""
     now, known = time.time(), []
     status = record.status
     if progress.is_number(status.get("pid")) and isinstance(status.get("host"), str):
@@ -168,7 +168,7 @@ def signs_of(run_dir: Path, record: Record, *, fresh_s: float, is_current: bool)
 
 
 def judge(record: Record, jobs: Sequence[ChainJob], signs: Signs, *, gave_up: str = "") -> tuple[State, str]:
-    """(state, why) of a stage, by what it says, then by its jobs. gave_up: the batch script's word, if it gave one."""
+    """(state, why) of a stage, by its record, then by its jobs. gave_up: the reason that a batch job has recorded."""
     said, why = record.state, str(record.status.get("why") or "")
     if said == "done":
         return "done", why
@@ -185,7 +185,7 @@ def judge(record: Record, jobs: Sequence[ChainJob], signs: Signs, *, gave_up: st
         if not (again or put_back or signs.starting):
             return "failed", why
     if runs is not None:
-        return "running", f"job {runs.id} is at it" if record.stage == LAST else f"job {runs.id} is starting"
+        return "running", f"job {runs.id} is running" if record.stage == LAST else f"job {runs.id} is starting"
     if signs.starting:
         return "running", "it is starting"
     if waits is not None:
@@ -205,19 +205,19 @@ def _says_running(
     if runs is not None:
         return "running", f"job {runs.id} runs, {silent} from its ranks"
     if waits is not None:
-        return "pending", f"{_waits(waits)}; before it: ended without a word"
+        return "pending", f"{_waits(waits)}; before it: ended without a record"
     gone = "its processes are gone" if signs.process is False else "none of its jobs is there" if jobs else ""
     return ended or ("stalled", ", ".join(part for part in (gone, silent) if part))
 
 
 def _is_older(job: ChainJob, since: float | None) -> bool:
-    """Whether it had ended before the stage came into the state that it tells of."""
+    """Whether it had ended before the stage entered its recorded state."""
     end = seconds(job.now.end)
     return job.now.ended and since is not None and end is not None and end < since
 
 
 def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
-    """What accounting says of the last job that ended, where the run itself could not."""
+    """What accounting reports about the last job that ended, if the run itself recorded nothing."""
     last = next((job for job in reversed(jobs) if job.now.ended), None)
     if last is None or last.now.state == "COMPLETED":
         return None
@@ -243,7 +243,7 @@ def _began_after(job: ChainJob, since: float | None) -> bool:
 
 
 def _gave_up(run_dir: Path, stage: str) -> str:
-    """What a segment left for the ones behind it: why the stage does not go on."""
+    """What a job has recorded for later segments: why the stage does not continue."""
     try:
         return (run_dir / "slurm" / f"failed-{stage}").read_text(errors="replace").strip()[:2000] or "it has failed"
     except OSError:
@@ -260,7 +260,7 @@ def _evaluation(run_dir: Path, plan: RunPlan, *, after: Record | None) -> Record
 
 
 def _warnings(view: RunView, plan: RunPlan, chain: dict[str, Any]) -> list[str]:
-    """What a person should look at, though the run goes on."""
+    """What a person should look at, although the run continues."""
     told = []
     now = view.current
     if now is not None and now.state == "running" and now.record.beats:

@@ -1,4 +1,4 @@
-"""A run's chain of jobs, submitted whole or not at all, once.
+"""A run's chain of jobs, submitted completely or not at all, once.
 
     RUN/slurm/chain.json      what was submitted: mode, code, and for each job stage, segment, id, script, log, time
     RUN/slurm/scripts/        the batch scripts, as they were submitted
@@ -7,7 +7,7 @@
     RUN/code/                 what the jobs run from (`livt_scale.slurm.code_snapshot`)
 
 chain.json is written before the first job and after each one, so that a submission that is killed leaves no job that
-nobody knows of: all jobs of a chain carry its name as their comment, and that is how they are found again.
+is not recorded: all jobs of a chain carry its name as their comment, by which they are found again.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def _look_at_cluster() -> tuple[commands.ClusterFacts | None, list[str]]:
-    """(what the controller says, notes): a plan can be made without one, but then it was not checked."""
+    """(what the controller reports, notes). A plan can be made without a controller, but it is not checked then."""
     try:
         facts = commands.cluster_facts()
     except ClusterError as error:
@@ -115,9 +115,9 @@ def settings_of(prepared: Prepared, frozen: Frozen | None) -> ChainSettings:
 
 
 def submit(prepared: Prepared) -> dict[str, Any]:
-    """Submit the chain; what chain.json says of it, with `joined` where the very same is in the queue already.
+    """Submit the chain; what chain.json says of it, with `joined` if the same chain is already in the queue.
 
-    Raises ClusterError: sbatch's own words, after the jobs before it were taken back; or another chain of this run is
+    Raises ClusterError: sbatch's message, after the jobs before it were cancelled; or another chain of this run is
     still in the queue.
     """
     run_dir = prepared.run_dir
@@ -140,12 +140,12 @@ def frozen_code(prepared: Prepared) -> Frozen | None:
 
 
 def start_anew(prepared: Prepared, frozen: Frozen | None) -> None:
-    """What the jobs of a new chain expect in the run directory, and nothing that would end them at once."""
+    """Write what the jobs of a new chain read, and remove what would end them immediately."""
     folder = prepared.run_dir / "slurm"
     if frozen is None:
         write_atomic(folder / "recipe.yaml", to_yaml(prepared.recipe).encode("utf-8", "surrogateescape"))
     for old in (*folder.glob("starts-*"), *folder.glob("failed-*")):
-        old.unlink()  # who submits anew has seen why it stopped
+        old.unlink()  # who submits again has seen why it stopped
 
 
 def read_chain(run_dir: Path) -> dict[str, Any] | None:
@@ -178,7 +178,7 @@ def describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any] 
 
 
 def code_of(frozen: Frozen | None, prepared: Prepared) -> dict[str, Any]:
-    """`runs` tells whether two submissions are of the same: of package and recipe, or the recipe alone."""
+    """`runs` is equal if two submissions run the same: package and recipe, or the recipe alone."""
     if frozen is None:
         recipe = to_yaml(prepared.recipe).encode("utf-8", "surrogateescape")
         return {"folder": str(PACKAGE.parent), "sha256": None, "runs": hashlib.sha256(recipe).hexdigest()}
@@ -253,7 +253,7 @@ def _join(chain: dict[str, Any], waiting: dict[str, str], code: dict[str, Any], 
     if chain["code"]["runs"] == code["runs"] and not chain.get("taken_back"):
         return {**chain, "joined": waiting}
     raise ClusterError(
-        f"this run's jobs of {chain.get('submitted_at')} are in the queue still ({told}), with other code or another "
+        f"this run's jobs of {chain.get('submitted_at')} are still in the queue ({told}), with other code or another "
         f"recipe: {shown(run_dir)}",
         remedy=f"end them first (scancel {' '.join(waiting)}), or set another run_dir",
     )

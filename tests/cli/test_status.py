@@ -78,7 +78,7 @@ def test_one_screen_tells_all_of_it(busy):
     assert lines["saved"] == "no checkpoint yet"
     assert lines["ranks"].startswith("2, slowest: rank 1 on ")
     assert "step 119, data for 2 s" in lines["ranks"]
-    assert lines["restarts"].startswith("2, the last: ended without a word at step 80, ")
+    assert lines["restarts"].startswith("2, the last: ended without a record at step 80, ")
     assert "before it: preempted at step 40" in result.stdout
     assert "2 saves have failed, the last: disk full" in result.stdout
     assert "1, the last: step 33: the loss is nan, skip" in result.stdout
@@ -238,7 +238,7 @@ def test_cancel_saves_first_and_leaves_nothing_that_starts_again(busy, fake, mon
     ]
     assert "cancelled, they had not started: 15" in result.stdout
     assert "asked to save and stop: 14" in result.stdout
-    assert "pretrain: not saved at the end (it ended without a word); it has no checkpoint" in result.stdout
+    assert "pretrain: not saved at the end (it ended without a record); it has no checkpoint" in result.stdout
     assert result.exit_code == 1  # nobody wrote `preempted` here
 
 

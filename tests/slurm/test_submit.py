@@ -126,7 +126,7 @@ def test_a_chain_submitted_twice_is_joined_not_doubled(tmp_path, fake):
 
 def test_another_recipe_for_the_same_run_is_refused_as_long_as_the_first_is_queued(tmp_path, fake):
     submit(recipe(tmp_path))
-    with pytest.raises(ClusterError, match=r"in the queue still .*scancel 101 102 103"):
+    with pytest.raises(ClusterError, match=r"still in the queue .*scancel 101 102 103"):
         submit(recipe(tmp_path, seed=5))
     fake.set(queue=[])
     chain = submit(recipe(tmp_path, seed=5))

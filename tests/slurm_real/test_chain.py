@@ -98,7 +98,7 @@ def test_a_second_submission_joins_the_first_and_another_recipe_is_refused(short
     before = chain.jobs
     assert "In the queue already" in chain.submit()
     chain.sets["seed"] = 7
-    assert "in the queue still" in chain.submit(expect=1)
+    assert "still in the queue" in chain.submit(expect=1)
     assert chain.jobs == before
 
 
