@@ -31,7 +31,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))  # beside this script, however it was started
 from step import _processor as processor
 
-from livt_scale.losses import make_loss, soft_targets
+from livt_scale.losses import make_loss
+from livt_scale.losses.formulas import soft_targets
 
 WARM_UP = 3  # rounds that are not timed
 TOLERANCE = 1e-4  # of ours and the published form, relative

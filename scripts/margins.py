@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from livt_scale.losses import make_loss
+from livt_scale.losses.formulas import Loss
 from livt_scale.util.plots import log_scale, png_figure
 
 if TYPE_CHECKING:
@@ -29,9 +30,10 @@ def curves(counts: list[int]) -> dict[str, dict[str, list[float]]]:
     """Panel -> label -> one number a class."""
 
     def by_class(name: str) -> list[float]:
-        numbers = make_loss(name, counts).by_class
-        assert numbers is not None
-        return [float(number) for number in numbers]
+        loss = make_loss(name, counts)
+        assert isinstance(loss, Loss)
+        assert loss.by_class is not None
+        return [float(number) for number in loss.by_class]
 
     return {
         "added to the logit": {

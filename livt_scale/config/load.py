@@ -14,7 +14,7 @@ import json
 import os
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,9 @@ from pydantic import BaseModel, ValidationError
 from livt_scale.config import renamed
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
+from livt_scale.losses import LOSSES, LossOptions
 from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.options import UNKNOWN_NAME, UNKNOWN_OPTION, Options
 from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url, redacted
 
@@ -206,6 +208,8 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
 
 # --- checking, and telling what is wrong ---
 
+# parts whose fields follow from their name
+_OPEN_PARTS: dict[type[BaseModel] | None, Mapping[str, type[Options]]] = {LossOptions: LOSSES}
 _PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "a valid string": "text"}
 
 
@@ -230,6 +234,10 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     origin = tree.origin_of(where, default=shown(path))
     if error["type"] == "extra_forbidden":
         return f"{origin}: there is no field {name}: {renamed.hint(name) or _hint(where)}"
+    if error["type"] == UNKNOWN_OPTION:
+        return f"{origin}: there is no field {name}: {error['ctx']['hint']}"
+    if error["type"] == UNKNOWN_NAME:
+        return f"{origin}: {name} is {given}: {error['ctx']['hint']}"
     if error["type"] == "missing":
         return f"{origin}: {name} is missing and has no default"
     if error["type"] == "literal_error":
@@ -278,7 +286,8 @@ def _hint(where: Where) -> str:
 def _fields_at(where: Where) -> list[str]:
     """The fields that a part of the recipe has: `stages.pretrain` -> epochs, …; none for a plain value."""
     part = _part_at(where)
-    return list(part.model_fields) if part else []
+    models = _OPEN_PARTS[part].values() if part in _OPEN_PARTS else [part] if part else []
+    return list(dict.fromkeys(field for model in models for field in model.model_fields))
 
 
 def _part_at(where: Sequence[str | int]) -> type[BaseModel] | None:

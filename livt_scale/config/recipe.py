@@ -22,11 +22,8 @@ from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_patches
 from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
 from livt_scale.config.slurm import Slurm
 from livt_scale.config.stages import (
-    LOSS_NAMES,
-    LOSS_OPTIONS,
     Ema,
     Finetune,
-    Loss,
     Policy,
     Pretrain,
     Sampling,
@@ -34,7 +31,6 @@ from livt_scale.config.stages import (
 )
 
 __all__ = [  # the parts are found here too
-    "LOSS_NAMES",
     "MODEL_SIZES",
     "STAGES",
     "Cache",
@@ -45,7 +41,6 @@ __all__ = [  # the parts are found here too
     "Faults",
     "Finetune",
     "Log",
-    "Loss",
     "Model",
     "Parallel",
     "Policy",
@@ -241,7 +236,6 @@ ADDED_LATER: dict[str, Any] = {
     "stages.finetune.momentum": None,
     "stages.finetune.head_norm": "none",
     "stages.pretrain.image_px": None,
-    **{f"stages.finetune.loss.{option}": None for option in LOSS_OPTIONS if option != "tau"},
 }
 
 

@@ -5,23 +5,28 @@ Defaults are the paper's, as `livt_scale.config.recipe` says.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     Field,
     NonNegativeFloat,
+    PlainValidator,
     PositiveFloat,
     PositiveInt,
+    SerializeAsAny,
+    ValidationInfo,
     create_model,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 
 from livt_scale.config.runtime import RecipePart
+from livt_scale.losses import LOSSES, LossOptions
+from livt_scale.losses.builtin import BalancedBinaryCrossEntropy
+from livt_scale.util.options import choose
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Policy = Literal["instance", "class_balanced", "sqrt"]
-LossName = Literal["ce", "ls_ce", "bce", "bal_ce", "bal_bce", "cb_ce", "ldam", "mislas", "lade", "focal"]
-LOSS_NAMES: tuple[LossName, ...] = get_args(LossName)
 
 
 class _Policy(RecipePart):
@@ -151,56 +156,16 @@ class Pretrain(StagePart):
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Loss(RecipePart):
-    """Which loss, from `livt_scale.losses`, and what it takes; docs/losses.md tells them apart."""
-
-    name: LossName = "bal_bce"
-    tau: NonNegativeFloat | None = Field(None, description="bal_ce, bal_bce: strength of the margin; None: 1")
-    smoothing: BelowOne | None = Field(None, description="ls_ce: ε of its own smoothing; None: 0.1")
-    beta: BelowOne | None = Field(
-        None, description="cb_ce: how slowly more images of a class stop counting; None: 0.9999"
-    )
-    max_margin: NonNegativeFloat | None = Field(None, description="ldam: margin of the smallest class; None: 0.5")
-    scale: PositiveFloat | None = Field(None, description="ldam: what logits are multiplied by; None: 30")
-    head_smoothing: BelowOne | None = Field(None, description="mislas: ε of the largest class; None: 0.3")
-    tail_smoothing: BelowOne | None = Field(None, description="mislas: ε of the smallest class; None: 0")
-    dv_weight: NonNegativeFloat | None = Field(None, description="lade: weight of its regulariser; None: 0.1")
-    dv_penalty: NonNegativeFloat | None = Field(None, description="lade: λ within its regulariser; None: 0.1")
-    gamma: NonNegativeFloat | None = Field(None, description="focal: how little the easy terms weigh; None: 2")
-
-    @property
-    def options(self) -> dict[str, float]:
-        """What the recipe gives of `make_loss`'s options."""
-        return self.model_dump(exclude={"name"}, exclude_none=True)
-
-    @model_validator(mode="after")
-    def _options_have_an_effect(self) -> Self:
-        for option in self.options:
-            takers = LOSS_OPTIONS[option]
-            if self.name not in takers:
-                instead = " or ".join(takers)
-                raise ValueError(f"{option} has no effect on the loss {self.name!r}: leave it out, or take {instead}")
-        return self
+def _chosen_loss(value: Any, info: ValidationInfo) -> LossOptions:
+    if isinstance(value, LossOptions):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticKnownError("model_type", {"class_name": "LossOptions"})
+    return choose(LOSSES, value, default="bal_bce", strict=info.mode == "json")
 
 
-LOSS_OPTIONS: dict[str, tuple[LossName, ...]] = {  # which losses take it
-    "tau": ("bal_ce", "bal_bce"),
-    "smoothing": ("ls_ce",),
-    "beta": ("cb_ce",),
-    "max_margin": ("ldam",),
-    "scale": ("ldam",),
-    "head_smoothing": ("mislas",),
-    "tail_smoothing": ("mislas",),
-    "dv_weight": ("lade",),
-    "dv_penalty": ("lade",),
-    "gamma": ("focal",),
-}
-# What the targets of these must not have been through, and why.
-LOSS_REFUSES: dict[LossName, tuple[tuple[str, ...], str]] = {
-    "ls_ce": (("smoothing",), "smooths its targets itself (loss.smoothing)"),
-    "mislas": (("smoothing",), "smooths its targets itself (loss.head_smoothing, loss.tail_smoothing)"),
-    "lade": (("mixup", "cutmix", "smoothing"), "needs to know which class an image is of"),
-}
+# which fields there are follows from `name`
+AnyLoss = Annotated[LossOptions, PlainValidator(_chosen_loss), SerializeAsAny()]
 
 
 class Ema(RecipePart):
@@ -245,7 +210,7 @@ class Finetune(StagePart):
     mixup: NonNegativeFloat = Field(0.8, description="a of Beta(a, a); 0: no mixup")
     cutmix: NonNegativeFloat = Field(1.0, description="a of Beta(a, a); 0: no cutmix. With mixup: half and half")
     smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
-    loss: Loss = Loss()
+    loss: AnyLoss = Field(BalancedBinaryCrossEntropy(), description="which loss, and its options: see docs/losses.md")
     eval_every_epochs: PositiveInt | None = Field(None, description="None: at the end alone")
     ema: Ema | None = Field(None, description="also keep an average of the weights, as {decay: 0.9999}; None: none")
 
@@ -310,10 +275,10 @@ class Finetune(StagePart):
 
     @model_validator(mode="after")
     def _the_loss_takes_these_targets(self) -> Self:
-        refused, why = LOSS_REFUSES.get(self.loss.name, ((), ""))
-        given = {name: getattr(self, name) for name in refused if getattr(self, name)}
+        loss = self.loss
+        given = {name: getattr(self, name) for name in loss.refuses if getattr(self, name)}
         if given:
             values = ", ".join(f"{name} is {value:g}" for name, value in given.items())
             zeros = ", ".join(f"{name}: 0" for name in given)
-            raise ValueError(f"{values}, but the loss {self.loss.name!r} {why}: set {zeros}")
+            raise ValueError(f"{values}, but the loss {loss.name!r} {loss.refuses_because}: set {zeros}")
         return self

@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.options import UNKNOWN_OPTION
 
 Where = tuple[str | int, ...]  # a path into the tree: ("stages", "pretrain", "epochs")
 MAX_VALUES = 10_000
@@ -225,6 +226,8 @@ def _explain(error: Any, tree: Tree, path: Path, model: type[BaseModel]) -> str:
     origin = tree.origin_of(where, default=shown(path))
     if error["type"] == "extra_forbidden":
         return f"{origin}: there is no field {named}: {nearest(str(where[-1]), _fields_at(where[:-1], model))}"
+    if error["type"] == UNKNOWN_OPTION:
+        return f"{origin}: there is no field {named}: {error['ctx']['hint']}"
     if error["type"] == "missing":
         return f"{origin}: {named} is missing and has no default"
     if error["type"] == "value_error":  # one of ours; of the whole file, it begins with the field

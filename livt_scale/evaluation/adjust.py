@@ -26,9 +26,9 @@ from torch import Tensor
 
 from livt_scale.evaluation.logits import Outputs
 from livt_scale.longtail import priors
+from livt_scale.losses import LOSSES
 from livt_scale.util.errors import DataError, UsageError
 
-SIGMOID_LOSSES = ("bce", "bal_bce", "focal")  # one binary decision a class; all others are softmax losses
 AUTO = "auto"
 AUTO_TAUS = tuple(round(-1 + 0.1 * k, 1) for k in range(31))  # -1 to 2, where every published one lies
 CRITERION = "mean_class"  # what `auto` maximises: mean over classes, as a balanced set would count
@@ -51,7 +51,7 @@ def margin(loss: str, class_counts: ArrayLike) -> NDArray[np.float64]:
     """[C] what τ = 1 takes off the logits of a model trained with `loss`. DataError for a class without images."""
     counts = np.asarray(class_counts, dtype=np.int64)
     log_priors = np.log(priors(counts))
-    if loss not in SIGMOID_LOSSES:
+    if LOSSES.find(loss).link == "softmax":
         return log_priors
     if len(counts) == 1:
         raise DataError("a single class has no odds to adjust", remedy="leave --tau out")
@@ -59,7 +59,7 @@ def margin(loss: str, class_counts: ArrayLike) -> NDArray[np.float64]:
 
 
 def formula(loss: str, logit_scale: float = 1.0) -> str:
-    plain = "z - tau * (log(prior) - log(1 - prior))" if loss in SIGMOID_LOSSES else "z - tau * log(prior)"
+    plain = "z - tau * (log(prior) - log(1 - prior))" if LOSSES.find(loss).link == "sigmoid" else "z - tau * log(prior)"
     return plain if logit_scale == 1 else f"{plain} / {logit_scale:g}"
 
 

@@ -23,10 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from livt_scale.config.recipe import Loss
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
-from livt_scale.losses import options_of
 from livt_scale.metrics import Tally
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError, RunError
@@ -86,11 +84,6 @@ class Outputs:
             tally.update((logits if shift is None else logits + shift) * scale, labels)
         figures = tally.report(self.counts, many_over=self.about.many_over, few_under=self.about.few_under)
         return {**figures, **self.about.facts}
-
-
-def logit_scale(loss: Loss) -> float:
-    """What `loss` multiplies the logits by before its softmax: LDAM's s; 1 for all others."""
-    return float(options_of(loss.name).get("scale", 1.0) if loss.scale is None else loss.scale)
 
 
 def gather(kept: list[Tensor], shards: ShardSet, about: About, *, world: World) -> Outputs | None:

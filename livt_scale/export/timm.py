@@ -27,12 +27,13 @@ from torch import Tensor, nn
 from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.load import load_saved
 from livt_scale.config.model import USUAL_FIRST_WIDTH
-from livt_scale.config.recipe import Data, Finetune, Loss, Model, Parallel, Recipe, Stages
+from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
+from livt_scale.config.stages import AnyLoss
 from livt_scale.data.image.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, evaluate
-from livt_scale.evaluation.logits import About, Outputs, gather, logit_scale
+from livt_scale.evaluation.logits import About, Outputs, gather
 from livt_scale.evaluation.tta import Views
 from livt_scale.models.classifier import AnyClassifier, build_classifier
 from livt_scale.models.layers import vit_args
@@ -89,7 +90,7 @@ class ExportInfo(BaseModel):
     many_over: int
     few_under: int
     precision: Literal["fp32", "bf16"]  # of the forward pass in training and evaluation; the weights are fp32
-    loss: Loss
+    loss: AnyLoss
     lineage: dict[str, Any]
     weights: WeightsFile
 
@@ -331,7 +332,7 @@ def _about(trained: Trained, report: dict[str, Any]) -> About:
         many_over=data.many_over,
         few_under=data.few_under,
         loss=finetune.loss.name,
-        logit_scale=logit_scale(finetune.loss),
+        logit_scale=finetune.loss.logit_scale,
         facts={name: report[name] for name in ("precision", "views", "data", "weights")},
     )
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,12 +26,46 @@ from torch.autograd.function import once_differentiable
 
 from livt_scale.util.errors import UsageError
 
+Counts = npt.NDArray[np.float64]
+
 GROUP_ELEMENTS = {
     "cpu": 2
     ** 18,  # for each thread, 1 MB of float32: larger ones leave the cache, smaller ones wait for threads oftener
     "other": 2**24,  # a GPU wants few and large kernels
 }
 RowFormula = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+class Loss:
+    """A formula with its numbers by class. Call it with logits and soft targets, both `[B, C]`, for a scalar."""
+
+    def __init__(self, name: str, form: RowFormula, by_class: Counts | None = None) -> None:
+        self.name = name
+        self.form = form
+        self.by_class = None if by_class is None else torch.from_numpy(by_class)  # float64 [C]: margins or weights
+        self._placed = self.by_class  # the same on the logits' device, in the precision of the computation
+
+    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Mean over the batch, in float32 at least. `targets`: shares in [0, 1], soft ones as well as one-hot.
+
+        `lade` takes one-hot targets alone, else UsageError.
+        """
+        assert logits.shape == targets.shape, f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
+        if self.by_class is not None:
+            device, dtype = logits.device, torch.promote_types(logits.dtype, torch.float32)
+            if self._placed is None or (self._placed.device, self._placed.dtype) != (device, dtype):
+                self._placed = self.by_class.to(device, dtype)  # once, not at each step
+        return self.form(logits, targets, self._placed)
+
+    def __repr__(self) -> str:
+        return f"Loss({self.name!r})"
+
+
+def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:
+    """Smoothed one-hot float32 `[B, C]` of int64 labels `[B]`: ε/C everywhere, 1 - ε + ε/C on the class."""
+    off = smoothing / num_classes
+    targets = torch.full((len(labels), num_classes), off, device=labels.device)
+    return targets.scatter_(1, labels.unsqueeze(1), 1 - smoothing + off)
 
 
 @dataclass(frozen=True)
@@ -175,7 +211,7 @@ binary_cross_entropy = RowSum(_binary_cross_entropy, _binary_cross_entropy_slope
 # --- the whole batch ---
 
 
-def disentangled(weight: float, penalty: float) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def disentangled(weight: float, penalty: float) -> RowFormula:
     """Balanced softmax and `weight` times the regularised Donsker-Varadhan bound of each class (LADE, 2012.00321).
 
     The bound of class c is a - b - penalty·b²: a is the mean of z_c over the images of c in this batch (0 where there

@@ -26,7 +26,8 @@ from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.evaluate import check_same_classes, data_lineage
 from livt_scale.export.timm import check_target, is_export, open_trained, write_export
-from livt_scale.losses import make_loss, soft_targets
+from livt_scale.losses import make_loss
+from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import head_name
 from livt_scale.posthoc import features
 from livt_scale.posthoc.features import Said

@@ -40,7 +40,6 @@ from livt_scale.distributed import precision
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.adjust import adjust
 from livt_scale.evaluation.evaluate import BATCH
-from livt_scale.evaluation.logits import logit_scale
 from livt_scale.evaluation.tta import Views
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_file
@@ -227,7 +226,7 @@ def _adjusted(logits: Tensor, trained: Trained, how: Prediction) -> Tensor:
         return logits
     assert trained.recipe.stages.finetune is not None
     loss, counts = trained.recipe.stages.finetune.loss, trained.classes.counts
-    return adjust(logits.float(), how.tau, loss=loss.name, class_counts=counts, logit_scale=logit_scale(loss))
+    return adjust(logits.float(), how.tau, loss=loss.name, class_counts=counts, logit_scale=loss.logit_scale)
 
 
 def _tops(logits: Tensor, top_k: int, *, temperature: float) -> list[tuple[tuple[int, float], ...]]:

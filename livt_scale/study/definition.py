@@ -28,9 +28,9 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.model import MODEL_SIZES
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.runtime import RecipePart
-from livt_scale.config.stages import LOSS_NAMES
 from livt_scale.config.yaml import parse, shown, validated
 from livt_scale.data.build.spec import PlainName
+from livt_scale.losses import LOSSES
 from livt_scale.study.claims import loss_sets
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.errors import UsageError, nearest
@@ -83,8 +83,8 @@ class Axes(RecipePart):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
         for loss in self.loss or ():
-            if loss not in LOSS_NAMES:
-                raise ValueError(f"loss has {loss!r}, which is none: {nearest(loss, LOSS_NAMES)}")
+            if loss not in LOSSES:
+                raise ValueError(f"loss has {loss!r}, which is not a loss: {nearest(loss, LOSSES)}")
         return self
 
     @property

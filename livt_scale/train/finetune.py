@@ -19,7 +19,7 @@ from livt_scale.distributed.ema import Averaged
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
-from livt_scale.losses import make_loss, soft_targets
+from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.train.loop import Evaluation, StageTask
 from livt_scale.train.run_dir import is_done, is_run
@@ -131,7 +131,7 @@ def final_pretraining(run_dir: Path) -> Path:
 
 
 def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[..., Tensor]:
-    criterion = make_loss(part.loss.name, train.class_counts, **part.loss.options)
+    criterion = part.loss.criterion(train.class_counts)
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
         images = normalise(batch.images, recipe.data.mean, recipe.data.std, torch.float32)

@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from livt_scale.config.recipe import MODEL_SIZES, Finetune, Loss, Model, Recipe, digest, learnt_from
+from livt_scale.config.recipe import MODEL_SIZES, Finetune, Model, Recipe, digest, learnt_from
+from livt_scale.losses import LOSSES
 
 
 def recipe(**parts):
@@ -17,7 +18,7 @@ def test_defaults_are_the_papers_table():
     assert (pretrain.epochs, pretrain.global_batch, pretrain.warmup_epochs) == (800, 4096, 40)
     assert pretrain.peak_lr == pytest.approx(1.5e-4 * 4096 / 256)
     assert (finetune.epochs, finetune.global_batch, finetune.layer_decay) == (100, 1024, 0.75)
-    assert finetune.loss == Loss(name="bal_bce", tau=None)
+    assert finetune.loss == LOSSES["bal_bce"](tau=1.0)
 
 
 @pytest.mark.parametrize("size", MODEL_SIZES)

@@ -97,3 +97,22 @@ def test_an_old_option_is_wrong_usage_that_names_the_new_one(words, monkeypatch,
     assert caught.value.code == 2
     old = words[-1].partition("=")[0] if "=" in words[-1] else words[-2]
     assert f"there is no option {old}. It is now called {cli.RENAMED_OPTIONS[old]}" in capsys.readouterr().err
+
+
+RESOLVED = json.loads((SAVED / "resolved.json").read_text())  # what losses and optimizers got, and margins for COUNTS
+COUNTS = [500, 120, 60, 9, 1]
+
+
+@pytest.mark.parametrize("name", RESOLVED)
+def test_a_shipped_recipe_resolves_to_the_numbers_that_it_had(name):
+    recipe = load_recipe(Path(__file__).parents[2] / name)
+    assert list(recipe.stage_names) == list(RESOLVED[name])
+    for stage, numbers in RESOLVED[name].items():
+        part = recipe.stage(stage)
+        loss, by_class = numbers.pop("loss", None), numbers.pop("by_class", None)
+        numbers["betas"] = tuple(numbers["betas"])
+        assert {field: getattr(part, field) for field in numbers} == numbers
+        if stage == "finetune":
+            assert part.loss.model_dump() == loss
+            made = part.loss.criterion(COUNTS).by_class
+            assert (None if made is None else made.tolist()) == by_class

@@ -11,10 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from livt_scale.config.recipe import Loss
-from livt_scale.config.stages import LOSS_NAMES
 from livt_scale.distributed.world import World
-from livt_scale.evaluation.logits import Outputs, gather, load_outputs, logit_scale, save_outputs
+from livt_scale.evaluation.logits import Outputs, gather, load_outputs, save_outputs
+from livt_scale.losses import LOSSES
 from livt_scale.metrics import Tally
 from livt_scale.util.errors import DataError, RunError
 from tests.evaluation.made import COUNTS, outputs
@@ -107,9 +106,9 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, torch.Tensor]]:
 
 
 def test_ldam_alone_scales_its_logits() -> None:
-    assert logit_scale(Loss(name="ldam")) == 30
-    assert logit_scale(Loss(name="ldam", scale=8)) == 8
-    assert {logit_scale(Loss(name=name)) for name in LOSS_NAMES if name != "ldam"} == {1}
+    assert LOSSES["ldam"]().logit_scale == 30
+    assert LOSSES["ldam"](scale=8).logit_scale == 8
+    assert {LOSSES[name]().logit_scale for name in LOSSES if name != "ldam"} == {1}
 
 
 def test_logits_that_are_not_finite_are_named_by_their_images(tmp_path: Path) -> None:

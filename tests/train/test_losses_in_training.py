@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from livt_scale.config.recipe import Finetune
 from livt_scale.data.loader import Batch
 from livt_scale.distributed.world import World
-from livt_scale.losses import LOSSES, make_loss, soft_targets
+from livt_scale.losses import LOSSES, make_loss
+from livt_scale.losses.formulas import soft_targets
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.run import train
 from tests.data.tiny_sets import tiny_recipe, tiny_set
@@ -68,11 +69,11 @@ def test_a_run_learns_by_it(shards, name, options, tmp_path):
             {"mixup": 0, "smoothing": 0},
             "cutmix is 1, but the loss 'lade' needs to know.*set cutmix: 0",
         ),
-        ({"name": "ce", "beta": 0.9}, {}, "beta has no effect on the loss 'ce': leave it out, or take cb_ce"),
+        ({"name": "ce", "beta": 0.9}, {}, "the loss 'ce' has no options: leave it out, or take cb_ce"),
         (
             {"name": "ldam", "tau": 1},
             {},
-            "tau has no effect on the loss 'ldam': leave it out, or take bal_ce or bal_bce",
+            "the loss 'ldam' has the options max_margin, scale: leave it out, or take bal_ce or bal_bce",
         ),
         ({"name": "cb_ce", "beta": 1}, {}, "less than 1"),
         ({"name": "ldam", "scale": 0}, {}, "greater than 0"),
