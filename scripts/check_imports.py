@@ -36,6 +36,7 @@ TORCH = "start-up: torch takes seconds; `livt --help`, `livt plan` and the check
 # Files or folders ("cli/") that may import inside functions, and why.
 DEFERRED: dict[str, str] = {
     "cli/": START_UP,
+    "losses/options.py": TORCH,
     "data/image/augment.py": "start-up: timm takes seconds, and only RandAugment needs it",
     "data/remote/fetch.py": "start-up: fsspec and aiohttp take half a second, and only sets at a URL need them",
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",
@@ -54,7 +55,7 @@ DEFERRED: dict[str, str] = {
 
 # Class names that are still to be told apart.
 SHARED_CLASS_NAMES = {
-    "Checkpoint", "Loss", "Peak", "Run"
+    "Checkpoint", "Peak", "Run"
 }  # fmt: skip
 
 # File names that occur several times. Files of cli/ are named as their commands, and are not counted.

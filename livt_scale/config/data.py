@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from livt_scale.config.resume import ALLOW, FREE
 from livt_scale.config.runtime import RecipePart
 from livt_scale.util.urls import is_url, url_problem
 
@@ -32,22 +33,32 @@ class Remote(RecipePart):
 class Data(RecipePart):
     """Which shards, and how they are read."""
 
-    train: str = Field(min_length=1, description="folder or URL of the training shards (the one with manifest.json)")
-    val: str | None = Field(None, min_length=1, description="the same of the evaluation shards; None: no evaluation")
+    train: Annotated[str, FREE] = Field(
+        min_length=1, description="folder or URL of the training shards (the one with manifest.json)"
+    )
+    val: Annotated[str | None, FREE] = Field(
+        None, min_length=1, description="the same of the evaluation shards; None: no evaluation"
+    )
     mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="of the pixels in [0, 1], one a channel")
     std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
-    many_over: PositiveInt = Field(100, description="many-shot: classes with more training images than this")
-    few_under: PositiveInt = Field(20, description="few-shot: classes with fewer training images than this")
-    workers: NonNegativeInt | Literal["auto"] = Field(
+    many_over: Annotated[PositiveInt, ALLOW] = Field(
+        100, description="many-shot: classes with more training images than this"
+    )
+    few_under: Annotated[PositiveInt, ALLOW] = Field(
+        20, description="few-shot: classes with fewer training images than this"
+    )
+    workers: Annotated[NonNegativeInt | Literal["auto"], FREE] = Field(
         2, description="loader processes a rank; 0 decodes in the training process; auto: measured at the start"
     )
-    prefetch: PositiveInt = Field(4, description="micro-batches each loader process keeps ready; with auto, at most")
+    prefetch: Annotated[PositiveInt, FREE] = Field(
+        4, description="micro-batches each loader process keeps ready; with auto, at most"
+    )
     lane_groups: PositiveInt | None = Field(
         None, description="groups of slots with shards of their own; None: the most that leave each 12 shards"
     )
     shuffle_window: PositiveInt = Field(65536, description="samples among which a lane group shuffles")
-    cache: Cache = Cache()
-    remote: Remote = Remote()
+    cache: Annotated[Cache, FREE] = Cache()
+    remote: Annotated[Remote, FREE] = Remote()
 
     @model_validator(mode="after")
     def _urls_hold_no_secret(self) -> Self:

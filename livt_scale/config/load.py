@@ -24,8 +24,8 @@ from livt_scale.config import renamed
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
 from livt_scale.losses import LOSSES, LossOptions
+from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION, Options
 from livt_scale.util.errors import RecipeError, UsageError, nearest
-from livt_scale.util.options import UNKNOWN_NAME, UNKNOWN_OPTION, Options
 from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url, redacted
 

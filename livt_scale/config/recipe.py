@@ -19,6 +19,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from livt_scale.config.capabilities import choices, supports
 from livt_scale.config.data import Cache, Data, Remote
 from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_patches
+from livt_scale.config.resume import FREE, resume_of
 from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
 from livt_scale.config.slurm import Slurm
 from livt_scale.config.stages import (
@@ -84,17 +85,17 @@ class Stages(RecipePart):
 class Recipe(RecipePart):
     """One run: data, model, stages, parallelism, checkpoints."""
 
-    name: Annotated[str, Field(min_length=1, max_length=100)] = Field(description="names the folder below runs/")
-    run_dir: str | None = Field(None, description="None: runs/NAME")
+    name: Annotated[str, Field(min_length=1, max_length=100), FREE] = Field(description="names the folder below runs/")
+    run_dir: Annotated[str | None, FREE] = Field(None, description="None: runs/NAME")
     seed: NonNegativeInt = 0
     data: Data
     model: Model = Model()
     stages: Stages
-    parallel: Parallel = Parallel()
-    checkpoint: Checkpoint = Checkpoint()
-    faults: Faults = Faults()
-    log: Log = Log()
-    slurm: Slurm = Slurm()
+    parallel: Annotated[Parallel, FREE] = Parallel()
+    checkpoint: Annotated[Checkpoint, FREE] = Checkpoint()
+    faults: Annotated[Faults, FREE] = Faults()
+    log: Annotated[Log, FREE] = Log()
+    slurm: Annotated[Slurm, FREE] = Slurm()
 
     @model_validator(mode="after")
     def _name_is_one_folder(self) -> Self:
@@ -210,52 +211,15 @@ class Recipe(RecipePart):
         return tuple(s for s in STAGES if getattr(self.stages, s) is not None)
 
 
-# What may change between a run's start and its continuation: it moves files and work, not the numbers learnt.
-HARMLESS = (
-    "name",
-    "run_dir",
-    "data.train",
-    "data.val",
-    "data.workers",
-    "data.prefetch",
-    "data.cache",
-    "data.remote",
-    "parallel",
-    "checkpoint",
-    "faults",
-    "log",
-    "slurm",
-)
-# weights, keep_head: the digest of what was taken stands in a checkpoint as `init`
-HARMLESS_IN_STAGE = ("micro_batch", "eval_every_epochs", "weights", "keep_head")
-# left out where they have this value: runs that were begun before them go on
-ADDED_LATER: dict[str, Any] = {
-    "stages.finetune.ema": None,
-    "stages.finetune.train": "all",
-    "stages.finetune.optimizer": "adamw",
-    "stages.finetune.momentum": None,
-    "stages.finetune.head_norm": "none",
-    "stages.pretrain.image_px": None,
-}
-
-
 def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
-    """The recipe's fields, dotted, that decide what `stage` learns; a continued run must not change them."""
+    """The recipe's fields, dotted, that decide what `stage` learns: all that may not change freely in a run."""
     flat = _flatten(recipe.at(stage).model_dump(mode="json"))
-    # a ViT learns the same at any size of the micro-batch; batch norm takes its mean and deviation over it
-    harmless = tuple(name for name in HARMLESS_IN_STAGE if recipe.model.is_vit or name != "micro_batch")
-    kept = {}
-    for path, value in flat.items():
-        if any(path == h or path.startswith(f"{h}.") for h in HARMLESS):
-            continue
-        if path.startswith("stages.") and (
-            not path.startswith(f"stages.{stage}.") or path.removeprefix(f"stages.{stage}.") in harmless
-        ):
-            continue
-        if path in ADDED_LATER and value == ADDED_LATER[path]:
-            continue
-        kept[path] = value
-    return kept
+    return {
+        path: value
+        for path, value in flat.items()
+        if (not path.startswith("stages.") or path.startswith(f"stages.{stage}."))
+        and resume_of(path, Recipe).of(batchnorm=not recipe.model.is_vit) != "free"
+    }
 
 
 def digest(fields: dict[str, Any]) -> str:

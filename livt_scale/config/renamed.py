@@ -30,6 +30,7 @@ class Removed:
 
 REMOVED = {
     "data.decode": Removed(default="cpu", reason="images are decoded on the CPU"),
+    "parallel.offload_dir": Removed(default=None, reason="states are offloaded to the host's memory, never to a disk"),
 }
 
 _MISSING = object()

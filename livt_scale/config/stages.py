@@ -20,10 +20,11 @@ from pydantic import (
 )
 from pydantic_core import PydanticKnownError
 
+from livt_scale.config.resume import ALLOW, FREE, Resume
 from livt_scale.config.runtime import RecipePart
 from livt_scale.losses import LOSSES, LossOptions
 from livt_scale.losses.builtin import BalancedBinaryCrossEntropy
-from livt_scale.util.options import choose
+from livt_scale.util.choices import choose
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Policy = Literal["instance", "class_balanced", "sqrt"]
@@ -67,24 +68,32 @@ class Sampling(_FromTo):
         return self.policy, self.policy
 
 
+def _micro_batch() -> Any:
+    return Field(64, description="images a forward pass on one rank, at most: a rank with fewer slots takes them all")
+
+
 class StagePart(RecipePart):
     """What both stages have."""
 
-    epochs: PositiveInt
+    epochs: Annotated[PositiveInt, ALLOW]
     global_batch: PositiveInt = Field(description="images an optimizer step, over all ranks")
-    micro_batch: PositiveInt = Field(
-        64, description="images a forward pass on one rank, at most: a rank with fewer slots takes them all"
+    micro_batch: Annotated[PositiveInt, FREE] = _micro_batch()
+    base_lr: Annotated[PositiveFloat, ALLOW] = Field(
+        description="learning rate for a global batch of 256; scaled linearly"
     )
-    base_lr: PositiveFloat = Field(description="learning rate for a global batch of 256; scaled linearly")
-    min_lr: NonNegativeFloat = Field(description="where the cosine ends")
-    warmup_epochs: NonNegativeFloat = Field(description="epochs of linear warm-up")
-    weight_decay: NonNegativeFloat = Field(
+    min_lr: Annotated[NonNegativeFloat, ALLOW] = Field(description="where the cosine ends")
+    warmup_epochs: Annotated[NonNegativeFloat, ALLOW] = Field(description="epochs of linear warm-up")
+    weight_decay: Annotated[NonNegativeFloat, ALLOW] = Field(
         0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either"
     )
     betas: tuple[Fraction, Fraction]
-    clip_grad: PositiveFloat | None = Field(None, description="largest global gradient norm; None: not clipped")
-    crop_scale: tuple[Fraction, Fraction] = Field(description="share of the image's area in a random resized crop")
-    flip: bool = Field(True, description="mirror half of the images")
+    clip_grad: Annotated[PositiveFloat | None, ALLOW] = Field(
+        None, description="largest global gradient norm; None: not clipped"
+    )
+    crop_scale: Annotated[tuple[Fraction, Fraction], ALLOW] = Field(
+        description="share of the image's area in a random resized crop"
+    )
+    flip: Annotated[bool, ALLOW] = Field(True, description="mirror half of the images")
     sampling: Sampling = Sampling()
     repeats: PositiveInt = Field(
         1, description="views of an image in one batch, neighbours; an epoch keeps its steps and sees 1/repeats of them"
@@ -148,7 +157,7 @@ class Pretrain(StagePart):
     image_px: PositiveInt | None = Field(
         None, description="side of the images of this stage, e.g. 128 before a fine-tuning at 224; None: model.image_px"
     )
-    weights: str | None = Field(
+    weights: Annotated[str | None, FREE] = Field(
         None, description="go on from these: what `livt import` wrote, a file; None: from the seed"
     )
 
@@ -183,6 +192,7 @@ class Finetune(StagePart):
 
     epochs: PositiveInt = 100
     global_batch: PositiveInt = 1024
+    micro_batch: Annotated[PositiveInt, Resume("free", with_batchnorm="allow")] = _micro_batch()
     base_lr: PositiveFloat = 1e-3
     min_lr: NonNegativeFloat = 1e-6
     warmup_epochs: NonNegativeFloat = 10
@@ -191,10 +201,12 @@ class Finetune(StagePart):
     init: Literal["pretrain", "scratch", "weights"] = Field(
         "pretrain", description="where the encoder's weights come from"
     )
-    weights: str | None = Field(
+    weights: Annotated[str | None, FREE] = Field(
         None, description="with init: weights. What `livt import` or `livt export` wrote, a file, or another run"
     )
-    keep_head: bool = Field(False, description="with init: weights. Take the head too; its classes must be the same")
+    keep_head: Annotated[bool, FREE] = Field(
+        False, description="with init: weights. Take the head too; its classes must be the same"
+    )
     train: Literal["all", "head"] = Field("all", description="head: a linear probe; all else stays as it begins")
     optimizer: Literal["adamw", "lars"] = "adamw"
     momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
@@ -203,15 +215,17 @@ class Finetune(StagePart):
         description="with train: head. batch: BatchNorm without weights before the head, of all images of the steps "
         "before, on all ranks",
     )
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 0.75
-    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    rand_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm's notation; None: none")
-    random_erasing: Fraction = Field(0.25, description="share of images with a rectangle of noise")
+    layer_decay: Annotated[float, Field(gt=0, le=1), ALLOW] = 0.75
+    drop_path: Annotated[float, Field(ge=0, lt=1), ALLOW] = 0.1
+    rand_augment: Annotated[str | None, ALLOW] = Field(
+        "rand-m9-mstd0.5-inc1", description="timm's notation; None: none"
+    )
+    random_erasing: Annotated[Fraction, ALLOW] = Field(0.25, description="share of images with a rectangle of noise")
     mixup: NonNegativeFloat = Field(0.8, description="a of Beta(a, a); 0: no mixup")
     cutmix: NonNegativeFloat = Field(1.0, description="a of Beta(a, a); 0: no cutmix. With mixup: half and half")
-    smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
+    smoothing: Annotated[float, Field(ge=0, lt=1), ALLOW] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
     loss: AnyLoss = Field(BalancedBinaryCrossEntropy(), description="which loss, and its options: see docs/losses.md")
-    eval_every_epochs: PositiveInt | None = Field(None, description="None: at the end alone")
+    eval_every_epochs: Annotated[PositiveInt | None, FREE] = Field(None, description="None: at the end alone")
     ema: Ema | None = Field(None, description="also keep an average of the weights, as {decay: 0.9999}; None: none")
 
     @property

@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from livt_scale.util.choices import UNKNOWN_OPTION
 from livt_scale.util.errors import RecipeError, UsageError, nearest
-from livt_scale.util.options import UNKNOWN_OPTION
 
 Where = tuple[str | int, ...]  # a path into the tree: ("stages", "pretrain", "epochs")
 MAX_VALUES = 10_000
@@ -247,13 +247,13 @@ def _fields_at(where: tuple[Any, ...], model: type[BaseModel]) -> list[str]:
     keys = list(where)
     while keys and part:
         annotation = part.model_fields[keys.pop(0)].annotation
-        part = _part_in(annotation)
+        part = part_in(annotation)
         if keys and _is_mapping(annotation):
             keys.pop(0)  # a name that the file gives
     return list(part.model_fields) if part else []
 
 
-def _part_in(annotation: Any) -> type[BaseModel] | None:
+def part_in(annotation: Any) -> type[BaseModel] | None:
     """The model that an annotation holds: X | None, dict[str, X], tuple[X, ...]."""
     options = typing.get_args(annotation) or (annotation,)
     return next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)

@@ -32,8 +32,8 @@ from pydantic import ValidationError
 
 from livt_scale.losses import builtin  # noqa: F401 - registers the losses that ship
 from livt_scale.losses.options import LOSSES, Criterion, LossOptions
+from livt_scale.util.choices import UNKNOWN_OPTION, choose
 from livt_scale.util.errors import UsageError
-from livt_scale.util.options import UNKNOWN_OPTION, choose
 
 __all__ = ["LOSSES", "Criterion", "LossOptions", "make_loss"]
 

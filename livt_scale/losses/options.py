@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
+from livt_scale.util.choices import Options
 from livt_scale.util.errors import DataError
-from livt_scale.util.options import Options
 from livt_scale.util.registry import Registry
 
 if TYPE_CHECKING:

@@ -1,73 +1,68 @@
-"""Which changes of a recipe a run may go on with in mid-stage, when it is told to (`livt train --allow FIELD`).
+"""Which changes of a recipe a run may continue with: each field's own policy (`livt_scale.config.resume`), applied.
 
-Those that leave every tensor its shape and every sample its place: schedule, regularisation, augmentation, the groups
-of the report. The run is then neither the old recipe's nor the new one's, so each change is kept in the facts of all
-checkpoints that follow. What the model is, what it is trained for and which samples come when cannot be changed under
-way: that is another run. What moves work and files alone (`recipe.HARMLESS`) may change without being allowed.
+`livt train --allow FIELD` lets those through that leave every tensor its shape and every sample its place: schedule,
+regularisation, augmentation, the groups of the report. The run is then neither the old recipe's nor the new one's, so
+each change is recorded in the facts of all checkpoints that follow.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from livt_scale.checkpoint.manifest import differences
 from livt_scale.config.load import from_saved
-from livt_scale.config.recipe import learnt_from
+from livt_scale.config.recipe import Recipe, learnt_from
+from livt_scale.config.resume import Change, allowable, changes
 from livt_scale.util.errors import CheckpointMismatch, LivtError, UsageError, nearest
 
 OF_THE_DATA = ("data.manifest", "init")  # what a run adds to the fields of its recipe: `train_state.run_facts`
-
-_IN_BOTH_STAGES = (
-    "epochs",
-    "base_lr",
-    "min_lr",
-    "warmup_epochs",
-    "weight_decay",
-    "clip_grad",
-    "crop_scale",
-    "flip",
-)
-_IN_FINETUNE = ("micro_batch", "layer_decay", "drop_path", "rand_augment", "random_erasing", "smoothing")
-ALLOWABLE = (
-    "data.many_over",
-    "data.few_under",
-    *(f"stages.{stage}.{field}" for stage in ("pretrain", "finetune") for field in _IN_BOTH_STAGES),
-    *(f"stages.finetune.{field}" for field in _IN_FINETUNE),
-)
 
 
 def check_allowable(fields: Iterable[str]) -> tuple[str, ...]:
     """The fields, if each can be allowed; UsageError names the one that cannot, and those that can."""
     fields = tuple(fields)
+    known = allowable(Recipe)
     for field in fields:
-        if field not in ALLOWABLE:
+        if field not in known:
             raise UsageError(
-                f"--allow {field}: this change cannot be allowed in mid-stage ({nearest(field, ALLOWABLE)})",
+                f"--allow {field}: this change cannot be allowed in mid-stage ({nearest(field, known)})",
                 remedy="give the changed run a run_dir of its own",
             )
     return fields
 
 
-def check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path, *, allow: Sequence[str] = ()) -> list[str]:
+def check_same(ours: dict[str, Any], theirs: dict[str, Any], path: Path, *, allow: Sequence[str] = ()) -> list[Change]:
     """What differs between the facts of a run and those of its checkpoint `path`, if all of it is allowed.
 
-    Raises CheckpointMismatch with the rest, a field each.
+    Raises CheckpointMismatch with the rest.
     """
     if theirs.get("stage") != ours["stage"]:
         raise CheckpointMismatch(f"{path} is of stage {theirs.get('stage')}, not {ours['stage']}")
-    changed = differences(_learnt_from(theirs, path), ours["learnt_from"])
-    refused = [line for line in changed if _field(line) not in allow]
+    old, new = _learnt_from(theirs, path), _learnt_from(ours, path)
+    is_vit = from_saved(ours["recipe"]).model.is_vit
+    changed = changes(old, new, Recipe, batchnorm=not is_vit)
+    refused = [change for change in changed if change.path not in allow]
     if not refused:
         return changed
     remedy = "set these fields back, or give the changed run a run_dir of its own"
-    could_be = [_field(line) for line in refused if _field(line) in ALLOWABLE]
-    if len(could_be) == len(refused):
-        remedy += f"; to go on with the change: {' '.join(f'--allow {field}' for field in could_be)}"
-    raise CheckpointMismatch(f"{path} was trained by another recipe: {'; '.join(refused)}", remedy=remedy)
+    if all(change.policy == "allow" for change in refused):
+        remedy += f"; to resume with the change: {' '.join(f'--allow {change.path}' for change in refused)}"
+    lines = "; ".join(map(describe, refused))
+    raise CheckpointMismatch(f"{path} was trained by another recipe: {lines}", remedy=remedy)
+
+
+def describe(change: Change) -> str:
+    """ "stages.pretrain.epochs: 800 in the checkpoint, 900 here"."""
+    return f"{change.path}: {_short(change.old)} in the checkpoint, {_short(change.new)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
 
 
 def _learnt_from(facts: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -84,7 +79,3 @@ def _learnt_from(facts: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: its recipe cannot be read: {error}", remedy="was it written by a newer version?"
         ) from error
     return learnt | {name: stored[name] for name in OF_THE_DATA if name in stored}
-
-
-def _field(difference: str) -> str:
-    return difference.partition(": ")[0]

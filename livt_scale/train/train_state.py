@@ -23,7 +23,7 @@ from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.train.anomalies import Anomalies
-from livt_scale.train.resume_rules import check_same
+from livt_scale.train.resume_rules import check_same, describe
 from livt_scale.util.errors import LivtError, Preempted, SaveFailed
 
 _log = logging.getLogger(__name__)
@@ -68,11 +68,12 @@ class TrainState:
         self.step = int(manifest["position"]["step"])
         self.sums = manifest["facts"].get("sums")
         self.anomalies.restore(manifest["facts"].get("anomalies"))
-        allowed = [*theirs.get("allowed", []), *({"after_step": self.step, "change": line} for line in changed)]
+        lines = [describe(change) for change in changed]
+        allowed = [*theirs.get("allowed", []), *({"after_step": self.step, "change": line} for line in lines)]
         if allowed:
             self.facts["allowed"] = allowed
         where = f" on the nodes ({found.path.parent})" if found.local else ""
-        return f"{found.path.name}{where}" + (f", changed as allowed: {'; '.join(changed)}" if changed else "")
+        return f"{found.path.name}{where}" + (f", changed as allowed: {'; '.join(lines)}" if lines else "")
 
     def stopped(self, saver: Tiers, *, why: str, total: int) -> LivtError:
         """What ends a run that was asked to stop, when its last save has ended: a collective call.

@@ -60,7 +60,7 @@ def test_mixing_pairs_need_an_even_micro_batch_and_no_mixing_does_not():
         ({"pretrain": {"epochs": 2}}, "warmup_epochs is 40, more than epochs = 2"),
         ({"pretrain": {"crop_scale": [0.9, 0.2]}}, "crop_scale"),
         ({"pretrain": {"global_batch": 32}}, "micro_batch is 64, more than global_batch = 32"),
-        ({"finetune": {"init": "scratch", "loss": {"name": "ce", "tau": 1}}}, "tau has no effect"),
+        ({"finetune": {"init": "scratch", "loss": {"name": "ce", "tau": 1}}}, "the loss 'ce' has no options"),
     ],
 )
 def test_stages_that_cannot_be_are_refused(stages, said):
@@ -117,15 +117,6 @@ def test_pretraining_may_have_another_resolution_than_fine_tuning():
         Recipe.model_validate(tree | {"stages": {"pretrain": {"image_px": 130}}})
 
 
-def test_fields_that_came_later_do_not_change_what_an_older_run_learnt():
-    tree = {"name": "r", "data": {"train": "t"}, "stages": {"pretrain": {}, "finetune": {}}}
-    recipe = Recipe.model_validate(tree)
-    assert "stages.pretrain.image_px" not in learnt_from(recipe, "pretrain")
-    assert not {"stages.finetune.ema", "stages.finetune.loss.gamma"} & learnt_from(recipe, "finetune").keys()
-    tree["stages"]["finetune"] = {"loss": {"name": "focal", "gamma": 1.5}}
-    assert learnt_from(Recipe.model_validate(tree), "finetune")["stages.finetune.loss.gamma"] == 1.5
-
-
 # --- a linear probe ---
 
 PROBE = {"init": "weights", "weights": "w", "train": "head", "layer_decay": 1, "drop_path": 0}
@@ -180,5 +171,3 @@ def test_lars_has_maes_momentum_unless_another_is_given_and_a_probe_is_another_r
     assert probe(optimizer="lars", momentum=0.5).stage("finetune").lars_momentum == 0.5
     learnt = learnt_from(probe(optimizer="lars", head_norm="batch"), "finetune")
     assert {name.rpartition(".")[2] for name in learnt} >= {"train", "optimizer", "head_norm"}
-    plain = learnt_from(probe(train="all"), "finetune")  # as a run has it that was begun before there were probes
-    assert not {name.rpartition(".")[2] for name in plain} & {"train", "optimizer", "head_norm", "momentum"}

@@ -10,7 +10,6 @@ import pytest
 
 from livt_scale.cli import main as cli
 from livt_scale.config.load import _all_fields, from_saved, load_recipe, load_saved
-from livt_scale.config.recipe import learnt_from
 from livt_scale.config.renamed import REMOVED, RENAMED, Removed, translate
 from livt_scale.train.resume_rules import check_same
 from livt_scale.util.errors import CheckpointMismatch, RecipeError
@@ -80,13 +79,14 @@ def test_the_recipe_of_an_old_run_directory_is_read():
 def test_an_old_checkpoint_is_resumed_by_the_same_recipe_and_by_no_other(stage):
     theirs, path = facts(stage), Path("step-00000005")
     recipe = load_saved(SAVED / "recipe.yaml")
-    of_the_data = {
-        name: theirs["learnt_from"][name] for name in ("data.manifest", "init") if name in theirs["learnt_from"]
-    }
-    ours = {"stage": stage, "learnt_from": learnt_from(recipe, stage) | of_the_data}
-    assert check_same(ours, theirs, path) == []
-    with pytest.raises(CheckpointMismatch, match=r"seed: 0 in the checkpoint, 1 here"):
-        check_same({**ours, "learnt_from": ours["learnt_from"] | {"seed": 1}}, theirs, path)
+    learnt = {**theirs["learnt_from"]}  # of which the digests of data and first weights count
+    for seed, differs in ((0, False), (1, True)):
+        ours = {"stage": stage, "recipe": {**recipe.model_dump(mode="json"), "seed": seed}, "learnt_from": learnt}
+        if differs:
+            with pytest.raises(CheckpointMismatch, match=r"seed: 0 in the checkpoint, 1 here"):
+                check_same(ours, theirs, path)
+        else:
+            assert check_same(ours, theirs, path) == []
 
 
 @pytest.mark.parametrize("words", [["submit", "a.yaml", "--at-once", "4"], ["export", "runs/x", "--from=best"]])

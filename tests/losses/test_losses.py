@@ -343,7 +343,7 @@ def test_an_impossible_count_is_named(counts):
 
 @pytest.mark.parametrize("counts", [(), 5, ((1, 2), (3, 4))])
 def test_counts_of_another_shape_are_refused(counts):
-    with pytest.raises(DataError, match="one number a class"):
+    with pytest.raises(DataError, match="one number per class"):
         make_loss("ce", counts)
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from livt_scale.config.load import _all_fields
 from livt_scale.config.recipe import Recipe, learnt_from
-from livt_scale.train.resume_rules import ALLOWABLE, check_allowable, check_same
+from livt_scale.config.resume import Change, allowable, resume_of
+from livt_scale.train.resume_rules import check_allowable, check_same
 from livt_scale.util.errors import CheckpointMismatch, UsageError
 
 BASE = {"name": "x", "data": {"train": "t"}, "stages": {"pretrain": {}, "finetune": {}}}
@@ -30,12 +31,12 @@ def facts(stage: str = "pretrain", **fields: object) -> dict:
 
 
 def test_every_field_that_can_be_allowed_is_one_of_the_recipe_and_decides_what_is_learnt():
-    assert {".".join(path) for path in _all_fields()} >= set(ALLOWABLE)
+    assert {".".join(path) for path in _all_fields()} >= set(allowable(Recipe))
     learnt = learnt_from(Recipe.model_validate(BASE), "pretrain") | learnt_from(Recipe.model_validate(BASE), "finetune")
     resnet = BASE | {"model": {"size": "resnet18"}, "stages": {"finetune": {"init": "scratch", "layer_decay": 1.0}}}
     of_resnet = learnt_from(Recipe.model_validate(resnet), "finetune")
     assert of_resnet.keys() - learnt.keys() == {"stages.finetune.micro_batch"}  # batch norm sees one
-    assert learnt.keys() | of_resnet.keys() >= set(ALLOWABLE)
+    assert learnt.keys() | of_resnet.keys() >= set(allowable(Recipe))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,10 @@ def test_only_what_is_named_is_let_through_and_it_is_told():
         check_same(new, facts(), HERE, allow=["stages.pretrain.base_lr"])
     assert "base_lr" not in str(caught.value)
     allowed = check_same(new, facts(), HERE, allow=["stages.pretrain.base_lr", "stages.pretrain.epochs"])
-    assert [line.split(":")[0] for line in allowed] == ["stages.pretrain.base_lr", "stages.pretrain.epochs"]
+    assert allowed == [
+        Change("stages.pretrain.base_lr", 1.5e-4, 1e-3, "allow"),
+        Change("stages.pretrain.epochs", 800, 900, "allow"),
+    ]
 
 
 def test_where_a_part_cannot_be_allowed_allowing_the_rest_is_not_offered():
@@ -81,3 +85,43 @@ def test_another_stage_and_a_checkpoint_without_facts_are_refused():
         check_same(facts(), {}, HERE)
     with pytest.raises(CheckpointMismatch, match="does not say what it was trained by"):
         check_same(facts(), {"stage": "pretrain"}, HERE)
+
+
+@pytest.mark.parametrize(
+    ("path", "policy", "with_batchnorm"),
+    [
+        ("seed", "fixed", "fixed"),
+        ("run_dir", "free", "free"),
+        ("slurm.pretrain.nodes", "free", "free"),  # the part is free
+        ("stages.pretrain.epochs", "allow", "allow"),  # the base class says so, the subclass has another default
+        ("stages.finetune.smoothing", "allow", "allow"),
+        ("stages.finetune.loss.tau", "fixed", "fixed"),
+        ("stages.finetune.micro_batch", "free", "allow"),
+        ("no.such.field", "fixed", "fixed"),
+    ],
+)
+def test_each_field_carries_its_policy(path, policy, with_batchnorm):
+    resume = resume_of(path, Recipe)
+    assert (resume.of(batchnorm=False), resume.of(batchnorm=True)) == (policy, with_batchnorm)
+
+
+def test_what_may_be_allowed_is_this_and_no_more():
+    both = ["base_lr", "clip_grad", "crop_scale", "epochs", "flip", "min_lr", "warmup_epochs", "weight_decay"]
+    finetune = ["drop_path", "layer_decay", "micro_batch", "rand_augment", "random_erasing", "smoothing"]
+    fields = {f"stages.{stage}.{field}" for stage in ("pretrain", "finetune") for field in both}
+    fields |= {f"stages.finetune.{field}" for field in finetune} | {"data.many_over", "data.few_under"}
+    assert set(allowable(Recipe)) == fields
+
+
+def test_fields_that_came_later_have_their_defaults_in_an_older_checkpoint():
+    older = facts("finetune")
+    for name in ("ema", "train", "optimizer", "momentum", "head_norm", "repeats"):
+        del older["recipe"]["stages"]["finetune"][name]
+    assert check_same(facts("finetune"), older, HERE) == []
+
+
+def test_a_recipe_in_a_checkpoint_that_cannot_be_read_is_a_mismatch():
+    newer = facts()
+    newer["recipe"]["warp"] = 9
+    with pytest.raises(CheckpointMismatch, match="its recipe cannot be read"):
+        check_same(facts(), newer, HERE)
