@@ -46,7 +46,7 @@ DEFERRED: dict[str, str] = {
             "distributed/collectives.py", "distributed/cpu_cores.py",
             "distributed/rendezvous.py", "distributed/strategy.py", "distributed/world.py", "doctor/bench.py",
             "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py",
-            "study/collect.py", "study/report/html.py", "study/report/plots.py",
+            "study/collect.py", "study/report/html.py", "study/report/interactive.py",
             "study/table.py", "util/plots.py",
         ),
         "not yet looked at",
@@ -55,7 +55,7 @@ DEFERRED: dict[str, str] = {
 
 # Class names that are still to be told apart.
 SHARED_CLASS_NAMES = {
-    "Checkpoint", "Peak", "Run"
+    "Checkpoint"
 }  # fmt: skip
 
 # File names that occur several times. Files of cli/ are named as their commands, and are not counted.
@@ -64,8 +64,7 @@ SHARED_FILE_NAMES: dict[str, str] = {
     "decode.py": "decoding images, and how fast a machine does it",
     "load.py": "from files to objects: a checkpoint, a recipe",
     "manifest.py": "the manifest of shards and that of a checkpoint",
-    "pictures.py": "evaluation's pictures, and those of them that a study's report shows",
-    "plots.py": "plots as PNG, and those of a study's report",
+    "plots.py": "the style of all plots, and the plots of an evaluation",
 }
 
 Graph = Mapping[str, set[str]]

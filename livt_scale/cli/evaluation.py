@@ -16,7 +16,7 @@ from livt_scale.evaluation import adjust
 from livt_scale.evaluation.evaluate import BATCH, write_eval
 from livt_scale.evaluation.gallery import write_gallery
 from livt_scale.evaluation.logits import load_outputs, save_outputs
-from livt_scale.evaluation.report import Told, tell, write_reports
+from livt_scale.evaluation.report import EvalReport, make_report, write_reports
 from livt_scale.evaluation.results import accuracy_table, sweep_table
 from livt_scale.evaluation.tta import Views
 from livt_scale.export.timm import Evaluated, evaluate_path
@@ -96,7 +96,7 @@ def _finish(result: Evaluated, *, data: str | None, wanted: Wanted) -> Done:
     else:
         if wanted.save_logits is not None:
             save_outputs(result.outputs, wanted.save_logits)
-        full = tell(result.outputs, tau=wanted.tau, temperature=wanted.temperature)
+        full = make_report(result.outputs, tau=wanted.tau, temperature=wanted.temperature)
         told, written = full.report, _files(full, data=data, wanted=wanted)
     if wanted.out is not None:
         write_eval({k: v for k, v in told.items() if k != "weights"}, wanted.out, weights=told["weights"])
@@ -104,7 +104,7 @@ def _finish(result: Evaluated, *, data: str | None, wanted: Wanted) -> Done:
     return Done(told, (*written, *(f"{name}: {file}" for name, file in named if file)))
 
 
-def _files(told: Told, *, data: str | None, wanted: Wanted) -> list[str]:
+def _files(told: EvalReport, *, data: str | None, wanted: Wanted) -> list[str]:
     written = [] if wanted.reports is None else [f"report: {file}" for file in write_reports(told, wanted.reports)]
     if wanted.gallery is not None:
         shards = ShardSet.open(data or told.report["data"]["folder"])

@@ -90,10 +90,10 @@ def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: floa
     from dataclasses import asdict
 
     from livt_scale.study.claims import SETTINGS
-    from livt_scale.study.cost import bill_of
+    from livt_scale.study.cost import summarize_cost
 
-    bill = bill_of(runs, folder, SETTINGS[on].size_of, device=device, mfu=mfu)
-    typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
+    summary = summarize_cost(runs, folder, SETTINGS[on].size_of, device=device, mfu=mfu)
+    typer.echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
 
 
 def _run(runs: list[Run], folder: Path, *, jobs: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ import typer
 from livt_scale.util.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
-    from livt_scale.study.definition import Loaded, Point
+    from livt_scale.study.definition import LoadedStudy, Point
     from livt_scale.study.runs import Run
 
 app = typer.Typer(help="Train a grid of runs, collect them, fit laws to them, report.", no_args_is_help=True)
@@ -77,10 +77,10 @@ def submit(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _tell_cost(loaded: Loaded, runs: list[Run], *, device: str, mfu: float, as_json: bool) -> None:
+def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, mfu: float, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from livt_scale.study.cost import bill_of
+    from livt_scale.study.cost import summarize_cost
     from livt_scale.study.table import Sets
     from livt_scale.util.errors import DataError
 
@@ -96,11 +96,11 @@ def _tell_cost(loaded: Loaded, runs: list[Run], *, device: str, mfu: float, as_j
             )
         return images, classes
 
-    bill = bill_of(runs, loaded.folder, size_of, device=device, mfu=mfu)
-    typer.echo(json.dumps(asdict(bill)) if as_json else "\n".join(bill.lines()))
+    summary = summarize_cost(runs, loaded.folder, size_of, device=device, mfu=mfu)
+    typer.echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
 
 
-def _write_command(loaded: Loaded) -> None:
+def _write_command(loaded: LoadedStudy) -> None:
     """What was asked, kept beside the runs: the report says how its numbers came about."""
     from livt_scale.util.atomic import write_atomic
 
@@ -109,7 +109,7 @@ def _write_command(loaded: Loaded) -> None:
     write_atomic(loaded.folder / "command.txt", f"{shlex.join(['livt', *sys.argv[1:]])}\n".encode())
 
 
-def _submit_arrays(loaded: Loaded, points: list[Point], *, jobs: int | None, as_json: bool) -> None:
+def _submit_arrays(loaded: LoadedStudy, points: list[Point], *, jobs: int | None, as_json: bool) -> None:
     from livt_scale.slurm.array import submit_array
     from livt_scale.study.slurm_runner import prepare, ready
 
@@ -166,7 +166,7 @@ def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     _tell_table(loaded, table)
 
 
-def _collected(loaded: Loaded, *, fit: bool = False) -> dict[str, Any]:
+def _collected(loaded: LoadedStudy, *, fit: bool = False) -> dict[str, Any]:
     """The table of all runs, with the laws of its measures where they are asked for; kept beside the runs."""
     from livt_scale.study.scaling_law import fit_table
     from livt_scale.study.table import as_csv, collect_study
@@ -183,7 +183,7 @@ def _collected(loaded: Loaded, *, fit: bool = False) -> dict[str, Any]:
     return table
 
 
-def _tell_table(loaded: Loaded, table: dict[str, Any]) -> None:
+def _tell_table(loaded: LoadedStudy, table: dict[str, Any]) -> None:
     counts = Counter(run["state"] for run in table["runs"])
     typer.echo(", ".join(f"{count} {state}" for state, count in counts.items()))
     for run in table["runs"]:

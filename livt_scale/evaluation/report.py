@@ -21,14 +21,14 @@ from livt_scale.evaluation.per_class import class_rows, write_csv
 
 
 @dataclass(frozen=True)
-class Told:
+class EvalReport:
     """The report (JSON values), and the outputs that it is about: adjusted, and of a half where τ was chosen."""
 
     report: dict[str, Any]
     outputs: Outputs
 
 
-def tell(outputs: Outputs, *, tau: str | None = None, temperature: bool = False) -> Told:
+def make_report(outputs: Outputs, *, tau: str | None = None, temperature: bool = False) -> EvalReport:
     """The report of `outputs`; `tau` as on the command line. UsageError, DataError (no prior, too few images)."""
     taus = (0.0,) if tau is None else adjust.parse_taus(tau)
     about, more = outputs.about, dict[str, Any]()
@@ -45,7 +45,7 @@ def tell(outputs: Outputs, *, tau: str | None = None, temperature: bool = False)
         more["tau_sweep"] = rows
         if temperature:
             more["temperature"] = {"seed": holdout.SEED, **fitted_and_reported(chosen, outputs)}
-        return Told({**outputs.report(), **more}, outputs)
+        return EvalReport({**outputs.report(), **more}, outputs)
     if len(taus) == 1 and tau is not None:
         outputs = adjust.adjusted(outputs, taus[0])
         more["adjustment"] = _facts(taus[0], about)
@@ -53,10 +53,10 @@ def tell(outputs: Outputs, *, tau: str | None = None, temperature: bool = False)
         more["tau_sweep"] = adjust.sweep(outputs, taus)
     if temperature:
         more["temperature"] = temperature_report(outputs)
-    return Told({**outputs.report(), **more}, outputs)
+    return EvalReport({**outputs.report(), **more}, outputs)
 
 
-def write_reports(told: Told, folder: Path) -> list[Path]:
+def write_reports(told: EvalReport, folder: Path) -> list[Path]:
     """Write per_class.csv, per_class.png and reliability.png to `folder`; what was written."""
     rows = class_rows(told.outputs)
     table, picture, diagram = folder / "per_class.csv", folder / "per_class.png", folder / "reliability.png"

@@ -54,7 +54,7 @@ class Assumptions(_Part):
     )
 
 
-class Peak(_Part):
+class PeakTflops(_Part):
     """Dense TFLOP/s by arithmetic."""
 
     fp32: PositiveFloat
@@ -66,7 +66,7 @@ class Accelerator(_Part):
     """What is planned for. Links: one direction."""
 
     name: str
-    peak_tflops: Peak
+    peak_tflops: PeakTflops
     memory_gib: PositiveFloat
     memory_gb_s: PositiveFloat
     node_link_gb_s: PositiveFloat = Field(description="of one device to the others of its node")
@@ -112,7 +112,7 @@ def accelerator(name: str) -> Accelerator:
     link, network, gpus, power = _PLACES[name]
     return Accelerator(
         name=name,
-        peak_tflops=Peak(fp32=device.tf32 or device.fp32, fp16=device.fp16, bf16=device.bf16),
+        peak_tflops=PeakTflops(fp32=device.tf32 or device.fp32, fp16=device.fp16, bf16=device.bf16),
         memory_gib=device.memory_gib,
         memory_gb_s=device.bandwidth_gb_s,
         node_link_gb_s=link,

@@ -64,7 +64,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Peak:
+class MemoryPeak:
     """Bytes at a step's height, which add up to it. `computing`: activations and what autocast keeps of weights."""
 
     weights: int
@@ -87,7 +87,7 @@ class Memory:
     optimizer: int
     activations: int
     buffers: int
-    at_peak: Peak
+    at_peak: MemoryPeak
 
     @property
     def peak(self) -> int:
@@ -111,7 +111,7 @@ def plan_memory(recipe: Recipe, stage: Stage, weights: Sequence[Weight], spread:
     return Memory(*held_bytes(weights, spread), activations, casts + max(buffer_bytes(weights, spread)), peak)
 
 
-def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int) -> Peak:
+def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int) -> MemoryPeak:
     """The peak where a replica's own computing (activations, casts) `used` most at once and `used_last` at the end."""
     held, grads, moments = held_bytes(weights, spread)
     forward, backward = buffer_bytes(weights, spread)
@@ -128,7 +128,10 @@ def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int
         early = grads
     if spread.recompute or spread.strategy != "fsdp":
         forward = backward
-    moments_of_height = Peak(held, early, moments, used, forward), Peak(held, late, moments, used_last, backward)
+    moments_of_height = (
+        MemoryPeak(held, early, moments, used, forward),
+        MemoryPeak(held, late, moments, used_last, backward),
+    )
     return max(moments_of_height, key=lambda peak: peak.total)
 
 

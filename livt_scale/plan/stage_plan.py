@@ -36,7 +36,7 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class Task:
+class StageTask:
     """One stage on a number of GPUs of one kind. recipe: as that stage sees it (`Recipe.at`)."""
 
     recipe: Recipe
@@ -85,7 +85,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointPlan:
     """Bytes of all ranks' files; seconds that one holds training up, and takes to be written; steps between two.
 
     daly_interval_s: seconds of work between saves that lose least at the assumed rate of failures.
@@ -103,11 +103,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StagePlan:
-    task: Task
+    task: StageTask
     spread: Spread
     memory: Memory
     time: StepTime
-    checkpoint: Checkpoint
+    checkpoint: CheckpointPlan
 
     @property
     def fits(self) -> bool:
@@ -139,14 +139,14 @@ class StagePlan:
         return f"needs {memory.peak / GIB:.1f} GiB of {usable / GIB:.1f} usable ({what})"
 
 
-def plan_stage(task: Task, spread: Spread) -> StagePlan:
+def plan_stage(task: StageTask, spread: Spread) -> StagePlan:
     weights = task.weights
     memory = plan_memory(task.recipe, task.stage, weights, spread)
     time = step_time(task.flops, weights, spread, task.device, task.assumed, per_node=task.per_node)
     return StagePlan(task, spread, memory, time, _checkpoint(task, spread, weights, time))
 
 
-def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: StepTime) -> Checkpoint:
+def _checkpoint(task: StageTask, spread: Spread, weights: Sequence[Weight], time: StepTime) -> CheckpointPlan:
     size = checkpoint_bytes(weights, spread)
     assumed, part = task.assumed, task.recipe.checkpoint
     own = size / spread.gpus  # replicated tensors are shared out among the ranks too
@@ -160,7 +160,7 @@ def _checkpoint(task: Task, spread: Spread, weights: Sequence[Weight], time: Ste
     here, daly = (
         lost_share(interval, stall_s, mtbf_s=mtbf_s, restart_s=restart_s) for interval in (every * time.step_s, best_s)
     )
-    return Checkpoint(size, stall_s, write_s, every, best_s, here, daly)
+    return CheckpointPlan(size, stall_s, write_s, every, best_s, here, daly)
 
 
 def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
@@ -177,7 +177,9 @@ def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
     return FP32 * size + PIECE_BYTES * pieces
 
 
-def spread_of(task: Task, strategy: StrategyName, *, micro_batch: int, accumulation: int, recompute: bool) -> Spread:
+def spread_of(
+    task: StageTask, strategy: StrategyName, *, micro_batch: int, accumulation: int, recompute: bool
+) -> Spread:
     """`strategy` on the task's GPUs, as the recipe has it: hybrid within nodes, offloaded, where `strategy` can be."""
     parallel = task.recipe.parallel
     can = CAPABILITIES[strategy]
@@ -204,7 +206,7 @@ def strategies_for(part: StagePart) -> tuple[StrategyName, ...]:
     )
 
 
-def candidates(task: Task) -> list[StagePlan]:
+def candidates(task: StageTask) -> list[StagePlan]:
     """Each strategy, kept and recomputed, at its largest micro-batch that fits, else at the smallest there is.
 
     The largest is the fastest: computing is the same, and the fewer micro-batches, the less is exchanged. A frozen

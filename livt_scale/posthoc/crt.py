@@ -30,7 +30,7 @@ from livt_scale.losses import make_loss
 from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import head_name
 from livt_scale.posthoc import features
-from livt_scale.posthoc.features import Said
+from livt_scale.posthoc.features import LabelledOutputs
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.errors import RunError, UsageError
 
@@ -47,26 +47,26 @@ class Settings:
     seed: int = 0
 
 
-def retrained(said: Said, num_classes: int, settings: Settings) -> tuple[nn.Linear, int]:
-    """A linear layer trained on features `said.values` float32 [N, D] and their labels; how many steps it took."""
-    batch = min(settings.batch, len(said.labels))
-    steps = len(said.labels) // batch
+def retrained(outputs: LabelledOutputs, num_classes: int, settings: Settings) -> tuple[nn.Linear, int]:
+    """A linear layer trained on features `outputs.values` float32 [N, D] and their labels; how many steps it took."""
+    batch = min(settings.batch, len(outputs.labels))
+    steps = len(outputs.labels) // batch
     order = ClassOrder(
-        said.labels.numpy(), batch, seed=settings.seed, steps=steps, epochs=settings.epochs,
+        outputs.labels.numpy(), batch, seed=settings.seed, steps=steps, epochs=settings.epochs,
         ends=("class_balanced", "class_balanced"),
     )  # fmt: skip
-    head = nn.Linear(said.values.shape[1], num_classes)
+    head = nn.Linear(outputs.values.shape[1], num_classes)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
     peak = settings.lr * batch / 256
     sgd = torch.optim.SGD(head.parameters(), lr=peak, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    counts = torch.bincount(said.labels, minlength=num_classes)
+    counts = torch.bincount(outputs.labels, minlength=num_classes)
     loss_of = make_loss("ce", counts.tolist())
     for step in range(settings.epochs * steps):
         lr = optim.lr_at(step, steps_per_epoch=steps, epochs=settings.epochs, warmup_epochs=0, peak_lr=peak, min_lr=0.0)
         sgd.param_groups[0]["lr"] = lr
         rows = torch.from_numpy(order.positions(*divmod(step, steps)))
-        loss = loss_of(head(said.values[rows]), soft_targets(said.labels[rows], num_classes, 0.0))
+        loss = loss_of(head(outputs.values[rows]), soft_targets(outputs.labels[rows], num_classes, 0.0))
         _check_finite(loss, step)
         sgd.zero_grad()
         loss.backward()
@@ -112,11 +112,11 @@ def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None)
         shards = features.held_out_set(trained, source, data)
     except UsageError:  # there is none
         return {"before": None, "after": None}
-    said = features.features(trained, shards)
-    about = (said.labels, trained.classes, trained.recipe)
+    outputs = features.features(trained, shards)
+    about = (outputs.labels, trained.classes, trained.recipe)
     with torch.inference_mode():
         old = getattr(trained.model, head_name(trained.model))
-        before, after = old(said.values), head(said.values)
+        before, after = old(outputs.values), head(outputs.values)
     return {
         "before": features.figures(before, *about)["top1"],
         "after": features.figures(after, *about)["top1"],

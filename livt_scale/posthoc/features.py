@@ -1,8 +1,7 @@
-"""What a trained model says of each image of a set, and the two halves of the set: one to choose on, one to report on.
+"""Outputs of a trained model for each image of a set, and the figures that choices and reports are made from.
 
 What is chosen on a set (a τ, the members of a soup) looks better there than it is. So each choice is made on the first
-half, and the figures are of the second. The halves are a function of the labels in the set's order and of a fixed seed;
-each class is split evenly (to one image).
+half, and the figures are of the second (`evaluation.holdout`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
 from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, check_same_classes, data_lineage
-from livt_scale.evaluation.holdout import SEED, half_rows
+from livt_scale.evaluation.holdout import SEED
 from livt_scale.export.timm import evaluation_set, is_export
 from livt_scale.metrics import Tally
 from livt_scale.models.classifier import head_name
@@ -32,20 +31,20 @@ from livt_scale.util.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Said:
+class LabelledOutputs:
     """values float32 [N, K] (logits, or features before the head) and labels int64 [N], in the order of the set."""
 
     values: Tensor
     labels: Tensor
 
-    def rows(self, rows: NDArray[np.int64]) -> Said:
+    def rows(self, rows: NDArray[np.int64]) -> LabelledOutputs:
         chosen = torch.from_numpy(rows)
-        return Said(self.values[chosen], self.labels[chosen])
+        return LabelledOutputs(self.values[chosen], self.labels[chosen])
 
 
 @torch.inference_mode()
-def says(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: int = BATCH) -> Said:
-    """What `model` gives for the images of `shards`, prepared as for evaluation, on the model's device."""
+def model_outputs(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: int = BATCH) -> LabelledOutputs:
+    """The outputs of `model` for the images of `shards`, prepared as for evaluation, on the model's device."""
     device = next(model.parameters()).device
     values, labels = [], []
     with eval_batches(shards, recipe, rank=0, world_size=1, batch=batch) as batches:
@@ -53,14 +52,14 @@ def says(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: int = BAT
             images = normalise(one.to(device).images, recipe.data.mean, recipe.data.std, torch.float32)
             values.append(precision.infer(model, device, recipe.parallel.precision, images).float().cpu())
             labels.append(one.labels.cpu())
-    return Said(torch.cat(values).clone(), torch.cat(labels).clone())
+    return LabelledOutputs(torch.cat(values).clone(), torch.cat(labels).clone())
 
 
-def features(trained: Trained, shards: ShardSet, *, batch: int = BATCH) -> Said:
-    """What the head of `trained` is given: values [N, D]."""
+def features(trained: Trained, shards: ShardSet, *, batch: int = BATCH) -> LabelledOutputs:
+    """The input of the head of `trained`: values [N, D]."""
     body = copy.deepcopy(trained.model)
     setattr(body, head_name(body), nn.Identity())
-    return says(body, shards, trained.recipe, batch=batch)
+    return model_outputs(body, shards, trained.recipe, batch=batch)
 
 
 def held_out_set(trained: Trained, where: Path, data: str | None) -> ShardSet:
@@ -72,11 +71,6 @@ def held_out_set(trained: Trained, where: Path, data: str | None) -> ShardSet:
     shards = ShardSet.open(folder, data=trained.recipe.data)
     check_same_classes(shards, trained.classes)
     return shards
-
-
-def halves(labels: Tensor) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Ascending rows to choose on, and rows to report on, of `labels` int64 [N]: those of `livt eval --tau auto`."""
-    return half_rows(labels.numpy())
 
 
 def figures(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Recipe) -> dict[str, Any]:

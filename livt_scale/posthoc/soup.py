@@ -25,10 +25,11 @@ from livt_scale.checkpoint import load
 from livt_scale.checkpoint.manifest import MANIFEST, differences
 from livt_scale.config.recipe import digest
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.evaluation.holdout import half_rows
 from livt_scale.export.timm import check_target, open_trained, write_export
 from livt_scale.models.classifier import AnyClassifier
 from livt_scale.posthoc import features
-from livt_scale.posthoc.features import Said
+from livt_scale.posthoc.features import LabelledOutputs
 from livt_scale.train.load_trained import Trained, Weights, read_trained
 from livt_scale.util.errors import CheckpointMismatch, RunError, UsageError
 
@@ -36,7 +37,7 @@ Method = Literal["uniform", "greedy"]
 
 
 @dataclass(frozen=True)
-class Member:
+class Ingredient:
     path: Path
     trained: Trained
 
@@ -55,7 +56,7 @@ def mean_of(models: Sequence[AnyClassifier]) -> AnyClassifier:
     return mixed
 
 
-def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weights: Weights = "raw") -> list[Member]:
+def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weights: Weights = "raw") -> list[Ingredient]:
     """What to average: each path a run (its final checkpoint, or all whole ones), a checkpoint's folder or an export.
 
     Every byte is checked. Raises CheckpointMismatch where models, classes or pixel statistics differ; UsageError for
@@ -71,7 +72,7 @@ def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weight
         for place in places:
             is_checkpoint = (place / MANIFEST).is_file()
             trained = read_trained(place, weights=weights) if is_checkpoint else open_trained(place, weights=weights)
-            members.append(Member(place, trained))
+            members.append(Ingredient(place, trained))
     if len(members) < 2:
         raise UsageError("a soup has at least two members", remedy="give more paths, or --all-checkpoints")
     if not members[0].trained.recipe.model.is_vit:
@@ -86,7 +87,7 @@ def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weight
 
 
 def make_soup(
-    members: Sequence[Member],
+    members: Sequence[Ingredient],
     out: Path,
     *,
     method: Method = "uniform",
@@ -101,15 +102,15 @@ def make_soup(
     check_target(out)
     first = members[0].trained
     shards = features.held_out_set(first, run or members[0].path, data)
-    alone = [features.says(member.trained.model, shards, first.recipe) for member in members]
-    rows = features.halves(alone[0].labels)
-    scores = [_score(said.rows(rows[0]), first) for said in alone]
+    alone = [features.model_outputs(member.trained.model, shards, first.recipe) for member in members]
+    rows = half_rows(alone[0].labels.numpy())
+    scores = [_score(outputs.rows(rows[0]), first) for outputs in alone]
     ranked = sorted(range(len(members)), key=lambda k: -scores[k])
     chosen = list(range(len(members)))
     if method == "greedy":
         chosen = _greedy(members, ranked, scores[ranked[0]], shards, rows[0])
     model = mean_of([members[k].trained.model for k in chosen])
-    ended = features.says(model, shards, first.recipe).rows(rows[1])
+    ended = features.model_outputs(model, shards, first.recipe).rows(rows[1])
     before = alone[ranked[0]].rows(rows[1])
     table = [
         {**_named(member), "mean_class": score, "in": k in chosen}
@@ -126,22 +127,22 @@ def make_soup(
     }
 
 
-def _greedy(members: Sequence[Member], ranked: list[int], best: float, shards: ShardSet, rows: Any) -> list[int]:
+def _greedy(members: Sequence[Ingredient], ranked: list[int], best: float, shards: ShardSet, rows: Any) -> list[int]:
     """The numbers of the members that stay in, the best first."""
     chosen, first = ranked[:1], members[0].trained
     for k in ranked[1:]:
         mixed = mean_of([members[j].trained.model for j in [*chosen, k]])
-        score = _score(features.says(mixed, shards, first.recipe).rows(rows), first)
+        score = _score(features.model_outputs(mixed, shards, first.recipe).rows(rows), first)
         if score >= best:
             chosen, best = [*chosen, k], score
     return chosen
 
 
-def _score(said: Said, trained: Trained) -> float:
-    return features.mean_class_accuracy(said.values, said.labels, trained.classes, trained.recipe)
+def _score(outputs: LabelledOutputs, trained: Trained) -> float:
+    return features.mean_class_accuracy(outputs.values, outputs.labels, trained.classes, trained.recipe)
 
 
-def _check_alike(first: Member, other: Member) -> None:
+def _check_alike(first: Ingredient, other: Ingredient) -> None:
     wrong = differences(_shape_of(other.trained), _shape_of(first.trained))
     if wrong:
         lines = [line.replace("in the checkpoint", "in this one").replace("here", "in the first") for line in wrong]
@@ -157,12 +158,12 @@ def _shape_of(trained: Trained) -> dict[str, Any]:
     return {**about, "mean": list(data.mean), "std": list(data.std), "class_counts": list(trained.classes.counts)}
 
 
-def _named(member: Member) -> dict[str, Any]:
+def _named(member: Ingredient) -> dict[str, Any]:
     weights = member.trained.weights
     return {"checkpoint": weights["checkpoint"], "recipe_digest": weights["recipe_digest"], "ema": "ema" in weights}
 
 
-def _lineage(members: Sequence[Member], mixed: Trained, made: dict[str, Any]) -> Trained:
+def _lineage(members: Sequence[Ingredient], mixed: Trained, made: dict[str, Any]) -> Trained:
     """What the members learnt from in common, and a digest of all that made the soup."""
     learnt = [member.trained.learnt_from for member in members]
     common = {k: v for k, v in learnt[0].items() if all(k in other and other[k] == v for other in learnt[1:])}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from livt_scale.evaluation.holdout import half_rows
 from livt_scale.export.timm import check_target, open_trained, write_export
 from livt_scale.models.classifier import head_name
 from livt_scale.posthoc import features
@@ -52,9 +53,9 @@ def tau_normalise(
     check_target(out)
     trained = open_trained(source, which=which)
     shards = features.held_out_set(trained, source, data)
-    said = features.features(trained, shards)
-    rows = features.halves(said.labels)
-    choosing, reporting = (said.rows(part) for part in rows)
+    outputs = features.features(trained, shards)
+    rows = half_rows(outputs.labels.numpy())
+    choosing, reporting = (outputs.rows(part) for part in rows)
     name = head_name(trained.model)
     head = getattr(trained.model, name)
     bias = head.bias.detach()

@@ -1,7 +1,7 @@
-"""The paper's claims as runs and questions: what `livt reproduce` trains, and what it asks of the numbers.
+"""The paper's claims as runs and questions: what `livt reproduce` trains, and what it asks of the results.
 
     CLAIMS["losses"].arms(SETTINGS["fashion_mnist_lt"])    a way of training each: bal_bce, bce, ce, …
-    CLAIMS["losses"].asks(…)                               bal_bce above bce on top1_all?  above ce?  …
+    CLAIMS["losses"].questions(…)                          bal_bce above bce on top1_all?  above ce?  …
 
 An arm differs from the others of its claim in what the claim is about alone; all see the same seeds, the same order of
 samples and the same budget. Nothing is tuned for any of them: each loss has its authors' constants and the recipe's
@@ -22,7 +22,7 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.plan.flops import network_flops
 from livt_scale.plan.published import PUBLISHED
-from livt_scale.study.comparison import Ask, Gap, Question
+from livt_scale.study.comparison import Comparison, GapComparison, Question
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.resources import shipped
 
@@ -81,11 +81,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim in words, its arms, and what is asked of them."""
+    """One claim in words, its arms, and the questions about them."""
 
     says: str
     arms: Callable[[Setting], list[Arm]]
-    asks: Callable[[Setting], list[Question]]
+    questions: Callable[[Setting], list[Question]]
 
 
 def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets) -> dict[tuple[str, int], list[Run]]:
@@ -127,11 +127,11 @@ def epochs_of_equal_compute(setting: Setting) -> int:
 
 
 def _against_scratch(setting: Setting) -> list[Question]:  # noqa: ARG001 - each claim's has the same signature
-    asks: list[Question] = []
+    questions: list[Question] = []
     for rival in ("scratch", "scratch-equal-compute"):
-        over_all, few = Ask("bal_bce", rival, "top1_all"), Ask("bal_bce", rival, "top1_few")
-        asks += [over_all, few, Gap(few, over_all)]
-    return asks
+        over_all, few = Comparison("bal_bce", rival, "top1_all"), Comparison("bal_bce", rival, "top1_few")
+        questions += [over_all, few, GapComparison(few, over_all)]
+    return questions
 
 
 def _each_loss(setting: Setting) -> list[Arm]:  # noqa: ARG001
@@ -153,8 +153,8 @@ def loss_sets(name: str) -> dict[str, Any]:
 
 
 def _best_loss(setting: Setting) -> list[Question]:  # noqa: ARG001
-    finally_: list[Question] = [Ask("bal_bce", rival, "top1_all") for rival in LOSSES[1:]]
-    return [*finally_, Ask("bal_bce", "bal_ce", "top1_mean_over_epochs")]
+    finally_: list[Question] = [Comparison("bal_bce", rival, "top1_all") for rival in LOSSES[1:]]
+    return [*finally_, Comparison("bal_bce", "bal_ce", "top1_mean_over_epochs")]
 
 
 def _mgp_arms(setting: Setting) -> list[Arm]:
@@ -189,13 +189,16 @@ def _reconstructs(setting: Setting) -> list[Question]:
         (d, s, e): _mgp_name(d, s, e, setting) for d in ("lt", "balanced") for s in sizes for e in setting.mgp_epochs
     }
     base = setting.base_size
-    asks: list[Question] = [
-        Ask(arms["lt", s, last], arms["balanced", s, last], "reconstruction_loss", within=0.05) for s in sizes
+    questions: list[Question] = [
+        Comparison(arms["lt", s, last], arms["balanced", s, last], "reconstruction_loss", within=0.05) for s in sizes
     ]
     larger = zip(sizes[1:], sizes[:-1], strict=True)
-    asks += [Ask(arms["lt", a, last], arms["lt", b, last], "reconstruction_loss") for a, b in larger]
+    questions += [Comparison(arms["lt", a, last], arms["lt", b, last], "reconstruction_loss") for a, b in larger]
     longer = zip(setting.mgp_epochs[1:], setting.mgp_epochs[:-1], strict=True)
-    return [*asks, *(Ask(arms["lt", base, a], arms["lt", base, b], "reconstruction_loss") for a, b in longer)]
+    return [
+        *questions,
+        *(Comparison(arms["lt", base, a], arms["lt", base, b], "reconstruction_loss") for a, b in longer),
+    ]
 
 
 def _each_network_on_both_sets(setting: Setting) -> list[Arm]:
@@ -209,8 +212,8 @@ def _each_network_on_both_sets(setting: Setting) -> list[Arm]:
 
 
 def _a_vit_loses_more(setting: Setting) -> list[Question]:  # noqa: ARG001
-    vit, resnet = (Ask(f"{network}-balanced", f"{network}-lt", "top1_all") for network in ("vit", "resnet"))
-    return [Gap(vit, resnet), vit, resnet]
+    vit, resnet = (Comparison(f"{network}-balanced", f"{network}-lt", "top1_all") for network in ("vit", "resnet"))
+    return [GapComparison(vit, resnet), vit, resnet]
 
 
 def _each_size(setting: Setting) -> list[Arm]:
@@ -222,7 +225,7 @@ def _each_size(setting: Setting) -> list[Arm]:
 
 def _larger_is_better(setting: Setting) -> list[Question]:
     names = [arm.name for arm in _each_size(setting)]
-    return [Ask(a, b, "top1_all") for a, b in zip(names[1:], names[:-1], strict=True)]
+    return [Comparison(a, b, "top1_all") for a, b in zip(names[1:], names[:-1], strict=True)]
 
 
 CLAIMS = {

@@ -23,7 +23,7 @@ from livt_scale.config.load import from_saved, load_saved
 from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
-from livt_scale.study.comparison import together
+from livt_scale.study.comparison import combined_outcome
 from livt_scale.study.runs import Run
 from livt_scale.train.run_dir import is_done
 from livt_scale.train.run_files import (
@@ -49,7 +49,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
     found = _Found()
     for (arm, seed), runs in runs_of(CLAIMS[claim], setting, seeds=seeds, sets=sets).items():
         found.add(arm, seed, runs[-1], folder, num_classes=setting.num_classes)
-    verdicts = [ask.judge(found.values) for ask in CLAIMS[claim].asks(setting)]
+    verdicts = [question.judge(found.values) for question in CLAIMS[claim].questions(setting)]
     by_seed = {
         arm: {m: {str(s): v for s, v in of.items()} for m, of in measures.items()}
         for arm, measures in found.values.items()
@@ -69,7 +69,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "minutes": {arm: statistics.fmean(each) for arm, each in found.minutes.items()},
         "missing": found.missing,
         "verdicts": [_plain(asdict(verdict)) for verdict in verdicts],
-        "word": together(verdicts),
+        "word": combined_outcome(verdicts),
         "versions": _versions(),
     }
 

@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
-Word = Literal["confirmed", "not confirmed", "not decidable here"]
+Outcome = Literal["confirmed", "not confirmed", "not decidable here"]
 Unit = Literal["accuracy", "loss", "relative"]  # of a difference: a fraction of the images, a loss, a share of a loss
 MIN_SEEDS = 3
 CONFIDENCE = 0.95
@@ -35,7 +35,7 @@ class Verdict:
     low: float
     high: float
     num_seeds: int
-    word: Word
+    word: Outcome
     unit: Unit = "accuracy"
 
 
@@ -52,7 +52,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
 def exceeds(differences: Sequence[float], *, says: str, least: float = 0.0, unit: Unit = "accuracy") -> Verdict:
     """Is the difference above `least`?"""
     mean, low, high = interval(differences)
-    word: Word = "not decidable here"
+    word: Outcome = "not decidable here"
     if len(differences) >= MIN_SEEDS:
         word = "confirmed" if low > least else "not confirmed" if high < least else "not decidable here"
     return Verdict(says, mean, low, high, len(differences), word, unit)
@@ -61,7 +61,7 @@ def exceeds(differences: Sequence[float], *, says: str, least: float = 0.0, unit
 def alike(differences: Sequence[float], *, says: str, within: float) -> Verdict:
     """Does the difference lie within ± `within`? (two one-sided tests by the same interval)"""
     mean, low, high = interval(differences)
-    word: Word = "not decidable here"
+    word: Outcome = "not decidable here"
     if len(differences) >= MIN_SEEDS:
         if -within < low and high < within:
             word = "confirmed"
@@ -70,7 +70,7 @@ def alike(differences: Sequence[float], *, says: str, within: float) -> Verdict:
     return Verdict(says, mean, low, high, len(differences), word, "relative")
 
 
-def together(verdicts: Iterable[Verdict]) -> Word:
+def combined_outcome(verdicts: Iterable[Verdict]) -> Outcome:
     words = {verdict.word for verdict in verdicts}
     if "not confirmed" in words:
         return "not confirmed"
@@ -82,7 +82,7 @@ Values = Mapping[str, Mapping[str, Mapping[int, float]]]  # arm -> measure -> se
 
 
 @dataclass(frozen=True)
-class Ask:
+class Comparison:
     """Is `better` above `worse` (below it for a loss)? With `within`: are they alike, relative to `worse`?"""
 
     better: str
@@ -123,11 +123,11 @@ class Ask:
 
 
 @dataclass(frozen=True)
-class Gap:
+class GapComparison:
     """Is the difference of `wide` larger than that of `narrow`? Both in the same unit."""
 
-    wide: Ask
-    narrow: Ask
+    wide: Comparison
+    narrow: Comparison
 
     @property
     def says(self) -> str:
@@ -142,4 +142,4 @@ class Gap:
         return exceeds([wide[s] - narrow[s] for s in sorted(wide.keys() & narrow.keys())], says=self.says)
 
 
-Question = Ask | Gap
+Question = Comparison | GapComparison

@@ -21,7 +21,7 @@ from livt_scale.util.errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
-class Cost:
+class RunCost:
     """Of one run. flops: model FLOPs, forward and backward."""
 
     epochs: int
@@ -34,17 +34,17 @@ class Cost:
         return self.flops / (peak_tflops * 1e12 * mfu) / 3600
 
 
-def cost_of(run: Run, folder: Path, *, num_images: int, num_classes: int) -> Cost:
+def cost_of(run: Run, folder: Path, *, num_images: int, num_classes: int) -> RunCost:
     """num_images, num_classes: of its training set. Raises RecipeError where the run's recipe cannot be."""
     recipe = run.load(folder)
     stage = recipe.stage(run.stage)
     images = num_images // stage.global_batch * stage.global_batch * stage.epochs
     flops = images * stage_flops(recipe, run.stage, num_classes=num_classes).train
-    return Cost(stage.epochs, images, flops, recipe.parallel.precision)
+    return RunCost(stage.epochs, images, flops, recipe.parallel.precision)
 
 
 @dataclass(frozen=True)
-class Bill:
+class CostSummary:
     """All runs together. runs: name, stage, after, command, epochs, images and flops of each."""
 
     runs: list[dict[str, Any]]
@@ -67,9 +67,9 @@ class Bill:
         ]
 
 
-def bill_of(
+def summarize_cost(
     runs: Sequence[Run], folder: Path, size_of: Callable[[Run], tuple[int, int]], *, device: str, mfu: float
-) -> Bill:
+) -> CostSummary:
     """size_of: (images, classes) of a run's training set. Raises UsageError: no such device or precision."""
     if device not in DEVICES:
         raise UsageError(f"there is no device {device!r}", remedy=nearest(device, DEVICES))
@@ -84,4 +84,4 @@ def bill_of(
         facts = {"epochs": cost.epochs, "images": cost.images, "flops": cost.flops}
         words = f"livt {shlex.join(run.words(folder))}"
         told.append({"name": run.name, "stage": run.stage, "after": run.after, "command": words, **facts})
-    return Bill(told, device, mfu, hours)
+    return CostSummary(told, device, mfu, hours)

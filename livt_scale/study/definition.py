@@ -152,7 +152,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedStudy:
     """A study and the places that its relative paths mean."""
 
     study: Study
@@ -174,7 +174,7 @@ class Loaded:
 SUBSETS = {"imbalance_factor": "if", "data_fraction": "fraction"}
 
 
-def load_study(path: Path, *, folder: Path | None = None) -> Loaded:
+def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
     """The study in `path`, or the shipped one that `livt:NAME` means, each of its runs' recipes checked.
 
     Raises UsageError: field, file and line, nearest name.
@@ -191,7 +191,7 @@ def load_study(path: Path, *, folder: Path | None = None) -> Loaded:
     tree = parse(text, path)
     study = validated(tree, path, Study)
     beside = path.resolve().parent
-    loaded = Loaded(
+    loaded = LoadedStudy(
         study, path, (beside / study.recipe).resolve(), folder or Path(study.folder or f"runs/studies/{study.name}"),
         beside / study.shards.spec if study.shards else None,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def load_study(path: Path, *, folder: Path | None = None) -> Loaded:
     return loaded
 
 
-def _check(loaded: Loaded) -> None:
+def _check(loaded: LoadedStudy) -> None:
     """What can be wrong in the file is said before anything is trained: every recipe is read."""
     for point in points(loaded):
         try:
@@ -214,7 +214,7 @@ def _check(loaded: Loaded) -> None:
                 )
 
 
-def points(loaded: Loaded) -> list[Point]:
+def points(loaded: LoadedStudy) -> list[Point]:
     """All combinations, seed after seed, so that a study that is stopped early has whole seeds."""
     study, given = loaded.study, loaded.study.axes.given
     order = [name for name in dict.fromkeys(("seed", *AXES)) if name in given]
@@ -245,7 +245,7 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
     return "-".join(words) or "all"
 
 
-def _sets(loaded: Loaded, axes: Mapping[str, Any]) -> dict[str, Any]:
+def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     """What the combination lays over the recipe, the study's own `sets` last but for the data that it is about."""
     study = loaded.study
     sets: dict[str, Any] = {}
@@ -259,7 +259,7 @@ def _sets(loaded: Loaded, axes: Mapping[str, Any]) -> dict[str, Any]:
     return sets | _data(loaded, axes, sets) | _rates(loaded, axes, sets)
 
 
-def _rates(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:
+def _rates(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:
     """The learning rates: the axes', or the recipe's, and carried over to the width where the study says so."""
     own = {"pretrain": axes.get("learning_rate"), "finetune": axes.get("finetune_learning_rate")}
     rule, rates = loaded.study.width_rate, {}
@@ -274,7 +274,7 @@ def _rates(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> 
     return rates
 
 
-def _data(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
+def _data(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
     """The training set of this fraction and imbalance; the bounds of many and few go down with the fraction."""
     folder = loaded.subset(axes)
     if folder is None:
@@ -288,7 +288,7 @@ def _data(loaded: Loaded, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> d
     return found
 
 
-def runs(loaded: Loaded) -> list[Run]:
+def runs(loaded: LoadedStudy) -> list[Run]:
     """What the runner starts: one run a stage. Both stages of a point lie in its one directory."""
     found: list[Run] = []
     for point in points(loaded):
@@ -299,16 +299,16 @@ def runs(loaded: Loaded) -> list[Run]:
     return found
 
 
-def last_run(loaded: Loaded, point: Point) -> Run:
+def last_run(loaded: LoadedStudy, point: Point) -> Run:
     """The run whose end is the end of `point`."""
     return (_fine_tuning if "finetune" in loaded.study.stages else _pretraining)(loaded, point)
 
 
-def _pretraining(loaded: Loaded, point: Point) -> Run:
+def _pretraining(loaded: LoadedStudy, point: Point) -> Run:
     return Run(_name_of_pretraining(point.name), loaded.recipe, point.sets, "pretrain", place=point.name)
 
 
-def _fine_tuning(loaded: Loaded, point: Point) -> Run:
+def _fine_tuning(loaded: LoadedStudy, point: Point) -> Run:
     after = None if point.pretraining is None else _name_of_pretraining(point.pretraining)
     return Run(point.name, loaded.recipe, point.sets, "finetune", after)
 

@@ -106,7 +106,7 @@ WORDS = {"n": "sizes", "d": "lengths"}
 
 
 @dataclass(frozen=True)
-class Run:
+class LawPoint:
     """One measured run. n: weights; d: how much was trained, in epochs or images; loss: above 0."""
 
     n: float
@@ -146,7 +146,7 @@ class Law:
 class Fit:
     """A law, or why there is none. resampled: the laws of the bootstrap; residuals: of log L, widened."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[LawPoint, ...]
     law: Law | None = None
     problem: str = ""
     resampled: tuple[Law, ...] = ()
@@ -175,7 +175,7 @@ def _between(values: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def fit_law(runs: Sequence[Run], *, delta: float = DELTA, resamples: int = RESAMPLES, seed: int = 0) -> Fit:
+def fit_law(runs: Sequence[LawPoint], *, delta: float = DELTA, resamples: int = RESAMPLES, seed: int = 0) -> Fit:
     """The law of `runs`, whatever their order. Raises DataError: a loss or a size that no law could have."""
     ordered = tuple(sorted(runs, key=lambda run: (run.n, run.d, run.loss, run.name)))
     for run in ordered:
@@ -192,7 +192,7 @@ def fit_law(runs: Sequence[Run], *, delta: float = DELTA, resamples: int = RESAM
 
 
 def _fitted(
-    runs: tuple[Run, ...],
+    runs: tuple[LawPoint, ...],
     x: Array,
     over: tuple[Over, ...],
     centres: tuple[float, ...],
@@ -215,7 +215,7 @@ def _fitted(
     return Fit(runs, Law(theta, over, centres), _at_a_bound(theta, y, over), tuple(again), residuals)
 
 
-def _determined(runs: Sequence[Run]) -> tuple[tuple[Over, ...], str]:
+def _determined(runs: Sequence[LawPoint]) -> tuple[tuple[Over, ...], str]:
     """What varies, or why that is too little for a law."""
     values: dict[Over, int] = {"n": len({run.n for run in runs}), "d": len({run.d for run in runs})}
     over = tuple(name for name, number in values.items() if number > 1)
@@ -241,7 +241,7 @@ def _at_a_bound(theta: Array, y: Array, over: Sequence[Over]) -> str:
     return "; ".join(said) + (": these runs do not determine it" if said else "")
 
 
-def held_out(runs: Sequence[Run], **options: float | int) -> tuple[Fit, tuple[Run, ...]]:
+def held_out(runs: Sequence[LawPoint], **options: float | int) -> tuple[Fit, tuple[LawPoint, ...]]:
     """(the law of all but the largest size, the runs of that size)."""
     largest = max(run.n for run in runs)
     return (
@@ -289,7 +289,7 @@ def _fit_measure(table: Mapping[str, Any], measure: str) -> dict[str, Any]:
     return told
 
 
-def _runs_of(table: Mapping[str, Any], measure: str, *, is_accuracy: bool) -> tuple[str, list[Run], str]:
+def _runs_of(table: Mapping[str, Any], measure: str, *, is_accuracy: bool) -> tuple[str, list[LawPoint], str]:
     """(what D is, runs with what they fell short of or lost, why they cannot be put together)."""
     done = [run for run in table["runs"] if run["state"] == "done" and measure in run["measures"]]
     epochs = [run["pretrain_epochs"] or run["finetune_epochs"] for run in done]
@@ -301,7 +301,7 @@ def _runs_of(table: Mapping[str, Any], measure: str, *, is_accuracy: bool) -> tu
     runs = []
     for run, d in zip(done, seen[amount], strict=True):
         value = run["measures"][measure]
-        runs.append(Run(run["num_weights"], d, 1 - value if is_accuracy else value, run["name"]))
+        runs.append(LawPoint(run["num_weights"], d, 1 - value if is_accuracy else value, run["name"]))
     if not done:
         return amount, [], f"no finished run has {measure}"
     if varied:
@@ -327,7 +327,7 @@ def _bands(fit: Fit, amount: str, *, is_accuracy: bool) -> dict[str, Any]:
     return found
 
 
-def _check(runs: Sequence[Run], *, is_accuracy: bool) -> dict[str, Any]:
+def _check(runs: Sequence[LawPoint], *, is_accuracy: bool) -> dict[str, Any]:
     """The largest size, predicted from the smaller ones. `problem` where those are too few for a law."""
     fit, largest = held_out(runs)
     if fit.law is None or "n" not in fit.law.over:

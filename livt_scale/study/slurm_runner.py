@@ -12,7 +12,7 @@ from typing import Any
 
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.slurm.array import PreparedArray, prepare_array
-from livt_scale.study.definition import Loaded, Point, last_run
+from livt_scale.study.definition import LoadedStudy, Point, last_run
 from livt_scale.study.local_runner import lay_pretraining
 from livt_scale.train.run_dir import is_done
 
@@ -26,7 +26,7 @@ class Ready:
     done: list[str] = field(default_factory=list)
 
 
-def ready(loaded: Loaded, points: list[Point]) -> Ready:
+def ready(loaded: LoadedStudy, points: list[Point]) -> Ready:
     """Which of `points` can start."""
     found = Ready()
     for point in points:
@@ -40,7 +40,7 @@ def ready(loaded: Loaded, points: list[Point]) -> Ready:
     return found
 
 
-def prepare(loaded: Loaded, points: list[Point], *, max_parallel: int | None) -> PreparedArray:
+def prepare(loaded: LoadedStudy, points: list[Point], *, max_parallel: int | None) -> PreparedArray:
     """Plan their arrays; writes nothing but the pretraining that a point starts from, into its own directory."""
     for point in points:
         place = loaded.folder / point.name
@@ -50,7 +50,7 @@ def prepare(loaded: Loaded, points: list[Point], *, max_parallel: int | None) ->
     return prepare_array([whole_recipe(loaded, point) for point in points], max_parallel=max_parallel)
 
 
-def whole_recipe(loaded: Loaded, point: Point) -> Recipe:
+def whole_recipe(loaded: LoadedStudy, point: Point) -> Recipe:
     """The recipe of all the study's stages, as `livt submit` takes it."""
     left_out: dict[str, Any] = {f"stages.{stage}": None for stage in STAGES if stage not in loaded.study.stages}
     place: Path = loaded.folder / point.name

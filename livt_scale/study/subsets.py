@@ -16,11 +16,11 @@ import numpy as np
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import CountsProfile, Spec, load_spec
 from livt_scale.longtail import Counts, class_counts_exponential
-from livt_scale.study.definition import Loaded, Point
+from livt_scale.study.definition import LoadedStudy, Point
 from livt_scale.util.errors import UsageError, nearest
 
 
-def build_subsets(loaded: Loaded, points: Iterable[Point]) -> list[Path]:
+def build_subsets(loaded: LoadedStudy, points: Iterable[Point]) -> list[Path]:
     """The training sets that `points` want and the recipe does not name. Raises UsageError, SourceError."""
     wanted: dict[Path, Mapping[str, Any]] = {}
     for point in points:

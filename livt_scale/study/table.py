@@ -29,7 +29,7 @@ from livt_scale.study.collect import (
     training_minutes,
     what_is_wrong,
 )
-from livt_scale.study.definition import Loaded, Point, last_run, points
+from livt_scale.study.definition import LoadedStudy, Point, last_run, points
 from livt_scale.study.runs import Run
 from livt_scale.train.run_files import EVAL, METRICS, read_eval, read_metrics
 from livt_scale.util.errors import LivtError
@@ -38,7 +38,7 @@ FORMAT, VERSION = "livt-study", 1
 MAX_POINTS = 200  # of a curve: a report holds a hundred runs
 
 
-def collect_study(loaded: Loaded, *, command: str = "") -> dict[str, Any]:
+def collect_study(loaded: LoadedStudy, *, command: str = "") -> dict[str, Any]:
     """The table of all points, in their order."""
     every = points(loaded)
     known = Sets()
@@ -58,7 +58,7 @@ def collect_study(loaded: Loaded, *, command: str = "") -> dict[str, Any]:
     }
 
 
-def state_of(loaded: Loaded, point: Point) -> tuple[str, str]:
+def state_of(loaded: LoadedStudy, point: Point) -> tuple[str, str]:
     """("done" | "running" | "preempted" | "failed" | "stalled" | "not run" | "not counted", why)."""
     run = last_run(loaded, point)
     place = run.at(loaded.folder)
@@ -74,7 +74,7 @@ def state_of(loaded: Loaded, point: Point) -> tuple[str, str]:
     return ("not run" if view.state == "pending" else view.state), view.why or waits
 
 
-def _row(loaded: Loaded, point: Point, known: Sets) -> dict[str, Any]:
+def _row(loaded: LoadedStudy, point: Point, known: Sets) -> dict[str, Any]:
     run, place = last_run(loaded, point), loaded.folder / point.name
     state, why = state_of(loaded, point)
     recipe = run.load(loaded.folder)
@@ -94,7 +94,7 @@ def _row(loaded: Loaded, point: Point, known: Sets) -> dict[str, Any]:
     return row
 
 
-def _of_a_whole_run(loaded: Loaded, run: Run, place: Path) -> dict[str, Any]:
+def _of_a_whole_run(loaded: LoadedStudy, run: Run, place: Path) -> dict[str, Any]:
     stages = loaded.study.stages
     measures = measures_of(run, place)
     if "pretrain" in stages and run.stage != "pretrain":
@@ -123,11 +123,11 @@ def _curve(path: Path) -> list[list[float]]:
     return [[line.epoch, line.loss] for line in kept if line.epoch is not None and line.loss is not None]
 
 
-def _epochs(loaded: Loaded, recipe: Recipe) -> dict[str, int | None]:
+def _epochs(loaded: LoadedStudy, recipe: Recipe) -> dict[str, int | None]:
     return {f"{s}_epochs": recipe.stage(s).epochs if s in loaded.study.stages else None for s in STAGES}
 
 
-def _flops(loaded: Loaded, recipe: Recipe, images: int | None, classes: int | None) -> float | None:
+def _flops(loaded: LoadedStudy, recipe: Recipe, images: int | None, classes: int | None) -> float | None:
     """Of training, by formula (`plan.flops`), all stages of the study together."""
     if images is None or classes is None:
         return None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from livt_scale.evaluation import adjust
 from livt_scale.evaluation.holdout import half_rows, halves
-from livt_scale.evaluation.report import tell
+from livt_scale.evaluation.report import make_report
 from livt_scale.losses import make_loss
 from livt_scale.util.errors import DataError, UsageError
 from tests.evaluation.made import COUNTS, outputs
@@ -67,7 +67,7 @@ def test_a_known_posterior_becomes_the_balanced_one() -> None:
 
 def test_a_class_without_training_images_is_an_error() -> None:
     with pytest.raises(DataError, match="class 1 has no image"):
-        tell(outputs(10, counts=(5, 0, 5)), tau="1")
+        make_report(outputs(10, counts=(5, 0, 5)), tau="1")
 
 
 def test_what_stands_behind_tau() -> None:
@@ -121,7 +121,7 @@ def test_auto_chooses_on_one_half_and_reports_on_the_other() -> None:
     made = outputs(401, loss="ce")
     made.logits.add_(torch.from_numpy(2 * np.log(np.array(COUNTS) / sum(COUNTS))).float())  # far too fond of the head
     chosen, reported = halves(made)
-    told = tell(made, tau="auto")
+    told = make_report(made, tau="auto")
     tau = told.report["adjustment"]["tau"]
     assert told.report["adjustment"]["chosen_on"] == len(chosen.keys) == 201
     assert told.report["num_samples"] == len(reported.keys) == 200
@@ -132,20 +132,20 @@ def test_auto_chooses_on_one_half_and_reports_on_the_other() -> None:
     # what is reported on has no say: with the labels of that half turned round, the choice is the same
     rows = [i for i, key in enumerate(made.keys) if key in set(reported.keys)]
     made.logits[rows] = made.logits[rows].flip(1)
-    assert tell(made, tau="auto").report["adjustment"]["tau"] == tau
+    assert make_report(made, tau="auto").report["adjustment"]["tau"] == tau
 
 
 def test_one_image_cannot_be_halved() -> None:
     with pytest.raises(DataError, match="cannot be halved"):
-        tell(outputs(1), tau="auto")
+        make_report(outputs(1), tau="auto")
 
 
 def test_one_tau_makes_the_report_one_of_adjusted_logits_and_several_do_not() -> None:
     made = outputs(100)
     plain = made.report()
-    one, several = tell(made, tau="1").report, tell(made, tau="0,1").report
+    one, several = make_report(made, tau="1").report, make_report(made, tau="0,1").report
     assert several["top1"] == plain["top1"] == several["tau_sweep"][0]["top1"]
     assert one["top1"] == several["tau_sweep"][1]["top1"] != plain["top1"]
     assert one["adjustment"] == {"tau": 1.0, "formula": "z - tau * log(prior)", "trained_with": "ce"}
-    assert tell(made, tau="0").report["top1"] == plain["top1"]
-    assert "adjustment" not in tell(made).report
+    assert make_report(made, tau="0").report["top1"] == plain["top1"]
+    assert "adjustment" not in make_report(made).report

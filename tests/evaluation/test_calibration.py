@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 
 from livt_scale.evaluation.calibration import LARGEST, SMALLEST, fit_temperature, log_loss
 from livt_scale.evaluation.holdout import halves
-from livt_scale.evaluation.report import tell
+from livt_scale.evaluation.report import make_report
 from tests.evaluation.made import outputs
 
 
@@ -76,7 +76,7 @@ def test_it_is_fitted_on_one_half_and_reported_on_the_other() -> None:
     made = outputs(300)
     made = made.with_logits(made.logits * 5)  # far too sure
     chosen, reported = halves(made)
-    told = tell(made, temperature=True).report["temperature"]
+    told = make_report(made, temperature=True).report["temperature"]
     value = fit_temperature(chosen.logits, chosen.labels).value
     assert told["temperature"] == value > 3
     assert (told["fitted_on"], told["reported_on"]) == (150, 150)
@@ -91,7 +91,7 @@ def test_it_is_fitted_on_one_half_and_reported_on_the_other() -> None:
 
 def test_with_a_chosen_tau_it_is_fitted_to_the_adjusted_logits() -> None:
     made = outputs(300)
-    told = tell(made, tau="auto", temperature=True)
+    told = make_report(made, tau="auto", temperature=True)
     chosen, _ = halves(made)
     from livt_scale.evaluation.adjust import adjusted
 

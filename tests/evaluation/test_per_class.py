@@ -17,7 +17,7 @@ from PIL import Image
 from livt_scale.evaluation import plots
 from livt_scale.evaluation.logits import Outputs
 from livt_scale.evaluation.per_class import ClassRow, class_rows, write_csv
-from livt_scale.evaluation.report import tell, write_reports
+from livt_scale.evaluation.report import make_report, write_reports
 from tests.evaluation.made import COUNTS, NAMES, outputs
 
 
@@ -116,7 +116,7 @@ def test_reliability_bars_are_accuracies_and_marks_confidences() -> None:
 
 def test_all_files_of_a_report_are_written_and_the_same_each_time(tmp_path: Path) -> None:
     for folder in (tmp_path / "one", tmp_path / "two"):
-        written = write_reports(tell(outputs(200), tau="auto", temperature=True), folder)
+        written = write_reports(make_report(outputs(200), tau="auto", temperature=True), folder)
         assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in written)
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

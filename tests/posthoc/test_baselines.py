@@ -16,6 +16,7 @@ from livt_scale.cli.main import app
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import evaluate
+from livt_scale.evaluation.holdout import half_rows
 from livt_scale.export.timm import export_run, load_export, open_trained
 from livt_scale.posthoc import features
 from livt_scale.posthoc.crt import Settings, retrained
@@ -49,7 +50,7 @@ def run_dir(tmp_path: Path, val: ShardSet) -> Path:
 
 @given(labels=st.lists(st.integers(0, 4), min_size=2, max_size=60))
 def test_halves_part_the_set_and_each_class(labels: list[int]) -> None:
-    chosen, reported = features.halves(torch.tensor(labels))
+    chosen, reported = half_rows(torch.tensor(labels).numpy())
     assert sorted([*chosen, *reported]) == list(range(len(labels)))
     for c in set(labels):
         assert abs(sum(labels[i] == c for i in chosen) - sum(labels[i] == c for i in reported)) <= 1
@@ -57,9 +58,9 @@ def test_halves_part_the_set_and_each_class(labels: list[int]) -> None:
 
 def test_features_through_the_head_are_the_logits_of_the_model(run_dir: Path, val: ShardSet) -> None:
     trained = open_trained(run_dir)
-    said, logits = features.features(trained, val), features.says(trained.model, val, trained.recipe)
+    outputs, logits = features.features(trained, val), features.model_outputs(trained.model, val, trained.recipe)
     with torch.inference_mode():
-        torch.testing.assert_close(trained.model.head(said.values), logits.values)
+        torch.testing.assert_close(trained.model.head(outputs.values), logits.values)
     counted = features.figures(logits.values, logits.labels, trained.classes, trained.recipe)
     report = evaluate(trained.model, val, trained.recipe, world=World(), classes=trained.classes)
     assert counted["top1"] == report["top1"]
@@ -92,11 +93,11 @@ def test_tau_is_chosen_on_one_half_and_told_of_the_other(run_dir: Path, val: Sha
     assert not model.head.bias.any()
     assert info.lineage["baseline"]["method"] == "tau-norm"
     assert info.lineage["recipe_digest"] == source.weights["recipe_digest"]
-    said = features.says(model, val, source.recipe)
-    chosen, reported = features.halves(said.labels)
-    right = (said.values.argmax(dim=1) == said.labels).numpy()
+    outputs = features.model_outputs(model, val, source.recipe)
+    chosen, reported = half_rows(outputs.labels.numpy())
+    right = (outputs.values.argmax(dim=1) == outputs.labels).numpy()
     assert told["after"]["all"] == right[reported].mean()
-    accuracies = [right[[i for i in chosen if said.labels[i] == c]].mean() for c in range(3)]
+    accuracies = [right[[i for i in chosen if outputs.labels[i] == c]].mean() for c in range(3)]
     best = next(row["mean_class"] for row in told["sweep"] if row["tau"] == told["tau"])
     assert best == pytest.approx(np.mean(accuracies))
 
@@ -110,7 +111,7 @@ def test_the_head_is_that_of_plain_sgd_on_the_same_draws() -> None:
     values = rng.normal(size=(50, 4)).astype(np.float32)
     values[:, 0] += labels
     settings = Settings(epochs=3, batch=10, lr=0.2, seed=1)
-    head, steps = retrained(features.Said(torch.from_numpy(values), torch.from_numpy(labels)), 3, settings)
+    head, steps = retrained(features.LabelledOutputs(torch.from_numpy(values), torch.from_numpy(labels)), 3, settings)
     assert steps == 15
     from livt_scale.data.order.class_balanced import ClassOrder
 
@@ -161,12 +162,12 @@ def test_greedy_keeps_what_makes_it_no_worse_by_an_independent_reckoning(
     words = ("soup", run_dir, "--all-checkpoints", "--greedy", "--out", tmp_path / "soup", "--json")
     told = json.loads(livt(*words).stdout)
     members = [open_trained(run_dir, which=str(step)) for step in (40, 60, 80)]
-    labels = features.says(members[0].model, val, members[0].recipe).labels
-    chosen, reported = features.halves(labels)
+    labels = features.model_outputs(members[0].model, val, members[0].recipe).labels
+    chosen, reported = half_rows(labels.numpy())
 
     def score(numbers: list[int]) -> float:
         model = mean_of([members[k].model for k in numbers])
-        right = (features.says(model, val, members[0].recipe).values.argmax(1) == labels).numpy()
+        right = (features.model_outputs(model, val, members[0].recipe).values.argmax(1) == labels).numpy()
         return float(np.mean([right[[i for i in chosen if labels[i] == c]].mean() for c in range(3)]))
 
     ranked = sorted(range(3), key=lambda k: -score([k]))
@@ -175,7 +176,7 @@ def test_greedy_keeps_what_makes_it_no_worse_by_an_independent_reckoning(
         kept = [*kept, k] if score([*kept, k]) >= score(kept) else kept
     assert [row["in"] for row in told["members"]] == [k in kept for k in range(3)]
     model, info = load_export(tmp_path / "soup")
-    right = (features.says(model, val, members[0].recipe).values.argmax(1) == labels).numpy()
+    right = (features.model_outputs(model, val, members[0].recipe).values.argmax(1) == labels).numpy()
     assert told["after"]["all"] == right[reported].mean()
     assert info.lineage["checkpoint"] == f"soup of {len(kept)}"
     assert len(info.lineage["baseline"]["members"]) == 3

@@ -29,9 +29,9 @@ def test_every_run_of_every_claim_is_a_recipe_that_can_be_and_every_question_is_
     for run in in_order(runs(claim, on, seeds=(0,))):
         assert run.stage in run.load(tmp_path).stage_names
     arms = {arm.name for arm in CLAIMS[claim].arms(SETTINGS[on])}
-    asks = CLAIMS[claim].asks(SETTINGS[on])
-    assert asks
-    assert set().union(*(ask.arms for ask in asks)) <= arms
+    questions = CLAIMS[claim].questions(SETTINGS[on])
+    assert questions
+    assert set().union(*(ask.arms for ask in questions)) <= arms
 
 
 @pytest.mark.parametrize("on", SETTINGS)

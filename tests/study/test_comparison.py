@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from livt_scale.study.comparison import alike, exceeds, interval, together
+from livt_scale.study.comparison import alike, combined_outcome, exceeds, interval
 
 numbers = st.floats(-10, 10, allow_nan=False)
 
@@ -64,6 +64,6 @@ def test_alike_means_the_whole_interval_within_the_bound(values, word):
 def test_a_claim_stands_with_all_its_questions_and_falls_with_one():
     yes, no = exceeds([1.0, 1.1, 0.9], says=""), exceeds([-1.0, -1.1, -0.9], says="")
     open_ = exceeds([], says="")
-    assert together([yes, yes]) == "confirmed"
-    assert together([yes, open_]) == "not decidable here"
-    assert together([yes, open_, no]) == "not confirmed"
+    assert combined_outcome([yes, yes]) == "confirmed"
+    assert combined_outcome([yes, open_]) == "not decidable here"
+    assert combined_outcome([yes, open_, no]) == "not confirmed"

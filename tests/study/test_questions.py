@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from livt_scale.study.comparison import Ask, Gap
+from livt_scale.study.comparison import Comparison, GapComparison
 
 LOSSES = {
     "a": {"reconstruction_loss": {0: 0.4, 1: 0.41, 2: 0.4}},
@@ -13,31 +13,33 @@ shares = st.floats(0, 1)
 
 
 def test_a_lower_loss_is_the_better_one():
-    assert Ask("a", "b", "reconstruction_loss").judge(LOSSES).word == "confirmed"
-    assert Ask("b", "a", "reconstruction_loss").judge(LOSSES).word == "not confirmed"
-    assert Ask("a", "b", "reconstruction_loss", within=0.05).judge(LOSSES).word == "not confirmed"
-    assert Ask("a", "b", "reconstruction_loss", within=0.5).judge(LOSSES).word == "confirmed"
+    assert Comparison("a", "b", "reconstruction_loss").judge(LOSSES).word == "confirmed"
+    assert Comparison("b", "a", "reconstruction_loss").judge(LOSSES).word == "not confirmed"
+    assert Comparison("a", "b", "reconstruction_loss", within=0.05).judge(LOSSES).word == "not confirmed"
+    assert Comparison("a", "b", "reconstruction_loss", within=0.5).judge(LOSSES).word == "confirmed"
 
 
 def test_each_answer_says_its_unit():
-    assert Ask("a", "b", "reconstruction_loss").judge(LOSSES).unit == "loss"
-    assert Ask("a", "b", "reconstruction_loss", within=0.5).judge(LOSSES).unit == "relative"
-    assert Ask("a", "b", "top1_all").judge({}).unit == "accuracy"
+    assert Comparison("a", "b", "reconstruction_loss").judge(LOSSES).unit == "loss"
+    assert Comparison("a", "b", "reconstruction_loss", within=0.5).judge(LOSSES).unit == "relative"
+    assert Comparison("a", "b", "top1_all").judge({}).unit == "accuracy"
 
 
 def test_only_seeds_that_all_arms_have_count():
     values = {"a": {"top1_all": {0: 0.5, 1: 0.6}, "top1_few": {0: 0.4}}, "b": {"top1_all": {1: 0.2, 2: 0.1}}}
-    assert Ask("a", "b", "top1_all").differences(values) == {1: 0.6 - 0.2}
-    assert Ask("a", "nobody", "top1_all").judge(values).num_seeds == 0
-    assert Gap(Ask("a", "b", "top1_few"), Ask("a", "b", "top1_all")).judge(values).num_seeds == 0
+    assert Comparison("a", "b", "top1_all").differences(values) == {1: 0.6 - 0.2}
+    assert Comparison("a", "nobody", "top1_all").judge(values).num_seeds == 0
+    assert (
+        GapComparison(Comparison("a", "b", "top1_few"), Comparison("a", "b", "top1_all")).judge(values).num_seeds == 0
+    )
 
 
 @given(st.lists(st.tuples(shares, shares, shares, shares), min_size=3, max_size=6))
 def test_a_gap_is_the_one_difference_less_the_other_and_turns_round_with_them(seeds):
     arms = ("vit-balanced", "vit-lt", "cnn-balanced", "cnn-lt")
     values = {arm: {"top1_all": {k: of[n] for k, of in enumerate(seeds)}} for n, arm in enumerate(arms)}
-    vit, cnn = Ask(*arms[:2], "top1_all"), Ask(*arms[2:], "top1_all")
-    here, there = Gap(vit, cnn).judge(values), Gap(cnn, vit).judge(values)
+    vit, cnn = Comparison(*arms[:2], "top1_all"), Comparison(*arms[2:], "top1_all")
+    here, there = GapComparison(vit, cnn).judge(values), GapComparison(cnn, vit).judge(values)
     assert here.mean == -there.mean
     assert (here.word == "confirmed") == (there.word == "not confirmed")
     expected = [(a - b) - (c - d) for a, b, c, d in seeds]
@@ -49,6 +51,6 @@ def test_the_gain_on_few_may_be_asked_to_be_larger_than_over_all():
         "two": {"top1_all": {0: 0.80, 1: 0.81, 2: 0.80}, "top1_few": {0: 0.70, 1: 0.72, 2: 0.71}},
         "one": {"top1_all": {0: 0.70, 1: 0.70, 2: 0.70}, "top1_few": {0: 0.30, 1: 0.31, 2: 0.30}},
     }
-    over_all, few = Ask("two", "one", "top1_all"), Ask("two", "one", "top1_few")
-    assert Gap(few, over_all).judge(values).word == "confirmed"
-    assert Gap(over_all, few).judge(values).word == "not confirmed"
+    over_all, few = Comparison("two", "one", "top1_all"), Comparison("two", "one", "top1_few")
+    assert GapComparison(few, over_all).judge(values).word == "confirmed"
+    assert GapComparison(over_all, few).judge(values).word == "not confirmed"

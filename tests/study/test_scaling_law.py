@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import approx_fprime
 
 from livt_scale.study import scaling_law as laws
-from livt_scale.study.scaling_law import Run, fit_law, fit_table, held_out
+from livt_scale.study.scaling_law import LawPoint, fit_law, fit_table, held_out
 from livt_scale.util.errors import DataError
 from tests.scripts import load_script
 
@@ -48,7 +48,7 @@ def test_the_gradient_is_that_of_the_objective():
 
 def test_one_wild_run_moves_it_little():
     runs = made(0.002)
-    wild = [Run(r.n, r.d, r.loss * (1.5 if k == 7 else 1), r.name) for k, r in enumerate(runs)]
+    wild = [LawPoint(r.n, r.d, r.loss * (1.5 if k == 7 else 1), r.name) for k, r in enumerate(runs)]
     (calm,), (stirred,) = (fit_law(of, resamples=2).law.at([5e5], [6]) for of in (runs, wild))
     assert stirred == pytest.approx(calm, rel=0.005)
 
@@ -58,7 +58,8 @@ def test_where_one_quantity_varies_the_law_has_its_term_alone(over, keep):
     runs = [r for r in made() if keep(r)]
     if over == "d":
         runs += [
-            Run(5e4, d, TRUE["E"] + TRUE["A"] * 5e4 ** -TRUE["alpha"] + TRUE["B"] * d ** -TRUE["beta"]) for d in (1, 16)
+            LawPoint(5e4, d, TRUE["E"] + TRUE["A"] * 5e4 ** -TRUE["alpha"] + TRUE["B"] * d ** -TRUE["beta"])
+            for d in (1, 16)
         ]
     fit = fit_law(runs, resamples=2)
     assert fit.law.over == (over,)
@@ -103,11 +104,11 @@ def test_too_little_gives_no_law_and_says_what_is_missing(keep, said):
 @pytest.mark.parametrize("loss", [0.0, -1.0, math.nan, math.inf])
 def test_a_loss_that_is_none_is_refused_by_name(loss):
     with pytest.raises(DataError, match="the bad one: n 5, d 2"):
-        fit_law([*made(), Run(5, 2, loss, "the bad one")])
+        fit_law([*made(), LawPoint(5, 2, loss, "the bad one")])
 
 
 def test_what_the_runs_do_not_determine_is_said():
-    flat = [Run(r.n, r.d, 0.5) for r in made()]
+    flat = [LawPoint(r.n, r.d, 0.5) for r in made()]
     assert "these runs do not determine it" in fit_law(flat, **QUICK).problem
 
 
@@ -115,7 +116,7 @@ def test_what_the_runs_do_not_determine_is_said():
 @given(st.randoms(use_true_random=False), st.floats(1e-3, 1e3))
 def test_order_does_not_matter_and_units_of_n_change_a_alone(random, unit):
     runs = made(0.002)
-    mixed = [Run(r.n * unit, r.d, r.loss, r.name) for r in random.sample(runs, len(runs))]
+    mixed = [LawPoint(r.n * unit, r.d, r.loss, r.name) for r in random.sample(runs, len(runs))]
     plain, other = (fit_law(of, resamples=1).law.constants for of in (runs, mixed))
     assert other.pop("A") == pytest.approx(plain["A"] * unit ** plain["alpha"], rel=1e-2)
     assert other == pytest.approx({k: v for k, v in plain.items() if k != "A"}, rel=1e-3)
@@ -144,7 +145,9 @@ def test_a_table_gives_plain_json_with_band_and_check():
     assert one["band"]["size"]["at"] == {"epochs": 8}
     assert all(a <= b <= c for a, b, c in zip(*(one["band"]["size"][k] for k in ("low", "mid", "high")), strict=True))
     assert len(one["held_out"]["points"]) == 6
-    (error,) = fit_table(table([Run(r.n, r.d, 1 - r.loss) for r in made(0.002)], "top1_all"), measures=["top1_all"])
+    (error,) = fit_table(
+        table([LawPoint(r.n, r.d, 1 - r.loss) for r in made(0.002)], "top1_all"), measures=["top1_all"]
+    )
     assert error["law"].startswith("1 − top1_all = E + ")
     assert error["parameters"] == pytest.approx(one["parameters"], rel=1e-6)
     assert error["band"]["size"]["mid"] == pytest.approx([1 - v for v in one["band"]["size"]["mid"]])
@@ -166,7 +169,7 @@ def test_runs_that_are_not_done_or_differ_in_something_else_give_no_law():
 
 def test_a_law_whose_constants_are_not_determined_is_told_with_a_note():
     (one,) = fit_table(
-        table([Run(r.n, r.d, 0.5 + 1e-4 * k) for k, r in enumerate(made())]), measures=["reconstruction_loss"]
+        table([LawPoint(r.n, r.d, 0.5 + 1e-4 * k) for k, r in enumerate(made())]), measures=["reconstruction_loss"]
     )
     assert one["problem"] == ""
     assert "these runs do not determine it" in one["note"]

@@ -252,8 +252,8 @@ def test_the_commands(copied):
     assert said.exit_code == 0
     assert said.stdout.splitlines()[-1] == "2 done"
     said = CliRunner().invoke(main.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
-    bill = json.loads(said.stdout)
-    assert [one["images"] for one in bill["runs"]] == [2432, 2432, 2432]
+    summary = json.loads(said.stdout)
+    assert [one["images"] for one in summary["runs"]] == [2432, 2432, 2432]
     shutil.rmtree(copied.folder / "ce" / "finetune")
     said = CliRunner().invoke(main.app, ["study", "collect", *where], catch_exceptions=False)
     assert "not counted: ce: not run" in said.stdout

@@ -19,8 +19,8 @@ from typing import Any
 from urllib.parse import quote
 
 from livt_scale.study.report import interactive
+from livt_scale.study.report.figures import draw_panels
 from livt_scale.study.report.markdown import markdown
-from livt_scale.study.report.png import draw_panels
 from livt_scale.study.report.sections import Section, facts_of, fit_table, lead_of, sections_of
 from livt_scale.study.report.series import MEASURES, Panel, cost_of, short, value
 from livt_scale.study.report.thumbnails import reconstructions
