@@ -132,6 +132,22 @@ def test_links_lead_somewhere(path):
     assert broken == []
 
 
+def test_the_files_that_the_architecture_names_exist():
+    text = (ROOT / "docs/architecture.md").read_text()
+    named = {name for name in re.findall(r"`([\w/.]+)`", text) if "/" in name or name.endswith(".py")}
+    missing = sorted(name for name in named if not (ROOT / name).exists() and not (ROOT / "livt_scale" / name).exists())
+    assert missing == []
+    rows = re.findall(r"^\| (?!question|---).* \| `.*` \| (yes|nearly|no)\b.*\|$", text, re.MULTILINE)
+    assert len(rows) >= 33
+    assert rows.count("yes") >= 28
+
+
+def test_every_room_is_in_the_architecture():
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "livt_scale").glob("*/__init__.py")}
+    assert {room for room in rooms if f"`{room}/`" not in text} == set()
+
+
 def anchors_of(path):
     heads = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}

@@ -15,7 +15,7 @@ from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.plan.assumptions import Accelerator, Assumptions
-    from livt_scale.plan.stage_plan import DataSet, StagePlan, StageTask
+    from livt_scale.plan.stage_plan import DataSet, StagePlan, PlanTask
 
 
 def plan(
@@ -42,7 +42,7 @@ def plan(
     """
     from livt_scale.config.load import load_recipe
     from livt_scale.plan.assumptions import accelerator
-    from livt_scale.plan.stage_plan import StageTask
+    from livt_scale.plan.stage_plan import PlanTask
 
     loaded = load_recipe(recipe, sets=sets or ())
     if not loaded.model.is_vit:
@@ -61,7 +61,7 @@ def plan(
         raise UsageError(f"--picture {picture}: it is a PNG", remedy=f"name it {picture.with_suffix('.png').name}")
     found, plans = [], []
     for stage in loaded.stage_names:
-        task = StageTask(loaded.at(stage), stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
+        task = PlanTask(loaded.at(stage), stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
         planned, tried = _planned(task, wanted)
         plans.append(planned)
         found.append(_stage(planned, tried, time_limit=time_limit, price=price, exact=exact))
@@ -130,7 +130,7 @@ def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, class
     return DataSet(shards.num_samples, len(manifest.class_names), mean, "the shards' manifest")
 
 
-def _planned(task: StageTask, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
+def _planned(task: PlanTask, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
     """The stage as it was asked for, and all that was tried."""
     from livt_scale.plan.stage_plan import best, candidates, plan_stage, spread_of, strategies_for
     from livt_scale.train.batch_plan import plan_batches

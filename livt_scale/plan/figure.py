@@ -16,7 +16,7 @@ from typing import Any
 
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.plan.memory import GIB, MemoryPeak
-from livt_scale.plan.stage_plan import StagePlan, StageTask, candidates, plan_stage, spread_of
+from livt_scale.plan.stage_plan import StagePlan, PlanTask, candidates, plan_stage, spread_of
 from livt_scale.util.plots import GREY, MARKERS, PALETTE, log_scale, png_figure
 
 MAX_GPUS = 4096
@@ -53,7 +53,7 @@ def by_strategy(planned: StagePlan) -> list[StagePlan]:
     ]
 
 
-def hours_by_gpus(tasks: Sequence[StageTask]) -> dict[str, dict[int, float | None]]:
+def hours_by_gpus(tasks: Sequence[PlanTask]) -> dict[str, dict[int, float | None]]:
     """Strategy -> GPUs -> hours of all stages; None: a stage does not fit; no entry: a batch cannot be cut so."""
     found: dict[str, dict[int, float | None]] = {name: {} for name in STRATEGIES}
     gpus = 1
@@ -109,7 +109,7 @@ def _stack(axes: Any, peaks: Sequence[MemoryPeak], size: int) -> None:
         left = [a + b for a, b in zip(left, wide, strict=True)]
 
 
-def _hours(axes: Any, tasks: Sequence[StageTask]) -> None:
+def _hours(axes: Any, tasks: Sequence[PlanTask]) -> None:
     """One line per strategy; the dotted line is perfect scaling from the first point."""
     found = hours_by_gpus(tasks)
     fitting = {gpus: h for hours in found.values() for gpus, h in hours.items() if h is not None}

@@ -36,7 +36,7 @@ class DataSet:
 
 
 @dataclass(frozen=True)
-class StageTask:
+class PlanTask:
     """One stage on a number of GPUs of one kind. recipe: as that stage sees it (`Recipe.at`)."""
 
     recipe: Recipe
@@ -103,7 +103,7 @@ class CheckpointPlan:
 
 @dataclass(frozen=True)
 class StagePlan:
-    task: StageTask
+    task: PlanTask
     spread: Spread
     memory: Memory
     time: StepTime
@@ -139,14 +139,14 @@ class StagePlan:
         return f"needs {memory.peak / GIB:.1f} GiB of {usable / GIB:.1f} usable ({what})"
 
 
-def plan_stage(task: StageTask, spread: Spread) -> StagePlan:
+def plan_stage(task: PlanTask, spread: Spread) -> StagePlan:
     weights = task.weights
     memory = plan_memory(task.recipe, task.stage, weights, spread)
     time = step_time(task.flops, weights, spread, task.device, task.assumed, per_node=task.per_node)
     return StagePlan(task, spread, memory, time, _checkpoint(task, spread, weights, time))
 
 
-def _checkpoint(task: StageTask, spread: Spread, weights: Sequence[Weight], time: StepTime) -> CheckpointPlan:
+def _checkpoint(task: PlanTask, spread: Spread, weights: Sequence[Weight], time: StepTime) -> CheckpointPlan:
     size = checkpoint_bytes(weights, spread)
     assumed, part = task.assumed, task.recipe.checkpoint
     own = size / spread.gpus  # replicated tensors are shared out among the ranks too
@@ -178,7 +178,7 @@ def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:
 
 
 def spread_of(
-    task: StageTask, strategy: StrategyName, *, micro_batch: int, accumulation: int, recompute: bool
+    task: PlanTask, strategy: StrategyName, *, micro_batch: int, accumulation: int, recompute: bool
 ) -> Spread:
     """`strategy` on the task's GPUs, as the recipe has it: hybrid within nodes, offloaded, where `strategy` can be."""
     parallel = task.recipe.parallel
@@ -206,7 +206,7 @@ def strategies_for(part: StagePart) -> tuple[StrategyName, ...]:
     )
 
 
-def candidates(task: StageTask) -> list[StagePlan]:
+def candidates(task: PlanTask) -> list[StagePlan]:
     """Each strategy, kept and recomputed, at its largest micro-batch that fits, else at the smallest there is.
 
     The largest is the fastest: computing is the same, and the fewer micro-batches, the less is exchanged. A frozen

@@ -14,7 +14,7 @@ from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.config.load import load_recipe
 from livt_scale.plan.assumptions import Assumptions, accelerator
 from livt_scale.plan.figure import by_strategy, draw, hours_by_gpus
-from livt_scale.plan.stage_plan import DataSet, StageTask, best, candidates, plan_stage, spread_of
+from livt_scale.plan.stage_plan import DataSet, PlanTask, best, candidates, plan_stage, spread_of
 from livt_scale.util.errors import UsageError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -24,7 +24,7 @@ QUICKSTART = str(RECIPES / "fashion_mnist_lt" / "quickstart.yaml")
 def tasks(path, *, gpus):
     recipe = load_recipe(RECIPES / path)
     data, kind = DataSet(115_846, 1000, 110 * 1024, "said"), accelerator("h100")
-    return [StageTask(recipe.at(s), s, data, gpus, kind.gpus_per_node, kind, Assumptions()) for s in recipe.stage_names]
+    return [PlanTask(recipe.at(s), s, data, gpus, kind.gpus_per_node, kind, Assumptions()) for s in recipe.stage_names]
 
 
 def planned(task, **changes):
