@@ -15,7 +15,7 @@ from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.plan.assumptions import Accelerator, Assumptions
-    from livt_scale.plan.stage_plan import DataSet, StagePlan, PlanTask
+    from livt_scale.plan.stage_plan import DataSet, PlanTask, StagePlan
 
 
 def plan(

@@ -16,7 +16,7 @@ from typing import Any
 
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.plan.memory import GIB, MemoryPeak
-from livt_scale.plan.stage_plan import StagePlan, PlanTask, candidates, plan_stage, spread_of
+from livt_scale.plan.stage_plan import PlanTask, StagePlan, candidates, plan_stage, spread_of
 from livt_scale.util.plots import GREY, MARKERS, PALETTE, log_scale, png_figure
 
 MAX_GPUS = 4096
