@@ -36,8 +36,8 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Parallel, Recipe, Stage
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import World
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.hooks import Save, StopOnRequest

@@ -31,8 +31,8 @@ import torch.distributed as dist
 
 from livt_scale.config.capabilities import CAPABILITIES, STRATEGIES, StrategyName
 from livt_scale.config.recipe import MODEL_SIZES, Model, Parallel
-from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import World, detect, process_group
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import param_groups
 

@@ -1,7 +1,9 @@
-"""fp16's dynamic loss scale as a rule on numbers, for engines that do not go through torch's GradScaler.
+"""ZeRO stages 1 to 3 by DeepSpeed's engine, with torch's AdamW and autocast; the engine's configuration.
 
-The rule and its constants are GradScaler's, so that a run may change the strategy: begin at 65536; halve where a
-gradient is not finite, and leave that step out; double after 2000 steps without one.
+Parameters, moments and everything that is exchanged are fp32 (`engine_config`). The engine is given what the recipe
+says and nothing else: no JSON file, no precision or batch size of its own.
+
+Source: ZeRO, arXiv 1910.02054. Why not accelerate's DeepSpeed plug-in: it refuses CPUs.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import logging
 import os
 import warnings
 import weakref
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -29,32 +30,9 @@ from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.deepspeed_state import ZeroState
-from livt_scale.distributed.optimizer_step import LOWEST_SCALE
 from livt_scale.distributed.strategy import Groups, StepResult
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import UsageError
-
-GROWTH_INTERVAL = 2000
-
-
-@dataclass
-class DynamicScale:
-    value: float = 65536.0
-    good_steps: int = 0
-
-    def note(self, *, finite: bool) -> bool:
-        """Go on after a step; whether it is the scale's fault that its gradient was not finite."""
-        at_fault = not finite and self.value > LOWEST_SCALE
-        self.good_steps = self.good_steps + 1 if finite else 0
-        if not finite:
-            self.value /= 2
-        elif self.good_steps == GROWTH_INTERVAL:
-            self.value, self.good_steps = self.value * 2, 0
-        return at_fault
-
-    def saved(self) -> dict[str, float]:
-        return {"scale": self.value, "good_steps": self.good_steps}
-
 
 OLDEST = Version("0.19.8")  # the one tried: that its step changes nothing on a norm that is not finite is not promised
 BUCKET = 50_000_000  # elements exchanged at a time, at most: 200 MB of gradients
@@ -188,7 +166,7 @@ class Zero:
         self._state = ZeroState(deepspeed, self._engine, mesh=mesh)
         # Its hooks hold engine and model where no garbage collector looks, and the next stage wants the room.
         weakref.finalize(self, _end, self._engine, self._state).atexit = False
-        self._scale = DynamicScale() if parallel.precision == "fp16" else None
+        self._scale = precision.DynamicScale() if parallel.precision == "fp16" else None
         self._tell_scale()
 
     def call(self, *inputs: Any, last: bool) -> Any:
@@ -236,7 +214,7 @@ class Zero:
 
     def set_scaler(self, saved: dict[str, float] | None) -> None:
         if self._scale is not None and saved is not None:
-            self._scale = DynamicScale(saved["scale"], int(saved["good_steps"]))
+            self._scale = precision.DynamicScale(saved["scale"], int(saved["good_steps"]))
             self._tell_scale()
 
     def held_bytes(self) -> int:

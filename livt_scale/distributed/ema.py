@@ -4,12 +4,12 @@ After the k-th update that was applied (k from 0), with w the weights and a the 
 
     a ← a + (1 − d_k) · (w − a)        d_k = decay, with warm-up min(decay, (1 + k) / (10 + k))
 
-The warm-up lets a short run forget where it began: d is 0.1, 0.18, 0.25, …, 0.99 after 900 updates, 0.999 after 9,000.
-An update that was stepped over leaves the average alone. It is part of the strategy's state (`ema.<name>`,
-`ema.updates`): saved, resumed, rolled back and compared between ranks with all else; the loop knows nothing of it.
+The warm-up lets a short run forget its initial weights: d is 0.1, 0.18, 0.25, …, 0.99 after 900 updates, 0.999 after
+9,000. A skipped update does not change the average. It is part of the strategy's state (`ema.<name>`, `ema.updates`):
+saved, resumed, rolled back and compared between ranks like the rest; the loop does not know about it.
 
-Memory: 4 bytes a weight; of its own shard under fsdp, of the whole model under ddp, zero1 and zero2. zero3 gathers a
-weight only when a layer is called, so an average of it would need gathers of its own: the recipe refuses it.
+Memory: 4 bytes per weight; of the rank's shard under fsdp, of the full model under ddp, zero1 and zero2. zero3 gathers
+a weight only when a layer is called, so its average would need extra gathers: the recipe refuses it.
 
 Source: Polyak and Juditsky 1992; the warm-up is that of `tf.train.ExponentialMovingAverage`. Why not torch's
 `AveragedModel`: it deep-copies a model, which sharded and engine-owned parameters do not allow.
@@ -27,25 +27,24 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from livt_scale.config.recipe import Ema
-from livt_scale.distributed.batchnorm import Around
 from livt_scale.distributed.state_dict import AVERAGE, plain_name
-from livt_scale.distributed.strategy import StepResult, Strategy
+from livt_scale.distributed.strategy import StepResult, Strategy, StrategyWrapper
 
 UPDATES = f"{AVERAGE}updates"
 
 
-def with_average(strategy: Strategy, ema: Ema | None) -> Strategy:
-    """`strategy`, which from now on also keeps the average that `ema` asks for; None: `strategy` itself."""
-    return strategy if ema is None else Averaged(strategy, ema)
+def with_ema(strategy: Strategy, ema: Ema | None) -> Strategy:
+    """`strategy` wrapped so that it also keeps the average that `ema` asks for; None: unchanged."""
+    return strategy if ema is None else WithEma(strategy, ema)
 
 
 def decay_at(updates: int, ema: Ema) -> float:
-    """How much of the average stays at the update that has `updates` before it."""
+    """The decay at the update that has `updates` before it."""
     return min(ema.decay, (1 + updates) / (10 + updates)) if ema.warmup else ema.decay
 
 
-class Averaged(Around):
-    """A `Strategy`: all of the inner one's, and the average of its trained weights. It begins as their copy."""
+class WithEma(StrategyWrapper):
+    """A `Strategy`: the inner one, and the average of its trained weights, which starts as their copy."""
 
     def __init__(self, strategy: Strategy, ema: Ema) -> None:
         super().__init__(strategy)
@@ -69,21 +68,21 @@ class Averaged(Around):
 
     @contextmanager
     def average_in_place(self) -> Iterator[None]:
-        """Within the block the model computes with the average; then its own weights are back, bit for bit.
+        """Within the block the model computes with the average; afterwards its own weights are back, bit for bit.
 
-        Tensors trade places one by one, so no third copy is held. Not to be trained or saved within the block.
+        Tensors are swapped one by one, so there is no third copy. Do not train or save within the block.
         """
-        self._trade()
+        self._swap()
         try:
             yield
         finally:
-            self._trade()
+            self._swap()
 
     @torch.no_grad()
-    def _trade(self) -> None:
+    def _swap(self) -> None:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # what an evaluation left gathered is of the other weights
+                module.reshard()  # an evaluation may have left the other weights gathered
         for weight, average in zip(_locals(self._weights), _locals(self._average), strict=True):
             kept = weight.clone()
             weight.copy_(average)

@@ -1,4 +1,7 @@
-"""AdamW or LARS with an exact global gradient norm and fp16's dynamic loss scale, for plain parameters and DTensors."""
+"""The optimizer step of torch's strategies, for plain parameters and DTensors.
+
+AdamW or LARS, an exact global gradient norm over all ranks, and fp16's dynamic loss scale.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,10 @@ from torch.distributed.tensor import DTensor
 
 from livt_scale import optim
 from livt_scale.config.recipe import Parallel
+from livt_scale.distributed.precision import LOWEST_SCALE
 from livt_scale.distributed.state_dict import collect
 from livt_scale.distributed.strategy import StepResult
 from livt_scale.models import head_norm
-
-LOWEST_SCALE = 1.0  # an fp16 gradient that is not finite at this scale is not the scale's fault
 
 
 class OptimizerStep:

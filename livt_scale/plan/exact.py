@@ -193,8 +193,8 @@ def _sharded(
     recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any, momentum: float | None
 ) -> tuple[Any, Any, Any]:
     """How to call, go back and step. Not in the fake mode: a mesh of ranks is read as numbers."""
-    from livt_scale.distributed.strategy import make_strategy
     from livt_scale.distributed.world import World
+    from livt_scale.distributed.wrap import make_strategy
 
     within = "node" if spread.within_node else "all"
     parallel = recipe.parallel.model_copy(

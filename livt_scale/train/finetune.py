@@ -15,7 +15,7 @@ from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
 from livt_scale.data.loader import Batch, apply_mix, normalise
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.distributed.ema import Averaged
+from livt_scale.distributed.ema import WithEma
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
@@ -153,7 +153,7 @@ def _evaluator(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strat
         report = evaluate(strategy, val, recipe, world=world, classes=classes)
         top1 = report["top1"]
         values = {f"top1_{group}": value for group, value in top1.items() if value is not None}
-        if isinstance(strategy, Averaged):
+        if isinstance(strategy, WithEma):
             with strategy.average_in_place():
                 of_average = evaluate(strategy, val, recipe, world=world, classes=classes)
             report["ema"] = {name: of_average[name] for name in ("top1", "top5", "calibration")}

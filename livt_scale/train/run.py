@@ -19,10 +19,10 @@ from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import cpu_cores
-from livt_scale.distributed.batchnorm import statistics_of
-from livt_scale.distributed.ema import with_average
-from livt_scale.distributed.strategy import Strategy, make_strategy
+from livt_scale.distributed.batchnorm import running_statistics
+from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World, detect, process_group
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.evaluation import evaluate as evaluation
 from livt_scale.evaluation import plots
 from livt_scale.train import run_dir as rundir
@@ -186,9 +186,9 @@ class _StageRun:
         """The initial weights, as the recipe's strategy holds them."""
         betas, momentum = task.part.betas, task.part.lars_momentum
         strategy = make_strategy(
-            self.recipe.parallel, task.model, task.groups, betas=betas, momentum=momentum, world=self.world
-        )
-        strategy = with_average(strategy, task.average)
+            self.recipe.parallel, task.model, task.groups, betas=betas, momentum=momentum, ema=task.average,
+            world=self.world,
+        )  # fmt: skip
         facts = run_facts(self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin)
         return TrainState(strategy, facts, anomalies=Anomalies(self.recipe.faults), allow=self.allow)
 
@@ -265,7 +265,7 @@ class _StageRun:
         frozen = ", only the head is trained" if part.backbone_frozen else ""
         _log.info("%s: %.1f M parameters%s, %s, %s", stage, sum(sizes) / 1e6, frozen, strategy.name, plan)
         _log.info("%s: peak lr %.3g = %.3g · %d / 256", stage, part.peak_lr, part.base_lr, part.global_batch)
-        if self.world.world_size > 1 and statistics_of(task.model):
+        if self.world.world_size > 1 and running_statistics(task.model):
             _log.info("%s: batch norm sees one rank's micro-batch: the result depends on the number of ranks", stage)
         if resumed:
             _log.info("%s: resumed from %s", stage, resumed)

@@ -21,8 +21,9 @@ from torch.distributed.tensor import DTensor
 
 from livt_scale import optim
 from livt_scale.config.recipe import Decoder, Model, Parallel
-from livt_scale.distributed.strategy import StepResult, Strategy, make_strategy
+from livt_scale.distributed.strategy import StepResult, Strategy
 from livt_scale.distributed.world import World, process_group
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.models.mae import build_mae
 
 MODEL = Model(  # rows that no world size divides: 20 · 3, 20, 12, 1

@@ -10,9 +10,9 @@ import torch
 from livt_scale import optim
 from livt_scale.checkpoint.load import read_tensors
 from livt_scale.config.recipe import Model, Parallel
-from livt_scale.distributed.batchnorm import Statistics, statistics_of
-from livt_scale.distributed.strategy import make_strategy
+from livt_scale.distributed.batchnorm import WithBatchNorm, running_statistics
 from livt_scale.distributed.world import World
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.models.classifier import build_classifier
 from tests.distributed.strategies import Job, Kind, train_all
 
@@ -53,7 +53,7 @@ def test_a_model_without_batch_norm_is_left_alone():
         return optim.param_groups(model, weight_decay=0.05, layer_decay=0.75, depth=4)
 
     strategy = make_strategy(Parallel(), model, groups, betas=(0.9, 0.99), world=World())
-    assert not isinstance(strategy, Statistics)
+    assert not isinstance(strategy, WithBatchNorm)
 
 
 @pytest.mark.parametrize("how", ["discarded", "refused by its gradient"])
@@ -81,12 +81,12 @@ def test_a_step_that_is_not_taken_leaves_no_trace_in_the_statistics(how):
 def test_what_was_restored_is_what_a_bad_step_goes_back_to():
     strategy = a_strategy()
     state = strategy.state()
-    for tensor in statistics_of(strategy.model):
+    for tensor in running_statistics(strategy.model):
         tensor.fill_(7)
     strategy.restored(state)
     forward(strategy, 1)
     strategy.discard()
-    assert all((tensor == 7).all() for tensor in statistics_of(strategy.model))
+    assert all((tensor == 7).all() for tensor in running_statistics(strategy.model))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 
 from livt_scale.checkpoint.load import read_tensors
 from livt_scale.distributed import deepspeed as zero
-from livt_scale.distributed.deepspeed import GROWTH_INTERVAL, DynamicScale
+from livt_scale.distributed.precision import GROWTH_INTERVAL, DynamicScale
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import UsageError
 from tests.distributed import deepspeed_ranks

@@ -20,9 +20,10 @@ from livt_scale.checkpoint.load import Position, Saver, load, read_tensors
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Ema, Parallel, learnt_from
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.distributed.ema import Averaged, decay_at, with_average
-from livt_scale.distributed.strategy import Strategy, make_strategy
+from livt_scale.distributed.ema import WithEma, decay_at, with_ema
+from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.evaluation.evaluate import evaluate
 from livt_scale.train.load_trained import load_trained
 from livt_scale.util.errors import RecipeError, UsageError
@@ -75,7 +76,7 @@ def test_the_decay_grows_to_what_was_asked_for_and_never_beyond(updates: int, de
 @pytest.mark.parametrize("warmup", [True, False])
 def test_the_average_is_the_formula_s_and_a_step_without_update_leaves_it(warmup: bool) -> None:
     inner, _ = small_strategy()
-    strategy = with_average(inner, Ema(decay=DECAY, warmup=warmup))
+    strategy = with_ema(inner, Ema(decay=DECAY, warmup=warmup))
     expected, updates = weights_of(strategy), 0
     for step in range(15):
         bad = step in (3, 7)
@@ -97,8 +98,8 @@ def test_the_average_is_the_formula_s_and_a_step_without_update_leaves_it(warmup
 
 def test_what_is_learnt_does_not_depend_on_it() -> None:
     (plain, _), (inner, _) = small_strategy(), small_strategy()
-    averaged = with_average(inner, Ema(decay=DECAY))
-    assert with_average(plain, None) is plain
+    averaged = with_ema(inner, Ema(decay=DECAY))
+    assert with_ema(plain, None) is plain
     for step in range(3):
         one_step(plain, step)
         one_step(averaged, step)
@@ -109,7 +110,7 @@ def test_what_is_learnt_does_not_depend_on_it() -> None:
 def test_it_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
     ends = []
     for goes_on in (False, True):
-        strategy = with_average(small_strategy()[0], Ema(decay=DECAY))
+        strategy = with_ema(small_strategy()[0], Ema(decay=DECAY))
         if goes_on:
             state = strategy.state()
             load(tmp_path / "step-00000004", into=state)
@@ -126,8 +127,8 @@ def test_it_is_saved_and_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 def test_the_model_answers_with_the_average_within_the_block_alone() -> None:
     inner, model = small_strategy()
-    strategy = with_average(inner, Ema(decay=DECAY))
-    assert isinstance(strategy, Averaged)
+    strategy = with_ema(inner, Ema(decay=DECAY))
+    assert isinstance(strategy, WithEma)
     for step in range(3):
         one_step(strategy, step)
     before = {name: tensor.clone() for name, tensor in strategy.state().items()}
@@ -154,7 +155,7 @@ def test_it_costs_four_bytes_a_weight() -> None:
     inner, model = small_strategy()
     weights = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = inner.held_bytes()
-    assert with_average(inner, Ema()).held_bytes() - before == 4 * weights
+    assert with_ema(inner, Ema()).held_bytes() - before == 4 * weights
 
 
 def test_a_recipe_without_it_is_the_run_that_it_was_before_and_zero3_is_refused() -> None:

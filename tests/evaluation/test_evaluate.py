@@ -21,8 +21,9 @@ from torch import nn
 from livt_scale.config.recipe import Parallel, Recipe
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.distributed.strategy import Strategy, make_strategy
+from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World, process_group
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.evaluation import evaluate as evaluation
 from livt_scale.evaluation.evaluate import TrainingClasses, evaluate, write_eval
 from livt_scale.util.errors import DataError, RunError, SampleError

@@ -8,8 +8,8 @@ import sys
 import torch
 
 from livt_scale.config.recipe import Model, Parallel
-from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import detect, process_group
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import param_groups
 

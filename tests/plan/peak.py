@@ -15,8 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Model, Parallel
-from livt_scale.distributed.strategy import make_strategy
 from livt_scale.distributed.world import detect, process_group
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import param_groups
 from livt_scale.plan.memory import Spread, plan_memory

@@ -9,10 +9,10 @@ import torch
 from pydantic import ValidationError
 
 from livt_scale.config.recipe import Decoder, Model, Parallel
-from livt_scale.distributed import strategy as strategies
+from livt_scale.distributed import wrap
 from livt_scale.distributed.blocks import blocks_of, prepare_blocks
-from livt_scale.distributed.strategy import choose, make_strategy
 from livt_scale.distributed.world import World
+from livt_scale.distributed.wrap import choose, make_strategy
 from livt_scale.models.mae import MaskedAutoencoder, build_mae
 from livt_scale.optim import param_groups
 from livt_scale.util.errors import UsageError
@@ -48,7 +48,7 @@ def test_auto_is_the_simplest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None
     states = 16 * sum(p.numel() for p in model.parameters()) - 12 * frozen
     assert frozen > 0
     for memory, two in ((2 * states, "ddp"), (2 * states - 16, "fsdp")):
-        monkeypatch.setattr(strategies, "_device_bytes", lambda world, m=memory: m)
+        monkeypatch.setattr(wrap, "device_bytes", lambda world, m=memory: m)
         assert choose(auto, model, world=World(0, 2, 0, 2)) == two
         assert choose(auto, model, world=World()) == "ddp"
     assert choose(Parallel(strategy="fsdp"), model, world=World(0, 2, 0, 2)) == "fsdp"
