@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.checkpoint.io import remove_folder, sha256_of_all
-from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, read_manifest, step_name, step_of
-from livt_scale.distributed.collectives import Peers
+from livt_scale.checkpoint.manifest import CheckpointManifest, Position, read_manifest, step_name, step_of
 from livt_scale.util.atomic import sync_folder
-from livt_scale.util.errors import CheckpointDamaged, CheckpointError
+from livt_scale.util.errors import CheckpointDamaged
 
 LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|pruned)")
 
@@ -37,7 +36,7 @@ class CheckpointInfo:
     best: bool
     final: bool
     score: float | None
-    manifest: Manifest | None
+    manifest: CheckpointManifest | None
 
 
 def temporary(folder: Path, step: int, kind: str) -> Path:
@@ -50,7 +49,7 @@ def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInf
     Every byte is read and hashed; `quick` compares the sizes alone. `best` marks the whole one with the best score.
     """
     found = []
-    for path in _step_folders(folder):
+    for path in step_folders(folder):
         why = damages(path, quick=quick)
         try:
             manifest = read_manifest(path)
@@ -74,7 +73,7 @@ def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInf
     ]
 
 
-def best_of(manifests: Sequence[Manifest]) -> Position | None:
+def best_of(manifests: Sequence[CheckpointManifest]) -> Position | None:
     """The position with the highest score, the earliest where two are equal; None without scores."""
     scored = [(m.score, m.position) for m in manifests if m.score is not None]
     return min(scored, key=lambda pair: (-pair[0], pair[1]))[1] if scored else None
@@ -116,48 +115,6 @@ def damages(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1))
     return wrong
 
 
-def newest_whole(
-    folder: Path,
-    *,
-    on_damage: Callable[[Path, list[str]], None] | None = None,
-    peers: Peers | None = None,
-    steps: Container[int] | None = None,
-) -> Path | None:
-    """The newest checkpoint of which every byte is right, or None; each damaged one on the way goes to `on_damage`.
-
-    steps: of these steps alone. With several `peers` it is a collective call: rank 0 picks, the ranks share the
-    hashing, all get the same answer; `on_damage` is called on rank 0 alone.
-    """
-    peers = peers or Peers(all_raise=CheckpointError)
-    for name in reversed(peers.on_rank0(lambda: [path.name for path in _step_folders(folder)])):
-        path = folder / name
-        if steps is not None and step_of(name) not in steps:
-            continue
-        wrong = agreed_damages(path, peers)
-        if not wrong:
-            return path
-        if on_damage is not None and peers.leads:
-            on_damage(path, wrong)
-    return None
-
-
-def agreed_damages(path: Path, peers: Peers) -> list[str]:
-    """What any rank finds wrong with `path`, the hashing shared; CheckpointError where they read different ones."""
-
-    def look() -> tuple[str, list[str]]:
-        raw = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
-        return raw[:80].decode(errors="replace"), damages(path, share=(peers.rank, peers.world_size))
-
-    looks = peers.all_gather(peers.run_all(look))
-    different = [rank for rank, (seen, _) in enumerate(looks) if seen != looks[0][0]]
-    if different:
-        raise CheckpointError(
-            f"rank {different[0]} reads another {path.name} in {path.parent} than rank 0",
-            remedy="The run directory must be one shared folder, seen alike by all nodes",
-        )
-    return list(dict.fromkeys(line for _, wrong in looks for line in wrong))
-
-
 def clean_leftovers(folder: Path) -> list[Path]:
     """Remove what killed saves left under temporary names, and return them. Only for the holder of the run's lock.
 
@@ -180,7 +137,7 @@ def clean_leftovers(folder: Path) -> list[Path]:
     return cleaned
 
 
-def _step_folders(folder: Path) -> list[Path]:
+def step_folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     steps = [(step, path) for path in folder.iterdir() if (step := step_of(path.name)) is not None and path.is_dir()]
@@ -201,7 +158,7 @@ class Retention:
         assert self.keep_last >= 1, "the newest checkpoint always stays"
         assert self.keep_every_epochs is None or self.keep_every_epochs >= 1
 
-    def kept(self, whole: Sequence[Manifest]) -> set[Position]:
+    def kept(self, whole: Sequence[CheckpointManifest]) -> set[Position]:
         """The positions that stay, of the `whole` checkpoints in any order."""
         ordered = sorted(whole, key=lambda m: m.position.step)
         stay = {m.position for m in ordered[-self.keep_last :]} | {m.position for m in ordered if m.final}

@@ -12,21 +12,21 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from livt_scale.checkpoint import io
 from livt_scale.checkpoint.catalog import Retention, damages, list_checkpoints, temporary
-from livt_scale.checkpoint.manifest import MANIFEST, FileEntry, Manifest, step_name
+from livt_scale.checkpoint.dcp import FolderWriter, Pieces, WritePlan
+from livt_scale.checkpoint.manifest import MANIFEST, CheckpointManifest, FileEntry, step_name
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.atomic import sync_folder
 from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
 
-if TYPE_CHECKING:
-    from livt_scale.checkpoint.dcp import Pieces, WritePlan
-
 
 @dataclass(frozen=True)
-class Job:
+class SaveJob:
     """What one save needs. `known_whole` remembers, by path, how files looked when their bytes were last checked."""
 
     folder: Path
@@ -45,7 +45,7 @@ class Job:
         return temporary(self.folder, self.step, "partial")
 
 
-def publish(job: Job, peers: Peers) -> None:
+def publish(job: SaveJob, peers: Peers) -> None:
     """Write, publish, prune: a collective call. SaveFailed, or PruneFailed, on every rank if any rank failed."""
     try:
         peers.on_rank0(lambda: _start(job))
@@ -60,7 +60,7 @@ def publish(job: Job, peers: Peers) -> None:
     peers.on_rank0(lambda: _prune(job))
 
 
-def _start(job: Job) -> None:
+def _start(job: SaveJob) -> None:
     try:
         io.remove_folder(job.partial)
         free, needed = io.free_bytes(job.folder), job.plan.needed_bytes
@@ -71,9 +71,7 @@ def _start(job: Job) -> None:
         raise _failed(job, error) from error
 
 
-def _write(job: Job, peers: Peers) -> None:
-    from livt_scale.checkpoint.dcp import FolderWriter
-
+def _write(job: SaveJob, peers: Peers) -> None:
     writer = FolderWriter(job.partial, peers)
 
     def pieces() -> Any:
@@ -98,14 +96,12 @@ def _write(job: Job, peers: Peers) -> None:
     peers.on_rank0(commit)
 
 
-def _commit(job: Job, entries: list[FileEntry]) -> None:
-    import torch
-
+def _commit(job: SaveJob, entries: list[FileEntry]) -> None:
     entries = sorted(entries, key=lambda entry: (entry.rank, entry.name))
     assert job.plan.metadata is not None
     num_tensors = len(job.plan.metadata.state_dict_metadata)
     facts = {**job.manifest, "num_tensors": num_tensors, "torch": torch.__version__, "files": entries}
-    manifest = Manifest.model_validate(facts)
+    manifest = CheckpointManifest.model_validate(facts)
     io.write_synced(job.partial / MANIFEST, manifest.to_bytes())
     sync_folder(job.partial)
     target = job.folder / step_name(job.step)
@@ -124,12 +120,12 @@ def _commit(job: Job, entries: list[FileEntry]) -> None:
     job.known_whole[target] = _looks(target)
 
 
-def _discard(job: Job) -> None:
+def _discard(job: SaveJob) -> None:
     with contextlib.suppress(OSError):  # what cannot be removed now is at the next start
         io.remove_folder(job.partial)
 
 
-def _prune(job: Job) -> None:
+def _prune(job: SaveJob) -> None:
     """Remove what the rule does not keep. A failure here is reported; the new checkpoint is there all the same."""
     try:
         whole = [info for info in list_checkpoints(job.folder, quick=True) if info.whole and _is_whole(job, info.path)]
@@ -149,7 +145,7 @@ def _prune(job: Job) -> None:
         ) from error
 
 
-def _is_whole(job: Job, path: Path) -> bool:
+def _is_whole(job: SaveJob, path: Path) -> bool:
     """Whether every byte is right; read again only if a file looks otherwise than when it was last checked."""
     looks = _looks(path)
     if job.known_whole.get(path) == looks:
@@ -165,7 +161,7 @@ def _looks(path: Path) -> object:
     return sorted((name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats)
 
 
-def _failed(job: Job, error: Exception) -> SaveFailed:
+def _failed(job: SaveJob, error: Exception) -> SaveFailed:
     if isinstance(error, OSError) and error.errno in io.FULL:
         try:
             free = f"{io.readable(io.free_bytes(job.folder))} are free"
@@ -182,7 +178,7 @@ def _failed(job: Job, error: Exception) -> SaveFailed:
     return SaveFailed(f"{job.folder}: {step_name(job.step)} was not saved: {detail}{where}")
 
 
-def _full(job: Job, reason: str) -> SaveFailed:
+def _full(job: SaveJob, reason: str) -> SaveFailed:
     return SaveFailed(
         f"{job.folder}: {step_name(job.step)} was not saved: {reason}",
         remedy="The earlier checkpoints are as they were. Make room, or lower checkpoint.keep_last",

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from livt_scale.checkpoint.manifest import Manifest
+from livt_scale.checkpoint.manifest import CheckpointManifest
 from livt_scale.util.errors import CheckpointDamaged
 
 METADATA = ".metadata"
@@ -88,7 +88,7 @@ class TensorIndex:
         )
 
 
-def read_index(folder: Path, manifest: Manifest, *, partial: bool = False) -> TensorIndex:
+def read_index(folder: Path, manifest: CheckpointManifest, *, partial: bool = False) -> TensorIndex:
     """The tensors in the checkpoint `folder`; CheckpointDamaged where the file is not what our writer writes.
 
     `partial`: a tensor's pieces need not make up all of it, as one node's do not.

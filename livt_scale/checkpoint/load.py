@@ -14,32 +14,32 @@ the rename, the parent synced. A kill between any two leaves either no new check
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from livt_scale.checkpoint.catalog import (
     CheckpointInfo,
     Retention,
-    agreed_damages,
     clean_leftovers,
+    damages,
     list_checkpoints,
-    newest_whole,
+    step_folders,
     verify,
 )
-from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, differences, read_manifest
+from livt_scale.checkpoint.dcp import not_covered, read_into
+from livt_scale.checkpoint.dcp_metadata import SavedTensor, TensorIndex, read_index
+from livt_scale.checkpoint.manifest import MANIFEST, CheckpointManifest, Position, differences, read_manifest, step_of
 from livt_scale.checkpoint.saver import Saver
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from livt_scale.checkpoint.dcp_metadata import SavedTensor, TensorIndex
-
 __all__ = [
     "CheckpointInfo",
-    "Manifest",
+    "CheckpointManifest",
     "Peers",
     "Position",
     "Retention",
@@ -93,11 +93,6 @@ def load(
 
 def read_tensors(path: Path, *, choose: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
     """The tensors of `path` (of them, those whose name `choose` accepts): whole, on the CPU, every byte checked."""
-    import torch
-
-    from livt_scale.checkpoint.dcp import read_into
-    from livt_scale.checkpoint.dcp_metadata import read_index
-
     path = Path(path)
     if wrong := verify(path):
         raise CheckpointDamaged(f"{path}: {'; '.join(wrong)}")
@@ -110,7 +105,49 @@ def read_tensors(path: Path, *, choose: Callable[[str], bool] | None = None) -> 
     return into
 
 
-def _agree(manifest: Manifest, peers: Peers) -> None:
+def newest_whole(
+    folder: Path,
+    *,
+    on_damage: Callable[[Path, list[str]], None] | None = None,
+    peers: Peers | None = None,
+    steps: Container[int] | None = None,
+) -> Path | None:
+    """The newest checkpoint of which every byte is right, or None; each damaged one on the way goes to `on_damage`.
+
+    steps: of these steps alone. With several `peers` it is a collective call: rank 0 picks, the ranks share the
+    hashing, all get the same answer; `on_damage` is called on rank 0 alone.
+    """
+    peers = peers or Peers(all_raise=CheckpointError)
+    for name in reversed(peers.on_rank0(lambda: [path.name for path in step_folders(folder)])):
+        path = folder / name
+        if steps is not None and step_of(name) not in steps:
+            continue
+        wrong = agreed_damages(path, peers)
+        if not wrong:
+            return path
+        if on_damage is not None and peers.leads:
+            on_damage(path, wrong)
+    return None
+
+
+def agreed_damages(path: Path, peers: Peers) -> list[str]:
+    """What any rank finds wrong with `path`, the hashing shared; CheckpointError where they read different ones."""
+
+    def look() -> tuple[str, list[str]]:
+        raw = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
+        return raw[:80].decode(errors="replace"), damages(path, share=(peers.rank, peers.world_size))
+
+    looks = peers.all_gather(peers.run_all(look))
+    different = [rank for rank, (seen, _) in enumerate(looks) if seen != looks[0][0]]
+    if different:
+        raise CheckpointError(
+            f"rank {different[0]} reads another {path.name} in {path.parent} than rank 0",
+            remedy="The run directory must be one shared folder, seen alike by all nodes",
+        )
+    return list(dict.fromkeys(line for _, wrong in looks for line in wrong))
+
+
+def _agree(manifest: CheckpointManifest, peers: Peers) -> None:
     seen = peers.all_gather((manifest.position.step, manifest.to_bytes()[:80]))
     for rank, theirs in enumerate(seen):
         if theirs != seen[0]:
@@ -122,16 +159,13 @@ def _agree(manifest: Manifest, peers: Peers) -> None:
 
 def _match(
     path: Path,
-    manifest: Manifest,
+    manifest: CheckpointManifest,
     into: dict[str, Tensor],
     may_miss: tuple[str, ...],
     may_exceed: tuple[str, ...],
     *,
     partial: bool,
 ) -> TensorIndex:
-    from livt_scale.checkpoint.dcp import not_covered
-    from livt_scale.checkpoint.dcp_metadata import read_index
-
     index = read_index(path, manifest, partial=partial)
     missing = not_covered(into, index) if partial else [name for name in into if name not in index.tensors]
     unexpected = [name for name in index.tensors if name not in into]
@@ -145,8 +179,6 @@ def _match(
 
 
 def _read(path: Path, into: dict[str, Tensor], index: TensorIndex) -> None:
-    from livt_scale.checkpoint.dcp import read_into
-
     try:
         read_into(path, {name: tensor for name, tensor in into.items() if name in index.tensors}, index)
     except OSError as error:

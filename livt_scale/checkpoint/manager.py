@@ -14,18 +14,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
+
+from torch import Tensor
 
 from livt_scale.checkpoint import load as store
 from livt_scale.checkpoint import node_local as local
 from livt_scale.checkpoint.catalog import Retention
 from livt_scale.checkpoint.manifest import Position, step_name
-from livt_scale.checkpoint.saver import Failures, Saver, telling_besides
+from livt_scale.checkpoint.saver import Failures, Saver, also_raising
 from livt_scale.config.runtime import Checkpoint
 from livt_scale.distributed.collectives import Peers
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 KEPT_LOCALLY = 2  # a node may have finished the newest while another has not
 _NO_STEP = 10**18
@@ -180,5 +179,5 @@ class Tiers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with telling_besides(error):
+        with also_raising(error):
             self.close()

@@ -60,7 +60,7 @@ class _Place(_Part):
     step: NonNegativeInt
 
 
-class Manifest(_Part):
+class CheckpointManifest(_Part):
     """One checkpoint. `score`: higher is better; None: not evaluated. `facts`: what the trainer wanted recorded."""
 
     format: Literal["livt-checkpoint"] = "livt-checkpoint"
@@ -117,13 +117,13 @@ def step_of(name: str) -> int | None:
     return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path) -> CheckpointManifest:
     """The manifest of the checkpoint `path`; CheckpointDamaged names the file and what is wrong with it."""
     file = path / MANIFEST
     try:
         if file.exists() and not file.is_file():  # opening a pipe would wait for ever
             raise CheckpointDamaged(f"{path}: {MANIFEST} is not a file")
-        manifest = Manifest.from_bytes(file.read_bytes())
+        manifest = CheckpointManifest.from_bytes(file.read_bytes())
     except FileNotFoundError:
         raise CheckpointDamaged(f"{path}: {MANIFEST} is missing, so this is not a whole checkpoint") from None
     except OSError as error:

@@ -19,17 +19,18 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from livt_scale.checkpoint import io
-from livt_scale.checkpoint.catalog import agreed_damages, list_checkpoints
+from livt_scale.checkpoint.catalog import list_checkpoints
+from livt_scale.checkpoint.dcp import not_covered
+from livt_scale.checkpoint.dcp_metadata import read_index
+from livt_scale.checkpoint.load import agreed_damages
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MARK = ".local-mark"  # beside the shared checkpoints
 SAVE = "local_save"  # the fact that tells which save of which start it was
@@ -139,9 +140,6 @@ def _node(folder: Path) -> tuple[str, str, int, int]:
 
 
 def _readable(folder: Path, wanted: dict[str, Tensor]) -> list[LocalSave]:
-    from livt_scale.checkpoint.dcp import not_covered
-    from livt_scale.checkpoint.dcp_metadata import read_index
-
     saves = []
     for info in list_checkpoints(folder, quick=True):
         if info.whole and info.manifest and info.position and isinstance(start := info.manifest.facts.get(SAVE), str):

@@ -16,17 +16,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
+
+from torch import Tensor
 
 from livt_scale.checkpoint.catalog import Retention, clean_leftovers
-from livt_scale.checkpoint.commit import Job, publish
+from livt_scale.checkpoint.commit import SaveJob, publish
+from livt_scale.checkpoint.dcp import Pieces, Staging, WritePlan, plan_write, signature_of
 from livt_scale.checkpoint.manifest import Position, plain_score
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.atomic import sync_folder
 from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 1.0  # before a failed save is tried again; then twice as long, and so on
@@ -54,8 +54,6 @@ class Saver:
         peers: Peers | None = None,
         partial: bool = False,
     ) -> None:
-        from livt_scale.checkpoint.dcp import Staging, WritePlan
-
         self.folder = Path(folder)
         self.mode = mode
         self.retention = retention or Retention()
@@ -86,8 +84,6 @@ class Saver:
         state: tensors by name, plain (the same on every rank) or DTensor; the same names on every rank.
         facts: plain JSON values; `score`: higher is better (for keep_best); `final`: never pruned.
         """
-        from livt_scale.checkpoint.dcp import Pieces, plan_write, signature_of
-
         assert state, "nothing to save"
         self.wait()
         called_s = time.monotonic()
@@ -95,7 +91,7 @@ class Saver:
         if self._plan is None or self._plan.signature != signature_of(state):
             self._plan = plan_write(state, self.peers, partial=self.partial)
         stage = self._staging.copy if self._thread else Pieces.live
-        job = Job(
+        job = SaveJob(
             folder=self.folder,
             plan=self._plan,
             pieces=stage(state, self._plan, self.peers),
@@ -156,7 +152,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with telling_besides(error):
+        with also_raising(error):
             self.close()
 
     def _prepare_folder(self) -> None:
@@ -169,7 +165,7 @@ class Saver:
 
 
 @contextmanager
-def telling_besides(error: BaseException | None) -> Iterator[None]:
+def also_raising(error: BaseException | None) -> Iterator[None]:
     """A failed save in this block is raised, unless `error` is under way: then it is told besides it."""
     try:
         yield
@@ -190,7 +186,7 @@ class _InFlight:
 class _Write:
     """Publishes `job`; a failed one again after a pause, `retries` times."""
 
-    job: Job
+    job: SaveJob
     peers: Peers
     retries: int
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.distributed.cpu_cores import told_to_loader
+from livt_scale.distributed.cpu_cores import share_with_loader
 from livt_scale.distributed.world import detect, process_group
 from livt_scale.evaluation import adjust
 from livt_scale.evaluation.evaluate import BATCH, write_eval
@@ -60,7 +60,7 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
     if views.number == 1 and "average" in run:
         raise UsageError("--average has no effect on one view", remedy="give --views 2, 5 or 10, or leave it out")
     world = detect()
-    with process_group(world, timeout_s=TIMEOUT_S), told_to_loader(world):
+    with process_group(world, timeout_s=TIMEOUT_S), share_with_loader(world):
         result = evaluate_path(
             path,
             data=data,

@@ -13,12 +13,12 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from livt_scale.util.errors import LivtError
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 T = TypeVar("T")
 _Portable = tuple[type[LivtError], str, str]
@@ -55,8 +55,6 @@ class Peers:
         all_raise: type[LivtError] | None = None,
     ) -> Peers:
         """Of each list in `parts` a group of its own; the one that `rank` is in. A collective call of all ranks."""
-        import torch.distributed as dist
-
         mine = cls(all_raise=all_raise)
         for part in parts:
             if len(part) > 1:
@@ -75,8 +73,6 @@ class Peers:
         """Each rank's value, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
@@ -85,8 +81,6 @@ class Peers:
         """Each rank's value on rank 0, None elsewhere."""
         if self.world_size == 1:
             return [value]
-        import torch.distributed as dist
-
         values: list[Any] | None = [None] * self.world_size if self.leads else None
         dist.gather_object(value, values, group_dst=0, group=self.group)
         return values
@@ -96,8 +90,6 @@ class Peers:
         if self.world_size == 1:
             assert values is not None
             return values[0]
-        import torch.distributed as dist
-
         received: list[Any] = [None]
         dist.scatter_object_list(received, values, group_src=0, group=self.group)
         return received[0]
@@ -106,8 +98,6 @@ class Peers:
         """Rank 0's value, on every rank."""
         if self.world_size == 1:
             return value  # type: ignore[return-value]
-        import torch.distributed as dist
-
         box = [value]
         dist.broadcast_object_list(box, group_src=0, group=self.group)
         return box[0]  # type: ignore[return-value]
@@ -131,11 +121,8 @@ class Peers:
 
     def close(self) -> None:
         """Give the group back; the process group of all stays."""
-        if self.group is not None:
-            import torch.distributed as dist
-
-            if dist.is_initialized():  # the world may have been taken down before us
-                dist.destroy_process_group(self.group)
+        if self.group is not None and dist.is_initialized():  # the process group may have been destroyed before us
+            dist.destroy_process_group(self.group)
 
     def _raise_first(self, errors: list[_Portable | None], own: Exception | None) -> None:
         if own is not None and (self.all_raise is None or (self.world_size == 1 and not isinstance(own, OSError))):

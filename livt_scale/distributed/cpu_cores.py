@@ -1,9 +1,10 @@
-"""The cores that a rank has for its loader processes: each core divided by the ranks of the machine that may use it.
+"""The CPU cores of a rank for its loader processes: each core is divided by the ranks that may use it.
 
     torchrun on 16 cores, 4 ranks       each may use 0-15                      16 · 1/4 = 4 cores a rank
     srun --cpus-per-task=4, 4 tasks     bound to 0-3, 4-7, 8-11, 12-15         4 · 1/1 = 4 cores a rank
 
-Ranks tell each other what they may use: a rank alone cannot know whether its 4 cores are its own or all that there is.
+The ranks exchange what they may use: alone, a rank cannot know whether its 4 cores are its own or
+shared.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+
+import torch.distributed as dist
 
 from livt_scale.data.num_workers import cores_are
 from livt_scale.distributed.world import World
@@ -28,23 +31,21 @@ def share(own: Set[int], on_machine: Sequence[Set[int]]) -> int:
 
 
 @contextmanager
-def told_to_loader(world: World) -> Iterator[None]:
-    """Meanwhile `data.workers: auto` reckons with this rank's share. Enter on all ranks of the process group."""
-    if world.world_size == 1:  # all that it may use
+def share_with_loader(world: World) -> Iterator[None]:
+    """Within the block, `data.workers: auto` counts with this rank's share. Enter on all ranks of the process group."""
+    if world.world_size == 1:  # everything that it may use
         yield
         return
-    with cores_are(ask(world)):
+    with cores_are(exchange(world)):
         yield
 
 
-def ask(world: World) -> int:
-    """The share of this rank, after each has told its machine and its cores. Call on all ranks of the process group."""
-    import torch.distributed as dist
-
-    told: list[tuple[str, frozenset[int]]] = [("", frozenset())] * world.world_size
+def exchange(world: World) -> int:
+    """The share of this rank, from the machine and cores of every rank. Call on all ranks of the process group."""
+    every: list[tuple[str, frozenset[int]]] = [("", frozenset())] * world.world_size
     own = _machine(), _cores()
-    dist.all_gather_object(told, own)
-    return share(own[1], [cores for machine, cores in told if machine == own[0]])
+    dist.all_gather_object(every, own)
+    return share(own[1], [cores for machine, cores in every if machine == own[0]])
 
 
 def _machine() -> str:

@@ -1,4 +1,4 @@
-"""One process, or DistributedDataParallel over several: the whole model on each rank."""
+"""One process, or DistributedDataParallel over several: the full model on each rank."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerS
 from livt_scale.distributed.strategy import Groups, StepResult
 from livt_scale.distributed.world import World
 
-LOOK_EVERY = 5  # steps between two looks at what DDP has measured: a look takes a tenth of a millisecond
-# Not to be sent at every forward: batch norm's statistics are made alike at each update (`parallel.statistics`), and no
-# other buffer changes. torch 2.14 gave the option a new name.
+LOOK_EVERY = 5  # steps between two reads of what DDP has measured: a read takes 0.1 ms
+# Do not broadcast buffers in every forward pass: batch norm's statistics are averaged at each update
+# (`distributed.batchnorm`), and no other buffer changes. torch 2.14 renamed the option.
 _NAMES = inspect.signature(DistributedDataParallel).parameters
 _OWN_BUFFERS: dict[str, Any] = {
     "forward_sync_buffers" if "forward_sync_buffers" in _NAMES else "broadcast_buffers": False
@@ -78,9 +78,9 @@ class Ddp(TorchOptimizerStep):
         """DDP's own measurement of its newest sampled step: it samples the first ten, then every hundredth."""
         if not isinstance(self._wrapped, DistributedDataParallel):
             return 0.0
-        measured = self._wrapped._get_ddp_logging_data()  # no public way; None where a torch has it no more
-        told = [measured.get(f"backward_{name}") for name in ("comm_time", "compute_comm_overlap_time")]
-        return None if None in told else max(told[0] - told[1], 0) / 1e9
+        measured = self._wrapped._get_ddp_logging_data()  # there is no public way; None if torch no longer has it
+        times = [measured.get(f"backward_{name}") for name in ("comm_time", "compute_comm_overlap_time")]
+        return None if None in times else max(times[0] - times[1], 0) / 1e9
 
     def infer(self, *inputs: Any, **named: Any) -> Any:
         with torch.inference_mode():

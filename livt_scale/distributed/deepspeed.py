@@ -34,12 +34,12 @@ from livt_scale.distributed.strategy import Groups, StepResult
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import UsageError
 
-OLDEST = Version("0.19.8")  # the one tried: that its step changes nothing on a norm that is not finite is not promised
+OLDEST = Version("0.19.8")  # the version tested; we rely on a step with a norm that is not finite changing nothing
 BUCKET = 50_000_000  # elements exchanged at a time, at most: 200 MB of gradients
 
 
 def import_deepspeed(world: World) -> Any:
-    """The module `deepspeed`. UsageError where it is missing or too old."""
+    """The module `deepspeed`. UsageError if it is missing or too old."""
     if world.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
@@ -59,7 +59,7 @@ def import_deepspeed(world: World) -> Any:
     warnings.filterwarnings(  # names that torch 2.14 has renamed, used by deepspeed 0.19.8
         "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
     )
-    # an all-reduce through shared memory, for inference alone: not to be compiled at the start of a run
+    # an all-reduce through shared memory, only for inference: do not compile it at the start of a run
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -73,12 +73,12 @@ def start_engine(
     parallel: Parallel,
     world: World,
 ) -> Any:
-    """The engine that holds `model` and `optimizer` from now on. A collective call."""
+    """The engine that takes over `model` and `optimizer`. A collective call."""
     _process_group_of_one(world, timeout_s=parallel.timeout_s)
     config = engine_config(model, stage=stage, parallel=parallel, world=world)
     _name_device(world)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
-    # DeepSpeed speaks over a copy of the process group, which has torch's own time-out.
+    # DeepSpeed uses a copy of the process group, with torch's default timeout.
     group = deepspeed.utils.groups._get_data_parallel_group()
     set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout  # torch 2.11 has the latter
     set_timeout(timedelta(seconds=parallel.timeout_s), group)
@@ -119,14 +119,14 @@ def _offloaded(parallel: Parallel, *, stage: int, world: World) -> dict[str, Any
 
 
 def _name_device(world: World) -> None:
-    """DeepSpeed takes the device of LOCAL_RANK, now and later; srun sets none, and a task may see one GPU alone."""
+    """DeepSpeed takes the device from LOCAL_RANK; srun does not set it, and a task may see only one GPU."""
     index = world.device.index
     os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it would have to be the same
 
 
 def _process_group_of_one(world: World, *, timeout_s: int) -> None:
-    """DeepSpeed wants a process group where a process is alone too."""
+    """DeepSpeed needs a process group even for one process."""
     if world.world_size > 1 or dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
@@ -140,7 +140,7 @@ def _end_process_group() -> None:
 
 
 class Zero:
-    """A `Strategy`; the model's parameters are the engine's from now on."""
+    """A `Strategy`; the engine takes over the model's parameters."""
 
     def __init__(
         self,
@@ -158,16 +158,16 @@ class Zero:
         self.name, self.model, self.lockstep = name, model.to(world.device), can.shards_parameters
         self._device, self._precision = world.device, parallel.precision
         self._adamw = optim.make_adamw(groups(model), betas=betas, implementation=parallel.adamw)
-        # Inside the module: the engine switches an autocast around it off.
+        # Inside the module, because the engine disables an autocast around it.
         model.forward = partial(_under_autocast, model.forward, world.device, parallel.precision)
         self._engine = start_engine(deepspeed, model, self._adamw, stage=can.zero_stage, parallel=parallel, world=world)
         self._zero = self._engine.optimizer  # DeepSpeed's, around AdamW
         mesh = init_device_mesh(world.device.type, (world.world_size,)) if world.world_size > 1 else None
         self._state = ZeroState(deepspeed, self._engine, mesh=mesh)
-        # Its hooks hold engine and model where no garbage collector looks, and the next stage wants the room.
+        # Its hooks keep engine and model alive out of the garbage collector's reach; the next stage needs the memory.
         weakref.finalize(self, _end, self._engine, self._state).atexit = False
         self._scale = precision.DynamicScale() if parallel.precision == "fp16" else None
-        self._tell_scale()
+        self._set_scale()
 
     def call(self, *inputs: Any, last: bool) -> Any:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -180,16 +180,16 @@ class Zero:
     def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         optim.set_lr(self._adamw, lr)
         self._zero.clip_grad = max_norm or 0.0
-        self._engine.step()  # leaves everything as it was where the norm is not finite
+        self._engine.step()  # changes nothing if the norm is not finite
         finite = self._engine.was_step_applied()
         overflow = False
         if self._scale is not None:
             overflow = self._scale.note(finite=finite)
-            self._tell_scale()
+            self._set_scale()
         return StepResult(float(self._engine.get_global_grad_norm()), applied=finite, overflow=overflow)
 
     def discard(self) -> None:
-        """By the engine's own way of leaving out a step: a norm that says so."""
+        """Use the engine's own way to skip a step: a norm that is not finite."""
         of = "_get_norm_groups" if self.lockstep else "scaled_global_norm"
         refused = torch.tensor(float("inf"), device=self._device)
         setattr(self._zero, of, lambda: [refused] if self.lockstep else refused)
@@ -200,7 +200,7 @@ class Zero:
         assert not self._engine.was_step_applied(), "deepspeed takes a step on a norm that is not finite"
 
     def infer(self, *inputs: Any, **named: Any) -> Any:
-        with torch.no_grad():  # not inference_mode: the gathered weights' memory is used again in training
+        with torch.no_grad():  # not inference_mode: the memory of gathered parameters is reused in training
             return precision.infer(self.model, self._device, self._precision, *inputs, **named)
 
     def state(self) -> dict[str, Tensor]:
@@ -215,13 +215,12 @@ class Zero:
     def set_scaler(self, saved: dict[str, float] | None) -> None:
         if self._scale is not None and saved is not None:
             self._scale = precision.DynamicScale(saved["scale"], int(saved["good_steps"]))
-            self._tell_scale()
+            self._set_scale()
 
     def held_bytes(self) -> int:
-        """Bytes of weights, gradients and moments that this rank holds now: call it before `update`."""
         return sum(storage.nbytes() for storage in self._state.storages())
 
-    def _tell_scale(self) -> None:
+    def _set_scale(self) -> None:
         if self._scale is not None:
             self._zero.override_loss_scale(self._scale.value)
 
@@ -234,5 +233,5 @@ def _under_autocast(forward: Any, device: torch.device, kind: str, *inputs: Any,
 def _end(engine: Any, state: ZeroState) -> None:
     storages = state.storages() if engine.zero_optimization_stage() == 3 else []
     engine.destroy()
-    for storage in storages:  # stage 3's engine stays alive for all that
+    for storage in storages:  # stage 3's engine stays alive nevertheless
         storage.resize_(0)

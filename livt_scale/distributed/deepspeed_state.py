@@ -1,4 +1,4 @@
-"""A DeepSpeed engine's weights and moments by plain name, and back: what `parallel.state` gives for torch's engines.
+"""A DeepSpeed engine's weights and moments by plain name, and back, as `state_dict` does for torch's engines.
 
 ZeRO holds flat pieces that know no parameter. Each parameter is put together from the pieces of all ranks, one at a
 time, and each rank keeps its own rows of it as a DTensor, split as `fully_shard` splits: memory peaks at one parameter,
@@ -90,7 +90,7 @@ class ZeroState:
             flat.data = gathered.data
 
     def _make_moments(self) -> None:
-        """Zero moments before the first step, as `parallel.state.collect` makes them; the engine makes them in it."""
+        """Zero moments before the first step, as `state_dict.collect` makes them; the engine makes them in it."""
         for flat in self.flats():
             beside = self._zero.optimizer.defaults["fused"]
             self._zero.optimizer.state[flat] = {

@@ -1,8 +1,8 @@
-"""torch's `fully_shard`, block by block: each rank holds its share of weights, gradients and moments.
+"""torch's `fully_shard`, block by block: each rank holds its share of parameters, gradients and moments.
 
-A block's weights are gathered when it is called, in the recipe's precision, and freed after it; what lies outside the
-blocks (patches, tokens, norms, head) stays gathered in fp32 from forward to backward: it is small. Gradients are
-reduced in fp32. `shard_within: node` shards over the ranks of a node and copies over the nodes (hybrid sharding): the
+A block's parameters are gathered in the recipe's precision when it is called and freed afterwards. Those outside the
+blocks (patches, tokens, norms, head) are few, and stay gathered in fp32 from forward to backward. Gradients are reduced
+in fp32. `shard_within: node` shards over the ranks of a node and replicates over the nodes (hybrid sharding), so that
 gathers stay within the node.
 
 Source: PyTorch FSDP2, `torch.distributed.fsdp.fully_shard`; hybrid sharding, arXiv 2304.11277.
@@ -49,11 +49,11 @@ class Fsdp(TorchOptimizerStep):
         low = MixedPrecisionPolicy(
             param_dtype=precision.LOW.get(parallel.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
         for block in blocks_of(model):
             fully_shard(block, mesh=mesh, mp_policy=low, offload_policy=offload)
-        self.model = model  # it gets its shards, and FSDPModule's methods, in place
-        self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=whole, offload_policy=offload)
+        self.model = model  # sharded in place, and given FSDPModule's methods
+        self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=full, offload_policy=offload)
         self._device, self._precision = world.device, parallel.precision
         kind = "cpu" if parallel.offload == "cpu" else world.device.type
         self._updates = OptimizerStep(
@@ -66,11 +66,11 @@ class Fsdp(TorchOptimizerStep):
         with precision.autocast(self._device, self._precision):
             return self.model(*inputs)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - `call` has said it
+    def backward(self, loss: Tensor, *, last: bool) -> None:  # noqa: ARG002 - `call` has set it
         self._updates.scale(loss).backward()
 
     def infer(self, *inputs: Any, **named: Any) -> Any:
-        with torch.no_grad():  # not inference_mode: the gathered weights' memory is used again in training
+        with torch.no_grad():  # not inference_mode: the memory of gathered parameters is reused in training
             return precision.infer(self.model, self._device, self._precision, *inputs, **named)
 
 

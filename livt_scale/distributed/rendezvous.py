@@ -16,12 +16,12 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from torch.distributed import Store
+from torch.distributed.rendezvous import rendezvous
 
 from livt_scale.util.errors import RunError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 LOOK_S = 0.02
 NAMED = 8
@@ -29,9 +29,6 @@ NAMED = 8
 
 def meet(rank: int, world_size: int, *, timeout_s: float) -> Store:
     """The store of this start, over MASTER_ADDR and MASTER_PORT. RunError where not all come within `timeout_s`."""
-    import torch.distributed as dist
-    from torch.distributed.rendezvous import rendezvous
-
     ends = time.monotonic() + timeout_s
     try:
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s)))

@@ -4,7 +4,7 @@
     optim.<name>.exp_avg, .exp_avg_sq  AdamW's two moments of that parameter
     optim.<name>.step                  how many steps that parameter has had
     optim.<name>.momentum_buffer       LARS's momentum of that parameter, in place of these three
-    ema.<name>, ema.updates            the average of that weight, where the recipe keeps one (`averaged`)
+    ema.<name>, ema.updates            the average of that weight, if the recipe keeps one (`distributed.ema`)
 
 Rates and weight decay are not saved: the recipe and the schedule give them, so that a resumed run follows what it says
 now (a stale decay after a resume is NVIDIA/Megatron-LM#7468). Wrappers (DDP, torch.compile, activation checkpointing)

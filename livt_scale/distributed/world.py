@@ -17,14 +17,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
 
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.rendezvous import meet
 from livt_scale.util.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,6 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        import torch
-
         if not torch.cuda.is_available():
             return torch.device("cpu")
         return torch.device("cuda", self.local_rank % torch.cuda.device_count())
@@ -134,9 +131,6 @@ def tasks_by_node(text: str) -> list[int]:
 @contextmanager
 def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
     """The process group of `world` (gloo on CPU, nccl with gloo beside it on GPU); none where it is alone."""
-    import torch
-    import torch.distributed as dist
-
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.world_size == 1:

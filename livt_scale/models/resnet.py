@@ -9,7 +9,7 @@ Initialisation is timm's: the last norm of each residual branch begins at 0. Sto
 `models.classifier`: `drop[b, k]` decides block k for image b.
 
 In training, batch norm looks at one rank's micro-batch. So what is learnt depends on its size, and with it on the
-number of ranks. The running statistics are kept alike on all ranks by `parallel.statistics`.
+number of ranks. The running statistics are kept alike on all ranks by `distributed.batchnorm`.
 
 Source: ResNet, arXiv 1512.03385 (section 4.2 for CIFAR); the last norm at 0, arXiv 1706.02677, section 5.1.
 """

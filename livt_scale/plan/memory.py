@@ -257,6 +257,6 @@ def _largest_block(weights: Sequence[Weight]) -> int:
 
 
 def _persistent(weights: Sequence[Weight]) -> int:
-    """Elements that DeepSpeed's stage 3 keeps gathered: what is no larger than the largest bias (`zero_engine`)."""
+    """Elements that DeepSpeed's stage 3 keeps gathered: what is no larger than the largest bias."""
     largest = max((w.numel for w in weights if len(w.shape) < 2), default=0)
     return sum(w.numel for w in weights if w.numel <= largest)

@@ -75,7 +75,7 @@ def train_together(
     run_dir = run_dir_of(recipe)
     limit = world.peers.on_rank0(time_limit)
     with (
-        cpu_cores.told_to_loader(world),
+        cpu_cores.share_with_loader(world),
         _alone(run_dir, world),
         Preemption(limit if world.is_main else None) as preemption,
     ):

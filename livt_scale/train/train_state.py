@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from livt_scale.checkpoint import load
-from livt_scale.checkpoint.catalog import agreed_damages
-from livt_scale.checkpoint.load import Position
+from livt_scale.checkpoint.load import Position, agreed_damages
 from livt_scale.checkpoint.manager import Found, Tiers
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from

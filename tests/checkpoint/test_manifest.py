@@ -6,8 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from livt_scale.checkpoint.manifest import (
+    CheckpointManifest,
     FileEntry,
-    Manifest,
     Position,
     differences,
     plain_score,
@@ -18,8 +18,8 @@ from livt_scale.checkpoint.manifest import (
 from livt_scale.util.errors import CheckpointDamaged
 
 
-def small_manifest() -> Manifest:
-    return Manifest.model_validate(
+def small_manifest() -> CheckpointManifest:
+    return CheckpointManifest.model_validate(
         {
             "saved_at": "2026-01-02T03:04:05+00:00",
             "position": {"epoch": 2, "step": 20},
@@ -36,7 +36,7 @@ def small_manifest() -> Manifest:
 
 def test_a_manifest_comes_back_as_it_was():
     manifest = small_manifest()
-    assert Manifest.from_bytes(manifest.to_bytes()) == manifest
+    assert CheckpointManifest.from_bytes(manifest.to_bytes()) == manifest
     assert manifest.position == Position(2, 20)
 
 
@@ -46,7 +46,7 @@ def test_any_flipped_bit_of_the_manifest_is_found():
         for bit in (0, 3, 5, 7):
             raw[place] ^= 1 << bit
             with pytest.raises(ValueError, match=r"."):
-                Manifest.from_bytes(bytes(raw))
+                CheckpointManifest.from_bytes(bytes(raw))
             raw[place] ^= 1 << bit
 
 

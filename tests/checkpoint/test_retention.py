@@ -4,11 +4,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from livt_scale.checkpoint.catalog import Retention
-from livt_scale.checkpoint.manifest import Manifest, Position
+from livt_scale.checkpoint.manifest import CheckpointManifest, Position
 
 
-def manifest(step: int, *, per_epoch: int = 1, score: float | None = None, final: bool = False) -> Manifest:
-    return Manifest.model_validate(
+def manifest(step: int, *, per_epoch: int = 1, score: float | None = None, final: bool = False) -> CheckpointManifest:
+    return CheckpointManifest.model_validate(
         {
             "saved_at": "2026-01-02T03:04:05+00:00",
             "position": {"epoch": step // per_epoch, "step": step},
@@ -49,7 +49,7 @@ def test_best_and_final_stay():
 def test_pruning_as_one_goes_keeps_what_pruning_at_the_end_keeps(steps, keep_last, every, scores):
     rule = Retention(keep_last=keep_last, keep_every_epochs=every)
     saved = [manifest(step, per_epoch=5, score=scores.get(step)) for step in sorted(steps)]
-    left: list[Manifest] = []
+    left: list[CheckpointManifest] = []
     for one in saved:
         left.append(one)
         stay = rule.kept(left)

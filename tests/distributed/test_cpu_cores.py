@@ -57,7 +57,7 @@ from livt_scale.distributed import cores, topology
 if machines:
     cores._machine = lambda: machines[rank]
 world = topology.detect()
-with topology.process_group(world, timeout_s=60), cores.told_to_loader(world):
+with topology.process_group(world, timeout_s=60), cores.share_with_loader(world):
     seen = calibrate.cores_for_rank(world.local_size)
 print(rank, seen, calibrate.cores_for_rank(world.local_size), flush=True)
 """

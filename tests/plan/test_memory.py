@@ -117,7 +117,7 @@ def test_weights_stay_gathered_as_long_as_deepspeed_keeps_them():
     """In a process of its own: deepspeed changes torch, and warns."""
     code = "from deepspeed.runtime.zero.config import DeepSpeedZeroConfig as C\nprint(C().max_reuse_distance)"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert int(said.splitlines()[-1]) == ZERO_REUSE  # `zero_engine` leaves it as it is
+    assert int(said.splitlines()[-1]) == ZERO_REUSE  # our configuration keeps the default
 
 
 @pytest.mark.slow

@@ -28,7 +28,15 @@ from livt_scale.checkpoint.dcp_metadata import METADATA, read_foreign_index
 from livt_scale.checkpoint.foreign.deepspeed_files import is_deepspeed, read_deepspeed
 from livt_scale.checkpoint.foreign.pickles import read_pickle
 from livt_scale.checkpoint.load import read_tensors
-from livt_scale.checkpoint.manifest import MANIFEST, Manifest, Position, plain_score, read_manifest, step_name, step_of
+from livt_scale.checkpoint.manifest import (
+    MANIFEST,
+    CheckpointManifest,
+    Position,
+    plain_score,
+    read_manifest,
+    step_name,
+    step_of,
+)
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.state_dict import AVERAGE, MOMENTS, plain_name
 from livt_scale.util.atomic import new_file, new_folder, sync_folder
@@ -127,7 +135,7 @@ def write_checkpoint(it: Converted, folder: Path) -> None:
         writer = FolderWriter(temporary, peers)
         results = writer.write_pieces(plan, Pieces.live(it.tensors, plan, peers))
         writer.write_metadata(plan.metadata, [results])
-        manifest = Manifest.model_validate(
+        manifest = CheckpointManifest.model_validate(
             {
                 "saved_at": it.saved_at or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
                 "position": {"epoch": position.epoch, "step": position.step},
