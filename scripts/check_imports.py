@@ -24,12 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "livt_scale"
 
 # Circles that are still to be opened.
-CIRCLES: list[set[str]] = [
-    {
-        f"{PACKAGE}.distributed.{name}"
-        for name in ("batchnorm", "ddp", "deepspeed", "fsdp", "optimizer_step", "strategy")
-    },
-]
+CIRCLES: list[set[str]] = []
 
 START_UP = "start-up: a command imports what it runs when it runs; `livt --help` needs none of it"
 TORCH = "start-up: torch takes seconds; `livt --help`, `livt plan` and the checks of a recipe do without"
@@ -42,10 +37,7 @@ DEFERRED: dict[str, str] = {
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",
     **dict.fromkeys(
         (
-            "checkpoint/commit.py", "checkpoint/load.py", "checkpoint/node_local.py", "checkpoint/saver.py",
-            "distributed/collectives.py", "distributed/cpu_cores.py",
-            "distributed/rendezvous.py", "distributed/strategy.py", "distributed/world.py", "doctor/bench.py",
-            "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py",
+            "doctor/bench.py", "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py",
             "study/collect.py", "study/report/html.py", "study/report/interactive.py",
             "study/table.py", "util/plots.py",
         ),
