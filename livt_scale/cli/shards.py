@@ -176,14 +176,14 @@ def trace(
     """Tell which samples a rank sees, step by step, without reading an image: the loader's own order."""
     from livt_scale.config.load import load_recipe
     from livt_scale.config.recipe import STAGES
-    from livt_scale.data.inspect import trace as trace_rank
+    from livt_scale.data.inspect import rank_samples
     from livt_scale.util.errors import UsageError, nearest
 
     loaded = load_recipe(recipe, sets=sets or [])
     chosen = next((name for name in loaded.stage_names if name == (stage or name)), None)
     if chosen is None:
         raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
-    seen = trace_rank(loaded, chosen, rank=rank, world_size=world_size, epoch=epoch, step=step)
+    seen = rank_samples(loaded, chosen, rank=rank, world_size=world_size, epoch=epoch, step=step)
     if as_json:
         typer.echo(json.dumps(seen))
         return

@@ -16,7 +16,7 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import UsageError
 
 
-def trace(
+def rank_samples(
     recipe: Recipe, stage: Stage, *, rank: int, world_size: int, epoch: int, step: int | None = None
 ) -> dict[str, Any]:
     """{"steps": [{"step": s, "keys": [...]}, …]}: the rank's keys in slot order, for one epoch or one step of it.
@@ -52,7 +52,7 @@ def class_report(shards: ShardSet, recipe: Recipe, stage: Stage) -> dict[str, An
     order = stage_order(shards, recipe, stage)
     labels = usable_labels(shards)
     spans = {"first_epoch": range(1), "last_epoch": range(part.epochs - 1, part.epochs), "stage": range(part.epochs)}
-    seen = {name: _padded(times_seen(order, labels, epochs), shards.num_classes) for name, epochs in spans.items()}
+    draws = {name: _padded(class_draws(order, labels, epochs), shards.num_classes) for name, epochs in spans.items()}
     return {
         "stage": stage,
         "sampling": part.sampling.model_dump(exclude_none=True),
@@ -64,14 +64,14 @@ def class_report(shards: ShardSet, recipe: Recipe, stage: Stage) -> dict[str, An
             {
                 "class": name,
                 "images": int(shards.class_counts[c]),
-                **{span: int(counts[c]) for span, counts in seen.items()},
+                **{span: int(counts[c]) for span, counts in draws.items()},
             }
             for c, name in enumerate(shards.manifest.class_names)
         ],
     }
 
 
-def times_seen(order: SampleOrder, labels: Ints, epochs: range) -> Ints:
+def class_draws(order: SampleOrder, labels: Ints, epochs: range) -> Ints:
     """[C] How often each class is drawn in `epochs`, a run of them; `labels`: [N] the class of each position."""
     if isinstance(order, Repeated):
         return _of_repeated(order, labels, epochs) * order.views
@@ -85,17 +85,17 @@ def _of_repeated(order: Repeated, labels: Ints, epochs: range) -> Ints:
     """Samples, not views: whole passes by arithmetic, the epochs of a pass that is not whole step by step."""
     base, each = order.base, order.epochs_a_pass
     if not isinstance(base, Order):
-        return times_seen(base, labels, epochs)
-    seen = _none(labels)
+        return class_draws(base, labels, epochs)
+    draws = _none(labels)
     for turn in sorted({e // each for e in epochs}):
         inside = [e % each for e in epochs if e // each == turn]
         if len(inside) == each:
-            seen += _of_epoch(base, labels, turn)
-            seen -= _of_steps(base, labels, turn, range(each * order.steps_per_epoch, base.steps_per_epoch))
+            draws += _of_epoch(base, labels, turn)
+            draws -= _of_steps(base, labels, turn, range(each * order.steps_per_epoch, base.steps_per_epoch))
         else:
             first = inside[0] * order.steps_per_epoch
-            seen += _of_steps(base, labels, turn, range(first, first + len(inside) * order.steps_per_epoch))
-    return seen
+            draws += _of_steps(base, labels, turn, range(first, first + len(inside) * order.steps_per_epoch))
+    return draws
 
 
 def _of_epoch(order: Order, labels: Ints, epoch: int) -> Ints:
@@ -104,10 +104,10 @@ def _of_epoch(order: Order, labels: Ints, epoch: int) -> Ints:
 
 
 def _of_steps(order: Order, labels: Ints, epoch: int, steps: range) -> Ints:
-    seen = _none(labels)
+    draws = _none(labels)
     for step in steps:
-        seen += np.bincount(labels[order.positions(epoch, step)], minlength=seen.size)
-    return seen
+        draws += np.bincount(labels[order.positions(epoch, step)], minlength=draws.size)
+    return draws
 
 
 def _none(labels: Ints) -> Ints:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
 from livt_scale.config.recipe import Finetune, Recipe, Stage
-from livt_scale.data import num_workers as calibrate
+from livt_scale.data import num_workers
 from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform, TrainTransform
@@ -157,29 +157,28 @@ def eval_batches(
     positions = eval_positions(shards.num_samples, rank=rank, world_size=world_size)
     samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
     dataset = _EvalDataset(shards, recipe, samples, batch, crops=crops)
-    told = recipe.data.workers  # auto: nothing to measure for so few images
-    workers = min(calibrate.cores_for_rank(local_ranks), calibrate.MAX_WORKERS) if told == "auto" else told
-    size = calibrate.batch_bytes(recipe, batch * crops)
+    workers = num_workers.max_workers(recipe.data, local_ranks=local_ranks)  # auto: too few images to measure
+    size = num_workers.batch_bytes(recipe, batch * crops)
     return Batches(dataset, Loading(min(workers, dataset.num_batches), recipe.data.prefetch, size, "evaluation"))
 
 
 def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, demand: float | None) -> Loading:
-    """How many processes, how far ahead. Raises LivtError where calibration meets a bad sample."""
-    data, size = dataset.recipe.data, calibrate.batch_bytes(dataset.recipe, micro_batch)
+    """How many processes, how far ahead. Raises LivtError if a sample is corrupt."""
+    data, size = dataset.recipe.data, num_workers.batch_bytes(dataset.recipe, micro_batch)
     if data.workers != "auto":
-        return calibrate.as_told(data, micro_batch_bytes=size)
+        return num_workers.fixed_workers(data, micro_batch_bytes=size)
     first = next(dataset.micro_batches(0, 1), None)
     if first is None:  # the stage is at its end
         return Loading(0, data.prefetch, size, "nothing is left to load")
-    rate, _ = _rate(dataset, first, seconds=calibrate.CALIBRATION_S)
-    return calibrate.choose(
+    rate, _ = _rate(dataset, first, seconds=num_workers.MEASURE_S)
+    return num_workers.choose_workers(
         data,
         rate=rate,
         demand=demand,
-        cores=calibrate.cores_for_rank(local_ranks),
+        cores=num_workers.cores_for_rank(local_ranks),
         has_gpu=torch.cuda.is_available(),
         micro_batch_bytes=size,
-        most_ready_bytes=calibrate.ready_bytes(local_ranks),
+        most_ready_bytes=num_workers.ready_bytes(local_ranks),
     )
 
 
@@ -193,7 +192,7 @@ def core_rate(shards: ShardSet, recipe: Recipe, stage: Stage, *, seconds: float)
 
 def _rate(dataset: _TrainDataset, batch: MicroBatch, *, seconds: float) -> tuple[float, int]:
     with closing(SampleReader(dataset.shards)) as reader:
-        return calibrate.decode_rate(lambda part: dataset.load(part, reader), batch, seconds=seconds)
+        return num_workers.decode_rate(lambda part: dataset.load(part, reader), batch, seconds=seconds)
 
 
 def normalise(

@@ -29,7 +29,7 @@ from livt_scale.config.recipe import Data, Recipe
 from livt_scale.data.order.for_rank import MicroBatch
 from livt_scale.util.process_pool import usable_cores
 
-CALIBRATION_S = 2.0
+MEASURE_S = 2.0
 CHUNK = 8  # samples decoded between two looks at the clock; even, for pairs
 SPARE = 1.25  # what is loaded over what the step takes: shards differ, and a full queue hides a slow disk
 MAX_WORKERS = 16  # for one rank; beyond it, its own pipe and memory are the limit
@@ -47,13 +47,13 @@ class Loading:
     why: str
 
     @property
-    def most_bytes(self) -> int:
+    def max_bytes(self) -> int:
         """Of micro-batches that are ready; with no processes there is one, the one in use."""
         return max(self.workers * self.prefetch, 1) * self.batch_bytes
 
     def __str__(self) -> str:
         ready = f"{self.workers} processes x {self.prefetch} micro-batches" if self.workers else "no processes"
-        most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.most_bytes / 1e6:.1f} MB ready"
+        most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.max_bytes / 1e6:.1f} MB ready"
         return f"loader: {ready} of {most} ({self.why})"
 
 
@@ -65,13 +65,13 @@ def batch_bytes(recipe: Recipe, micro_batch: int) -> int:
     )
 
 
-def as_told(data: Data, *, micro_batch_bytes: int) -> Loading:
+def fixed_workers(data: Data, *, micro_batch_bytes: int) -> Loading:
     """The recipe's numbers."""
     assert data.workers != "auto"
     return Loading(data.workers, data.prefetch, micro_batch_bytes, "data.workers and data.prefetch")
 
 
-def choose(
+def choose_workers(
     data: Data,
     *,
     rate: float,
@@ -86,18 +86,18 @@ def choose(
     Without a demand: on a GPU all cores but one; where the CPU trains, it needs them itself, so two processes at most.
     """
     most = max(1, min(cores - 1 if has_gpu else 2, cores, MAX_WORKERS))
-    told = f"one process decodes {rate:,.0f} images/s, {cores} cores for this rank"
+    reason = f"one process decodes {rate:,.0f} images/s, {cores} cores for this rank"
     if demand is None:
-        workers, told = most, f"{told}, what the step takes is not known yet"
+        workers, reason = most, f"{reason}, what the step takes is not known yet"
     else:
         wanted = max(1, math.ceil(SPARE * demand / rate))
-        workers, told = min(wanted, most), f"{told}, the step took {demand:,.0f} images/s"
+        workers, reason = min(wanted, most), f"{reason}, the step took {demand:,.0f} images/s"
         if wanted > most:
-            told += f": {wanted} processes would be needed, the step will wait for data"
+            reason += f": {wanted} processes would be needed, the step will wait for data"
     prefetch = max(1, min(data.prefetch, most_ready_bytes // (workers * micro_batch_bytes)))
     if prefetch < data.prefetch:
-        told += f"; prefetch lowered from {data.prefetch} to fit {most_ready_bytes / 1e6:,.0f} MB"
-    return Loading(workers, prefetch, micro_batch_bytes, told)
+        reason += f"; prefetch lowered from {data.prefetch} to fit {most_ready_bytes / 1e6:,.0f} MB"
+    return Loading(workers, prefetch, micro_batch_bytes, reason)
 
 
 def ready_bytes(local_ranks: int) -> int:
@@ -127,17 +127,17 @@ _own_cores: int | None = None  # of this process, as torch's number of threads i
 
 
 def cores_for_rank(local_ranks: int) -> int:
-    """This rank's share of its node's cores: what `cores_are` told; else of those that it may run on, an equal part."""
+    """This rank's share of its node's cores: what `cores_are` set; else of those that it may run on, an equal part."""
     return max(1, usable_cores() // local_ranks) if _own_cores is None else _own_cores
 
 
-def most_workers(data: Data, *, local_ranks: int) -> int:
+def max_workers(data: Data, *, local_ranks: int) -> int:
     """Loader processes of this rank, at most."""
     return min(cores_for_rank(local_ranks), MAX_WORKERS) if data.workers == "auto" else data.workers
 
 
 def decode_rate(
-    load: Callable[[MicroBatch], object], batch: MicroBatch, *, seconds: float = CALIBRATION_S
+    load: Callable[[MicroBatch], object], batch: MicroBatch, *, seconds: float = MEASURE_S
 ) -> tuple[float, int]:
     """(images/s, images) of one process on one thread: `load` over parts of `batch`, for `seconds` at most.
 

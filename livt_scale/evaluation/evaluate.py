@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.loader import eval_batches
-from livt_scale.data.num_workers import most_workers
+from livt_scale.data.num_workers import max_workers
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.remote.prefetch import check_evaluation_room
 from livt_scale.data.shard_set import ShardSet
@@ -133,7 +133,7 @@ def check_room(
     shards: ShardSet, recipe: Recipe, *, world: World, batch: int = BATCH, train: ShardSet | None = None
 ) -> None:
     """Raise DataError where `data.cache.limit_gib` is too small to evaluate on `shards`, with `train` open too."""
-    workers = most_workers(recipe.data, local_ranks=world.local_size)
+    workers = max_workers(recipe.data, local_ranks=world.local_size)
     check_evaluation_room(shards, batch=batch, ranks=world.local_size, workers=workers, train=train)
 
 

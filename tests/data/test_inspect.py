@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from livt_scale.config.load import load_recipe
-from livt_scale.data.inspect import trace
+from livt_scale.data.inspect import rank_samples
 from livt_scale.data.loader import train_batches
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import UsageError
@@ -24,7 +24,7 @@ def recipe():
 
 
 def keys(recipe, *, rank: int, world_size: int, epoch: int = 0) -> list[list[str]]:
-    told = trace(recipe, "pretrain", rank=rank, world_size=world_size, epoch=epoch)
+    told = rank_samples(recipe, "pretrain", rank=rank, world_size=world_size, epoch=epoch)
     assert [s["step"] for s in told["steps"]] == list(range(told["steps_per_epoch"]))
     return [s["keys"] for s in told["steps"]]
 
@@ -62,13 +62,13 @@ def test_the_loader_gives_what_trace_tells(recipe, world_size, workers):
 
 
 def test_one_step_is_that_step_of_the_epoch(recipe):
-    told = trace(recipe, "finetune", rank=1, world_size=2, epoch=1, step=7)
+    told = rank_samples(recipe, "finetune", rank=1, world_size=2, epoch=1, step=7)
     assert told["steps"] == [{"step": 7, "keys": told["steps"][0]["keys"]}]
-    whole = trace(recipe, "finetune", rank=1, world_size=2, epoch=1)
+    whole = rank_samples(recipe, "finetune", rank=1, world_size=2, epoch=1)
     assert told["steps"][0] == whole["steps"][7]
 
 
 @pytest.mark.parametrize("wrong", [{"rank": 2}, {"world_size": 5}, {"step": 10**6}, {"epoch": -1}])
 def test_what_is_not_there_is_a_usage_error(recipe, wrong):
     with pytest.raises(UsageError):
-        trace(recipe, "pretrain", **{"rank": 0, "world_size": 2, "epoch": 0, **wrong})
+        rank_samples(recipe, "pretrain", **{"rank": 0, "world_size": 2, "epoch": 0, **wrong})

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from livt_scale.config.recipe import Data
 from livt_scale.data import loader, num_workers
 from livt_scale.data.loader import eval_batches, train_batches
-from livt_scale.data.num_workers import CHUNK, choose, decode_rate
+from livt_scale.data.num_workers import CHUNK, choose_workers, decode_rate
 from livt_scale.data.order.for_rank import MicroBatch
 from tests.data.tiny_sets import tiny_recipe, tiny_set
 
@@ -29,33 +29,33 @@ AUTO = Data(train="x", workers="auto", prefetch=4)
 )
 def test_a_choice_stays_within_cores_and_memory(rate, demand, cores, has_gpu, size, most):
     options = {"demand": demand, "cores": cores, "has_gpu": has_gpu, "micro_batch_bytes": size}
-    chosen = choose(AUTO, rate=rate, most_ready_bytes=most, **options)
+    chosen = choose_workers(AUTO, rate=rate, most_ready_bytes=most, **options)
     assert 1 <= chosen.workers <= min(cores, num_workers.MAX_WORKERS)
     assert 1 <= chosen.prefetch <= 4
-    assert chosen.most_bytes == chosen.workers * chosen.prefetch * size
-    assert chosen.most_bytes <= most or chosen.prefetch == 1
+    assert chosen.max_bytes == chosen.workers * chosen.prefetch * size
+    assert chosen.max_bytes <= most or chosen.prefetch == 1
 
 
 def test_a_known_demand_gets_a_quarter_more_than_it_asks_for():
-    chosen = choose(AUTO, rate=900, demand=3000, cores=8, has_gpu=True, micro_batch_bytes=MB)
+    chosen = choose_workers(AUTO, rate=900, demand=3000, cores=8, has_gpu=True, micro_batch_bytes=MB)
     assert chosen.workers == 5  # 1.25 · 3000 / 900 = 4.2
     assert "3,000 images/s" in str(chosen)
     assert "at most 20.0 MB ready" in str(chosen)
 
 
 def test_a_demand_beyond_the_cores_is_told():
-    chosen = choose(AUTO, rate=900, demand=9000, cores=4, has_gpu=True, micro_batch_bytes=MB)
+    chosen = choose_workers(AUTO, rate=900, demand=9000, cores=4, has_gpu=True, micro_batch_bytes=MB)
     assert chosen.workers == 3
     assert "13 processes would be needed" in chosen.why
 
 
 def test_without_a_gpu_the_cores_are_the_training_s():
-    assert choose(AUTO, rate=900, demand=None, cores=64, has_gpu=False, micro_batch_bytes=MB).workers == 2
-    assert choose(AUTO, rate=900, demand=None, cores=64, has_gpu=True, micro_batch_bytes=MB).workers == 16
+    assert choose_workers(AUTO, rate=900, demand=None, cores=64, has_gpu=False, micro_batch_bytes=MB).workers == 2
+    assert choose_workers(AUTO, rate=900, demand=None, cores=64, has_gpu=True, micro_batch_bytes=MB).workers == 16
 
 
 def test_prefetch_is_lowered_where_memory_is_short_and_told():
-    chosen = choose(
+    chosen = choose_workers(
         AUTO, rate=900, demand=900, cores=8, has_gpu=True, micro_batch_bytes=100 * MB, most_ready_bytes=500 * MB
     )
     assert (chosen.workers, chosen.prefetch) == (2, 2)
@@ -82,7 +82,7 @@ def test_the_rate_is_measured_over_whole_parts_on_one_thread_and_within_its_time
 
 def test_the_samples_do_not_depend_on_the_choice(tmp_path, monkeypatch):
     shards = tiny_set(tmp_path / "set")
-    monkeypatch.setattr(loader.calibrate, "CALIBRATION_S", 0.05)
+    monkeypatch.setattr(loader.num_workers, "MEASURE_S", 0.05)
     seen = []
     for workers in (0, 1, "auto"):
         recipe = tiny_recipe(tmp_path / "set", data__workers=workers, stages__finetune__epochs=1)

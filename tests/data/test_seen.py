@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from livt_scale.cli.main import app
 from livt_scale.data.build.verify import verify
-from livt_scale.data.inspect import trace
+from livt_scale.data.inspect import rank_samples
 from livt_scale.data.loader import train_batches
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.pipeline import to_webdataset
@@ -68,7 +68,7 @@ def test_info_tells_how_often_trace_shows_each_class(shards, tmp_path, sampling,
     label = {key: int(key[1:]) % 3 for key in shards.keys(np.arange(34))}
     epochs = []
     for epoch in range(5):
-        steps = trace(recipe, "finetune", rank=0, world_size=1, epoch=epoch)["steps"]
+        steps = rank_samples(recipe, "finetune", rank=0, world_size=1, epoch=epoch)["steps"]
         epochs.append(Counter(label[key] for step in steps for key in step["keys"]))
     for c, row in enumerate(told["classes"]):
         assert row["images"] == [12, 9, 11][c]
@@ -135,9 +135,9 @@ def test_ranks_load_the_batches_of_one_process_from_any_step_on(shards, world_si
 
 def test_trace_and_stream_follow_the_policy(shards):
     recipe = recipe_of(shards, sampling={"policy": "class_balanced"}, repeats=2)
-    told = trace(recipe, "finetune", rank=0, world_size=1, epoch=1)["steps"]
+    told = rank_samples(recipe, "finetune", rank=0, world_size=1, epoch=1)["steps"]
     assert sorted(told[0]["views"])[:4] == [0, 0, 0, 0]
     assert 1 in told[0]["views"]
     stream = to_webdataset(shards, stage_order(shards, recipe, "finetune"), epochs=2, epoch=1)
     assert [s["__key__"] for s in stream] == [key for step in told for key in step["keys"]]
-    assert "views" not in trace(recipe_of(shards), "finetune", rank=0, world_size=1, epoch=1)["steps"][0]
+    assert "views" not in rank_samples(recipe_of(shards), "finetune", rank=0, world_size=1, epoch=1)["steps"][0]

@@ -52,14 +52,14 @@ import os, sys
 rank = int(os.environ["RANK"])
 masks, machines = eval(sys.argv[1]), eval(sys.argv[2])
 os.sched_getaffinity = lambda _: masks[rank]
-from livt_scale.data import calibrate
+from livt_scale.data import num_workers
 from livt_scale.distributed import cores, topology
 if machines:
     cores._machine = lambda: machines[rank]
 world = topology.detect()
 with topology.process_group(world, timeout_s=60), cores.share_with_loader(world):
-    seen = calibrate.cores_for_rank(world.local_size)
-print(rank, seen, calibrate.cores_for_rank(world.local_size), flush=True)
+    seen = num_workers.cores_for_rank(world.local_size)
+print(rank, seen, num_workers.cores_for_rank(world.local_size), flush=True)
 """
 
 

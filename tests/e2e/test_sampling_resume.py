@@ -10,7 +10,7 @@ import pytest
 
 from livt_scale.config.load import load_recipe
 from livt_scale.data.build.builder import index_tars
-from livt_scale.data.inspect import trace
+from livt_scale.data.inspect import rank_samples
 from livt_scale.data.shard_set import ShardSet
 from tests.e2e.test_kill_and_resume import run_until_done_killing
 from tests.whole_runs import REPO, assert_same_run
@@ -42,6 +42,6 @@ def test_a_killed_run_that_draws_by_class_ends_as_an_unbroken_one(livt, two_shar
     assert run_until_done_killing(livt, killed, kills=2, steps=28, seed=199, **sets) == 2  # in the second epochs
     assert_same_run(killed, whole)
     for stage in ("pretrain", "finetune"):  # and classes were drawn, each image twice in its batch
-        told = trace(load_recipe(killed / "recipe.yaml"), stage, rank=0, world_size=1, epoch=1)
+        told = rank_samples(load_recipe(killed / "recipe.yaml"), stage, rank=0, world_size=1, epoch=1)
         assert all(n % 2 == 0 for step in told["steps"] for n in Counter(step["keys"]).values())
         assert len({key for step in told["steps"] for key in step["keys"]}) < 0.45 * 7 * 64

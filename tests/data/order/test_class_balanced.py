@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Finetune
-from livt_scale.data.inspect import times_seen
+from livt_scale.data.inspect import class_draws
 from livt_scale.data.order import class_balanced as policy_module
 from livt_scale.data.order.class_balanced import ClassOrder, shares
 from livt_scale.data.order.for_stage import order_for
@@ -56,7 +56,7 @@ def test_what_is_counted_is_what_is_drawn(counts, sampling, repeats, mixup):
     order, labels = make(counts, sampling, repeats=repeats, mixup=mixup)
     drawn = [np.bincount(labels[epoch_of(order, e)[0]], minlength=int(labels.max()) + 1) for e in range(5)]
     for epochs in (range(1), range(1, 4), range(5)):
-        np.testing.assert_array_equal(times_seen(order, labels, epochs), sum(drawn[e] for e in epochs))
+        np.testing.assert_array_equal(class_draws(order, labels, epochs), sum(drawn[e] for e in epochs))
 
 
 @quick
