@@ -104,7 +104,7 @@ class Packed:
 
 
 class Blocks:
-    """The blocks of one loader process that go round, `keep` of them; more that are in use at once are made for once.
+    """The reusable blocks of one loader process, `keep` of them; any beyond that are used once.
 
     The first byte of a block says whether the main process still looks at it: set here, cleared there.
     """

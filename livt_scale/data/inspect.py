@@ -27,7 +27,7 @@ def rank_samples(
     order = stage_order(shards, recipe, stage)
     if epoch < 0 or not (step is None or 0 <= step < order.steps_per_epoch):
         raise UsageError(f"there is no step {step} of epoch {epoch}: an epoch has {order.steps_per_epoch} steps")
-    ranks = RankOrder(shards, order, epochs=epoch + 1, rank=rank, world_size=world_size)  # all slots of a step at once
+    ranks = RankOrder(shards, order, epochs=epoch + 1, rank=rank, world_size=world_size)  # all slots of a step
     batches = ranks.micro_batches(epoch=epoch, step=step or 0)
     if step is not None:
         batches = itertools.islice(batches, 1)

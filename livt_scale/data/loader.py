@@ -8,7 +8,7 @@
 One iterator serves a whole stage, so the processes live across epochs. A batch is one block of shared memory: images
 are decoded, cropped and written into their places in it once and never copied on the way to the main process; only
 its name and layout go through the pipe. What fails in a loader process reaches the caller as the same LivtError; a
-process that is killed is an error at the next batch, never a hang. None outlives the iterator.
+process that is killed is an error at the next batch, never a hang. No process outlives the iterator.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Batches:
     def __init__(self, dataset: _Dataset, loading: Loading) -> None:
         self.loading = loading
         workers, prefetch = loading.workers, loading.prefetch
-        dataset.blocks = Blocks(keep=prefetch + 2)  # those that are ready, one in work, one in use
-        with warnings.catch_warnings():  # more workers than cores is the recipe's wish, and `livt doctor`'s to mention
+        dataset.blocks = Blocks(keep=prefetch + 2)  # the ready ones, one being filled, one in use
+        with warnings.catch_warnings():  # more workers than cores is the recipe's choice; `livt doctor` mentions it
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
             loader = DataLoader(
                 dataset,
@@ -73,7 +73,7 @@ class Batches:
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         if workers:
             # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
-            # It is not told of ours: the same is noticed where the next batch is asked for, as torch looks every 5 s.
+            # Our workers are taken off its list: a dead one is noticed when the next batch is requested, within 5 s.
             signal_handling._remove_worker_pids(id(self._packed))
             self._packed._worker_pids_set = False  # type: ignore[attr-defined]
         self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
@@ -163,7 +163,7 @@ def eval_batches(
 
 
 def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, demand: float | None) -> Loading:
-    """How many processes, how far ahead. Raises LivtError if a sample is corrupt."""
+    """The number of processes and how far ahead they load. Raises LivtError if a sample is corrupt."""
     data, size = dataset.recipe.data, num_workers.batch_bytes(dataset.recipe, micro_batch)
     if data.workers != "auto":
         return num_workers.fixed_workers(data, micro_batch_bytes=size)
@@ -221,13 +221,13 @@ def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.devic
 
 @dataclass(frozen=True)
 class _Failed:
-    """Comes through the pipe instead of a batch: torch would wrap the error in a page of traceback."""
+    """Sent through the pipe instead of a batch: torch would wrap the error in a page of traceback."""
 
     error: LivtError
 
 
 class _Dataset(IterableDataset[Any]):
-    """What runs in a loader process: yields Packed, and at an error _Failed as the last."""
+    """Runs in a loader process: yields Packed; after an error, _Failed is the last item."""
 
     def __init__(self, shards: ShardSet, recipe: Recipe) -> None:
         super().__init__()
@@ -383,5 +383,5 @@ def _death(process: Any) -> DataError:
     return DataError(
         f"a loader process (pid {process.pid}) {how}",
         remedy="SIGKILL: most often the machine ran out of memory; SIGBUS: /dev/shm is full; lower data.workers or "
-        "data.prefetch. The run goes on where it was saved",
+        "data.prefetch. Run the same command again: it resumes from the last checkpoint",
     )

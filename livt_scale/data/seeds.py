@@ -6,7 +6,7 @@ number of GPUs, draws the same numbers, and no two epochs, samples or purposes s
 
     sample_rng(7, 3, "img-12", "crop").random()    # the same float everywhere, always
 
-Philox (Salmon et al. 2011) is counter-based: any key gives a good stream at once, without a warm-up.
+Philox (Salmon et al. 2011) is counter-based: any key gives a good stream immediately, without a warm-up.
 """
 
 from __future__ import annotations

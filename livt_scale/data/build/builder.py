@@ -3,8 +3,9 @@
     raw images -> choice by the long-tail profile -> one shuffle by seed -> even cuts -> shards -> index -> manifest
 
 The shuffle happens once, when written, so that no block of a shard is of one class. Shards are written in parallel;
-their bytes do not depend on who writes them. A build that is killed goes on: finished shards stay, and the result has
-the bytes of a build that was not. Until the manifest is there, `build.json` says whose the folder is.
+their bytes do not depend on who writes them. A build that is killed is resumed by the same command: finished shards
+stay, and the result has the bytes of an uninterrupted build. Until the manifest exists, `build.json` says which build
+the folder belongs to.
 """
 
 from __future__ import annotations
@@ -138,8 +139,8 @@ def _plan(spec: Spec, name: str, source: Source) -> SetPlan:
 
 
 def _spec_sha256(spec: Spec, name: str) -> str:
-    told = [FORMAT, VERSION, spec.build.seed, spec.build.class_names, name, spec.neutral(name)]
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    facts = [FORMAT, VERSION, spec.build.seed, spec.build.class_names, name, spec.neutral(name)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _same_classes(plans: list[SetPlan]) -> None:
@@ -294,7 +295,7 @@ def _check_indexed(folder: Path, shards: list[Shard], *, num_classes: int) -> No
             where = f"{shown(folder / shard.info.name)}, offset {row['start']}, key {key.decode()!r}"
             if key in seen:
                 raise SampleError(
-                    f"{where}: the key is there twice, also in {seen[key]}", remedy="each sample needs a key of its own"
+                    f"{where}: the key is there twice, also in {seen[key]}", remedy="each sample needs a unique key"
                 )
             if row["label"] >= num_classes:
                 raise SampleError(f"{where}: the label {row['label']} is outside the {num_classes} classes")

@@ -7,7 +7,7 @@
 The class of an image is its category's number, which are 0 to C - 1 in iNaturalist 2018. `as_text` sorts them as text
 (0, 1, 10, 100, 1000 …), the order of an image folder of categories, which LiVT's code and its published weights have.
 Everything but these fields is left unread. What does not fit together (an image without an annotation, or with two; a
-name outside the root) is said before a shard is written.
+name outside the root) is an error before a shard is written.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def open_inaturalist(
         where = f"{annotations}, images[{number}]"
         path, key = _get(image, "file_name", str, where), _get(image, "id", int, where)
         if key in seen:
-            raise SourceError(f"{where}: the id {key} is there twice", remedy="each image needs an id of its own")
+            raise SourceError(f"{where}: the id {key} is there twice", remedy="each image needs a unique id")
         if key not in labels_of:
             raise SourceError(
                 f"{where}: image {key} has no annotation", remedy="give the file of a labelled split, as train2018.json"

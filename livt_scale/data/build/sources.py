@@ -5,7 +5,7 @@
     IDX            images and labels, .gz or not          as MNIST and Fashion-MNIST publish; they become grey PNGs
     tars           WebDataset tars below root             key.jpg|jpeg|png + key.cls
 
-Opening a source looks at names and labels, not at images; what is wrong with them is said before a shard is written.
+Opening a source reads names and labels, not images, so errors in them come before a shard is written.
 Image bytes are passed on as they are, under the type that they are and not the one that their name claims.
 A source is a small picklable value once `part` has cut it down to the images that one process reads.
 """
@@ -124,7 +124,7 @@ class TarSource(Source):
     """Images in WebDataset tars. The keys stay as they are, as far as they fit one tar header."""
 
     tars: tuple[Path, ...]
-    samples: tuple[tuple[int, TarSample], ...] = field(repr=False)  # number of the tar, where it lies there
+    samples: tuple[tuple[int, TarSample], ...] = field(repr=False)  # number of the tar, place in it
 
     def key(self, i: int) -> str:
         key = self.samples[i][1].key
@@ -238,7 +238,7 @@ def checked(source: S) -> S:
         if seen.setdefault(key, i) != i:
             raise SourceError(
                 f"source {source.name}: the key {key!r} is there twice (images {seen[key]} and {i})",
-                remedy="each image needs a path of its own, also without its ending",
+                remedy="each image needs a unique path, also without its ending",
             )
     return source
 

@@ -123,7 +123,7 @@ class BuildSpec(SpecPart):
         for name, part in self.sets.items():
             if part.source not in self.sources:
                 raise ValueError(
-                    f"sets.{name}.source is {part.source!r}, which is none of the sources: "
+                    f"sets.{name}.source is {part.source!r}, which is not one of the sources: "
                     + nearest(part.source, self.sources)
                 )
             like = part.balanced and part.balanced.like
@@ -219,12 +219,12 @@ class Spec(SpecPart):
         source = self.build.sources[part.source].model_dump(exclude_none=True)
         for fields in source.values():
             fields.pop("root")
-        told: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True, exclude={"expected"})}
+        facts: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True, exclude={"expected"})}
         if part.balanced and part.balanced.like:
-            told["like"] = self.neutral(part.balanced.like)
+            facts["like"] = self.neutral(part.balanced.like)
         if part.counts and part.counts.file:
-            told["counts_sha256"] = hashlib.sha256(_bytes(self.folder / part.counts.file)).hexdigest()
-        return told
+            facts["counts_sha256"] = hashlib.sha256(_bytes(self.folder / part.counts.file)).hexdigest()
+        return facts
 
 
 def load_spec(

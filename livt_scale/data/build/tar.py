@@ -130,8 +130,8 @@ def _block(file: BinaryIO, position: int, size: int) -> bytes | None:
 def _extended(file: BinaryIO, header: bytes, *, offset: int, size: int) -> bytes:
     num_bytes = _number(header[124:136])
     if num_bytes is None or num_bytes > MAX_HEADER_BYTES:
-        told = "no size" if num_bytes is None else f"{num_bytes:,} bytes"
-        raise BadTar(offset, f"an extended header claims {told}, at most {MAX_HEADER_BYTES:,} are read")
+        claimed = "no size" if num_bytes is None else f"{num_bytes:,} bytes"
+        raise BadTar(offset, f"an extended header claims {claimed}, at most {MAX_HEADER_BYTES:,} are read")
     text = file.read(num_bytes)
     if offset + BLOCK + padded(num_bytes) > size or len(text) < num_bytes:
         raise BadTar(offset, "the tar ends in an extended header")
@@ -142,16 +142,16 @@ def _take(extended: dict[bytes, bytes], kind: bytes, text: bytes, *, offset: int
     """Put what the extended header says of the next member's name and size into `extended`."""
     if kind == _LONG_LINK:  # of a link, and links are refused
         return
-    told = {b"path": text.split(b"\0", 1)[0]} if kind == _LONG_NAME else _pax(text, offset=offset)
-    said = {key: value for key, value in told.items() if key in (b"path", b"size") or key.startswith(b"GNU.sparse")}
-    if kind == _PAX_GLOBAL and said:
+    records = {b"path": text.split(b"\0", 1)[0]} if kind == _LONG_NAME else _pax(text, offset=offset)
+    known = {key: value for key, value in records.items() if key in (b"path", b"size") or key.startswith(b"GNU.sparse")}
+    if kind == _PAX_GLOBAL and known:
         raise BadTar(offset, "a global header gives one name or size to every member")
-    if any(key.startswith(b"GNU.sparse") for key in said):
+    if any(key.startswith(b"GNU.sparse") for key in known):
         raise BadTar(offset, "a sparse file: shards hold plain files")
-    for key, value in said.items():
+    for key, value in known.items():
         if key in extended:
             raise BadTar(offset, f"the {key.decode()} of a member is given twice")
-        if value:  # PAX: an empty value stands for none
+        if value:  # PAX: an empty value means none
             extended[key] = value
 
 
@@ -228,13 +228,15 @@ def _check_end(file: BinaryIO, position: int) -> None:
 IMAGE_TYPES = ("jpeg", "jpg", "png")
 _METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's tar_file_iterator skips
 MAX_CLASSES = 1_000_000  # ImageNet-21k has 21,841; counts and names of all of them are kept in memory
-MAX_SAMPLE_BYTES = 1 << 29  # a sample is read at once; a 67-megapixel RGB image that no codec could shrink has 200 MB
+MAX_SAMPLE_BYTES = (
+    1 << 29
+)  # a sample is read in one piece; a 67-megapixel RGB image that no codec could shrink has 200 MB
 _LABEL = re.compile(rb"[ \t\r\n]*[0-9]{1,9}[ \t\r\n]*")
 
 
 @dataclass(frozen=True)
 class TarSample:
-    """One sample as it lies in a tar; offsets in bytes from the beginning of the file."""
+    """One sample in a tar; offsets in bytes from the beginning of the file."""
 
     key: str
     label: int
@@ -271,7 +273,7 @@ def is_key(key: str) -> bool:
     return base_plus_ext(f"{key}.jpg") == (key, "jpg") and not _METADATA.match(f"{key}.jpg")
 
 
-Part = tuple[str, str, TarMember]  # key, type, where it lies
+Part = tuple[str, str, TarMember]  # key, type, place in the tar
 
 
 def _named(found: Iterable[TarMember]) -> Iterator[Part]:
@@ -304,13 +306,13 @@ def _sample(path: Path, file: BinaryIO, key: str, group: list[Part]) -> TarSampl
     where = f"{shown(path)}, offset {start}, key {key!r}"
     kinds = [kind for _, kind, _ in group]
     if len(set(kinds)) != len(kinds):
-        raise SampleError(f"{where}: the key is there twice", remedy="each sample needs a key of its own")
+        raise SampleError(f"{where}: the key is there twice", remedy="each sample needs a unique key")
     images = [(kind, info) for _, kind, info in group if kind in IMAGE_TYPES]
     labels = [info for _, kind, info in group if kind == "cls"]
     if len(images) != 1 or not labels:
-        told = ", ".join(repr(kind)[:20] for kind in kinds[:8]) + (" …" if len(kinds) > 8 else "")
+        found = ", ".join(repr(kind)[:20] for kind in kinds[:8]) + (" …" if len(kinds) > 8 else "")
         raise SampleError(
-            f"{where}: a sample has one image ({', '.join(IMAGE_TYPES)}) and one cls, this one has {told}"
+            f"{where}: a sample has one image ({', '.join(IMAGE_TYPES)}) and one cls, this one has {found}"
         )
     file.seek(labels[0].data)
     text = file.read(min(labels[0].size, 64))

@@ -1,7 +1,7 @@
 """Is every byte of a shard set as it was written, and does every image decode?
 
     verify(folder)                    sizes, SHA-256 of each file, CRC-32 of each sample: a changed byte is found, and
-                                      named by shard, offset and, where it lies in a sample, key
+                                      named by shard, offset and, inside a sample, key
     verify(folder, decode=True)       also decodes each image, as training does
     verify(…, quarantine=True)        and writes the bad samples beside the manifest: from then on they are left out
 
@@ -89,7 +89,7 @@ def verify(
             raise
         return [Fault(MANIFEST, None, None, error.message)]
     faults = [f for info in (manifest.index, manifest.keys) for f in _check_file(folder / info.name, info)]
-    if faults:  # without them, which sample lies where is not known: each shard is checked as a whole
+    if faults:  # without them the places of the samples are unknown: only each shard's digest is checked
         for shard in manifest.shards:
             faults += _check_file(folder / shard.name, shard)
     else:
@@ -184,7 +184,7 @@ def _check_samples(job: _Job) -> list[Fault]:
     try:
         handle = os.open(job.path, os.O_RDONLY)
     except OSError:
-        return []  # said already
+        return []  # reported by _check_file
     try:
         for k, (row, key) in enumerate(zip(job.rows, job.keys, strict=True)):
             start = int(row["start"])
@@ -240,8 +240,8 @@ def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fa
     listed = {} if decoded else {q.number: q for q in read_quarantine(ShardSet(folder, manifest, index, ()))}
     for fault in faults:
         label = int(index["label"][fault.number])
-        told = {"number": fault.number, "key": fault.key, "shard": fault.shard, "class": label, "reason": fault.what}
-        sample = Quarantined.model_validate(told)
+        entry = {"number": fault.number, "key": fault.key, "shard": fault.shard, "class": label, "reason": fault.what}
+        sample = Quarantined.model_validate(entry)
         listed[sample.number] = sample
     path = folder / QUARANTINE
     with plain_disk_errors(path):

@@ -180,7 +180,7 @@ def _image(job: ShardJob, k: int) -> tuple[str, bytes]:
         return prepared(image_type, image, job.prepare)
     except BadImage as error:
         raise SourceError(
-            f"source {job.source.name}, {job.source.key(k)!r}: {error}", remedy="mend the image, or take it away"
+            f"source {job.source.name}, {job.source.key(k)!r}: {error}", remedy="repair the image, or remove it"
         ) from error
 
 

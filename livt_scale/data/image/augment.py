@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ERASE_TRIES = 10  # timm's
 ERASE_AREA = (0.02, 1 / 3)  # share of the image, timm's RandomErasing as MAE's fine-tuning calls it
 ERASE_ASPECT = (0.3, 1 / 0.3)
-_DRAWS = np.random.RandomState(0)  # seeded anew before each draw: making one takes 110 µs, seeding 2
+_DRAWS = np.random.RandomState(0)  # reseeded before each draw: creating one takes 110 µs, seeding 2
 
 
 def make_augment(notation: str, *, image_px: int, mean: tuple[float, ...]) -> RandAugment:
@@ -144,7 +144,7 @@ def _like(pixels: np.ndarray, width: int) -> np.ndarray:
 
 
 def _four_taps(taps: np.ndarray, fraction: np.ndarray) -> np.ndarray:
-    """[H, W + 3, C] -> uint8 [H, W, C]. `fraction` [H]: how far beyond the second tap the pixel lies."""
+    """[H, W + 3, C] -> uint8 [H, W, C]. `fraction` [H]: distance of the pixel from the second tap."""
     width = taps.shape[1] - 3
     d = torch.from_numpy(fraction)[:, None, None]
     if taps.strides[0] < taps.strides[1]:  # by columns: weights that run along the memory, else it takes four times

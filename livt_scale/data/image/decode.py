@@ -24,7 +24,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from livt_scale.data.image.jpeg import exif_orientation, has_restarts, mended, num_scans, outline, shortened
+from livt_scale.data.image.jpeg import exif_orientation, has_restarts, num_scans, outline, repaired, shortened
 from livt_scale.data.image.png import SIGNATURE, size_and_exif
 
 Pixels = NDArray[np.uint8]
@@ -54,7 +54,7 @@ class EncodedImage(Protocol):
     def pixels(self, *, shrink: int = 1, workspace: Workspace | None = None, bottom: int | None = None) -> Pixels:
         """uint8 [ceil(height / shrink), ceil(width / shrink), channels]. Raises BadImage.
 
-        With a workspace they may lie in it: valid until the next image is decoded there. `bottom`: rows of the image
+        With a workspace they are valid until the next image is decoded there. `bottom`: rows of the image
         from there on may be missing, which spares their decoding; those before it are the same to the bit.
         """
         ...
@@ -95,7 +95,7 @@ class _JpegImage:
         try:
             height, width, self._colours, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError:
-            self._data = mended(data)
+            self._data = repaired(data)
             height, width, self._colours = _jpeg_facts(self._data)
         _check_size(height, width)
         if height * width * len(data) > 1 << 40 and (scans := num_scans(data)) > MAX_SCANS:  # below: seconds at worst
@@ -146,7 +146,7 @@ class _JpegImage:
 
     def _decoded_leniently(self, shrink: int, error: ValueError) -> Pixels:
         """After `error`: the pixels if what libjpeg warned of costs none. Raises BadImage."""
-        whole = mended(self._data)
+        whole = repaired(self._data)
         try:
             if whole != self._data:
                 return self._decoded(whole, shrink=shrink)

@@ -1,8 +1,8 @@
-"""What stands before the pixels of a JPEG, read without decoding: the EXIF orientation, and harmless oddities.
+"""The header of a JPEG, read without decoding: the EXIF orientation, and harmless defects.
 
 `shortened` gives the same image with fewer rows: the decoder stops at a crop's lower edge. libjpeg only warns where
-pixels are lost, so `images` takes each of its warnings for an error. Some mean nothing: `mended` gives the same image
-without their cause, and that is decoded as strictly as any other.
+pixels are lost, so `decode` treats each warning as an error. Some are harmless: `repaired` returns the same image
+without their cause, which is then decoded as strictly as any other.
 Layout: ITU-T T.81, annex B.
 
     FFD8 | FFE1 length Exif… | FFDB length tables | FFC0 length height width … | FFDA length … pixels | FFD9
@@ -27,7 +27,7 @@ class Outline:
     """What one walk over the segments finds."""
 
     orientation: int = 1  # of EXIF, 1 to 8; without EXIF, or where it is damaged, 1: as viewers do
-    height_at: int = 0  # where the height stands; 0: not a JPEG that can be shortened
+    height_at: int = 0  # offset of the height; 0: not a JPEG that can be shortened
     block_px: int = 0  # rows of pixels in one row of blocks, 8 or 16, more in odd chroma subsampling
 
 
@@ -68,8 +68,8 @@ def exif_orientation(exif: bytes) -> int:
     return found if found in range(1, 9) else 1
 
 
-def mended(data: bytes) -> bytes:
-    """The image without what libjpeg warns of though no pixel hangs on it.
+def repaired(data: bytes) -> bytes:
+    """The image without defects that libjpeg warns about but that affect no pixel.
 
     Bytes between segments, an unknown JFIF version, and a sequential scan that says it held a part of its coefficients
     (phones wrote such).
@@ -102,7 +102,7 @@ def num_scans(data: bytes) -> int:
 
 
 def has_restarts(data: bytes) -> bool:
-    """Are there restart marks among the pixels? Then libjpeg may find the end in the middle and go on in silence."""
+    """Whether there are restart markers among the pixels: libjpeg may then take one for the end without a warning."""
     return any(marker == _RESTARTS for marker, _, _ in _segments(data))
 
 

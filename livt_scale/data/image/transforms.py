@@ -114,7 +114,7 @@ def draw_crop(height: int, width: int, *, scale: tuple[float, float], uniforms: 
     """torchvision's RandomResizedCrop.get_params from 22 uniforms: (area, aspect) for ten tries, then top and left.
 
     An area from U(scale) and an aspect from exp(U(log 3/4, log 4/3)), until the box fits; after ten tries the
-    largest centre crop whose aspect lies in that range.
+    largest centre crop whose aspect is in that range.
     """
     log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
     for k in range(CROP_TRIES):

@@ -4,14 +4,14 @@
 and 9 in one epoch and 70, 20 and 10 in the next; what is rounded off is owed, and 1000 epochs draw 70,500 of the first.
 A class walks through its own images, in another random order each round, and begins again when all have come:
 
-    draws of this epoch    a b a a c a b c …     shuffled anew each epoch (in blocks of 2^20 draws)
+    draws of this epoch    a b a a c a b c …     reshuffled each epoch (in blocks of 2^20 draws)
     a's walk               2 0 1 | 1 2 0 | …     3 images; b's and c's likewise, on from where the last epoch stopped
-    views                  0 0 0   1 1 1         an image that comes again in one epoch is augmented anew
+    views                  0 0 0   1 1 1         an image that repeats within an epoch is augmented differently
 
 `Repeated` shows k views of each sample in one batch (Hoffer et al. 2020, arXiv 1901.09335; DeiT's repeated
 augmentation, k = 3). Shares: Kang et al. 2020 (arXiv 1910.09217): n_c^q / Σ n^q with q = 1, 1/2, 0, and progressive
 (1 − t/T) · from + t/T · to in epoch t of T. Cost: 4 bytes a sample once (the lists of each class's samples) and about
-20 MB for a block; no locality, as a class lies in all shards: see docs/order.md.
+20 MB for a block; no locality, as a class is in all shards: see docs/order.md.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def shares(counts: Ints, ends: tuple[Policy, Policy], *, progress: float) -> npt
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Where the classes stand after some blocks of the stage."""
+    """The state of the classes after some blocks of the stage."""
 
     blocks: int
     drawn: Ints  # [C]
@@ -93,7 +93,7 @@ class ClassOrder:
         return self.draws(epoch, step, first_slot=first_slot, num_slots=num_slots)[0]
 
     def draws(self, epoch: int, step: int, *, first_slot: int = 0, num_slots: int | None = None) -> tuple[Ints, Ints]:
-        """(positions, views): a view is the how-manieth appearance of the image in this epoch, from 0."""
+        """(positions, views): a view counts how many times the image has appeared in this epoch before."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step} of an epoch with {self.steps_per_epoch}")
         num_slots = self.global_batch - first_slot if num_slots is None else num_slots
@@ -122,7 +122,7 @@ class ClassOrder:
     def _block(self, epoch: int, number: int) -> _Block:
         if (epoch, number) not in self._block_memo:
             self._block_memo[epoch, number] = self._shuffled_block(epoch, number)
-            while len(self._block_memo) > 2:  # this one, and the next one when a step lies across
+            while len(self._block_memo) > 2:  # this one, and the next one when a step spans both
                 self._block_memo.popitem(last=False)
         return self._block_memo[epoch, number]
 

@@ -1,8 +1,8 @@
-"""Which sample stands where in an epoch: a pure function from numbers to numbers, without I/O.
+"""The position of each sample in an epoch: a pure function from numbers to numbers, without I/O.
 
 Promises: it knows seed, epoch, samples a shard and global batch size; never ranks or workers. A sample comes at
-most once an epoch; the N mod B that are left over are drawn anew each epoch, all equally likely. Any step costs
-the same, the first as the millionth.
+most once an epoch; the N mod B left-over samples are redrawn each epoch, all equally likely. Every step costs
+the same, the first and the millionth.
 
     shards (here 5, of 4 samples)        A B C D E
     shuffled for the epoch               D A E B C
@@ -46,7 +46,7 @@ class SampleOrder(Protocol):
         """The samples of slots [first_slot, first_slot + num_slots) in a step: int64 `[num_slots]`, positions."""
 
     def draws(self, epoch: int, step: int, *, first_slot: int = 0, num_slots: int | None = None) -> tuple[Ints, Ints]:
-        """(positions, views): the how-manieth of its appearances in this epoch each of them is, from 0."""
+        """(positions, views): a view counts how many times the sample has appeared in this epoch before."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Order:
     """The training order of a set of shards at one global batch size.
 
     `samples_per_shard`: int64 `[num_shards]`, what is in quarantine already left out. Positions count those samples,
-    shard after shard. `lane_groups`: None picks so many that nodes up to `most_nodes`, twelve shards each, share few.
+    shard after shard. `lane_groups`: None picks it so that up to `most_nodes` nodes share few shards.
     Raises DataError where an epoch would not fill one global batch.
     """
 
@@ -182,7 +182,7 @@ def _lane_groups_for(global_batch: int, most_nodes: int) -> int:
     """The fewest groups that any possible number of nodes up to `most_nodes` divides, so that none is split.
 
     A batch of 1024 and 8 nodes: 8 groups. A batch of 24 and 8 nodes: 24, as 3 and 8 must divide it. Smaller groups
-    cost no bytes: over an epoch n nodes read the shards once, and those that lie across n - 1 borders twice.
+    cost no bytes: over an epoch n nodes read the shards once, and those that span the n - 1 borders twice.
     """
     groups = 1
     for nodes in range(most_nodes, 0, -1):

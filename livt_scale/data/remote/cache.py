@@ -12,7 +12,7 @@ Every claim is an flock(2), which the kernel drops with the process: exclusive o
 shared on a file by each one who reads it. So a kill at any point leaves at most a .part that nobody holds, which the
 next process takes over or removes; nothing is ever stale, and there is no shared memory. What is not in use is
 removed by last use when room is needed, counting files on their way in full. Names and owner say what is the cache's
-own: nothing else in the folder is touched, and data sets that lie in local folders never come here.
+own: nothing else in the folder is touched, and data sets in local folders are never cached.
 Not for a folder on a network: it is one node's.
 """
 
@@ -101,7 +101,7 @@ class ShardCache:
             raise DataError(
                 f"{self.folder}: the cache of shards cannot be used for {one_line(info.name)}: "
                 f"{error.strerror or error}",
-                remedy="look at the disk and at whose files lie there, or choose another data.cache.dir",
+                remedy="check the disk and the owner of the files there, or choose another data.cache.dir",
             ) from error
 
     def has(self, info: FileInfo) -> bool:
@@ -109,11 +109,11 @@ class ShardCache:
         return (self.folder / info.sha256).is_file()
 
     def path(self, info: FileInfo) -> Path:
-        """Where the file lies; only to be relied on while it is held."""
+        """The path of the file; only valid while it is held."""
         return self.folder / info.sha256
 
     def drop(self, info: FileInfo) -> None:
-        """Forget a file that turned out to be damaged on the disk; who reads it goes on reading."""
+        """Remove a file that is corrupt on the disk; open readers are not affected."""
         with self._locked():
             self.path(info).unlink(missing_ok=True)
 
@@ -259,8 +259,8 @@ class _PartialFile:
 
 def default_folder() -> Path:
     """LIVT_CACHE_DIR; else one of this user's in the temporary folder ($TMPDIR, /tmp), which is a node's own."""
-    told = os.environ.get("LIVT_CACHE_DIR")
-    return Path(told).expanduser().absolute() if told else Path(tempfile.gettempdir()) / f"livt-cache-{os.getuid()}"
+    chosen = os.environ.get("LIVT_CACHE_DIR")
+    return Path(chosen).expanduser().absolute() if chosen else Path(tempfile.gettempdir()) / f"livt-cache-{os.getuid()}"
 
 
 def too_small(limit: int, needed: int, for_what: str) -> DataError:

@@ -4,7 +4,7 @@
     fetcher.fetch("train-000003.tar", path, most_bytes=info.bytes, check=lambda path: "" or "what is wrong with it")
 
 Tried again: time-outs, resets, cut and wrong bodies, 408, 425, 429 and 5xx; after a random wait below a bound that
-doubles ("full jitter"), at least as long as Retry-After asks. Given up at once: 404, 403 and the like, a certificate
+doubles ("full jitter"), at least as long as Retry-After asks. Not tried again: 404, 403 and the like, a certificate
 that is not trusted, a full disk, and a body that is wrong in the same way twice. A connection that says nothing for
 `stall_timeout_s` is cut, and `deadline_s` bounds all tries of a file together. Errors name URL, tries and how long it
 took, and never a secret: URLs hold none (`livt_scale.util.urls`), and what libraries say is cleaned.
@@ -67,7 +67,7 @@ class _Verdict:
     what: str
     again: bool = True
     wait_s: float = 0.0  # at least, as the server asks
-    remedy: str = "is the server up, and reachable from this machine? The run goes on where it was saved"
+    remedy: str = "check that the server is up and reachable from here, then run the command again: it resumes"
     missing: bool = False
 
 
@@ -244,13 +244,13 @@ def _judge(error: BaseException, into: Path, needed: int) -> _Verdict:
         remedy = "check the URL: is it the folder with manifest.json?"
         return _Verdict("it is not there (404)", again=False, remedy=remedy, missing=True)
     if isinstance(error, PermissionError) or status in (401, 403) or name in _NO_CREDENTIALS:
-        said = f"access is denied ({status or name})"
-        return _Verdict(said, again=False, remedy=CREDENTIALS)
+        what = f"access is denied ({status or name})"
+        return _Verdict(what, again=False, remedy=CREDENTIALS)
     if status is not None:
         again = status in _AGAIN or status >= 500
         return _Verdict(f"the server answered {status}", again=again, wait_s=_retry_after(error))
-    if told := _CERTIFICATE.search(str(error).replace("CERTIFICATE_VERIFY_FAILED", "")):  # botocore keeps words alone
-        why = (told["why"] or "no reason is given").strip()
+    if found := _CERTIFICATE.search(str(error).replace("CERTIFICATE_VERIFY_FAILED", "")):  # botocore keeps words alone
+        why = (found["why"] or "no reason is given").strip()
         return _Verdict(f"the server's certificate is not trusted ({why})", again=False, remedy=CERTIFICATES)
     if isinstance(error, TimeoutError):  # fsspec's, asyncio's and aiohttp's all are
         return _Verdict(f"the connection stalled or could not be made in time ({name})")
@@ -268,7 +268,7 @@ def _twice(verdict: _Verdict) -> _Verdict:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind `error`; s3fs keeps botocore's answer as the cause of its own errors."""
+    """The HTTP status behind `error`; s3fs keeps botocore's answer as the cause of the errors it raises."""
     for one in (error, error.__cause__, error.__context__):
         status = getattr(one, "status", None)
         if isinstance(status, int) and status:
