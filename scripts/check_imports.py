@@ -35,20 +35,24 @@ DEFERRED: dict[str, str] = {
     "data/image/augment.py": "start-up: timm takes seconds, and only RandAugment needs it",
     "data/remote/fetch.py": "start-up: fsspec and aiohttp take half a second, and only sets at a URL need them",
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",
+    "export/timm.py": "start-up: timm takes seconds, and only the check of an export needs it",
+    "plan/exact.py": "start-up: torch is for the process that it starts",
+    "optim.py": "start-up: timm takes seconds, and only LARS needs it",
+    "study/collect.py": TORCH,
+    "study/table.py": TORCH,
+    "study/report/html.py": "optional: bokeh comes with an extra, and its absence is an error that names it",
+    "study/report/interactive.py": "optional: bokeh comes with an extra, and its absence is an error that names it",
+    "util/plots.py": "start-up: matplotlib takes half a second, and most runs of a command draw nothing",
     **dict.fromkeys(
         (
-            "doctor/bench.py", "doctor/checks.py", "doctor/node.py", "export/timm.py", "optim.py", "plan/exact.py",
-            "study/collect.py", "study/report/html.py", "study/report/interactive.py",
-            "study/table.py", "util/plots.py",
+            "doctor/bench.py", "doctor/checks.py", "doctor/node.py",
         ),
         "not yet looked at",
     ),
 }  # fmt: skip
 
 # Class names that are still to be told apart.
-SHARED_CLASS_NAMES = {
-    "Checkpoint"
-}  # fmt: skip
+SHARED_CLASS_NAMES: set[str] = set()
 
 # File names that occur several times. Files of cli/ are named as their commands, and are not counted.
 SHARED_FILE_NAMES: dict[str, str] = {

@@ -21,6 +21,7 @@ from livt_scale import __version__
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import from_saved, load_saved
 from livt_scale.config.recipe import Recipe, Stage, learnt_from
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
 from livt_scale.study.comparison import combined_outcome
@@ -125,8 +126,6 @@ def sets_read(run: Run, place: Path, *, train: str, val: str | None) -> dict[str
 
 def _digest_here(where: str) -> tuple[str, str] | None:
     """The digest of the set in the folder `where` and what to call it; None where it is not on this machine."""
-    from livt_scale.data.shard_set import ShardSet
-
     try:
         return ShardSet.open(where).digest, "is there now"
     except LivtError:
@@ -176,7 +175,9 @@ def num_weights(recipe: Recipe, *, num_classes: int) -> int:
 def measures_of(run: Run, place: Path) -> dict[str, float]:
     """What was measured of a finished run."""
     if run.stage == "pretrain":
-        from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch, only where it has to reckon
+        from livt_scale.study.reconstruction_loss import (
+            reconstruction_loss,
+        )  # torch, and only if it was not measured before
 
         return {"reconstruction_loss": reconstruction_loss(place)}
     top1 = read_eval(place / "finetune" / EVAL)["top1"]

@@ -98,7 +98,9 @@ def _of_a_whole_run(loaded: LoadedStudy, run: Run, place: Path) -> dict[str, Any
     stages = loaded.study.stages
     measures = measures_of(run, place)
     if "pretrain" in stages and run.stage != "pretrain":
-        from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch, only where it has to reckon
+        from livt_scale.study.reconstruction_loss import (
+            reconstruction_loss,
+        )  # torch, and only if it was not measured before
 
         measures["reconstruction_loss"] = reconstruction_loss(place)
     curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / METRICS) for stage in stages}
