@@ -6,6 +6,7 @@ number by number. Exit code 0: equal; 1: they differ, and the table says where f
 A refactoring ends with 0; a change of the numbers goes into the commit's line `Numbers:`.
 
     python scripts/compare.py main . --epochs 2 --set seed=1
+    python scripts/compare.py main . --processes 2 --set parallel.strategy=fsdp
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ def tree_of(revision: str, folder: Path) -> Iterator[Path]:
         subprocess.run(["git", "worktree", "remove", "--force", str(folder)], check=True)
 
 
-def train(tree: Path, run_dir: Path, *, recipe: Path, sets: list[str]) -> Losses:
+def train(tree: Path, run_dir: Path, *, recipe: Path, sets: list[str], processes: int = 1) -> Losses:
     """Train in `tree`: started there, `-m livt_scale` takes that tree's package, not the installed one."""
-    command = [sys.executable, "-m", "livt_scale", "train", str(recipe)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), "-m", "livt_scale", "train", str(recipe)]
     for text in [*sets, f"run_dir={run_dir}"]:
         command += ["--set", text]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -109,6 +111,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes/fashion_mnist_lt/quickstart.yaml")
     parser.add_argument("--epochs", type=int, default=1, help="of each stage")
     parser.add_argument("--set", dest="sets", action="append", default=[], metavar="A.B=C", help="as for livt train")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks on this machine, by torchrun")
     parser.add_argument("--json", type=Path, help="write the differences to this file")
     return parser.parse_args(arguments)
 
@@ -125,7 +128,9 @@ def main(arguments: list[str] | None = None) -> int:
         for letter, revision in (("a", options.a), ("b", options.b)):
             print(f"{letter.upper()}: {revision}", flush=True)
             with tree_of(revision, work / f"tree-{letter}") as tree:
-                losses.append(train(tree, work / f"run-{letter}", recipe=recipe, sets=sets))
+                losses.append(
+                    train(tree, work / f"run-{letter}", recipe=recipe, sets=sets, processes=options.processes)
+                )
     except subprocess.CalledProcessError as error:
         print(f"compare: {error.cmd[0]} ended with exit code {error.returncode}", file=sys.stderr)
         return 2
