@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from livt_scale.config import renamed
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
+from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES, LossOptions
 from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION, Options
 from livt_scale.util.errors import RecipeError, UsageError, nearest
@@ -55,6 +56,7 @@ def load_saved(path: Path) -> Recipe:
 
 def from_saved(values: dict[str, Any]) -> Recipe:
     """The recipe in the facts of a checkpoint, perhaps of an earlier version. Raises pydantic's ValidationError."""
+    load_extensions()
     return Recipe.model_validate(renamed.translate(values))
 
 
@@ -214,6 +216,7 @@ _PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "
 
 
 def _validate(tree: Tree, path: Path) -> Recipe:
+    load_extensions()
     try:
         # by way of JSON: strict (no "12" or true for 12), yet a list is a tuple
         return Recipe.model_validate_json(json.dumps(tree.values), strict=True)
