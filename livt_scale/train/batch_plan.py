@@ -1,7 +1,7 @@
-"""How a global batch is cut: slots of a rank, micro-batches of a step. The recipe's batch holds at any world size.
+"""How a global batch is divided into slots of a rank and micro-batches of a step, at any world size.
 
 global batch 1024 on 16 ranks, micro_batch 64  ->  64 slots a rank, 1 micro-batch
-global batch 1024 on  4 ranks, micro_batch 64  -> 256 slots a rank, 4 micro-batches, gradients added up
+global batch 1024 on  4 ranks, micro_batch 64  -> 256 slots a rank, 4 micro-batches, gradients accumulated
 global batch 1024 on 32 ranks, micro_batch 64  ->  32 slots a rank, 1 micro-batch of 32
 """
 
@@ -34,7 +34,7 @@ class BatchPlan:
 
 
 def plan_batches(global_batch: int, micro_batch: int, *, world_size: int, pairs: bool) -> BatchPlan:
-    """Cut `global_batch`; `pairs`: mixup pairs neighbours, so a rank's slots must be even. Raises UsageError."""
+    """Divide `global_batch`; `pairs`: mixup pairs neighbours, so a rank's slots must be even. Raises UsageError."""
     unit = 2 if pairs else 1
     if global_batch % (world_size * unit):
         fitting = [w for w in range(1, global_batch + 1) if global_batch % (w * unit) == 0]

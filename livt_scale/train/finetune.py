@@ -1,4 +1,4 @@
-"""Stage 2 as a task of the loop: balanced fine-tuning of the pretrained encoder, evaluated on the way."""
+"""Stage 2 as a task of the loop: balanced fine-tuning of the pretrained encoder, evaluated during training."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def initial_classifier(
 
 
 def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head: bool) -> dict[str, Any]:
-    """Put weights from elsewhere into `model`, and give their lineage: an import, an export, a file, or a run's."""
+    """Load foreign weights into `model`: an import, an export, a file or a run. Returns their lineage."""
     if is_run(path):
         if keep_head:
             raise UsageError(f"{path} is a run: its pretraining has no head", remedy="export it, and give the export")
@@ -101,7 +101,7 @@ def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head
 
 
 def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
-    """(weights of the masked autoencoder that `run_dir` ended with, their lineage, its recipe). RunError: not ended."""
+    """(final weights of the masked autoencoder of `run_dir`, their lineage, its recipe). RunError: not finished."""
     path = final_pretraining(run_dir)
     saved = load.read_tensors(path, choose=lambda name: name.startswith("model."))  # every byte is checked
     manifest = load.read_manifest(path)
@@ -112,7 +112,7 @@ def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], 
 
 
 def final_pretraining(run_dir: Path) -> Path:
-    """The checkpoint that pretraining in `run_dir` ended with. RunError: it has not ended, or that one is gone."""
+    """The final checkpoint of pretraining in `run_dir`. RunError: it has not finished, or the checkpoint is missing."""
     if not is_done(run_dir, "pretrain"):
         status = read_status(run_dir, "pretrain") or {"state": "not started"}
         at = f" after step {status['step']} of {status['total_steps']}" if "step" in status else ""

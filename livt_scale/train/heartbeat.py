@@ -1,4 +1,4 @@
-"""How far each rank is, in a file of its own, so that a straggler is seen and a rank that is gone is named.
+"""The progress of each rank, in one file per rank: shows stragglers, and names a rank that is gone.
 
 RUN/STAGE/heartbeats/rank-3.json
     {"rank": 3, "host": "gpu07", "pid": 4711, "state": "running", "phase": "step", "step": 1234,
@@ -27,7 +27,7 @@ FOLDER = "heartbeats"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What one rank said last. Times are its host's, in seconds since 1970."""
+    """The last heartbeat of one rank. Times are those of its host, in seconds since 1970."""
 
     rank: int
     host: str
@@ -65,10 +65,10 @@ class Heartbeat:
 
 
 def write(folder: Path, beat: Heartbeat) -> None:
-    """Put `beat` under its rank's name. What goes wrong is not told: the file grows old instead."""
+    """Write the file of `beat`'s rank. Errors are ignored: the file grows old instead."""
     path = folder / FOLDER / f"rank-{beat.rank}.json"
     temporary = path.with_suffix(".writing")
-    with suppress(OSError):  # not synced: after a power cut nobody asks who was how far
+    with suppress(OSError):  # not synced: of no use after a power cut
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(asdict(beat)) + "\n", encoding="utf-8")
         temporary.replace(path)
@@ -90,11 +90,11 @@ def slowest(beats: Iterable[Heartbeat]) -> Heartbeat | None:
 
 
 def summary(beats: list[Heartbeat]) -> dict[str, Any]:
-    """What status.json says of the ranks: how many wrote, lowest and highest step, who is behind and since when."""
+    """For status.json: the number of ranks, their lowest and highest step, which one is behind and since when."""
     if not beats:
         return {"count": 0}
     behind = slowest(beats)
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "count": len(beats),
         "min_step": min(beat.step for beat in beats),
         "max_step": max(beat.step for beat in beats),
@@ -102,5 +102,5 @@ def summary(beats: list[Heartbeat]) -> dict[str, Any]:
     }
     if behind is not None:
         waits_s = round(behind.at - behind.since, 1)
-        told["slowest"] = {"rank": behind.rank, "host": behind.host, "phase": behind.phase, "for_s": waits_s}
-    return told
+        found["slowest"] = {"rank": behind.rank, "host": behind.host, "phase": behind.phase, "for_s": waits_s}
+    return found

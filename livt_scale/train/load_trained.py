@@ -1,13 +1,12 @@
-"""A trained classifier, read back from a run directory: which checkpoint, and what stands in it.
+"""A trained classifier, read from a run directory: which checkpoint, and what it holds.
 
     RUN/finetune/checkpoints/   step-00000040   step-00000080 (best)   step-00000120 (final)
-                                    "40"            "best"          None: the final one; "newest": the last whole one
+                                    "40"            "best"          None: the final one; "newest": the last complete one
 
-The final checkpoint is what fine-tuning ended with. One of the middle is taken only when asked for: a run that was
-stopped half-way has weights, but nobody should publish them by mistake. So it is with the moving average of weights,
-where the run kept one (`stages.finetune.ema`): the weights are those that were trained, unless "ema" is asked for.
-Model, classes and recipe come from the checkpoint itself, so that a run directory that was moved or copied, away from
-its data, is complete.
+The final checkpoint is the default. An earlier one is read only on request, so that the weights of an interrupted run
+are not published by mistake. Likewise for the moving average of the weights, if the run kept one
+(`stages.finetune.ema`): the weights are the trained ones unless "ema" is requested. Model, classes and recipe come from
+the checkpoint, so a run directory that was moved or copied, away from its data, is complete.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Weights = Literal["raw", "ema"]
 
 @dataclass(frozen=True)
 class Trained:
-    """A classifier on the CPU in evaluation mode, with all that is needed to use it and to say where it comes from."""
+    """A classifier on the CPU in evaluation mode, with what is needed to use it and its lineage."""
 
     model: AnyClassifier
     recipe: Recipe
@@ -48,7 +47,7 @@ def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = 
     """The classifier of `run_dir`: its final checkpoint, or `which` of "best", "newest" and a step number.
 
     weights: "raw", as trained, or "ema", their average. Every byte is checked first. Raises UsageError (no average),
-    RunError (fine-tuning has not ended, no such checkpoint: it says what is there), CheckpointDamaged and
+    RunError (fine-tuning has not finished, no such checkpoint: it lists what is there), CheckpointDamaged and
     CheckpointMismatch.
     """
     return read_trained(pick_checkpoint(run_dir, which=which), weights=weights)
@@ -80,7 +79,7 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
 
 
 def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str, Any]:
-    """Fill `model` with the average in `path`; how it was kept. A weight that was not trained is its own average."""
+    """Load the average in `path` into `model`. Returns how it was kept. A frozen weight is its own average."""
     part = recipe.stages.finetune
     if part is None or part.ema is None:
         raise UsageError(
@@ -95,7 +94,7 @@ def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str,
 
 
 def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
-    """The fine-tuning checkpoint that `which` means, its sizes checked. Errors as `load_trained`."""
+    """The fine-tuning checkpoint `which`, its file sizes checked. Errors as `load_trained`."""
     if not is_run(run_dir):
         raise UsageError(f"{run_dir} is not a run directory", remedy="it would hold recipe.yaml and finetune/")
     if which is not None and which not in NAMED and not which.isdecimal():
@@ -135,8 +134,8 @@ def _stage_state(run_dir: Path, stage: Stage) -> str:
     status = read_status(run_dir, stage)
     if status is None and not checkpoints:
         return "not started"
-    said: str = status["state"] if status else "no status"
+    text: str = status["state"] if status else "no status"
     if status and "step" in status:
-        said += f" at step {status['step']} of {status.get('total_steps', '?')}"
+        text += f" at step {status['step']} of {status.get('total_steps', '?')}"
     more = f"{len(checkpoints)} checkpoints, the last: {names}" if len(checkpoints) > 3 else f"checkpoints: {names}"
-    return f"{said}, {more if checkpoints else 'no checkpoint'}"
+    return f"{text}, {more if checkpoints else 'no checkpoint'}"

@@ -1,11 +1,11 @@
-"""Preemption: a signal or the clock asks for a save; the loop saves at its next step and ends with exit code 85.
+"""Preemption: a signal or the clock asks to stop; the loop saves after its next step and ends with exit code 85.
 
 The clock is the second source, for clusters whose signal never comes: the job's time limit, less a lead of twice (a
-step + a save), both as measured, at least MIN_LEAD_S. Rank 0's clock counts for all. A signal may reach one rank
-alone: the loop adds up the ranks' requests with the step's loss, so that all of them stop after the same step.
+step + a save), both as measured, at least MIN_LEAD_S. Rank 0's clock counts for all. A signal may reach only one rank:
+the loop sums the ranks' requests together with the step's loss, so that all of them stop after the same step.
 
     limit         LIVT_STOP_AT, else SLURM_JOB_END_TIME (epoch seconds), else `scontrol show job` where Slurm started us
-    turn 2 s      the longest from one asking to the next: a step, with evaluation and staging where they are due
+    turn 2 s      the longest time between two checks: a step, with evaluation and staging if they are due
     save 9 s      the longest, from its call to its checkpoint's name
     lead 22 s     stop as soon as less is left
 """
@@ -27,14 +27,14 @@ from livt_scale.util.errors import UsageError
 # SIGUSR1 is NCCL's: it catches it, so it is honoured only where it reaches us.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)
 MIN_LEAD_S = 10.0
-UNMEASURED_SAVE_S = 30.0  # what a save is taken for until the first one has ended
-SCONTROL_S = 20.0  # a controller that answers later is not waited for
+UNMEASURED_SAVE_S = 30.0  # assumed for a save until the first one has ended
+SCONTROL_S = 20.0  # time-out for the controller's answer
 
 
 class Preemption:
     """While entered, the signals set `requested` (the signal's name) instead of ending the process.
 
-    stop_at: when the job is ended from outside, in epoch seconds; None: nobody says, or not to this rank.
+    stop_at: when the job will be ended from outside, in epoch seconds; None: unknown, or not known to this rank.
     """
 
     def __init__(self, stop_at: float | None = None) -> None:
@@ -54,14 +54,14 @@ class Preemption:
             signal.signal(number, handler)
 
     def begins(self) -> None:
-        """The loop begins. Its first turn (compiling, filling the loader) tells nothing about the others."""
+        """The loop begins. Its first turn (compiling, filling the loader) is not representative and is not measured."""
         self._asked = None
         self._longest_turn_s = 0.0
 
     def wanted(self, *, save_s: float | None) -> bool:
-        """Whether to stop after this step. To be asked once a step, which is how a turn is measured.
+        """Whether to stop after this step. To be called once per step: the time between two calls is a turn.
 
-        save_s: what a save took, at the longest; None: not known yet.
+        save_s: the longest save so far; None: not known yet.
         """
         now = time.monotonic()
         if self._asked is not None:
@@ -84,7 +84,7 @@ def lead(*, turn_s: float, save_s: float | None) -> float:
 
 
 def time_limit(environ: Mapping[str, str] = os.environ) -> float | None:
-    """When this job will be ended, in epoch seconds; None where nobody says. UsageError where it is no number."""
+    """When this job will be ended, in epoch seconds; None if unknown. UsageError if it is not a number."""
     for name in ("LIVT_STOP_AT", "SLURM_JOB_END_TIME"):
         if given := environ.get(name):
             try:
@@ -99,8 +99,8 @@ def _ask_slurm(job: str) -> float | None:
     """EndTime of a job from its controller, for versions of Slurm that do not set SLURM_JOB_END_TIME."""
     try:
         asked = ["scontrol", "--oneliner", "show", "job", job]
-        told = subprocess.run(asked, capture_output=True, text=True, timeout=SCONTROL_S, check=True).stdout
+        answer = subprocess.run(asked, capture_output=True, text=True, timeout=SCONTROL_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
-        return None  # no Slurm here, or it does not answer: signals are left
-    end = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", told)  # local time; "Unknown" without a limit
+        return None  # no Slurm here, or no answer: only signals are left
+    end = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", answer)  # local time; "Unknown" without a limit
     return time.mktime(time.strptime(end[1], "%Y-%m-%dT%H:%M:%S")) if end else None

@@ -1,4 +1,4 @@
-"""Stage 1 as a task of the loop: masked generative pretraining. Labels are never looked at."""
+"""Stage 1 as a task of the loop: masked generative pretraining. Labels are never read."""
 
 from __future__ import annotations
 

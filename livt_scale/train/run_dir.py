@@ -1,8 +1,8 @@
-"""The run directory: who works in it, what it is, how it stands.
+"""The run directory: its lock, its recipe, the status of its stages.
 
 RUN/recipe.yaml          the resolved recipe, written at the first start
 RUN/.lock                held (flock) by rank 0 while it works here; a second start is refused
-RUN/STAGE/status.json    running | preempted | failed | done, why and since when; how far the ranks are;
+RUN/STAGE/status.json    running | preempted | failed | done, why and since when; the progress of the ranks;
                          starts, and how the earlier ones ended (`history`, the oldest first)
 
 running -> done | preempted | failed;   preempted, failed or a stale running -> running (the next start)
@@ -35,7 +35,7 @@ MAX_WHY = 400  # characters of why each of them ended
 def hold(run_dir: Path) -> Iterator[None]:
     """Work alone in `run_dir` (made if need be). Raises RunBusyError that names who is there.
 
-    The lock goes with the process, however it ends; a file of a dead process holds nobody up.
+    The lock ends with the process, however that ends; the file of a dead process blocks nothing.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -81,20 +81,20 @@ class Status:
         self._path = folder / STATUS
         self._writes = writes
         self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
-        self._lock = threading.Lock()  # the watchdog's thread adds how far the ranks are
+        self._lock = threading.Lock()  # the watchdog's thread adds the progress of the ranks
         if writes:
             self._now |= _earlier_starts(self._path)
 
     def write(self, state: State, *, why: str = "", **facts: Any) -> None:
         with self._lock:
             if state == "done":
-                self._now.pop("ranks", None)  # how far they were on the way
+                self._now.pop("ranks", None)  # their progress, no longer of interest
             if state != self._now.get("state"):
                 self._now |= {"state": state, "since": _now()}
             self._put(why=why, **facts)
 
     def add(self, **facts: Any) -> None:
-        """Tell more of the state that is told already; nothing where none is."""
+        """Add facts to the current state; nothing if there is none yet."""
         with self._lock:
             if "state" in self._now:
                 self._put(**facts)
@@ -113,7 +113,7 @@ class Status:
 
     @contextmanager
     def told(self) -> Iterator[None]:
-        """However the block ends, status.json says so; `done` is for the block itself to write."""
+        """Record in status.json how the block ends; `done` is for the block itself to write."""
         try:
             yield
         except Preempted as error:
@@ -121,13 +121,13 @@ class Status:
             raise
         except BaseException as error:
             why = str(error) if isinstance(error, LivtError) else f"{type(error).__name__}: {error}"
-            with suppress(OSError):  # the disk that failed the run fails this too; the first error is the one to tell
+            with suppress(OSError):  # the disk that failed the run fails this too; report the first error
                 self.write("failed", why=why)
             raise
 
 
 def _earlier_starts(path: Path) -> dict[str, Any]:
-    """Which start this is, and how the ones before it ended; `running` where one ended without a word."""
+    """Which start this is, and how the ones before it ended; `running` if one was killed."""
     try:
         before = read_status_file(path)
     except RunError:

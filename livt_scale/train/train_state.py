@@ -1,8 +1,8 @@
-"""What a stage's checkpoint holds, and how a run is taken up from the newest whole one.
+"""What a stage's checkpoint holds, and how a run resumes from the newest complete one.
 
 Tensors: the model's parameters and AdamW's moments, by plain name, whatever the strategy. Facts, as JSON: the stage,
 the recipe, the fields that decide what is learnt, the classes, the sums of the unfinished log interval, fp16's loss
-scale, the steps that were not taken. Random state: none. All that is random is a function of (seed, epoch, sample).
+scale, the skipped steps. No random state: everything random is a function of (seed, epoch, sample).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class TrainState:
-    """Model and optimizer, as a strategy holds them, and how many steps of the stage they have behind them.
+    """Model and optimizer, as a strategy holds them, and the number of steps taken in this stage.
 
     allow: fields of the recipe that may differ from the checkpoint's.
     """
@@ -53,10 +53,10 @@ class TrainState:
         saver.save_locally(tensors, position=position, facts=facts)
 
     def resume(self, saver: Tiers) -> str | None:
-        """Go on from the newest checkpoint that all ranks can read: what to say of it, or None where there is none.
+        """Load the newest checkpoint that all ranks can read. Returns what to log of it; None if there is none.
 
-        A collective call. A damaged one is named in a warning, and the one before it taken. Raises CheckpointMismatch
-        where the recipe learns something else than the checkpoint's did, but for what `allow` names.
+        A collective call. A damaged checkpoint is named in a warning and the one before it is used. Raises
+        CheckpointMismatch if the recipe would learn something else than the checkpoint's, except in fields of `allow`.
         """
         found = saver.newest(self.strategy.state(), on_damage=_warn)
         if found is None:
@@ -75,10 +75,10 @@ class TrainState:
         return f"{found.path.name}{where}" + (f", changed as allowed: {'; '.join(lines)}" if lines else "")
 
     def stopped(self, saver: Tiers, *, why: str, total: int) -> LivtError:
-        """What ends a run that was asked to stop, when its last save has ended: a collective call.
+        """The error that ends a run that was asked to stop, after its last save: a collective call.
 
-        A save that failed loses the steps since the one before, and the run can still be requeued: if it has saved any
-        since it was started. If it has not, another start would do the same steps and end here again, for ever.
+        If that save failed, the steps since the one before are lost, but the run can be requeued, provided that this
+        start has saved anything. If it has not, another start would repeat the same steps and end here again.
         """
         saver.wait()
         stopped = f"stopped by {why} after step {self.step} of {total}"
@@ -87,18 +87,18 @@ class TrainState:
         failed = saver.report().get("last_failed_save", "")
         if saver.durable_step is not None:
             return Preempted(
-                f"{stopped}, which could not be saved: it goes on from step {saver.durable_step}. {failed}"
+                f"{stopped}, which could not be saved: it will resume from step {saver.durable_step}. {failed}"
             )
         return SaveFailed(
             f"{stopped}, which could not be saved, nor anything since the start: {failed}",
-            remedy="when the cause is gone, start the run again; it goes on from where this start began",
+            remedy="when the cause is gone, start the run again; it resumes from where this start began",
         )
 
     def roll_back(self, saver: Tiers) -> int | None:
-        """Weights, moments and loss scale as the last checkpoint that was due has them, and how many steps that had.
+        """Load weights, moments and loss scale of the last checkpoint that was due. Returns its number of steps.
 
-        A collective call. Where that checkpoint is no longer there or is damaged, the newest whole one; None where
-        there is none. The position stays.
+        A collective call. If that checkpoint is missing or damaged, the newest complete one is loaded; None if there
+        is none. The position does not change.
         """
         saver.wait()
         due, peers = self.anomalies.due_step, saver.shared.peers
@@ -116,7 +116,7 @@ class TrainState:
         return self.strategy.state(), {**self.facts, **facts}
 
     def _take(self, found: Found, saver: Tiers) -> dict[str, Any]:
-        """Fill the strategy from a checkpoint of which every byte has been read; its manifest."""
+        """Load a checkpoint of which every byte has been verified into the strategy. Returns its manifest."""
         tensors = self.strategy.state()
         manifest = saver.load(found, tensors)
         self.strategy.restored(tensors)
@@ -127,7 +127,7 @@ class TrainState:
 def run_facts(
     recipe: Recipe, stage: Stage, train: ShardSet, *, strategy: str, origin: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it; `origin`: the lineage of the weights that it began with."""
+    """What a checkpoint records of the run that wrote it; `origin`: the lineage of its initial weights."""
     learnt = {**learnt_from(recipe, stage), "data.manifest": train.digest}
     if origin is not None:
         learnt["init"] = origin["recipe_digest"]

@@ -1,17 +1,17 @@
-"""Nothing waits for ever: a thread in each rank tells how far the rank is, and ends it when it gets no further.
+"""Nothing waits without a bound: a thread in each rank writes its heartbeat, and ends the process if it stalls.
 
     with Watchdog(folder, status, world=world, faults=recipe.faults, timeout_s=600) as watchdog:
-        watchdog.at("evaluation", 1234)          # a phase begins; the next call is a sign of life
-        with watchdog.errors_told():             # what ends the block is told to the other ranks before they miss us
+        watchdog.at("evaluation", 1234)          # a phase begins; the next call is a sign of progress
+        with watchdog.errors_told():             # an error is in the heartbeat before the connections close
             …
 
 A phase that lasts longer than its bound (`faults.stall_timeout_s`, six times that for SLOW phases) ends the process
 with exit code 1, after the stacks of all its threads were written to RUN/STAGE/stacks/rank-N.txt. The other ranks wait
-for this one, so their watchdogs see no progress either, and each writes its own. Where C code holds the interpreter's
-lock and no thread of Python's runs, faulthandler's, which needs no lock, does both LOCKED_S later.
+for this one, so their watchdogs see no progress either, and each writes its own. If C code holds the interpreter's lock
+and no Python thread runs, faulthandler's own thread, which needs no lock, does both LOCKED_S later.
 
-An error of this rank is in its heartbeat before its connections close. So a rank that misses another (gloo says
-"connection closed", NCCL a time-out) says who is gone and why, instead of what its socket saw.
+An error of this rank is in its heartbeat before its connections close. So a rank that loses its connection to another
+(gloo: "connection closed", NCCL: a time-out) reports which rank is gone and why, not what its socket saw.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ SLOW_TIMES = 6
 HANG_SHARE = 0.9  # of the collectives' time-out: before NCCL's own watchdog ends the process without a stack
 ENDING_S = 60.0  # from an error to the process's end, closing files and connections
 LOCKED_S = 15.0  # after the bound, for what only faulthandler's own thread can end
-LINGER_S = 3.0  # a rank that found itself hanging stays so long: the others are to find the same, not a dead peer
+LINGER_S = 3.0  # a stalled rank waits before it ends, so that the others find a stall too, not a dead peer
 STATUS_EVERY_S = 15.0
 MAX_SHOWN = 4  # ranks in one message
-# What torch says, in plain RuntimeErrors, when another rank is gone or silent (torch 2.11 to 2.14, gloo and NCCL)
+# In torch's RuntimeErrors when another rank is gone or silent (torch 2.11 to 2.14, gloo and NCCL)
 PEER_WORDS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
 Item = TypeVar("Item")
 
@@ -72,7 +72,7 @@ class Watchdog(Hook):
         self._folder, self._status, self._world = folder, status, world
         self._stall_timeout_s = faults.stall_timeout_s or HANG_SHARE * timeout_s
         self._beat_s = faults.heartbeat_s
-        self._now = _Now("start", 0, time.monotonic(), time.time())  # replaced whole: two threads look at it
+        self._now = _Now("start", 0, time.monotonic(), time.time())  # replaced, never changed: two threads read it
         self._state: heartbeat.State = "running"
         self._why = ""
         self._ended = threading.Event()
@@ -81,7 +81,7 @@ class Watchdog(Hook):
         self._stacks: IO[str] | None = None
 
     def at(self, phase: Phase, step: int | None = None) -> None:
-        """This rank has come to `phase` of the step after `step` done ones: a sign of life."""
+        """This rank has reached `phase`, with `step` steps complete (None: as many as before)."""
         self._now = _Now(phase, self._now.step if step is None else step, time.monotonic(), time.time())
 
     def at_start(self, loop: Loop) -> None:
@@ -97,7 +97,7 @@ class Watchdog(Hook):
         return self._now.phase
 
     def waits_seen(self, items: Iterator[Item]) -> Iterator[Item]:
-        """`items`; while the next is waited for, this rank is in phase `data` (after its first step)."""
+        """`items`; while waiting for the next one, this rank is in phase `data` (after its first step)."""
         while True:
             phase = self.phase
             if phase == "step":
@@ -130,11 +130,11 @@ class Watchdog(Hook):
 
     @contextmanager
     def errors_told(self) -> Iterator[None]:
-        """Around all that has connections to other ranks: RankLostError in place of what a broken one looks like."""
+        """For a block with connections to other ranks: a broken connection becomes a RankLostError."""
         try:
             yield
         except BaseException as error:
-            if self._state != "running":  # told where it was met, further inside
+            if self._state != "running":  # reported by an inner block already
                 raise
             lost = self._world.world_size > 1 and _speaks_of_peers(error)
             self._end("peer_lost" if lost else _state_after(error), error)
@@ -160,7 +160,7 @@ class Watchdog(Hook):
 
     def _watch(self) -> None:
         tick_s = min(1.0, self._beat_s, self._stall_timeout_s / 10)
-        written = told = time.monotonic()
+        written = reported = time.monotonic()
         while not self._ended.wait(tick_s):
             now, here = time.monotonic(), self._now
             left_s = here.since_s + self.bound_s(here.phase) - now
@@ -170,9 +170,9 @@ class Watchdog(Hook):
             if now - written >= self._beat_s:
                 written = now
                 self._write()
-            if self._world.is_main and now - told >= max(STATUS_EVERY_S, self._beat_s):
-                told = now
-                self._tell_status()
+            if self._world.is_main and now - reported >= max(STATUS_EVERY_S, self._beat_s):
+                reported = now
+                self._update_status()
 
     def _write(self) -> None:
         with self._lock:
@@ -183,13 +183,13 @@ class Watchdog(Hook):
             )  # fmt: skip
             heartbeat.write(self._folder, beat)
 
-    def _tell_status(self) -> None:
+    def _update_status(self) -> None:
         with suppress(OSError):
             beats = heartbeat.read(self._folder, world_size=self._world.world_size)
             self._status.add(step=self._now.step, ranks=heartbeat.summary(beats))
 
     def _hangs(self, here: _Now) -> None:
-        """Write the stacks, say who is behind, end the process. Runs in the thread; does not return."""
+        """Write the stacks, name the ranks that are behind, end the process. Runs in the thread; does not return."""
         lasted_s = time.monotonic() - here.since_s
         what = f"rank {self._world.rank} came no further for {lasted_s:.0f} s"
         what += f" in phase {here.phase!r} after step {here.step}, at {_main_thread_is_at()}"
@@ -201,16 +201,17 @@ class Watchdog(Hook):
         time.sleep(LINGER_S)
         others = self._others()
         silent = [beat for beat in others if beat.state == "running"]
-        told = [what, *(b.why for b in others if b.state == "failed"), *(f"rank {b.rank}: {b.where}" for b in silent)]
-        remedy = f"see {self._folder / 'stacks'}; start again to go on from the last save"
-        error = RankLostError("; ".join(told[:MAX_SHOWN]), remedy=remedy)
+        failed = [beat.why for beat in others if beat.state == "failed"]
+        found = [what, *failed, *(f"rank {beat.rank}: {beat.where}" for beat in silent)]
+        remedy = f"see {self._folder / 'stacks'}; start the run again to resume from the last checkpoint"
+        error = RankLostError("; ".join(found[:MAX_SHOWN]), remedy=remedy)
         self._status_failed(str(error), rank_0_is_lost=any(beat.rank == 0 for beat in silent))
         with suppress(OSError, ValueError):
             print(f"livt: error on rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
         os._exit(EXIT_FAILED)
 
     def _status_failed(self, why: str, *, rank_0_is_lost: bool) -> None:
-        """status.json is rank 0's to write; where that one is gone, it is everybody's."""
+        """Rank 0 writes status.json; if it is gone, every other rank does."""
         if rank_0_is_lost:
             self._status.take_over()
         with suppress(OSError):
@@ -223,7 +224,7 @@ class Watchdog(Hook):
                 self._stacks.flush()
 
     def _who_is_lost(self, error: BaseException) -> RankLostError:
-        """Which ranks are gone or have failed, by what their heartbeats say, once they have had time to say it."""
+        """Which ranks are gone or have failed, by their heartbeats, once they have had time to write them."""
         first = {beat.rank: beat for beat in self._others()}
         deadline = time.monotonic() + 2 * self._beat_s + 1
         while True:
@@ -235,30 +236,30 @@ class Watchdog(Hook):
             if lost or not waiting or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-        # On another host a process cannot be asked after; one that writes no more is gone as far as anybody can tell.
+        # A process on another host cannot be checked: one that no longer writes is taken for gone.
         lost = lost or [b for b in waiting if b == first.get(b.rank)]
         if any(b.rank == 0 for b in lost):
             self._status.take_over()
         if not lost:
             behind = heartbeat.slowest(waiting)
-            told = f"rank {behind.rank} is behind all others: {behind.where}" if behind else "none of them says why"
-            what = f"rank {self._world.rank} lost touch with the others after step {self._now.step}: {told}"
+            why = f"rank {behind.rank} is behind all others: {behind.where}" if behind else "none of them reports why"
+            what = f"rank {self._world.rank} lost the connection to the others after step {self._now.step}: {why}"
             return RankLostError(f"{what} ({_first_line(error)})", remedy=_REMEDY)
-        told = "; ".join(
+        named = "; ".join(
             f"rank {b.rank} stopped: {b.why}"
             if b.state == "failed"
             else f"rank {b.rank} is gone: last seen at {b.where}"
             for b in lost[:MAX_SHOWN]
         )
         more = f", and {len(lost) - MAX_SHOWN} more" if len(lost) > MAX_SHOWN else ""
-        return RankLostError(f"{told}{more}", remedy=_REMEDY)
+        return RankLostError(f"{named}{more}", remedy=_REMEDY)
 
     def _others(self) -> list[Heartbeat]:
         beats = heartbeat.read(self._folder, world_size=self._world.world_size)
         return [beat for beat in beats if beat.rank != self._world.rank]
 
 
-_REMEDY = "start again to go on from the last save; if it happens again, look at that rank's log and node"
+_REMEDY = "start the run again to resume from the last checkpoint; if it happens again, check that rank's log and node"
 
 
 def _state_after(error: BaseException) -> heartbeat.State:
@@ -266,10 +267,10 @@ def _state_after(error: BaseException) -> heartbeat.State:
 
 
 def _speaks_of_peers(error: BaseException | None) -> bool:
-    """Whether an error, or one that it comes from, is torch's word for another rank that is gone or silent."""
+    """Whether an error, or a cause of it, is one that torch raises when another rank is gone or silent."""
     while error is not None:
         if isinstance(error, RankLostError):
-            return False  # found out and said already
+            return False  # reported already
         if isinstance(error, dist.DistError):
             return True
         if isinstance(error, RuntimeError) and any(word in str(error) for word in PEER_WORDS):
@@ -279,7 +280,7 @@ def _speaks_of_peers(error: BaseException | None) -> bool:
 
 
 def _main_thread_is_at() -> str:
-    """`loop.py:214 in _agree`: a hint at what is waited for; the whole stack is in the file."""
+    """`loop.py:214 in _agree`: a hint at what the rank waits for; the file has the complete stack."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     code = frame.f_code if frame else None
     return f"{Path(code.co_filename).name}:{frame.f_lineno} in {code.co_name}" if frame and code else "an unknown line"

@@ -87,7 +87,7 @@ def test_the_last_save_of_a_stage_must_succeed(livt, finished, full_disk):
 @pytest.mark.parametrize(
     ("when", "code", "expected"),
     [
-        ("step > 6", 85, "could not be saved: it goes on from step 6"),  # it got on: worth another start
+        ("step > 6", 85, "could not be saved: it will resume from step 6"),  # it made progress: worth another start
         ("True", 1, "nor anything since the start"),  # another start would end here again
     ],
 )

@@ -151,7 +151,7 @@ def test_a_lost_connection_names_the_rank_that_failed_and_its_error(tmp_path):
     heartbeat.write(tmp_path, replace(BEAT, rank=0, state="peer_lost"))
     heartbeat.write(tmp_path, replace(BEAT, rank=2, state="failed", why="shard x.tar: damaged"))
     with (
-        pytest.raises(RankLostError, match=r"^rank 2 stopped: shard x\.tar: damaged\. Start again"),
+        pytest.raises(RankLostError, match=r"^rank 2 stopped: shard x\.tar: damaged\. Start the run again"),
         watchdog(tmp_path, rank=1, world=3) as watched,
         watched.errors_told(),
     ):

@@ -1,4 +1,4 @@
-"""Where a step's seconds go: parts with names, added up between two lines of metrics.jsonl.
+"""Where a step's seconds go: named parts, summed between two lines of metrics.jsonl.
 
     with clock.part("forward"):          # what the device does
         loss = model(images)
@@ -6,7 +6,7 @@
         batch = next(batches)
 
 On a GPU a part is the time between two events in its stream, read when the GPU has passed them: no step waits for the
-clock, and a launch that returns at once is not taken for the work. On CPUs both kinds are wall time.
+clock, and an asynchronous launch is not mistaken for the work. On CPUs both kinds are wall time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class StepClock:
         self._seconds[name] += time.perf_counter() - begun
 
     def take(self) -> dict[str, float]:
-        """Seconds by part since the last call. On a GPU it waits for what is under way: once a line, once a save."""
+        """Seconds by part since the last call. On a GPU it waits for running work: once per line and per save."""
         if self._pending:
             self._pending[-1][2].synchronize()
             self._read_passed()

@@ -43,7 +43,7 @@ def speed_of(recipe: Recipe, stage: Stage, *, num_classes: int, device: torch.de
 
 
 def peak_tflops(recipe: Recipe, device: torch.device) -> float | None:
-    """The recipe's word, else the table's for this device and precision, else None."""
+    """The recipe's value, else the table's for this device and precision, else None."""
     if recipe.log.peak_tflops is not None:
         return recipe.log.peak_tflops
     known = named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -54,7 +54,7 @@ def peak_tflops(recipe: Recipe, device: torch.device) -> float | None:
 
 
 def memory_peak_gib(device: torch.device) -> float:
-    """GPU: what torch had allocated at most since the last call. CPU: the process's resident memory at most, ever."""
+    """GPU: torch's peak allocation since the last call. CPU: the peak resident memory of the process."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
