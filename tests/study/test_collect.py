@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from livt_scale.checkpoint.manifest import Manifest
+from livt_scale.checkpoint.manifest import CheckpointManifest
 from livt_scale.config.load import load_recipe, to_yaml
 from livt_scale.models.classifier import build_classifier
 from livt_scale.study import results_figure, results_page
@@ -53,7 +53,7 @@ def lay_pretraining(place, recipe, *, digest=PRETRAINED):
     checkpoint = place / "pretrain" / "checkpoints" / "step-00000009"
     checkpoint.mkdir(parents=True, exist_ok=True)
     (checkpoint / "w").touch()
-    (checkpoint / "manifest.json").write_bytes(Manifest.model_validate(told).to_bytes())
+    (checkpoint / "manifest.json").write_bytes(CheckpointManifest.model_validate(told).to_bytes())
 
 
 def write(path, told):
