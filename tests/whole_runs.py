@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from livt_scale.study.runs import spelt
+from tests import warm
 
 REPO = Path(__file__).resolve().parents[1]
 TINY = {
@@ -33,41 +32,35 @@ TINY = {
 
 
 class Livt:
-    """Starts `livt` as a user would, on a small recipe in `folder`."""
+    """Runs `livt` as a user would, on a small recipe in `folder`; `module` stands in for it where a test needs that."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, module: str = "livt_scale") -> None:
+        self.folder, self.module = folder, module
         self.recipe = REPO / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
-
-    def command(self, *words: str, processes: int = 1) -> list[str]:
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", f"--master-port={free_port()}"]
-        return [sys.executable, *(launcher if processes > 1 else []), "-m", "livt_scale", *words]
 
     def train_words(self, run_dir: Path, **sets: Any) -> list[str]:
         sets = {**TINY, "run_dir": run_dir, **{name.replace("__", "."): value for name, value in sets.items()}}
         return ["train", str(self.recipe), *(f"--set={name}={spelt(v)}" for name, v in sets.items())]
 
-    def start(self, *words: str, processes: int = 1) -> subprocess.Popen[str]:
+    def start(self, *words: str, processes: int = 1) -> warm.Popen:
         environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-        return subprocess.Popen(
-            self.command(*words, processes=processes),
+        return warm.Popen(
+            ["-m", self.module, *words],
+            ranks=processes,
             cwd=self.folder,
-            env=environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            env=environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"},
+            stdout=warm.PIPE,
+            stderr=warm.PIPE,
         )
 
-    def run(self, *words: str, processes: int = 1, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(self, *words: str, processes: int = 1, expect: int = 0) -> warm.CompletedProcess[str]:
         process = self.start(*words, processes=processes)
         out, err = process.communicate(timeout=240)
         assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
-        return subprocess.CompletedProcess(words, process.returncode, out, err)
+        return warm.CompletedProcess(words, process.returncode, out, err)
 
     def train(self, run_dir: Path, *, processes: int = 1, expect: int = 0, **sets: Any) -> str:
-        """Train to the end (or to exit code `expect`) and return what was said on stderr."""
+        """Train to the end (or to exit code `expect`) and return stderr."""
         return self.run(*self.train_words(run_dir, **sets), processes=processes, expect=expect).stderr
 
 

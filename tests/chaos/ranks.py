@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Self
 
 import torch
 
+from tests import warm
 from tests.whole_runs import REPO, Livt, final_weights, free_port, metrics
 
 FAST = {"faults__heartbeat_s": 0.5, "data__workers": 0}
@@ -33,13 +32,12 @@ class Ranks:
         self.processes = []
         for rank in range(world):
             with self.said_in[rank].open("w") as file:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.chaos.sabotage", *words],
+                process = warm.Popen(
+                    ["-m", "tests.chaos.sabotage", *words],
                     cwd=livt.folder,
                     env={**os.environ, **_environment(rank, world, port), **(env or {})},
-                    stdout=subprocess.DEVNULL,
+                    stdout=warm.DEVNULL,
                     stderr=file,
-                    start_new_session=True,
                 )
             self.processes.append(process)
 
@@ -78,7 +76,7 @@ class Ranks:
             left_s = began + within_s - time.monotonic()
             try:
                 codes.append(self.processes[rank].wait(max(left_s, 0.01)))
-            except subprocess.TimeoutExpired:
+            except warm.TimeoutExpired:
                 raise AssertionError(f"rank {rank} did not end within {within_s} s:\n{self.said(rank)}") from None
         return codes, time.monotonic() - began
 

@@ -6,23 +6,17 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 FAULTS = Path(__file__).with_name("faults.py")
 
 
 def run_faults(*arguments: str | Path) -> dict:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", str(FAULTS), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    done = warm.run(["-W", "error", FAULTS, *arguments], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,30 +12,15 @@ from livt_scale.checkpoint.load import Position
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.config.runtime import Checkpoint
 from livt_scale.util.errors import CheckpointError
+from tests import warm
 
 NODES = Path(__file__).with_name("nodes.py")
 
 
 def run_ranks(script: Path, folder: Path, world_size: int, *more: str) -> None:
-    """Run the script once a rank; what it said if one of them fails."""
-    with (folder / "log").open("w+") as log:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(folder), str(rank), str(world_size), *more],
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            codes = [process.wait(timeout=240) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        log.seek(0)
-        assert codes == [0] * world_size, log.read()[-6000:]
+    """Run the script once for each rank; show its output if one of them fails."""
+    each = [[script, folder, str(rank), str(world_size), *more] for rank in range(world_size)]
+    warm.run_each(each, env={**os.environ, "OMP_NUM_THREADS": "1"}, log=folder / "log")
 
 
 def test_four_ranks_on_two_nodes_go_on_from_what_all_of_them_can_read(tmp_path):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +10,7 @@ from safetensors.torch import load_file
 
 from livt_scale.checkpoint.load import Position, Saver, list_checkpoints, load, newest_whole
 from livt_scale.distributed.state_dict import collect, restore
+from tests.checkpoint.test_node_local import run_ranks
 from tests.scripts import load_script
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -29,26 +27,7 @@ def test_two_ranks_and_one_read_each_others_checkpoints(tmp_path, ranks):
     with Saver(tmp_path / "alone", mode="sync") as saver:
         saver.save(collect(model, optimizer), position=Position(0, 5), facts={"strategy": "plain"})
 
-    log = (tmp_path / "log").open("w+")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(RANKS), str(tmp_path), str(rank), "2"],
-            stdout=log,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=240) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        log.seek(0)
-        output = log.read()
-        log.close()
-    assert codes == [0, 0], output[-6000:]
+    run_ranks(RANKS, tmp_path, 2)
 
     path = newest_whole(tmp_path / "sharded")
     model, optimizer = ranks.build(9)

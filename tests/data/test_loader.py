@@ -8,8 +8,6 @@ import os
 import pickle
 import random
 import signal
-import subprocess
-import sys
 import textwrap
 import time
 from multiprocessing.reduction import ForkingPickler
@@ -32,6 +30,7 @@ from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError
+from tests import warm
 from tests.data.tiny_sets import HOSTILE, tiny_recipe, tiny_set
 
 STEPS = 5  # of an epoch: 43 samples, global batch 8
@@ -296,7 +295,7 @@ SCRIPT = """
     from livt_scale.data.loader import train_batches
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.config.recipe import Recipe
-    recipe = Recipe.model_validate_json(sys.stdin.read())
+    recipe = Recipe.model_validate_json(sys.argv[2])
     shards = ShardSet.open(recipe.data.train)
     batches = train_batches(shards, recipe, stage="pretrain", rank=0, world_size=1, micro_batch=8, epoch=0, step=0)
     next(batches)
@@ -309,8 +308,7 @@ SCRIPT = """
 @pytest.mark.parametrize("end", ["killed", "finished"])
 def test_no_process_outlives_the_main_one(shards, end):
     recipe = tiny_recipe(shards.folder, data__workers=2, stages__pretrain__epochs=1000)
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT), end]
-    done = subprocess.run(command, input=recipe.model_dump_json().encode(), stdout=subprocess.PIPE, timeout=120)
+    done = warm.run(["-c", textwrap.dedent(SCRIPT), end, recipe.model_dump_json()], timeout=120)
     assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests import warm
 from tests.whole_runs import REPO, free_port, metrics, spelt
 
 FOLLOW = Path(__file__).with_name("follow.py")
@@ -100,22 +99,11 @@ def train_all(jobs: list[Job], folder: Path, *, timeout_s: float = 240) -> None:
 def _train(jobs: list[Job], folder: Path, *, processes: int, local: int, timeout_s: float) -> None:
     listed, log = folder / f"jobs-{processes}-{local}.json", folder / f"log-{processes}-{local}"
     listed.write_text(json.dumps([job.as_json() for job in jobs]))
-    environ = {**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(local), "PYTHONPATH": str(REPO)}
     port = str(free_port())
-    with log.open("w+") as output:
-        started = [
-            subprocess.Popen(
-                [sys.executable, str(FOLLOW), str(listed), str(rank), str(processes), port],
-                stdout=output, stderr=output, env=environ, cwd=REPO,
-            )
-            for rank in range(processes)
-        ]  # fmt: skip
-        try:
-            codes = [process.wait(timeout=timeout_s) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-            output.seek(0)
-            said = output.read()
-    assert codes == [0] * processes, said[-6000:]
+    warm.run_each(
+        [[FOLLOW, listed, str(rank), str(processes), port] for rank in range(processes)],
+        cwd=REPO,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": str(local), "PYTHONPATH": str(REPO)},
+        log=log,
+        timeout=timeout_s,
+    )

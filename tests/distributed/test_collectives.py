@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.errors import CheckpointError, DataError
-from tests.whole_runs import free_port
+from tests import warm
 
 TWO_RANKS = """
 import sys
@@ -55,8 +53,7 @@ Path(sys.argv[1], f"rank {world.rank}").write_text("\\n".join(told))
 def test_two_ranks_fail_together_and_say_who_it_was(tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    subprocess.run([*launcher, str(script), str(tmp_path)], check=True, timeout=120, capture_output=True)
+    warm.run([script, tmp_path], ranks=2, check=True, timeout=120)
     told = [Path(tmp_path, f"rank {rank}").read_text().split("\n") for rank in (0, 1)]
     assert told[0] == [
         "DataError: rank 1: no shard. Look there",

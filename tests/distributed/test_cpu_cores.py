@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -13,6 +11,7 @@ from hypothesis import strategies as st
 
 from livt_scale.data import num_workers
 from livt_scale.distributed.cpu_cores import share
+from tests import warm
 from tests.whole_runs import free_port
 
 MASK = st.frozensets(st.integers(0, 15), min_size=1)
@@ -53,11 +52,11 @@ rank = int(os.environ["RANK"])
 masks, machines = eval(sys.argv[1]), eval(sys.argv[2])
 os.sched_getaffinity = lambda _: masks[rank]
 from livt_scale.data import num_workers
-from livt_scale.distributed import cores, topology
+from livt_scale.distributed import cpu_cores, world as worlds
 if machines:
-    cores._machine = lambda: machines[rank]
-world = topology.detect()
-with topology.process_group(world, timeout_s=60), cores.share_with_loader(world):
+    cpu_cores._machine = lambda: machines[rank]
+world = worlds.detect()
+with worlds.process_group(world, timeout_s=60), cpu_cores.share_with_loader(world):
     seen = num_workers.cores_for_rank(world.local_size)
 print(rank, seen, num_workers.cores_for_rank(world.local_size), flush=True)
 """
@@ -76,8 +75,7 @@ def test_two_ranks_tell_each_other(masks, machines, shares):
     for rank in range(2):
         told = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         environ = os.environ | told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        words = [sys.executable, "-c", RANK, masks, machines]
-        ranks.append(subprocess.Popen(words, env=environ, stdout=subprocess.PIPE, text=True))
+        ranks.append(warm.Popen(["-c", RANK, masks, machines], env=environ, stdout=warm.PIPE))
     said = [process.communicate(timeout=120)[0].split() for process in ranks]
     alone = len(eval(masks)[0]) // 2  # afterwards it is a guess again
     assert said == [["0", str(shares[0]), str(alone)], ["1", str(shares[1]), str(alone)]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from livt_scale.distributed import deepspeed as zero
 from livt_scale.distributed.precision import GROWTH_INTERVAL, DynamicScale
 from livt_scale.distributed.world import World
 from livt_scale.util.errors import UsageError
+from tests import warm
 from tests.distributed import deepspeed_ranks
 from tests.distributed.strategies import SMALL, Job, Kind, train_all
 from tests.whole_runs import REPO, Livt, free_port
@@ -28,27 +28,16 @@ Made = dict[str, dict[str, Any]]
 
 
 def run_ranks(folder: Path, world_size: int, *names: str, timeout_s: float = 250) -> Made:
-    """What zero_ranks.py leaves of `names`; its output where it fails or warns."""
+    """What deepspeed_ranks.py leaves of `names`; its output where it fails or warns."""
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
     port = str(free_port())
-    with (folder / "log").open("w+") as log:
-        started = [
-            subprocess.Popen(
-                [sys.executable, deepspeed_ranks.__file__, str(folder), str(rank), str(world_size), port, *names],
-                stdout=log, stderr=log, env=environ,
-            )
-            for rank in range(world_size)
-        ]  # fmt: skip
-        try:
-            codes = [process.wait(timeout=timeout_s) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
-            log.seek(0)
-            said = log.read()
-    assert codes == [0] * world_size, said[-6000:]
+    said = warm.run_each(
+        [[deepspeed_ranks.__file__, folder, str(rank), str(world_size), port, *names] for rank in range(world_size)],
+        env=environ,
+        log=folder / "log",
+        timeout=timeout_s,
+    )
     assert not said, said[-6000:]  # DeepSpeed's banners and warnings are kept down
     return {name: torch.load(folder / f"{name}.pt") for name in names}
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,6 +11,7 @@ import pytest
 from livt_scale.config.load import load_recipe
 from livt_scale.doctor import bench, disk
 from livt_scale.util.errors import UsageError
+from tests import warm
 from tests.whole_runs import REPO, free_port
 
 
@@ -20,15 +19,13 @@ def ranks(folder, fault, *words) -> list[tuple[int, str, str]]:
     """(exit code, stdout, stderr) of two ranks; of the first alone where the second hangs."""
     place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     environ = {**os.environ, **place, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    command = [sys.executable, str(REPO / "tests/doctor/doctor_ranks.py"), fault, "--dir", str(folder), *words]
     started = [
-        subprocess.Popen(
-            command,
+        warm.Popen(
+            [REPO / "tests/doctor/doctor_ranks.py", fault, "--dir", folder, *words],
             cwd=folder,
             env={**environ, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            stdout=warm.PIPE,
+            stderr=warm.PIPE,
         )
         for rank in ("0", "1")
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import time
@@ -13,29 +12,13 @@ from livt_scale.checkpoint.load import list_checkpoints
 from livt_scale.train.run_files import read_status
 from tests.whole_runs import assert_same_run, final_weights, metrics
 
-FULL_DISK = """
-import errno, os, re
-from livt_scale.checkpoint import files
-write = files.HashedFile.write
-def on_a_full_disk(self, data):
-    step = int(re.search(r"step-(\\d+)", str(self.path))[1])
-    if eval(os.environ["TEST_DISK_IS_FULL"]):
-        self.error = OSError(errno.ENOSPC, "No space left on device")
-        raise self.error
-    return write(self, data)
-files.HashedFile.write = on_a_full_disk
-"""
 LONG = {"stages__pretrain__epochs": 200, "checkpoint__retries": 0, "checkpoint__max_failed_saves": 999}
 
 
 @pytest.fixture
-def full_disk(tmp_path, monkeypatch):
-    """full_disk("step > 6"): checkpoints of these steps meet a full disk, in every process that is started."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    (folder / "sitecustomize.py").write_text(FULL_DISK)
-    monkeypatch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
-    monkeypatch.setenv("TEST_DISK_IS_FULL", "False")
+def full_disk(livt, monkeypatch):
+    """full_disk("step > 6"): these checkpoints meet a full disk, in every process that `livt` starts from now on."""
+    livt.module = "tests.e2e.full_disk"
 
     def full(when: str) -> None:
         monkeypatch.setenv("TEST_DISK_IS_FULL", when)
@@ -53,7 +36,7 @@ def test_saves_that_fail_are_told_and_the_run_ends_as_if_nothing_had_been(livt, 
     said = livt.train(run_dir, checkpoint__retries=0)
     for step in (6, 12):
         assert f"step-{step:08d} was not saved: the disk is full" in said
-    assert "training goes on" in said
+    assert "training continues" in said
     status = read_status(run_dir, "pretrain")
     assert (status["state"], status["failed_saves"], status["failed_saves_in_a_row"]) == ("done", 2, 0)
     assert "step-00000012" in status["last_failed_save"]
@@ -77,7 +60,7 @@ def test_the_last_save_of_a_stage_must_succeed(livt, finished, full_disk):
     full_disk("step == 18")
     said = livt.train(run_dir, checkpoint__max_failed_saves=9, expect=1)
     assert "step-00000018 was not saved" in said
-    assert "it is tried again" in said
+    assert "; retrying" in said
     assert read_status(run_dir, "pretrain")["state"] == "failed"
     full_disk("False")
     livt.train(run_dir)

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -15,7 +16,8 @@ STAGE_FOLDERS = ("pretrain/checkpoints", "finetune/checkpoints")
 
 
 def kill_group(process, number=signal.SIGKILL) -> None:
-    os.killpg(process.pid, number)
+    with suppress(ProcessLookupError):  # it has ended since the last look
+        os.killpg(process.pid, number)
     process.communicate()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 from livt_scale.config.recipe import Parallel, Recipe
@@ -27,7 +25,9 @@ from livt_scale.distributed.wrap import make_strategy
 from livt_scale.evaluation import evaluate as evaluation
 from livt_scale.evaluation.evaluate import TrainingClasses, evaluate, write_eval
 from livt_scale.util.errors import DataError, RunError, SampleError
+from tests import warm
 from tests.tiny_run import tiny_recipe, tiny_shards
+from tests.whole_runs import free_port
 
 CLASSES = TrainingClasses(("a", "b", "c"), (300, 50, 4), where="the training set")
 
@@ -133,10 +133,10 @@ def test_two_ranks_give_the_report_of_one_process_and_fail_together(shards: Shar
     recipe = tiny_recipe(train=shards.folder)
     alone = evaluate(a_model(), shards, recipe, world=World(), classes=CLASSES, batch=1)
     assert 0 < alone["top1"]["all"] < 1
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    mp.spawn(_rank, args=(port, str(shards.folder), str(tmp_path)), nprocs=2)  # 11 samples: 6 and 5 batches of one
+    # 11 samples: 6 and 5 batches of one.
+    code = "import sys; from tests.evaluation.test_evaluate import _rank; _rank(int(sys.argv[1]), *sys.argv[2:])"
+    words = (str(free_port()), shards.folder, tmp_path)
+    warm.run_each([["-c", code, str(rank), *words] for rank in range(2)], log=tmp_path / "log")
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         for told in (result, result["sharded"]):

@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 
 from livt_scale.data.image.transforms import EvalTransform
@@ -23,8 +21,10 @@ from livt_scale.evaluation.evaluate import TrainingClasses, evaluate
 from livt_scale.evaluation.logits import About, gather
 from livt_scale.evaluation.tta import NUMBERS, Views
 from livt_scale.util.errors import RunError, UsageError
+from tests import warm
 from tests.evaluation.test_evaluate import _sharded, a_model
 from tests.tiny_run import tiny_recipe, tiny_shards
+from tests.whole_runs import free_port
 
 CLASSES = TrainingClasses(("a", "b", "c"), (300, 50, 4), where="the training set")
 ABOUT = About(CLASSES.names, CLASSES.counts, 100, 20, "ce", 1.0, {"data": {}, "weights": {}})
@@ -133,10 +133,9 @@ def test_two_ranks_give_the_report_and_the_logits_of_one(shards: ShardSet, tmp_p
     alone = evaluate(a_model(), shards, recipe, keep=kept, **options)
     outputs = gather(kept, shards, ABOUT, world=World())
     assert outputs is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    mp.spawn(_rank, args=(port, str(shards.folder), str(tmp_path)), nprocs=2)  # 11 samples: 5 and 6
+    code = "import sys; from tests.evaluation.test_tta import _rank; _rank(int(sys.argv[1]), *sys.argv[2:])"
+    words = (str(free_port()), shards.folder, tmp_path)
+    warm.run_each([["-c", code, str(rank), *words] for rank in range(2)], log=tmp_path / "log")  # 11 samples: 5 and 6
     for rank in range(2):
         result = json.loads((tmp_path / f"{rank}.json").read_text())
         for name in ("plain", "sharded"):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.whole_runs import REPO, free_port
+from tests import warm
+from tests.whole_runs import REPO
 
 TWO_RANKS = """
 import shutil, sys
@@ -32,9 +31,7 @@ def told_by_ranks(tmp_path: Path, first: Path, second: Path) -> list[str]:
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS)
     recipe = REPO / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}"]
-    words = [script, recipe, first, second, tmp_path]
-    subprocess.run([*launcher, *map(str, words)], check=True, timeout=120, capture_output=True)
+    warm.run([script, recipe, first, second, tmp_path], ranks=2, check=True, timeout=120)
     return [(tmp_path / f"rank {rank}").read_text() for rank in (0, 1)]
 
 
