@@ -1,7 +1,9 @@
 """Long-tailed class counts, the images that make them up, and what follows from them: priors and shot groups.
 
-    class_counts_exponential(1000, 10, 100)  ->  [1000 599 359 215 129 77 46 27 16 10], imbalance factor 100
-    balanced_counts(2478, 10)                ->  [248 248 248 248 248 248 248 248 247 247], its balanced twin
+    >>> class_counts_exponential(1000, 10, 100)  # imbalance factor 100
+    array([1000,  599,  359,  215,  129,   77,   46,   27,   16,   10])
+    >>> balanced_counts(2478, 10)  # its balanced twin
+    array([248, 248, 248, 248, 248, 248, 248, 248, 247, 247])
 
 Choices nest: with one seed, an image chosen where its class has 10 is also chosen where it has 100, so twins of a
 long-tailed set differ from it by as few images as they can. Random order comes from raw Philox words, which NumPy

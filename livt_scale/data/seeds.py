@@ -4,7 +4,8 @@ A crop, a mask or a mixup ratio is a function of (run seed, epoch, sample key, p
 the worker, the place in the batch or what was drawn before it, so a run that is resumed, or continued on another
 number of GPUs, draws the same numbers, and no two epochs, samples or purposes share theirs:
 
-    sample_rng(7, 3, "img-12", "crop").random()    # the same float everywhere, always
+    >>> sample_rng(7, 3, "img-12", "crop").random() == sample_rng(7, 3, "img-12", "crop").random()
+    True
 
 Philox (Salmon et al. 2011) is counter-based: any key gives a good stream immediately, without a warm-up.
 """

@@ -121,7 +121,11 @@ def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
 
 
 def tasks_by_node(text: str) -> list[int]:
-    """Slurm's "2(x3),1", tasks node by node, as [2, 2, 2, 1]; UsageError for what is not of that form."""
+    """Slurm's number of tasks on each node. Raises UsageError for what is not of that form.
+
+    >>> tasks_by_node("2(x3),1")
+    [2, 2, 2, 1]
+    """
     parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in text.split(",")]
     if not all(parts):
         raise UsageError(f"Slurm's tasks by node are {text!r}: not of the form 2(x3),1")

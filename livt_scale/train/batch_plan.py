@@ -1,8 +1,9 @@
 """How a global batch is divided into slots of a rank and micro-batches of a step, at any world size.
 
-global batch 1024 on 16 ranks, micro_batch 64  ->  64 slots a rank, 1 micro-batch
-global batch 1024 on  4 ranks, micro_batch 64  -> 256 slots a rank, 4 micro-batches, gradients accumulated
-global batch 1024 on 32 ranks, micro_batch 64  ->  32 slots a rank, 1 micro-batch of 32
+>>> plan_batches(1024, 64, world_size=4, pairs=True)  # 4 micro-batches, gradients accumulated
+BatchPlan(global_batch=1024, world_size=4, micro_batch=64, accumulation=4)
+>>> plan_batches(1024, 64, world_size=32, pairs=True)
+BatchPlan(global_batch=1024, world_size=32, micro_batch=32, accumulation=1)
 """
 
 from __future__ import annotations
