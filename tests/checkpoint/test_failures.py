@@ -6,7 +6,7 @@ import errno
 
 import pytest
 
-from livt_scale.checkpoint import commit, io, saver
+from livt_scale.checkpoint import io, saver
 from livt_scale.checkpoint.load import Position, Retention, Saver, newest_whole, verify
 from livt_scale.checkpoint.saver import Failures
 from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
@@ -139,10 +139,10 @@ def test_an_old_one_that_cannot_be_removed_is_told_and_the_new_one_counts(saving
 
 
 def test_an_error_of_our_own_is_never_tolerated(saving, monkeypatch):
-    def broken(job, entries):
+    def broken(path, data):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(commit, "_commit", broken)
+    monkeypatch.setattr(io, "write_synced", broken)
     with pytest.raises((CheckpointError, ValueError), match="a bug") as caught:
         saving(Failures(limit=9))(1)
     assert not isinstance(caught.value, SaveFailed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from livt_scale.checkpoint import commit, io
+from livt_scale.checkpoint import io
 from livt_scale.checkpoint import saver as saver_module
 from livt_scale.checkpoint.load import (
     Position,
@@ -235,7 +235,7 @@ def test_pruning_counts_whole_ones_only(tmp_path, state):
 def test_a_failed_save_prunes_nothing(tmp_path, state, monkeypatch):
     with Saver(tmp_path, mode="sync", retention=Retention(keep_last=1)) as saver:
         saver.save(state(1), position=ONLY, facts={})
-        monkeypatch.setattr(commit, "_commit", lambda job, entries: (_ for _ in ()).throw(OSError(errno.ENOSPC, "x")))
+        monkeypatch.setattr(io, "write_synced", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "x")))
         with pytest.raises(CheckpointError, match="disk is full"):
             saver.save(state(2), position=Position(0, 2), facts={})
         assert steps(tmp_path) == [1]

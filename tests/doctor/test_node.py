@@ -3,7 +3,7 @@ import torch
 from typer.testing import CliRunner
 
 from livt_scale.cli.main import app
-from livt_scale.doctor import node
+from livt_scale.doctor import checks
 from livt_scale.doctor.node import judge_given_gpus, judge_gpu, judge_shared, look_at_node, multiplies_exactly
 
 
@@ -22,9 +22,9 @@ def test_gpus_that_slurm_gave_and_torch_does_not_see_are_a_problem(tmp_path, mon
 
 def test_a_check_that_breaks_is_a_problem_and_the_others_are_made(tmp_path, monkeypatch):
     def breaks():
-        raise RuntimeError("CUDA error: uncorrectable ECC error")
+        raise RuntimeError("uncorrectable ECC error")
 
-    monkeypatch.setattr(node, "_each_gpu", breaks)
+    monkeypatch.setattr(checks, "free_shared_memory", breaks)
     problems = look_at_node(tmp_path, {"SLURMD_NODENAME": "n7"})
     assert len(problems) == 1
     assert "uncorrectable ECC" in (tmp_path / "n7").read_text()
