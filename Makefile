@@ -29,7 +29,7 @@ quickstart: $(READY)  ## both stages of LiVT on the real images that ship here, 
 	$(BIN)/livt quickstart
 
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not slurm" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(TEST_FLAGS)
 
 test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 	$(BIN)/python -m pytest -m "slow and not slurm" $(TEST_FLAGS)
