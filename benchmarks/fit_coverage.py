@@ -14,21 +14,21 @@ from pathlib import Path
 
 import numpy as np
 
-from livt_scale.study.scaling_law import Run, fit_law
+from livt_scale.study.scaling_law import LawPoint, fit_law
 from livt_scale.util.atomic import write_atomic
 
 TRUE = {"E": 0.45, "A": 6.0, "alpha": 0.35, "B": 0.25, "beta": 0.8}
 SIZES, LENGTHS, SEEDS = (5e4, 1.5e5, 4.6e5, 1.5e6), (2, 4, 8), 2
 
 
-def made(noise: float, rng: np.random.Generator) -> list[Run]:
+def made(noise: float, rng: np.random.Generator) -> list[LawPoint]:
     """Runs of the true law, each times a log-normal noise."""
 
     def loss(n: float, d: float) -> float:
         return TRUE["E"] + TRUE["A"] * n ** -TRUE["alpha"] + TRUE["B"] * d ** -TRUE["beta"]
 
     return [
-        Run(n, d, loss(n, d) * float(np.exp(noise * rng.standard_normal())), f"{n:g}-{d}-{seed}")
+        LawPoint(n, d, loss(n, d) * float(np.exp(noise * rng.standard_normal())), f"{n:g}-{d}-{seed}")
         for n in SIZES
         for d in LENGTHS
         for seed in range(SEEDS)
