@@ -20,7 +20,7 @@ from livt_scale.slurm.sites import resources_for
 from tests.slurm.test_script_text import REPO, recipe, settings, template, write_recipe
 
 RUN = ["run", "train", "srun", "livt", "train"]
-# Gives the answer of its number, and writes down its arguments. "WAIT" first makes it say so and wait for a signal.
+# Records its arguments and prints the answer of its number; where a file NUMBER.waits is there, after a second.
 DECIDES = """#!/bin/bash
 printf '%s\\n' "python $*" >>"$CALLS"
 n=$(grep -c '^python' "$CALLS")
