@@ -1,6 +1,5 @@
 """Tars: ours are plain and the same each time; a stranger's are read whole or refused, and nothing in them acts."""
 
-import gc
 import io
 import tarfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import webdataset
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from webdataset import tariterators
 
 from livt_scale.data.build.tar import read_tar
 from livt_scale.util.errors import LivtError, SampleError, ShardError
@@ -90,7 +90,6 @@ NAMES = st.text(st.sampled_from("a_./\nB"), min_size=1, max_size=9).filter(
 )
 
 
-@LEAVES_FILES_OPEN
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(keys=st.lists(NAMES, min_size=1, max_size=5))
 @example(keys=["__a/b", "__c__/d", "e.f/g", "h.i\n/j"])
@@ -98,10 +97,10 @@ def test_webdataset_and_we_agree_on_which_members_are_a_sample(tmp_path, keys):
     members = [(f"{key}.{kind}", data) for key in keys for kind, data in (("PNG", IMAGE), ("cls", b"1"))]
     path = write_tar(tmp_path / "a.tar", members)
     try:
-        theirs = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+        files = tariterators.tar_file_expander([{"url": "a.tar", "stream": io.BytesIO(path.read_bytes())}])
+        theirs = list(tariterators.group_by_keys(files))
     except ValueError:  # a key twice
         theirs = []
-    gc.collect()  # the files that webdataset leaves open: the warning comes here and not in a later test
     valid = [sample for sample in theirs if {"png", "cls"} <= sample.keys()]
     try:
         ours = list(read_tar(path))
