@@ -48,7 +48,11 @@ def test_the_arms_of_the_losses_differ_in_the_loss_and_in_what_it_cannot_take_al
     base = learnt_from(first.load(tmp_path), "finetune")
     for run in others:
         own = learnt_from(run.load(tmp_path), "finetune")
-        differs = {path.removeprefix("stages.finetune.") for path in base if base[path] != own[path]}
+        differs = {
+            path.removeprefix("stages.finetune.")
+            for path in base.keys() | own.keys()
+            if base.get(path) != own.get(path)
+        }
         assert all(path.startswith("loss.") or path in ("mixup", "cutmix", "smoothing") for path in differs), differs
         assert run.after == first.after, "one pretraining for all"
 
@@ -175,7 +179,7 @@ def test_shards_that_are_not_there_are_told_once_with_the_command_that_makes_the
     assert not out.exists(), "nothing was started"
     spec.unlink()
     _, captured = livt(monkeypatch, capsys, "losses", f"--out={out}", f"--set=data.train={train}")
-    assert "Give the folder that holds manifest.json" in captured.err
+    assert "Give the folder that contains manifest.json" in captured.err
 
 
 def test_each_setting_evaluates_on_shards_that_its_own_build_makes():
