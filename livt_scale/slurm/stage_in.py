@@ -8,7 +8,6 @@ then reads the copy in place. Sets at a URL do not need this: their cache is alr
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -23,11 +22,12 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, ShardManifest
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.util.atomic import new_file, plain_disk_errors
+from livt_scale.util.atomic import file_lock, new_file, plain_disk_errors
 from livt_scale.util.errors import DataError, LivtError, ShardError, UsageError
 from livt_scale.util.urls import is_url
 
 CHUNK = 1 << 22
+WAIT_S = 4 * 3600.0  # for the task that copies; srun ends the step, and so this wait, when any task fails
 COMPLETE = ".complete"  # which start of a job has copied all of it
 
 
@@ -55,12 +55,9 @@ def this_start(environ: Mapping[str, str] = os.environ) -> str:
 def _one_at_a_time(target: Path) -> Iterator[None]:
     with plain_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(f"{target}.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # srun ends the step, and so this wait, when any task fails
+        lock = file_lock(Path(f"{target}.lock"), wait_s=WAIT_S, mode=0o600)
+    with lock:
         yield
-    finally:
-        os.close(handle)
 
 
 def _copy_all(recipe: Recipe, target: Path, *, stage: str) -> int:

@@ -12,7 +12,6 @@ is not recorded: all jobs of a chain carry its name as their comment, by which t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,7 +34,7 @@ from livt_scale.slurm.code_snapshot import PACKAGE, Frozen, freeze
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site
 from livt_scale.slurm.step_times import measure
-from livt_scale.util.atomic import write_atomic
+from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
 from livt_scale.util.resources import shipped
 from livt_scale.util.urls import is_url
@@ -279,19 +278,18 @@ def alone(run_dir: Path) -> Iterator[None]:
     """One submission at a time for a run. Raises ClusterError: another is at work, or nothing can be written there."""
     try:
         (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
-        handle = os.open(run_dir / "slurm" / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = file_lock(run_dir / "slurm" / ".lock")
+    except LockHeld as error:
+        raise ClusterError(
+            f"another livt submit is at work in {shown(run_dir)}: {error.holder}", remedy="wait for it"
+        ) from None
     except OSError as error:
         raise ClusterError(
             f"the run directory {shown(run_dir)} cannot be written: {error.strerror}",
             remedy="set run_dir to a folder that all nodes can write to",
         ) from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with lock:
         yield
-    except BlockingIOError:
-        raise ClusterError(f"another livt submit is at work in {shown(run_dir)}", remedy="wait for it") from None
-    finally:
-        os.close(handle)
 
 
 def _now() -> str:

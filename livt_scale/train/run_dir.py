@@ -10,7 +10,6 @@ running -> done | preempted | failed;   preempted, failed or a stale running -> 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -24,7 +23,7 @@ from typing import Any
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.train.run_files import STATUS, State, read_status, read_status_file
-from livt_scale.util.atomic import write_atomic
+from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
 
 MAX_HISTORY = 20  # earlier starts that status.json keeps
@@ -33,28 +32,18 @@ MAX_WHY = 400  # characters of why each of them ended
 
 @contextmanager
 def hold(run_dir: Path) -> Iterator[None]:
-    """Work alone in `run_dir` (made if need be). Raises RunBusyError that names who is there.
-
-    The lock ends with the process, however that ends; the file of a dead process blocks nothing.
-    """
+    """Hold the lock of `run_dir` (made if need be). Raises RunBusyError that names the process that holds it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = file_lock(run_dir / ".lock")
+    except LockHeld as error:
+        raise RunBusyError(
+            f"{error.holder} works in {run_dir}", remedy="wait for it, end it, or set another run_dir"
+        ) from None
     except OSError as error:
         raise RunError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors="replace").strip() or "another process"
-            raise RunBusyError(
-                f"{holder} works in {run_dir}", remedy="wait for it, end it, or set another run_dir"
-            ) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    with lock:
         yield
-    finally:
-        os.close(handle)
 
 
 def is_run(path: Path) -> bool:

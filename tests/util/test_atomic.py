@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from livt_scale.util import atomic
+from livt_scale.util.atomic import LockHeld, file_lock
 
 HOSTILE = "a 'quoted\" name\nof two lines"
 
@@ -59,3 +66,74 @@ def test_what_is_written_can_be_read_by_the_group_if_the_umask_says_so(tmp_path:
     with atomic.new_folder(tmp_path / "out"):
         pass
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
+# --- the lock ---
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from livt_scale.util.atomic import file_lock
+with file_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A process that holds tmp_path/lock, and its Popen."""
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_lock_that_is_held_is_refused_within_the_bound_and_its_holder_named(tmp_path, held):
+    began = time.monotonic()
+    with pytest.raises(LockHeld) as refused:
+        file_lock(tmp_path / "lock", wait_s=0.2)
+    assert time.monotonic() - began < 10
+    assert refused.value.holder == f"process {held.pid} on {socket.gethostname()}"
+    assert str(tmp_path / "lock") in refused.value.message
+
+
+def test_a_killed_holder_leaves_the_lock_free(tmp_path, held):
+    held.kill()
+    with file_lock(tmp_path / "lock", wait_s=30):
+        assert (tmp_path / "lock").read_text() == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def test_one_that_waits_gets_the_lock_when_it_is_released_though_the_file_is_removed(tmp_path):
+    path, order = tmp_path / "lock", []
+
+    def wait():
+        with file_lock(path, wait_s=30):
+            order.append("waited")
+
+    with file_lock(path, remove=True):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "waited"]
+
+
+def test_an_error_in_the_block_releases_the_lock(tmp_path):
+    with pytest.raises(ZeroDivisionError), file_lock(tmp_path / "lock", remove=True):
+        _ = 1 / 0
+    assert not (tmp_path / "lock").exists()
+    with file_lock(tmp_path / "lock"):
+        pass
+
+
+def test_a_folder_that_is_missing_and_a_link_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        file_lock(tmp_path / "none" / "lock")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        file_lock(tmp_path / "link")
+    assert not (tmp_path / "elsewhere").exists()

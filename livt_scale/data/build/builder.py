@@ -10,12 +10,9 @@ the folder belongs to.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from livt_scale.data.build.writer import Prepare, Shard, ShardJob, make_shard, p
 from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import choose, imbalance_factor, shuffled
-from livt_scale.util.atomic import PREFIX, plain_disk_errors, write_atomic
+from livt_scale.util.atomic import PREFIX, FileLock, LockHeld, file_lock, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError
 from livt_scale.util.process_pool import in_processes, usable_cores
 
@@ -212,26 +209,15 @@ def _build_set(plan: SetPlan, folder: Path, *, workers: int, progress: Progress 
     return Built(plan.name, folder, samples, num_bytes, made=len(names) - kept, kept=kept)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold `folder` against a second build. The system lets go of it when this process ends, however it ends."""
-    path = folder / LOCK
-    with plain_disk_errors(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+def _alone(folder: Path) -> FileLock:
+    """Hold `folder` against a second build."""
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = os.fstat(handle).st_ino == path.stat().st_ino  # not one that a finished build took away
-        except (BlockingIOError, FileNotFoundError):
-            current = False
-        if not current:
-            raise DataError(f"another process builds in {folder}", remedy="wait for it, or choose another --out")
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
+        with plain_disk_errors(folder / LOCK):
+            return file_lock(folder / LOCK, remove=True)
+    except LockHeld as error:
+        raise DataError(
+            f"another process builds in {folder}: {error.holder}", remedy="wait for it, or choose another --out"
+        ) from None
 
 
 def index_tars(

@@ -35,6 +35,7 @@ from pathlib import Path
 from livt_scale.config import recipe
 from livt_scale.data.manifest import FileInfo
 from livt_scale.data.remote.fetch import Cancelled
+from livt_scale.util.atomic import FileLock, LockHeld, file_lock
 from livt_scale.util.errors import DataError, UsageError
 from livt_scale.util.urls import one_line
 
@@ -215,26 +216,14 @@ class ShardCache:
                         found.append(_File(Path(entry.path), claim, about.st_mtime_ns, bool(name["bytes"])))
         return found
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        path = self.folder / LOCK
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    def _locked(self) -> FileLock:
         try:
-            give_up = time.monotonic() + LOCK_WAIT_S
-            while True:
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > give_up:
-                        raise DataError(
-                            f"{path} has been held by another process for {LOCK_WAIT_S:.0f} s",
-                            remedy="`fuser` on this file names it: a stopped process? End it, or choose another cache",
-                        ) from None
-                    time.sleep(0.002)
-            yield
-        finally:
-            os.close(handle)
+            return file_lock(self.folder / LOCK, wait_s=LOCK_WAIT_S, mode=0o600)
+        except LockHeld as error:
+            raise DataError(
+                f"{error.holder} has held {self.folder / LOCK} for {LOCK_WAIT_S:.0f} s",
+                remedy="end it if it is stopped, or choose another cache",
+            ) from None
 
     def _waited(self, info: FileInfo, why: str | None, wait_s: float) -> DataError:
         if why == "full":

@@ -157,8 +157,11 @@ def test_the_limit_holds_and_nobody_hangs_with_room_for_three_and_eight_processe
 
 
 def on_disk(cache):
+    """Bytes of shards: the lock file, which names its holder, is not one."""
     total = 0
     for path in cache.folder.iterdir():
+        if path.name == "lock":
+            continue
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total
@@ -238,7 +241,7 @@ def test_a_stopped_download_is_not_waited_for_without_end(cache, server):
 
 def test_a_held_lock_is_not_waited_for_without_end(cache, monkeypatch):
     monkeypatch.setattr(cache_module, "LOCK_WAIT_S", 0.1)
-    with cache._locked(), pytest.raises(DataError, match="has been held by another process"):
+    with cache._locked(), pytest.raises(DataError, match=r"process \d+ on .* has held"):
         cache.tidy()
 
 
