@@ -15,7 +15,9 @@ def cancel(
     now: Annotated[bool, typer.Option("--now", help="Kill it immediately; what is not saved is lost.")] = False,
     wait_s: Annotated[float, typer.Option("--wait-s", min=0.0, help="How long its end is waited for.")] = 900.0,
 ) -> None:
-    """End a run: let it save, stop it, and cancel what of its chain waits. Local runs too, on their own host.
+    """Stop a run after it has saved; cancel its waiting jobs.
+
+    A local run is stopped on its own host.
 
     livt cancel runs/try
 

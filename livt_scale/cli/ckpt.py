@@ -25,11 +25,14 @@ UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 @app.command("ls")
 def ls(
-    run: Annotated[Path, typer.Argument(help="a run, one of its stages, or a folder of checkpoints")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
-    quick: Annotated[bool, typer.Option("--quick", help="compare sizes alone, do not read every byte")] = False,
+    run: Annotated[Path, typer.Argument(help="A run, a stage of it, or a folder of checkpoints.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only; do not read every byte.")] = False,
 ) -> None:
-    """List checkpoints, oldest first: step, epoch, size, age, whole or damaged and why, best and final."""
+    """List checkpoints, oldest first.
+
+    Columns: step, epoch, size, age, complete or damaged and why, best and final.
+    """
     from livt_scale.checkpoint.catalog import list_checkpoints
 
     now = datetime.datetime.now(datetime.UTC)
@@ -49,10 +52,13 @@ def ls(
 
 @app.command("verify")
 def verify(
-    path: Annotated[Path, typer.Argument(help="one checkpoint, a run, one of its stages, or a folder of checkpoints")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a run, a stage, or a folder of checkpoints.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Read every byte and compare it with the manifest. Exit 0: all whole; 1: damage, or nothing there."""
+    """Compare every byte of checkpoints with their manifests.
+
+    Exit codes: 0 all complete; 1 one is damaged, or there is none.
+    """
     from livt_scale.checkpoint import catalog as folders
     from livt_scale.util.errors import CheckpointError
 
@@ -77,20 +83,20 @@ def verify(
 
 @app.command("convert")
 def convert(
-    path: Annotated[
-        Path, typer.Argument(help="a checkpoint: of livt, safetensors, DeepSpeed or torch, file or folder")
-    ],
-    to: Annotated[Path, typer.Option("--to", help="NAME.safetensors, or the folder of a checkpoint; must be new")],
-    recipe: Annotated[Path | None, typer.Option(help="what it was trained by, so that `livt train` goes on")] = None,
-    stage: Annotated[str, typer.Option(help="of the recipe: pretrain or finetune")] = "pretrain",
-    step: Annotated[int | None, typer.Option(min=0, help="steps of the stage that it has; without it, its own")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="over the recipe's values")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    path: Annotated[Path, typer.Argument(help="Checkpoint of livt, safetensors, DeepSpeed or torch.")],
+    to: Annotated[Path, typer.Option("--to", help="NAME.safetensors, or a new folder for a livt checkpoint.")],
+    recipe: Annotated[Path | None, typer.Option(help="Recipe it was trained with; lets livt train resume it.")] = None,
+    stage: Annotated[str, typer.Option(help="Stage of the recipe: pretrain or finetune.")] = "pretrain",
+    step: Annotated[int | None, typer.Option(min=0, help="Steps done in the stage. Default: as recorded.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Into one safetensors file, or into a checkpoint of livt; no tensor changes by a bit, nothing read is executed.
+    """Convert a checkpoint to safetensors, or to a livt checkpoint.
 
-    From a checkpoint of livt or its safetensors file, DeepSpeed's own (ZeRO 1, 2, 3), a folder of
-    torch.distributed.checkpoint, a file of torch.save (pytorch_model.bin, checkpoint.pth).
+    Reads livt checkpoints, safetensors, DeepSpeed (ZeRO 1, 2, 3), torch.distributed.checkpoint folders and torch.save
+    files (pytorch_model.bin, checkpoint.pth). Tensors keep their bits; nothing that is read is executed.
     """
     from livt_scale.checkpoint.foreign import convert as converting
     from livt_scale.util.errors import UsageError

@@ -1,4 +1,4 @@
-"""`livt doctor`: what this machine has, and what would not work here.
+"""`livt doctor`: what this machine has, and what would fail here.
 
 Each line is one check: its status (ok; note: works, but know this; problem: something would fail), what was found, and
 what to do. Only a problem makes the exit code 1. The checks are in `livt_scale.doctor.checks`.
@@ -22,21 +22,24 @@ from livt_scale.util.errors import UsageError
 
 def doctor(
     bench: Annotated[
-        bool, typer.Option("--bench", help="Also measure network, disks and decoding, on all ranks: a minute.")
+        bool, typer.Option("--bench", help="Also measure network, disks and decoding on all ranks.")
     ] = False,
     dirs: Annotated[
-        list[Path] | None, typer.Option("--dir", help="With --bench: a folder whose disk is measured; again for more.")
+        list[Path] | None, typer.Option("--dir", help="With --bench: folder whose disk to measure. Repeatable.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="With --bench: its run directory, cache and images are measured.")
+        Path | None, typer.Option("--recipe", help="With --bench: recipe whose folders and images to measure.")
     ] = None,
     node: Annotated[
-        Path | None, typer.Option("--node", help="A batch job's quick look at this node, written to FOLDER/NODE.")
+        Path | None, typer.Option("--node", help="Check this node quickly; write the result to FOLDER/NODE.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: how long, about.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: approximate duration.")] = 60.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what this machine has, and what would not work here. Exit code 1 if something essential is missing."""
+    """Check this machine: libraries, GPUs, memory, network, disks.
+
+    Exit codes: 0; 1 if something would fail here.
+    """
     if node is not None:
         _look_at_node(node)
     measured: dict[str, Any] = {}
@@ -44,10 +47,10 @@ def doctor(
     if bench:
         found = _bench(dirs or [], recipe, seconds=seconds)
         if found is None:
-            return  # the first rank speaks for all
+            return  # rank 0 prints for all
         measured, findings = {"bench": found[0]}, found[1]
     elif dirs or recipe:
-        raise UsageError("--dir and --recipe say what --bench measures", remedy="give --bench too")
+        raise UsageError("--dir and --recipe need --bench", remedy="add --bench")
     from livt_scale.doctor.checks import examine
 
     findings = examine() + findings

@@ -31,7 +31,7 @@ def logs(
     ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines of each file.")] = 40,
 ) -> None:
-    """Show the end of a stage's log, why it failed, and the stacks of ranks that hung.
+    """Show a stage's log, its error, and the stacks of hung ranks.
 
     livt logs runs/try --stage pretrain -n 100
 

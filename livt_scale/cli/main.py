@@ -12,23 +12,27 @@ import typer
 
 from livt_scale import __version__
 from livt_scale.cli import (
-    baselines,
     cancel,
     ckpt,
     doctor,
+    eval,
+    export,
+    import_,
     job,
     logs,
-    model,
     plan,
     predict,
+    quickstart,
     recipe,
     reproduce,
-    run,
+    retrain,
     shards,
+    soup,
     status,
     study,
     submit,
-    weights,
+    tau_norm,
+    train,
 )
 from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError, UsageError
 from livt_scale.util.log import line, to_stderr
@@ -54,7 +58,7 @@ Examples:
 
     livt predict exports/try photos --out photos.csv
 
-Exit codes: 0 done, 1 failed, 2 wrong usage, 85 preempted (saved; start again to go on).
+Exit codes: 0 done, 1 failed, 2 wrong usage, 85 preempted (saved; the same command resumes it).
 """
 
 app = typer.Typer(
@@ -71,7 +75,7 @@ _debug = False
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, and the debug log.")] = False,
     _version: Annotated[
         bool,
         typer.Option(
@@ -89,20 +93,20 @@ def _print_version() -> None:
     raise typer.Exit
 
 
-app.command()(run.quickstart)
-app.command()(run.train)
+app.command()(quickstart.quickstart)
+app.command()(train.train)
 app.command()(plan.plan)
 app.command()(submit.submit)
 app.command()(status.status)
 app.command()(cancel.cancel)
 app.command()(logs.logs)
-app.command(name="eval")(model.eval_)
-app.command()(model.export)
+app.command(name="eval")(eval.eval_)
+app.command()(export.export)
 app.command()(predict.predict)
-app.command(name="import")(weights.import_)
-app.command()(baselines.retrain)
-app.command(name="tau-norm")(baselines.tau_norm)
-app.command()(baselines.soup)
+app.command(name="import")(import_.import_)
+app.command()(retrain.retrain)
+app.command(name="tau-norm")(tau_norm.tau_norm)
+app.command()(soup.soup)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")
@@ -126,12 +130,12 @@ def _refuse_old_options(words: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Run the command line; what a user can meet becomes one line on stderr and an exit code, not a traceback."""
+    """Run the command line; an expected error becomes one line on stderr and an exit code, not a traceback."""
     try:
         _refuse_old_options(sys.argv[1:])
         app(prog_name="livt")
     except LivtError as error:
-        _tell(error, "stopped" if error.exit_code == EXIT_PREEMPTED else "error")
+        _print_error(error, "stopped" if error.exit_code == EXIT_PREEMPTED else "error")
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `livt … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -139,11 +143,11 @@ def main() -> None:
     except OSError as error:  # a full disk, a read-only file system, a folder that is not ours
         if error.errno is None:
             raise
-        _tell(error, "error")
+        _print_error(error, "error")
         sys.exit(EXIT_FAILED)
 
 
-def _tell(error: Exception, kind: str) -> None:
+def _print_error(error: Exception, kind: str) -> None:
     if _debug:
         traceback.print_exc()
     print(line(kind, str(error)), file=sys.stderr, flush=True)

@@ -19,24 +19,32 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, e.g. recipes/imagenet_lt/vit_h14.yaml.")],
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Devices, all together.")],
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over it.")] = None,
-    gpus_per_node: Annotated[int | None, typer.Option("--gpus-per-node", min=1, help="None: the device's.")] = None,
-    device: Annotated[str, typer.Option("--device", help="h100, a100, v100, mi300x, …, or a YAML file.")] = "h100",
-    strategy: Annotated[str | None, typer.Option("--strategy", help="auto: the best. None: the recipe's.")] = None,
-    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Hours of one job.")] = 24,
-    price: Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, help="In any currency.")] = None,
-    mfu: Annotated[float | None, typer.Option("--mfu", help="The same as --assume mfu=….")] = None,
-    assume: Annotated[list[str] | None, typer.Option("--assume", help="NAME=VALUE, given again.")] = None,
-    images: Annotated[int | None, typer.Option("--images", min=1, help="Training images, without shards.")] = None,
-    classes: Annotated[int | None, typer.Option("--classes", min=1, help="Classes, without shards.")] = None,
-    calibrate: Annotated[Path | None, typer.Option("--calibrate", help="A metrics.jsonl: take its MFU.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Measure the peak, on fake tensors.")] = False,
-    picture: Annotated[Path | None, typer.Option("--picture", help="Draw memory and hours there, a .png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")],
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Total number of devices.")],
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+    ] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, help="Default: from the device.")
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="h100, a100, v100, mi300x, … or a YAML file.")] = "h100",
+    strategy: Annotated[
+        str | None, typer.Option("--strategy", help="auto: the fastest that fits. Default: the recipe's.")
+    ] = None,
+    time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Hours per job.")] = 24,
+    price: Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, help="Any currency.")] = None,
+    mfu: Annotated[float | None, typer.Option("--mfu", help="Same as --assume mfu=….")] = None,
+    assume: Annotated[list[str] | None, typer.Option("--assume", help="NAME=VALUE. Repeatable.")] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Training images, if there are no shards.")
+    ] = None,
+    classes: Annotated[int | None, typer.Option("--classes", min=1, help="Classes, if there are no shards.")] = None,
+    calibrate: Annotated[Path | None, typer.Option("--calibrate", help="Use the MFU of a metrics.jsonl.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Measure the peak memory on fake tensors.")] = False,
+    picture: Annotated[Path | None, typer.Option("--picture", help="PNG file: plot memory and hours.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what a run would take on GPUs that are not here: memory, time, segments, storage, cost.
+    """Estimate memory, time and cost of a run on given GPUs.
 
     livt plan recipes/imagenet_lt/vit_h14.yaml --gpus 64 --device h100
     """

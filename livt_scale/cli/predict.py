@@ -8,28 +8,28 @@ from typing import Annotated
 
 import typer
 
-from livt_scale.cli.model import AsJson, From
+from livt_scale.cli.options import AsJson, RunOrExport, WhichCheckpoint
 
 
 def predict(
-    path: Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory, or an export.")],
+    path: RunOrExport,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The CSV to write.")],
-    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes told of each image.")] = 5,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes per image.")] = 5,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="A damaged image is a row with its error, not the end.")
+        bool, typer.Option("--skip-bad", help="Write a damaged image's error to its row and continue.")
     ] = False,
-    tau: Annotated[float, typer.Option("--tau", help="Take the training prior out of the logits, so strongly.")] = 0.0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Divide the logits: see livt eval.")] = 1.0,
-    views: Annotated[int, typer.Option("--views", metavar="1|2|5|10", help="As livt eval has it.")] = 1,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a forward pass.")] = 64,
+    tau: Annotated[float, typer.Option("--tau", help="Subtract tau times the log training prior.")] = 0.0,
+    temperature: Annotated[float, typer.Option("--temperature", help="Divide the logits by this.")] = 1.0,
+    views: Annotated[int, typer.Option("--views", metavar="1|2|5|10", help="Views to average, as in livt eval.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images per forward pass.")] = 64,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Decoding processes; by default the cores, up to 8.")
+        int | None, typer.Option("--workers", min=0, help="Decoding processes. Default: one per core, at most 8.")
     ] = None,
-    which: From = None,
+    which: WhichCheckpoint = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell the likeliest classes of all images in a folder, as CSV.
+    """Classify every image in a folder; write a CSV.
 
     livt predict exports/try photos --out photos.csv
 

@@ -20,21 +20,21 @@ from livt_scale.util.errors import LivtError
 if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does without
     from livt_scale.config.recipe import Model, Recipe
 
-app = typer.Typer(no_args_is_help=True, help="Show, check or describe recipes.")
+app = typer.Typer(no_args_is_help=True, help="List, show, check and describe recipes.")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Lay a value over the recipe's.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value (a.b=c). Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command(name="list")
 def list_(
-    page: Annotated[
-        Path | None, typer.Option("--page", help="Write the table as a page, e.g. docs/recipes.md.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    page: Annotated[Path | None, typer.Option("--page", help="Also write the table as this Markdown page.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """The recipes that ship: what each reproduces, and what to expect."""
+    """List the shipped recipes and what each reproduces."""
     from livt_scale.config.catalog import page as made
     from livt_scale.config.catalog import rows
     from livt_scale.util.atomic import write_atomic
@@ -52,7 +52,7 @@ def list_(
 
 @app.command()
 def show(recipe: RecipePath, *, sets: Sets = None, as_json: AsJson = False) -> None:
-    """Print the resolved recipe: bases and --set laid over each other, defaults filled in."""
+    """Print a resolved recipe, with bases, --set and defaults."""
     from livt_scale.config.load import load_recipe, to_yaml
 
     loaded = load_recipe(recipe, sets=sets or ())
@@ -67,10 +67,13 @@ def check(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")],
     *,
     sets: Sets = None,
-    data: Annotated[bool, typer.Option("--data", help="Their shards must be here, and open.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Also open the shards of each recipe.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Tell for each recipe whether it is a possible run, and what is wrong with it. Exit code 2 if one is not."""
+    """Validate recipes.
+
+    Exit codes: 0; 2 if a recipe is invalid.
+    """
     results = [check_one(path, sets=sets or [], data=data) for path in recipes]
     if as_json:
         typer.echo(json.dumps(results, indent=2))
@@ -82,7 +85,7 @@ def check(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of a recipe file, for editors that complete and check YAML."""
+    """Print the JSON schema of recipe files, for editors."""
     typer.echo(json.dumps(file_schema(), indent=2, ensure_ascii=False))
 
 

@@ -16,28 +16,34 @@ DEVICE, MFU = "h100", 0.35
 
 
 def reproduce(
-    claim: Annotated[str, typer.Argument(help="balance, two-stages, losses, reconstruction, size, or all.")],
-    on: Annotated[str, typer.Option(help="Data and size: fashion_mnist_lt, fashion_mnist_lt_if10, imagenet_lt.")] = (
+    claim: Annotated[str, typer.Argument(help="balance, two-stages, losses, reconstruction, size or all.")],
+    on: Annotated[str, typer.Option(help="Data set: fashion_mnist_lt, fashion_mnist_lt_if10 or imagenet_lt.")] = (
         "fashion_mnist_lt"
     ),
-    out: Annotated[Path, typer.Option("--out", help="The runs lie in OUT/ON; they are continued there.")] = Path(
-        "runs/claims"
-    ),
-    seeds: Annotated[int, typer.Option(min=1, help="So many, from 0 on; a verdict needs 3.")] = 3,
+    out: Annotated[Path, typer.Option("--out", help="Runs are in OUT/ON, and resumed there.")] = Path("runs/claims"),
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0. A verdict needs 3.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs in parallel.")] = 1,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Laid over all runs alike.")] = None,
-    collect_only: Annotated[bool, typer.Option("--collect-only", help="Train nothing: judge what is there.")] = False,
-    page: Annotated[
-        Path | None, typer.Option("--page", help="Also write this page, of all results kept in results/ beside it.")
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="A.B=C", help="Override a recipe value in all runs. Repeatable."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; start nothing.")] = False,
-    device: Annotated[str | None, typer.Option(help=f"With --dry-run: hours of this device [{DEVICE}].")] = None,
+    collect_only: Annotated[
+        bool, typer.Option("--collect-only", help="Train nothing; evaluate the existing runs.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write this page, from all results in results/ beside it.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help=f"With --dry-run: device to estimate hours for. Default: {DEVICE}.")
+    ] = None,
     mfu: Annotated[
-        float | None, typer.Option(min=0.01, max=1, help=f"With --dry-run: share of its peak that is reached [{MFU}].")
+        float | None,
+        typer.Option(min=0.01, max=1, help=f"With --dry-run: fraction of peak FLOP/s reached. Default: {MFU}."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check a claim of the paper: train its arms over several seeds, compare them, and say what holds.
+    """Train and compare the runs of a claim of the paper.
 
     livt reproduce losses --jobs 2
 

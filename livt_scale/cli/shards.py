@@ -1,4 +1,4 @@
-"""`livt shards`: raw images to shards, and what is to know about shards.
+"""`livt shards`: build shards from raw images, verify and inspect them.
 
 livt shards build shards/fashion-mnist-lt.yaml --out data/fashion-mnist-lt
 livt shards verify data/fashion-mnist-lt/train-lt --decode
@@ -28,38 +28,40 @@ if TYPE_CHECKING:
     from livt_scale.data.build.verify import Fault
 
 _log = logging.getLogger(__name__)
-app = typer.Typer(help="Make, check and look at shards.", no_args_is_help=True)
+app = typer.Typer(help="Build, verify and inspect shards.", no_args_is_help=True)
 MIB = 2**20
 EVERY_S = 10.0  # a plain line of progress, where there is no terminal
 MAX_FAULTS = 20  # shown; --json has all
 MAX_CLASSES = 20  # rows of the histogram
 BAR = 40  # characters of the longest bar
 
-Folder = Annotated[str, typer.Argument(help="a folder of shards, or its URL: the one with manifest.json")]
-Json = Annotated[bool, typer.Option("--json", help="print JSON")]
-Workers = Annotated[int | None, typer.Option(min=1, help="processes; default: one a core")]
+Folder = Annotated[str, typer.Argument(help="Folder or URL of shards, with manifest.json.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per core.")]
 
 
 @app.command("build")
 def build(
-    spec: Annotated[Path, typer.Argument(help="a YAML file, or livt:NAME for a shipped one")],
+    spec: Annotated[Path, typer.Argument(help="A YAML file, or livt:NAME for a shipped one.")],
     out: Annotated[
-        Path | None, typer.Option(help="folder for the sets; default: beside SPEC; of livt:NAME shards/NAME")
+        Path | None, typer.Option(help="Folder for the sets. Default: beside SPEC; shards/NAME for livt:NAME.")
     ] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(help="NAME=FOLDER: where the raw files of a source lie; NAME.FIELD=PATH: one of its files"),
+        typer.Option(help="NAME=FOLDER: raw files of a source. NAME.FIELD=PATH: one of its files."),
     ] = None,
     resize_shorter: Annotated[
-        int | None, typer.Option(min=1, help="make images smaller, once: px of the shorter side; none is made larger")
+        int | None, typer.Option(min=1, help="Shrink images to this shorter side (px); none is enlarged.")
     ] = None,
-    quality: Annotated[int | None, typer.Option(min=50, max=100, help="of those JPEGs; default: 92")] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=50, max=100, help="JPEG quality of shrunk images. Default: 92.")
+    ] = None,
     ignore_expected: Annotated[
-        bool, typer.Option("--ignore-expected", help="build it though its counts are not those of the published set")
+        bool, typer.Option("--ignore-expected", help="Build although counts differ from the published set.")
     ] = False,
     workers: Workers = None,
 ) -> None:
-    """Build the shards that SPEC describes. Killed and started again, it goes on where it stopped."""
+    """Build shards from a spec; resume an interrupted build."""
     from livt_scale.data.build.builder import build as build_shards
     from livt_scale.data.build.spec import load_spec
     from livt_scale.data.build.writer import Prepare
@@ -83,14 +85,17 @@ def build(
 @app.command("verify")
 def verify(
     folder: Folder,
-    decode: Annotated[bool, typer.Option("--decode", help="also decode every image")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image.")] = False,
     quarantine: Annotated[
-        bool, typer.Option("--quarantine", help="write the bad samples beside the manifest: training leaves them out")
+        bool, typer.Option("--quarantine", help="List bad samples beside the manifest; training skips them.")
     ] = False,
     as_json: Json = False,
     workers: Workers = None,
 ) -> None:
-    """Compare every byte with the manifest. Exit code 1 if anything is wrong (0 if it went into quarantine)."""
+    """Compare every byte of the shards with their manifest.
+
+    Exit codes: 0; 1 if anything differs and is not quarantined.
+    """
     from livt_scale.data.build.verify import verify as verify_shards
 
     with _progress("shards") as progress:
@@ -106,13 +111,13 @@ def verify(
 
 @app.command("index")
 def index(
-    folder: Annotated[Path, typer.Argument(help="a folder of WebDataset tars: key.jpg|jpeg|png + key.cls")],
+    folder: Annotated[Path, typer.Argument(help="Folder of WebDataset tars: key.jpg|jpeg|png + key.cls.")],
     class_names: Annotated[
-        Path | None, typer.Option(help="a text file, one name a line; default: the labels' numbers")
+        Path | None, typer.Option(help="Text file, one name per line. Default: the label numbers.")
     ] = None,
     workers: Workers = None,
 ) -> None:
-    """Make a manifest and an index for tars that others wrote. The tars stay as they are."""
+    """Index existing WebDataset tars; they are not changed."""
     from livt_scale.data.build.builder import index_tars
 
     names = _lines(class_names) if class_names else None
@@ -127,12 +132,16 @@ def index(
 @app.command("info")
 def info(
     folder: Folder,
-    recipe: Annotated[Path | None, typer.Option(help="also tell how often a stage of it sees each class")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; default: the recipe's last stage")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over RECIPE")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Also show how often a stage of this recipe sees each class.")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune. Default: the last stage.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Counts, bytes, imbalance factor, and a small histogram of the classes."""
+    """Show counts, sizes, imbalance factor and a class histogram."""
     from livt_scale.data.build.builder import info as shard_info
     from livt_scale.util.errors import UsageError
 
@@ -164,16 +173,21 @@ def info(
 
 @app.command("trace")
 def trace(
-    recipe: Annotated[Path, typer.Argument(help="a recipe")],
-    world_size: Annotated[int, typer.Option(min=1, help="how many ranks share each global batch")] = 1,
-    rank: Annotated[int, typer.Option(min=0, help="whose samples")] = 0,
-    epoch: Annotated[int, typer.Option(min=0, help="which epoch")] = 0,
-    step: Annotated[int | None, typer.Option(min=0, help="one step of the epoch; default: all of them")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain or finetune; default: the recipe's first stage")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over it")] = None,
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or livt:NAME for a shipped one.")],
+    world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose samples to list.")] = 0,
+    epoch: Annotated[int, typer.Option(min=0, help="Epoch.")] = 0,
+    step: Annotated[int | None, typer.Option(min=0, help="Step of the epoch. Default: all.")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune. Default: the first stage.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell which samples a rank sees, step by step, without reading an image: the loader's own order."""
+    """List the samples that a rank sees, step by step.
+
+    Uses the loader's own order and reads no image.
+    """
     from livt_scale.config.load import load_recipe
     from livt_scale.config.recipe import STAGES
     from livt_scale.data.inspect import rank_samples

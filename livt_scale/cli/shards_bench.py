@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 
 def bench(
-    what: Annotated[Path, typer.Argument(metavar="DIR|RECIPE", help="a folder of shards, or a recipe: each stage")],
-    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that this machine's cores would feed")] = None,
+    what: Annotated[Path, typer.Argument(metavar="DIR|RECIPE", help="Folder of shards, or a recipe (every stage).")],
+    gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that this machine would feed.")] = None,
     images_per_s_per_gpu: Annotated[
-        float | None, typer.Option(min=0.001, help="what one GPU trains, as metrics.jsonl tells")
+        float | None, typer.Option(min=0.001, help="Images/s of one GPU, from metrics.jsonl.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, max=300, help="of each measurement")] = 3.0,
-    image_px: Annotated[int | None, typer.Option(min=1, help="for a folder: px of the crop; default: 224")] = None,
-    channels: Annotated[int | None, typer.Option(help="for a folder: 1 or 3; default: 3")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="lay a value over RECIPE")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, max=300, help="Duration of each measurement.")] = 3.0,
+    image_px: Annotated[int | None, typer.Option(min=1, help="For a folder: crop size. Default: 224.")] = None,
+    channels: Annotated[int | None, typer.Option(help="For a folder: 1 or 3. Default: 3.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure how many images a second one core and all cores decode and crop, and what GPUs would need."""
+    """Measure decode rate (images/s) per core and machine; compare with GPUs."""
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.doctor.decode import bench as measure
     from livt_scale.doctor.decode import needed
@@ -39,9 +41,9 @@ def bench(
             "--gpus and --images-per-s-per-gpu belong together", remedy="give both, or neither for the rates alone"
         )
     if what.is_dir() and sets:
-        raise UsageError("--set lays a value over a recipe, and this is a folder", remedy="give a recipe")
+        raise UsageError("--set overrides a recipe value, and this is a folder", remedy="give a recipe")
     if not what.is_dir() and (image_px or channels):
-        raise UsageError("--image-px and --channels are the recipe's", remedy="say --set model.image_px=…")
+        raise UsageError("--image-px and --channels need a folder", remedy="use --set model.image_px=… for a recipe")
     recipe = _for_folder(what, image_px or 224, channels or 3) if what.is_dir() else _load(what, sets or [])
     shards = ShardSet.open(recipe.data.train, data=recipe.data)
     results = []

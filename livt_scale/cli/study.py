@@ -17,15 +17,13 @@ if TYPE_CHECKING:
     from livt_scale.study.definition import LoadedStudy, Point
     from livt_scale.study.runs import Run
 
-app = typer.Typer(help="Train a grid of runs, collect them, fit laws to them, report.", no_args_is_help=True)
+app = typer.Typer(help="Train a grid of runs, collect results, fit scaling laws, report.", no_args_is_help=True)
 TABLE = "table.json"
 DEVICE, MFU = "h100", 0.35
 
-StudyFile = Annotated[
-    Path, typer.Argument(metavar="STUDY", help="A YAML file, as studies/fashion_mnist_lt/sizes.yaml.")
-]
-Out = Annotated[Path | None, typer.Option("--out", help="Where the runs lie; without it the study's own folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, or livt:NAME for a shipped one.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs. Default: the study's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command("submit")
@@ -35,13 +33,13 @@ def submit(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Number of runs in parallel (default 1; with --slurm, all).")
     ] = None,
-    slurm: Annotated[bool, typer.Option("--slurm", help="As Slurm arrays, not on this machine.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the runs and their cost; start nothing.")] = False,
-    device: Annotated[str, typer.Option(help="With --dry-run: hours of this device.")] = DEVICE,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="With --dry-run: share of its peak reached.")] = MFU,
+    slurm: Annotated[bool, typer.Option("--slurm", help="Submit Slurm arrays instead of running here.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
+    device: Annotated[str, typer.Option(help="With --dry-run: device to estimate hours for.")] = DEVICE,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="With --dry-run: fraction of peak FLOP/s reached.")] = MFU,
     as_json: AsJson = False,
 ) -> None:
-    """Train every run of the study. Given again it goes on where it stopped, and leaves what is done.
+    """Train every run of a study; skip finished ones, resume the rest.
 
     livt study submit studies/fashion_mnist_lt/sizes.yaml --jobs 2
 
@@ -130,9 +128,11 @@ def _submit_arrays(loaded: LoadedStudy, points: list[Point], *, jobs: int | None
 
 @app.command("status")
 def status(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
-    """How each run stands, and how many there are of each kind. Exit code 1 where one has failed.
+    """Show the state of each run.
 
     livt study status studies/fashion_mnist_lt/sizes.yaml
+
+    Exit codes: 0; 1 if a run has failed.
     """
     from livt_scale.study.definition import load_study, points
     from livt_scale.study.table import state_of
@@ -152,7 +152,9 @@ def status(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
 @app.command("collect")
 def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
-    """Read all runs into one table: FOLDER/table.json and FOLDER/table.csv. What does not count is named with why.
+    """Write the results of all runs to table.json and table.csv.
+
+    A run that is not counted is listed with its reason.
 
     livt study collect studies/fashion_mnist_lt/sizes.yaml
     """
@@ -194,7 +196,9 @@ def _tell_table(loaded: LoadedStudy, table: dict[str, Any]) -> None:
 
 @app.command("fit")
 def fit(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
-    """Collect, and fit L = E + A·N^−α + B·D^−β to each measure; the largest size is held out as a check.
+    """Collect, then fit L = E + A·N^−α + B·D^−β to each measure.
+
+    The largest size is held out to check the fit.
 
     livt study fit studies/fashion_mnist_lt/sizes.yaml
     """
@@ -227,7 +231,7 @@ def _law_lines(fit: dict[str, Any]) -> list[str]:
 
 @app.command("report")
 def report(study: StudyFile, out: Out = None) -> None:
-    """Collect, fit, and write report.html (one file, no network), report.md and pictures into the study's folder.
+    """Collect, fit, then write report.html, report.md and pictures.
 
     livt study report studies/fashion_mnist_lt/sizes.yaml
     """

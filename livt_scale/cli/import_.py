@@ -1,4 +1,4 @@
-"""`livt import`: weights from elsewhere, as a folder that a run can start from."""
+"""`livt import`: foreign weights, as a folder that a run can start from."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ import typer
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="A .safetensors or .pth file, or a folder that holds one.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to write; it must be new.")],
-    layout: Annotated[str, typer.Option(help="auto, mae, livt, timm or hf: whose names the weights have.")] = "auto",
-    heads: Annotated[int | None, typer.Option(min=1, help="Of the encoder; known sizes need none.")] = None,
-    decoder_heads: Annotated[int | None, typer.Option(min=1, help="Of the decoder; without it, 16.")] = None,
-    image_px: Annotated[int | None, typer.Option(min=1, help="Resample the positions to this image size.")] = None,
+    file: Annotated[Path, typer.Argument(help="A .safetensors or .pth file, or a folder with one.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new.")],
+    layout: Annotated[str, typer.Option(help="Naming of the weights: auto, mae, livt, timm or hf.")] = "auto",
+    heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the encoder, if its size is unknown.")
+    ] = None,
+    decoder_heads: Annotated[
+        int | None, typer.Option(min=1, help="Attention heads of the decoder. Default: 16.")
+    ] = None,
+    image_px: Annotated[int | None, typer.Option(min=1, help="Resample positions to this image size.")] = None,
     patch_px: Annotated[int | None, typer.Option(min=1, help="Resample the patch embedding to this size.")] = None,
-    channels: Annotated[int | None, typer.Option(min=1, help="Of the images.")] = None,
-    drop_head: Annotated[bool, typer.Option("--drop-head", help="Leave a fine-tuned head behind.")] = False,
+    channels: Annotated[int | None, typer.Option(min=1, help="Image channels.")] = None,
+    drop_head: Annotated[bool, typer.Option("--drop-head", help="Drop a fine-tuned head.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Bring weights of MAE, LiVT, timm or Hugging Face into a folder that a run can start from.
+    """Import weights from MAE, LiVT, timm or Hugging Face to start from.
 
     livt import mae_pretrain_vit_base.pth --out weights/mae-b
 

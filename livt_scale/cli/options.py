@@ -1,0 +1,33 @@
+"""Options that several commands share, in one wording."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value (a.b=c). Repeatable.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+RunOrExport = Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory or an export.")]
+ExportFolder = Annotated[Path, typer.Option("--out", help="Folder to write the export to.")]
+EvaluationShards = Annotated[str | None, typer.Option("--data", help="Evaluation shards. Default: the run's data.val.")]
+WhichCheckpoint = Annotated[
+    str | None,
+    typer.Option("--checkpoint", metavar="WHICH", help="`best`, `newest` or a step. Default: the final checkpoint."),
+]
+
+
+class WeightsName(StrEnum):
+    raw = "raw"
+    ema = "ema"
+
+
+Weights = Annotated[
+    WeightsName, typer.Option("--weights", help="`raw`: as trained. `ema`: their moving average, if the run kept one.")
+]

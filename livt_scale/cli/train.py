@@ -1,0 +1,44 @@
+"""`livt train`: parse, call one function."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from livt_scale.cli.options import RecipeFile, Sets
+
+
+class StageName(StrEnum):
+    pretrain = "pretrain"
+    finetune = "finetune"
+
+
+def train(
+    recipe: RecipeFile,
+    stage: Annotated[StageName | None, typer.Option(help="Run one stage. Default: every unfinished one.")] = None,
+    sets: Sets = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow",
+            metavar="FIELD",
+            help="Accept a changed recipe field when resuming. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """Train a recipe; resume from its newest checkpoint.
+
+    One process, torchrun and srun take the same command:
+
+        livt train RECIPE --set run_dir=runs/try --set stages.pretrain.epochs=2
+
+        torchrun --nproc-per-node 2 -m livt_scale train RECIPE
+    """
+    from livt_scale.config.load import load_recipe
+
+    loaded = load_recipe(recipe, sets=sets or [])
+    from livt_scale.train.run import train as run  # imports torch: after the recipe is known to be valid
+
+    run(loaded, stage=stage.value if stage else None, allow=allow or ())

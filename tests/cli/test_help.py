@@ -1,0 +1,41 @@
+"""The help screens: golden files, so that a change is seen; and the rules that hold for all of them."""
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from livt_scale.cli.main import app
+
+
+def commands(command=None, words=()):
+    """(words, command) of every command and group."""
+    command = command or typer.main.get_command(app)
+    yield words, command
+    for name, child in getattr(command, "commands", {}).items():
+        yield from commands(child, (*words, name))
+
+
+PENDING = ("status", "submit")  # being rewritten
+EVERY = {" ".join(words) or "livt": (words, command) for words, command in commands()}
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in (*PENDING, "livt")])
+def test_the_help_is_what_somebody_last_read(name, golden):
+    words, _ = EVERY[name]
+    screen = CliRunner().invoke(app, [*words, "--help"], prog_name="livt", terminal_width=100)
+    assert screen.exit_code == 0
+    golden(f"cli/{name.replace(' ', '-')}.txt", screen.stdout)
+
+
+@pytest.mark.parametrize("name", [name for name, (words, _) in EVERY.items() if words and name not in PENDING])
+def test_a_line_in_the_list_of_commands_is_one_short_sentence(name):
+    line = (EVERY[name][1].help or "").splitlines()[0]
+    assert 0 < len(line) <= 72
+    assert line[0].isupper()
+    assert line.endswith(".")
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_option_and_argument_has_a_help_text(name):
+    texts = {parameter.name: getattr(parameter, "help", None) or "" for parameter in EVERY[name][1].params}
+    assert {option: text for option, text in texts.items() if not text.endswith(".")} == {}
