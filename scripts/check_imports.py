@@ -17,17 +17,15 @@ import argparse
 import ast
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "livt_scale"
 
-# Circles that are still to be opened.
-CIRCLES: list[set[str]] = []
-
 START_UP = "start-up: a command imports what it runs when it runs; `livt --help` needs none of it"
 TORCH = "start-up: torch takes seconds; `livt --help`, `livt plan` and the checks of a recipe do without"
+CHECKS = "a library that is missing or broken is a finding of livt doctor, not its end"
 # Files or folders ("cli/") that may import inside functions, and why.
 DEFERRED: dict[str, str] = {
     "cli/": START_UP,
@@ -43,16 +41,10 @@ DEFERRED: dict[str, str] = {
     "study/report/html.py": "optional: bokeh comes with an extra, and its absence is an error that names it",
     "study/report/interactive.py": "optional: bokeh comes with an extra, and its absence is an error that names it",
     "util/plots.py": "start-up: matplotlib takes half a second, and most runs of a command draw nothing",
-    **dict.fromkeys(
-        (
-            "doctor/bench.py", "doctor/checks.py", "doctor/node.py",
-        ),
-        "not yet looked at",
-    ),
-}  # fmt: skip
-
-# Class names that are still to be told apart.
-SHARED_CLASS_NAMES: set[str] = set()
+    "doctor/bench.py": CHECKS,
+    "doctor/checks.py": CHECKS,
+    "doctor/node.py": CHECKS,
+}
 
 # File names that occur several times. Files of cli/ are named as their commands, and are not counted.
 SHARED_FILE_NAMES: dict[str, str] = {
@@ -128,14 +120,8 @@ def deferred_imports(path: Path) -> int:
     return len(found)
 
 
-def check_circles(graph: Graph, allowed: list[set[str]]) -> list[str]:
-    found = circles(graph)
-    new = [c for c in found if not any(c <= known for known in allowed)]
-    gone = [known for known in allowed if not any(c <= known for c in found)]
-    return [
-        *(f"circle of imports: {', '.join(sorted(c))}" for c in new),
-        *(f"CIRCLES: {', '.join(sorted(known))} is open; take it out of the list" for known in gone),
-    ]
+def check_circles(graph: Graph) -> list[str]:
+    return [f"circle of imports: {', '.join(sorted(component))}" for component in circles(graph)]
 
 
 def check_deferred(counts: Mapping[str, int], allowed: Mapping[str, str]) -> list[str]:
@@ -152,18 +138,14 @@ def check_deferred(counts: Mapping[str, int], allowed: Mapping[str, str]) -> lis
     ]
 
 
-def check_class_names(found: Mapping[str, Path], allowed: Set[str]) -> list[str]:
+def check_class_names(found: Mapping[str, Path]) -> list[str]:
     """Names with a leading underscore belong to their file alone."""
     places = defaultdict(list)
     for module, path in found.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(module)
-    several = {name: where for name, where in places.items() if len(where) > 1}
-    return [
-        *(f"class {name} occurs in {', '.join(where)}" for name, where in several.items() if name not in allowed),
-        *(f"SHARED_CLASS_NAMES: {name} occurs once; take it out of the list" for name in allowed - set(several)),
-    ]
+    return [f"class {name} occurs in {', '.join(where)}" for name, where in places.items() if len(where) > 1]
 
 
 def check_file_names(paths: list[str], allowed: Mapping[str, str]) -> list[str]:
@@ -197,9 +179,9 @@ def main() -> int:
         return 0
 
     breaches = [
-        *check_circles(import_graph(found), CIRCLES),
+        *check_circles(import_graph(found)),
         *check_deferred(counts, DEFERRED),
-        *check_class_names(found, SHARED_CLASS_NAMES),
+        *check_class_names(found),
         *check_file_names(list(paths), SHARED_FILE_NAMES),
     ]
     for breach in breaches:

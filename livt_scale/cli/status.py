@@ -35,7 +35,7 @@ def status(
         bool, typer.Option("--json", help="Print JSON for scripts; with --watch an object a line.")
     ] = False,
 ) -> None:
-    """Show the state of a run: progress, speed, checkpoints, slowest rank, jobs, and expected end.
+    """Show progress, speed, checkpoints, jobs and expected end of runs.
 
     livt status runs/try --watch
 

@@ -37,7 +37,9 @@ def submit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
-    """Submit both stages, export and evaluation to Slurm, as a chain that restarts itself.
+    """Submit a run to Slurm as a chain of jobs that restarts itself.
+
+    Jobs: both stages, evaluation and export.
 
     livt submit RECIPE --set slurm.nodes=4 --set slurm.time_min=720
 
