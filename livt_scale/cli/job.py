@@ -36,7 +36,10 @@ def next_(
         list[str] | None, typer.Option(metavar="STEP:CODE", help="Steps that have ended, in order, with exit codes.")
     ] = None,
 ) -> None:
-    """Print `run STEP WORD...` or `exit CODE`, each word followed by a NUL character."""
+    """Print what the batch script does next.
+
+    Prints `run STEP WORD...` or `exit CODE`, each word followed by a NUL character.
+    """
     from typing import cast, get_args
 
     from livt_scale.config.load import load_recipe
