@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import AsJson, RecipeFile, Sets
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 
@@ -19,11 +20,9 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")],
+    recipe: RecipeFile,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Total number of devices.")],
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
-    ] = None,
+    sets: Sets = None,
     gpus_per_node: Annotated[
         int | None, typer.Option("--gpus-per-node", min=1, help="Default: from the device.")
     ] = None,
@@ -42,7 +41,7 @@ def plan(
     calibrate: Annotated[Path | None, typer.Option("--calibrate", help="Use the MFU of a metrics.jsonl.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Measure the peak memory on fake tensors.")] = False,
     picture: Annotated[Path | None, typer.Option("--picture", help="PNG file: plot memory and hours.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Estimate memory, time and cost of a run on given GPUs.
 
