@@ -38,7 +38,7 @@ def test_a_copy_is_the_set_to_the_byte_and_can_be_read(tmp_path, recipe):
 
 def test_pretraining_has_no_use_for_evaluation_shards(tmp_path, recipe):
     stage_in(recipe, tmp_path / "node", stage="pretrain")
-    assert {p.name for p in (tmp_path / "node").iterdir()} == {"train", ".whole"}
+    assert {p.name for p in (tmp_path / "node").iterdir()} == {"train", ".complete"}
 
 
 def test_what_a_start_before_left_half_copied_is_taken_away(tmp_path, recipe):
