@@ -173,8 +173,15 @@ def _chosen_loss(value: Any, info: ValidationInfo) -> LossOptions:
     return choose(LOSSES, value, default="bal_bce", strict=info.mode == "json")
 
 
+class _LossSchema:
+    """The JSON schema of `loss`, for editors: any of the losses, each with its own options."""
+
+    def __get_pydantic_json_schema__(self, *_: Any) -> dict[str, Any]:
+        return {"anyOf": [model.model_json_schema() for model in LOSSES.values()]}
+
+
 # which fields there are follows from `name`
-AnyLoss = Annotated[LossOptions, PlainValidator(_chosen_loss), SerializeAsAny()]
+AnyLoss = Annotated[LossOptions, PlainValidator(_chosen_loss), SerializeAsAny(), _LossSchema()]
 
 
 class Ema(RecipePart):
