@@ -187,7 +187,7 @@ def _required(entry: dict[str, Any], name: str) -> float:
 def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Line], *, tail: bool, strict: bool) -> Lines[Line]:
     """`parse` of each line that it accepts. Raises RunError if the file cannot be read.
 
-    strict: a missing file and a damaged line are errors too.
+    strict: a missing file, a damaged line, and a file whose only line is incomplete are errors too.
     """
     end = _read_end(path, max_bytes=TAIL_BYTES if tail else MAX_LINES_BYTES)
     if end is None:
@@ -205,11 +205,10 @@ def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Line], *, tail: bo
         try:
             lines.append(parse(_object(json.loads(text))))
         except (ValueError, RecursionError) as error:
-            if number == len(texts):  # being written, or cut by a kill
-                break
-            if strict:
+            incomplete = number == len(texts)  # being written, or cut by a kill
+            if strict and not (incomplete and lines):
                 raise RunError(f"{path}, line {number} cannot be read: {_first_line(error)}") from error
-            damaged += 1
+            damaged += not incomplete
     return Lines(lines, damaged)
 
 

@@ -115,3 +115,12 @@ def test_lines_after_a_checkpoint_are_dropped(tmp_path, step, kept):
 def test_reading_needs_no_torch():
     code = "import sys, livt_scale.train.run_files; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_a_file_with_no_complete_line_is_an_error_where_its_lines_are_needed(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text("{")
+    assert read_metrics(path).lines == []
+    with pytest.raises(RunError) as error:
+        read_metrics(path, strict=True)
+    assert f"{path}, line 1 " in error.value.message
