@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from livt_scale.config.sampling import ClassBalanced, Progressive, Sampler
 from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.order.instance import Order, SampleOrder
 
@@ -72,8 +73,8 @@ def instance(samples: int, per_shard: int) -> Order:
     return Order(np.append(shards, samples % per_shard), RANKS, seed=0)
 
 
-def by_class(*ends: Any) -> ClassOrder:
-    return ClassOrder(inat_labels(), RANKS, seed=0, steps=INAT // RANKS, epochs=EPOCHS, ends=ends)
+def by_class(sampler: Sampler) -> ClassOrder:
+    return ClassOrder(inat_labels(), RANKS, seed=0, steps=INAT // RANKS, epochs=EPOCHS, shares=sampler.shares)
 
 
 def inat_labels() -> np.ndarray:
@@ -87,8 +88,8 @@ def inat_labels() -> np.ndarray:
 CASES: dict[str, Callable[[], SampleOrder]] = {
     "instance, iNat18": lambda: instance(INAT, 1000),
     "instance, a billion": lambda: instance(BILLION, 10_000),
-    "class_balanced, iNat18": lambda: by_class("class_balanced", "class_balanced"),
-    "progressive, iNat18": lambda: by_class("instance", "class_balanced"),
+    "class_balanced, iNat18": lambda: by_class(ClassBalanced()),
+    "progressive, iNat18": lambda: by_class(Progressive(**{"from": "instance", "to": "class_balanced"})),
 }
 
 

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 
 from livt_scale.config import renamed
 from livt_scale.config.recipe import STAGES, Recipe
+from livt_scale.config.sampling import SAMPLERS, Sampler
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
 from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES, LossOptions
@@ -211,7 +212,7 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
 # --- checking, and telling what is wrong ---
 
 # parts whose fields follow from their name
-_OPEN_PARTS: dict[type[BaseModel] | None, Mapping[str, type[Options]]] = {LossOptions: LOSSES}
+_OPEN_PARTS: dict[type[BaseModel] | None, Mapping[str, type[Options]]] = {LossOptions: LOSSES, Sampler: SAMPLERS}
 _PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "a valid string": "text"}
 
 

@@ -25,9 +25,7 @@ from livt_scale.config.slurm import Slurm
 from livt_scale.config.stages import (
     Ema,
     Finetune,
-    Policy,
     Pretrain,
-    Sampling,
     StagePart,
 )
 
@@ -44,12 +42,10 @@ __all__ = [  # the parts are found here too
     "Log",
     "Model",
     "Parallel",
-    "Policy",
     "Pretrain",
     "Recipe",
     "RecipePart",
     "Remote",
-    "Sampling",
     "Slurm",
     "Stage",
     "StagePart",

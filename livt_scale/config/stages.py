@@ -7,65 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    PlainValidator,
-    PositiveFloat,
-    PositiveInt,
-    SerializeAsAny,
-    ValidationInfo,
-    create_model,
-    model_validator,
-)
-from pydantic_core import PydanticKnownError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from livt_scale.config.resume import ALLOW, FREE, Resume
 from livt_scale.config.runtime import RecipePart
+from livt_scale.config.sampling import Instance, Sampling
 from livt_scale.losses import LOSSES, LossOptions
 from livt_scale.losses.builtin import BalancedBinaryCrossEntropy
-from livt_scale.util.choices import choose
+from livt_scale.util.choices import Chosen
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Policy = Literal["instance", "class_balanced", "sqrt"]
-
-
-class _Policy(RecipePart):
-    policy: Literal["instance", "class_balanced", "sqrt", "progressive"] = Field(
-        "instance", description="instance: each image once an epoch; the others draw by class, see docs/order.md"
-    )
-
-
-# `from` is a word of Python's, so these two fields cannot be written as the others are
-_FromTo: Any = create_model(  # type: ignore[call-overload]
-    "_FromTo",
-    __base__=_Policy,
-    **{
-        "from": (Policy | None, Field(None, description="progressive: the policy that the stage begins with")),
-        "to": (Policy | None, Field(None, description="progressive: the policy that it moves towards")),
-    },
-)
-
-
-class Sampling(_FromTo):
-    """How likely each class is drawn: by images, evenly, by the root of its images, or moving between two of them."""
-
-    @model_validator(mode="after")
-    def _ends_go_with_progressive(self) -> Self:
-        given = [name for name in ("from", "to") if getattr(self, name) is not None]
-        if self.policy == "progressive" and len(given) < 2:
-            raise ValueError("policy is 'progressive': give both from and to, as {from: instance, to: class_balanced}")
-        if self.policy != "progressive" and given:
-            raise ValueError(f"{' and '.join(given)} has no effect on policy {self.policy!r}: leave it out")
-        return self
-
-    @property
-    def ends(self) -> tuple[Policy, Policy]:
-        """The policies of the first epoch and towards the last: twice the same but for progressive."""
-        if self.policy == "progressive":
-            begin, end = (getattr(self, name) for name in ("from", "to"))
-            return begin, end
-        return self.policy, self.policy
 
 
 def _micro_batch() -> Any:
@@ -94,7 +45,7 @@ class StagePart(RecipePart):
         description="share of the image's area in a random resized crop"
     )
     flip: Annotated[bool, ALLOW] = Field(True, description="mirror half of the images")
-    sampling: Sampling = Sampling()
+    sampling: Sampling = Field(Instance(), description="how likely each class is drawn: see docs/order.md")
     repeats: PositiveInt = Field(
         1, description="views of an image in one batch, neighbours; an epoch keeps its steps and sees 1/repeats of them"
     )
@@ -165,23 +116,7 @@ class Pretrain(StagePart):
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
-def _chosen_loss(value: Any, info: ValidationInfo) -> LossOptions:
-    if isinstance(value, LossOptions):
-        return value
-    if not isinstance(value, dict):
-        raise PydanticKnownError("model_type", {"class_name": "LossOptions"})
-    return choose(LOSSES, value, default="bal_bce", strict=info.mode == "json")
-
-
-class _LossSchema:
-    """The JSON schema of `loss`, for editors: any of the losses, each with its own options."""
-
-    def __get_pydantic_json_schema__(self, *_: Any) -> dict[str, Any]:
-        return {"anyOf": [model.model_json_schema() for model in LOSSES.values()]}
-
-
-# which fields there are follows from `name`
-AnyLoss = Annotated[LossOptions, PlainValidator(_chosen_loss), SerializeAsAny(), _LossSchema()]
+AnyLoss = Annotated[LossOptions, Chosen(LOSSES, default="bal_bce")]
 
 
 class Ema(RecipePart):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from livt_scale import optim
+from livt_scale.config.sampling import ClassBalanced
 from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.evaluate import check_same_classes, data_lineage
@@ -53,7 +54,7 @@ def retrained(outputs: LabelledOutputs, num_classes: int, settings: Settings) ->
     steps = len(outputs.labels) // batch
     order = ClassOrder(
         outputs.labels.numpy(), batch, seed=settings.seed, steps=steps, epochs=settings.epochs,
-        ends=("class_balanced", "class_balanced"),
+        shares=ClassBalanced().shares,
     )  # fmt: skip
     head = nn.Linear(outputs.values.shape[1], num_classes)
     nn.init.zeros_(head.weight)

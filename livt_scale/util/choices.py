@@ -5,6 +5,7 @@
         gamma: float = Field(2.0, description="…")
 
     choose(LOSSES, {"name": "focal", "gamma": 1})  ->  Focal(gamma=1)
+    loss: Annotated[LossOptions, Chosen(LOSSES, default="bal_bce")]           a field of a recipe that does the same
 
 A discriminated union that can grow: pydantic's own is closed when its class is made. Mistakes are pydantic's line
 errors, so the reader of a recipe names the field, the file and the line as for any other part.
@@ -14,15 +15,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, LiteralString, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from livt_scale.util.errors import nearest
 from livt_scale.util.registry import Registry
 
-UNKNOWN_NAME = "unknown_name"  # types of errors; `hint` in their context says what would be right
+UNKNOWN_NAME: LiteralString = "unknown_name"  # types of errors; `hint` in their context says what would be right
 UNKNOWN_OPTION = "unknown_option"
 
 
@@ -36,18 +39,24 @@ O = TypeVar("O", bound=Options)  # noqa: E741
 
 
 def choose(
-    registry: Registry[type[O]], values: dict[str, Any], *, default: str | None = None, strict: bool = False
+    registry: Registry[type[O]],
+    values: dict[str, Any],
+    *,
+    key: str = "name",
+    default: str | None = None,
+    strict: bool = False,
 ) -> O:
-    """The options in `values`, as the class that its `name` chooses; without a name, `default`'s.
+    """The options in `values`, as the class that its field `key` chooses; without that field, `default`'s.
 
     An option that is None counts as not given. strict: no "12" or true for 12. Raises pydantic's ValidationError.
     """
-    name = values.get("name", default)
-    check_name(registry, name, loc=("name",))
+    name = values.get(key, default)
+    check_name(registry, name, loc=(key,))
     model = registry[str(name)]
     of_others = {option for other in registry.values() for option in other.model_fields}
-    given = {key: value for key, value in values.items() if value is not None or key not in of_others}
-    return read(model, {**given, "name": name}, owner=f"{registry.kind} {name!r}", registry=registry, strict=strict)
+    given = {option: value for option, value in values.items() if value is not None or option not in of_others}
+    owner = f"{registry.kind} {name!r}"
+    return read(model, {**given, key: name}, owner=owner, key=key, registry=registry, strict=strict)
 
 
 def read(
@@ -55,16 +64,41 @@ def read(
     values: dict[str, Any],
     *,
     owner: str,
+    key: str = "name",
     registry: Registry[type[O]] | None = None,
     strict: bool = False,
 ) -> O:
     """`values` as `model`. An unknown option names those that `owner` has, and the names of `registry` that take it."""
-    has = [option for option in model.model_fields if option != "name"]
-    unknown = [key for key in values if key not in model.model_fields]
+    has = [option for option in model.model_fields if option != key]
+    unknown = [option for option in values if option not in model.model_fields]
     if unknown:
-        raise _errors(UNKNOWN_OPTION, ((key, values[key], _hint(key, has, owner, registry)) for key in unknown))
+        raise _errors(UNKNOWN_OPTION, ((each, values[each], _hint(each, has, owner, registry)) for each in unknown))
     # by way of JSON where strict, so that a list is a tuple
     return model.model_validate_json(json.dumps(values), strict=True) if strict else model.model_validate(values)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Annotates a field of a model whose options follow from the field `key` in it, as `choose` reads them."""
+
+    registry: Registry[Any]
+    default: str
+    key: str = "name"
+
+    def __get_pydantic_core_schema__(self, base: type[Options], handler: GetCoreSchemaHandler) -> CoreSchema:
+        def validated(value: Any, info: ValidationInfo) -> Any:
+            if isinstance(value, base):
+                return value
+            if not isinstance(value, dict):
+                raise PydanticKnownError("model_type", {"class_name": base.__name__})
+            strict = info.mode == "json"
+            return choose(self.registry, value, key=self.key, default=self.default, strict=strict)
+
+        return core_schema.with_info_plain_validator_function(validated)  # dumped with the options of its own class
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For editors: any of the registered, each with its own options."""
+        return {"anyOf": [model.model_json_schema() for model in self.registry.values()]}
 
 
 def check_name(registry: Registry[Any], name: Any, *, loc: tuple[str, ...] = ()) -> None:

@@ -113,9 +113,10 @@ def test_the_head_is_that_of_plain_sgd_on_the_same_draws() -> None:
     settings = Settings(epochs=3, batch=10, lr=0.2, seed=1)
     head, steps = retrained(features.LabelledOutputs(torch.from_numpy(values), torch.from_numpy(labels)), 3, settings)
     assert steps == 15
+    from livt_scale.config.sampling import ClassBalanced
     from livt_scale.data.order.class_balanced import ClassOrder
 
-    order = ClassOrder(labels, 10, seed=1, steps=5, epochs=3, ends=("class_balanced", "class_balanced"))
+    order = ClassOrder(labels, 10, seed=1, steps=5, epochs=3, shares=ClassBalanced().shares)
     w, b, vw, vb = np.zeros((3, 4)), np.zeros(3), np.zeros((3, 4)), np.zeros(3)
     drawn = np.zeros(3)
     for step in range(15):

@@ -9,9 +9,8 @@ A class walks through its own images, in another random order each round, and be
     views                  0 0 0   1 1 1         an image that repeats within an epoch is augmented differently
 
 `Repeated` shows k views of each sample in one batch (Hoffer et al. 2020, arXiv 1901.09335; DeiT's repeated
-augmentation, k = 3). Shares: Kang et al. 2020 (arXiv 1910.09217): n_c^q / Σ n^q with q = 1, 1/2, 0, and progressive
-(1 − t/T) · from + t/T · to in epoch t of T. Cost: 4 bytes a sample once (the lists of each class's samples) and about
-20 MB for a block; no locality, as a class is in all shards: see docs/order.md.
+augmentation, k = 3). `livt_scale.config.sampling` has the policies that give shares. Cost: 4 bytes a sample once (the
+lists of each class's samples) and about 20 MB for a block; no locality, as a class is in all shards: see docs/order.md.
 """
 
 from __future__ import annotations
@@ -19,22 +18,23 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from livt_scale.config.recipe import Policy
 from livt_scale.data.order.instance import Ints, SampleOrder, random_permutation
+from livt_scale.util.errors import DataError
 
 BLOCK = 1 << 20  # draws that are shuffled together
 FINE = 20  # bits after the point in which shares of a block are counted
+SHARES_ERROR = 1e-6  # of their sum
 
 
-def shares(counts: Ints, ends: tuple[Policy, Policy], *, progress: float) -> npt.NDArray[np.float64]:
-    """[C] Each class's share of the draws; `progress` = t/T in 0 … 1. A class without an image has none."""
-    begin, end = (_policy_shares(counts, policy) for policy in ends)
-    return begin if ends[0] == ends[1] else (1 - progress) * begin + progress * end
+class ClassShares(Protocol):
+    """(int64 [C] images of each class, t/T in 0 … 1) -> float64 [C] shares of the draws, as `Sampler.shares`."""
+
+    def __call__(self, counts: Ints, progress: float, /) -> npt.NDArray[np.float64]: ...
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ class _Block:
 class ClassOrder:
     """An order in which each class is drawn by its share.
 
-    `labels`: int64 [N] the class of each position. `steps`: of an epoch. `epochs`: T of the progressive policy.
-    `ends`: the policies at the begin and the end of the stage.
+    `labels`: int64 [N] the class of each position. `steps`: of an epoch. `epochs`: T, what progress is measured by.
+    `shares`: asked once an epoch. DataError: what it gives are not shares.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class ClassOrder:
         seed: int,
         steps: int,
         epochs: int,
-        ends: tuple[Policy, Policy],
+        shares: ClassShares,
     ) -> None:
         labels = np.asarray(labels)
         self.global_batch, self.steps_per_epoch, self.seed = global_batch, steps, seed
         self.counts: Ints = np.bincount(labels).astype(np.int64)
         self.num_draws = steps * global_batch  # an epoch
-        self._epochs, self._ends = epochs, ends
+        self._epochs, self._shares = epochs, shares
         small = np.int32 if labels.size < 2**31 else np.int64
         self._members = np.argsort(labels, kind="stable").astype(small)  # class after class
         self._first = np.cumsum(self.counts) - self.counts
@@ -170,9 +170,10 @@ class ClassOrder:
 
     def _up_to(self, epoch: int) -> npt.NDArray[np.float64]:
         """[C] The shares of an epoch, added up class by class."""
-        if epoch != self._up_to_memo[0] and (self._up_to_memo[0] < 0 or self._ends[0] != self._ends[1]):
-            drawn_from = shares(self.counts, self._ends, progress=min(1.0, epoch / self._epochs))
-            self._up_to_memo = (epoch, np.cumsum(drawn_from))
+        if epoch != self._up_to_memo[0]:
+            shares = np.asarray(self._shares(self.counts, min(1.0, epoch / self._epochs)), dtype=np.float64)
+            _check_shares(shares, self.counts, epoch)
+            self._up_to_memo = (epoch, np.cumsum(shares))
         return self._up_to_memo[1]
 
     def _span(self, number: int) -> tuple[int, int]:
@@ -218,12 +219,23 @@ class Repeated:
         return positions[lanes - low], views[lanes - low] * self.views + within // wide
 
 
-def _policy_shares(counts: Ints, policy: Policy) -> npt.NDArray[np.float64]:
-    if policy == "class_balanced":
-        weights = (counts > 0).astype(np.float64)
+def _check_shares(shares: npt.NDArray[np.float64], counts: Ints, epoch: int) -> None:
+    """A sampler from outside the package may give anything."""
+    shape = np.shape(shares)
+    if shape != counts.shape:
+        problem = f"have the shape {list(shape)}"
+    elif not np.isfinite(shares).all() or np.min(shares) < 0:
+        problem = "are not all finite and at least 0"
+    elif abs(np.sum(shares) - 1) > SHARES_ERROR:
+        problem = f"add up to {np.sum(shares):g}"
+    elif np.any(shares[counts == 0]):
+        problem = f"draw from class {np.flatnonzero(shares * (counts == 0))[0]}, which has no image"
     else:
-        weights = np.sqrt(counts) if policy == "sqrt" else counts.astype(np.float64)
-    return weights / np.cumsum(weights)[-1]  # one after the other: np.sum adds in an order that machines differ in
+        return
+    raise DataError(
+        f"the shares of epoch {epoch} {problem}",
+        remedy=f"correct the sampler: {counts.size} numbers, together 1, and 0 for a class without an image",
+    )
 
 
 # --- random places without a list of them ---

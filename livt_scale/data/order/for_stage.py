@@ -69,7 +69,7 @@ def order_for(
         )
     batch = part.global_batch // part.repeats
     base: SampleOrder
-    if part.sampling.ends == ("instance", "instance"):
+    if part.sampling.each_image_once:
         if lane_groups is not None and part.global_batch % lane_groups == 0 and batch % lane_groups:
             raise DataError(
                 f"data.lane_groups is {lane_groups} and does not divide the {batch} samples of a global batch of "
@@ -78,5 +78,5 @@ def order_for(
             )
         base = Order(samples_per_shard, batch, seed=seed, lane_groups=lane_groups, window=window)
     else:
-        base = ClassOrder(labels(), batch, seed=seed, steps=steps, epochs=part.epochs, ends=part.sampling.ends)
+        base = ClassOrder(labels(), batch, seed=seed, steps=steps, epochs=part.epochs, shares=part.sampling.shares)
     return base if part.repeats == 1 else Repeated(base, part.repeats, steps=steps, paired=paired)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Finetune
+from livt_scale.config.sampling import SquareRoot
 from livt_scale.data.inspect import class_draws
 from livt_scale.data.order import class_balanced as policy_module
-from livt_scale.data.order.class_balanced import ClassOrder, shares
+from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.order.for_stage import order_for
 from livt_scale.data.order.instance import Order
 from livt_scale.util.errors import DataError
@@ -44,6 +45,14 @@ def make(counts, sampling, *, batch=12, repeats=1, epochs=5, mixup=0.0, seed=3):
     return order_for(part, shards, lambda: labels, seed=seed), labels
 
 
+def sampler_of(sampling):
+    return Finetune.model_validate({"sampling": sampling}).sampling
+
+
+def shares_of(sampling, counts, progress):
+    return sampler_of(sampling).shares(counts, progress)
+
+
 def epoch_of(order, epoch):
     """positions and views, [steps · global_batch]"""
     drawn = [order.draws(epoch, step) for step in range(order.steps_per_epoch)]
@@ -70,7 +79,7 @@ def test_a_class_gets_its_share_over_any_number_of_epochs(counts, sampling, epoc
         assert drawn.sum() == order.num_draws
         assert (drawn >= 0).all()
         total = total + drawn
-        expected = expected + shares(order.counts, order._ends, progress=epoch / epochs) * order.num_draws
+        expected = expected + shares_of(sampling, order.counts, epoch / epochs) * order.num_draws
         assert np.abs(total - expected).max() < 2
         assert not total[order.counts == 0].any()
     again, _ = make(counts, sampling, epochs=epochs)
@@ -84,12 +93,41 @@ def test_even_shares_are_even_in_every_epoch():
 
 def test_shares_are_those_of_the_paper():
     counts = np.array([900, 90, 0, 10])
-    np.testing.assert_allclose(shares(counts, ("instance", "instance"), progress=0), [0.9, 0.09, 0, 0.01])
-    np.testing.assert_allclose(shares(counts, ("class_balanced",) * 2, progress=0), [1 / 3, 1 / 3, 0, 1 / 3])
+    np.testing.assert_allclose(shares_of({"policy": "instance"}, counts, 0), [0.9, 0.09, 0, 0.01])
+    np.testing.assert_allclose(shares_of({"policy": "class_balanced"}, counts, 0), [1 / 3, 1 / 3, 0, 1 / 3])
     root = np.sqrt(counts)
-    np.testing.assert_allclose(shares(counts, ("sqrt", "sqrt"), progress=0.7), root / root.sum())
+    np.testing.assert_allclose(shares_of({"policy": "sqrt"}, counts, 0.7), root / root.sum())
     mixed = 0.75 * counts / 1000 + 0.25 * np.array([1, 1, 0, 1]) / 3
-    np.testing.assert_allclose(shares(counts, ("instance", "class_balanced"), progress=0.25), mixed)
+    np.testing.assert_allclose(shares_of(POLICIES[2], counts, 0.25), mixed)
+
+
+def test_equal_ends_and_blends_are_the_exact_numbers_of_earlier_releases():
+    """The draws follow from them to the bit: neither blend equal ends, nor divide a blend by its sum."""
+    counts = np.array([907, 91, 0, 13])
+    begin, end = (shares_of({"policy": name}, counts, 0) for name in ("sqrt", "class_balanced"))
+    for progress in (0.1, 0.3, 0.7):
+        blend = shares_of({"policy": "progressive", "from": "sqrt", "to": "class_balanced"}, counts, progress)
+        assert blend.tobytes() == ((1 - progress) * begin + progress * end).tobytes()
+        equal = shares_of({"policy": "progressive", "from": "sqrt", "to": "sqrt"}, counts, progress)
+        assert equal.tobytes() == begin.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("shares", "problem"),
+    [
+        ([0.5, 0.5], "shape"),
+        ([0.5, 0.25, 0.125, 0, 0], "add up to 0.875"),
+        ([0.5, 0.75, -0.25, 0, 0], "at least 0"),
+        ([np.nan, 1, 0, 0, 0], "finite"),
+        ([0.5, 0.25, 0, 0.25, 0], "class 3, which has no image"),
+    ],
+)
+def test_what_a_sampler_gives_is_checked(shares, problem):
+    order = ClassOrder([0, 0, 0, 1, 1, 2, 4], 5, seed=0, steps=2, epochs=1, shares=lambda *_: shares)
+    with pytest.raises(DataError) as caught:
+        order.positions(0, 0)
+    assert "the shares of epoch 0" in caught.value.message
+    assert problem in caught.value.message
 
 
 @settings(max_examples=15, deadline=None)
@@ -202,7 +240,7 @@ def test_random_places_are_permutations_and_uniform():
 
 def test_the_class_order_is_the_one_of_earlier_releases():
     """Golden: a run that is resumed after an upgrade must see the same samples."""
-    order = ClassOrder([0, 0, 0, 0, 1, 1, 2], 6, seed=42, steps=1, epochs=10, ends=("instance", "class_balanced"))
+    order = ClassOrder([0, 0, 0, 0, 1, 1, 2], 6, seed=42, steps=1, epochs=10, shares=sampler_of(POLICIES[2]).shares)
     told = [[part.tolist() for part in order.draws(epoch, 0)] for epoch in (0, 7)]
     first, later = [[6, 4, 1, 5, 2, 3], [0, 0, 0, 0, 0, 0]], [[2, 5, 6, 6, 3, 4], [0, 0, 0, 1, 0, 1]]
     assert told == [first, later]
@@ -211,12 +249,12 @@ def test_the_class_order_is_the_one_of_earlier_releases():
 def test_a_billion_draws_shuffle_block_by_block(monkeypatch):
     monkeypatch.setattr(policy_module, "BLOCK", 1000)
     labels = labels_of([400, 200, 40])
-    order = ClassOrder(labels, 10, seed=0, steps=10_000, epochs=3, ends=("sqrt", "sqrt"))  # 100 blocks
+    order = ClassOrder(labels, 10, seed=0, steps=10_000, epochs=3, shares=SquareRoot().shares)  # 100 blocks
     positions, _ = order.draws(2, 5000)
     longest = max(block.classes.size for block in order._block_memo.values())
     assert longest == 1000
     assert len(order._block_memo) == 1
-    again = ClassOrder(labels, 10, seed=0, steps=10_000, epochs=3, ends=("sqrt", "sqrt"))
+    again = ClassOrder(labels, 10, seed=0, steps=10_000, epochs=3, shares=SquareRoot().shares)
     for step in (4999, 9_999, 0):
         again.draws(1, step)
     np.testing.assert_array_equal(again.positions(2, 5000), positions)
