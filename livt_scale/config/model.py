@@ -1,13 +1,18 @@
-"""The Vision Transformer that a run trains, and the MAE's decoder; or a ResNet: the recipe's part `model`."""
+"""The Vision Transformer that a run trains, and the MAE's decoder; or a ResNet: the recipe's part `model`.
+
+MODEL_SIZES.register("vit_tiny_mine", ViTDims(width=64, depth=4, heads=2, patch_px=4))      # a size of your own
+"""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from livt_scale.config.runtime import RecipePart
+from livt_scale.util.choices import NameIn
 from livt_scale.util.errors import UsageError
+from livt_scale.util.registry import Registry
 
 
 class ViTDims(NamedTuple):
@@ -18,16 +23,6 @@ class ViTDims(NamedTuple):
     heads: int
     patch_px: int
 
-
-# vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE.
-MODEL_SIZES: dict[str, ViTDims] = {
-    "vit_micro": ViTDims(96, 4, 3, 4),
-    "vit_ti": ViTDims(192, 12, 3, 16),
-    "vit_s": ViTDims(384, 12, 6, 16),
-    "vit_b": ViTDims(768, 12, 12, 16),
-    "vit_l": ViTDims(1024, 24, 16, 16),
-    "vit_h": ViTDims(1280, 32, 16, 14),
-}
 
 # residual blocks of the four stages: ResNet, arXiv 1512.03385, table 1; from 50 on a block is a bottleneck.
 # resnet_micro is ours, for images of 28 to 32 px: about as many weights as vit_micro has
@@ -40,6 +35,16 @@ RESNETS: dict[str, tuple[int, int, int, int]] = {
 FIRST_WIDTH = {"resnet_micro": 20}  # channels of the first stage; each next one has twice as many
 USUAL_FIRST_WIDTH = 64
 SMALL_STEM_UP_TO_PX = 64
+
+MODEL_SIZES: Registry[ViTDims] = Registry("model size", reserved=dict.fromkeys(RESNETS, f"{__name__}.RESNETS"))
+
+# vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE
+MODEL_SIZES.register("vit_micro", ViTDims(96, 4, 3, 4))
+MODEL_SIZES.register("vit_ti", ViTDims(192, 12, 3, 16))
+MODEL_SIZES.register("vit_s", ViTDims(384, 12, 6, 16))
+MODEL_SIZES.register("vit_b", ViTDims(768, 12, 12, 16))
+MODEL_SIZES.register("vit_l", ViTDims(1024, 24, 16, 16))
+MODEL_SIZES.register("vit_h", ViTDims(1280, 32, 16, 14))
 
 
 class Decoder(RecipePart):
@@ -56,9 +61,9 @@ class Model(RecipePart):
     Or a ResNet, to be trained from scratch with labels: it has a size, and nothing else of these.
     """
 
-    size: Literal[
-        "vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet_micro", "resnet18", "resnet34", "resnet50"
-    ] = Field("vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1, no pooling")  # fmt: skip
+    size: Annotated[str, NameIn(MODEL_SIZES, RESNETS)] = Field(
+        "vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1, no pooling"
+    )
     width: PositiveInt | None = Field(None, description="None: from the size")
     depth: PositiveInt | None = Field(None, description="None: from the size")
     heads: PositiveInt | None = Field(None, description="None: from the size")

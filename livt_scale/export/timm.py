@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.load import load_saved
-from livt_scale.config.model import USUAL_FIRST_WIDTH
+from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
 from livt_scale.data.image.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
@@ -35,6 +35,7 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, evaluate
 from livt_scale.evaluation.logits import About, Outputs, gather
 from livt_scale.evaluation.tta import Views
+from livt_scale.extensions import load_extensions
 from livt_scale.models.classifier import AnyClassifier, build_classifier
 from livt_scale.models.layers import vit_args
 from livt_scale.models.resnet import use_small_stem
@@ -188,6 +189,7 @@ def read_info(folder: Path) -> ExportInfo:
     path = folder / CONFIG
     if not is_export(folder):
         raise ExportError(f"{path} is not of an export by livt", remedy="write one with `livt export RUN --out DIR`")
+    load_extensions()
     try:
         return ExportInfo.model_validate(json.loads(path.read_bytes())["livt"])
     except ValidationError as error:
@@ -201,7 +203,7 @@ def timm_config(info: ExportInfo) -> dict[str, Any]:
     model, num_classes = info.model, len(info.class_names)
     of_kind, first_conv, classifier = _of_vit(model) if model.is_vit else _of_resnet(model)
     return {
-        "architecture": TIMM_NAMES[model.size],
+        "architecture": _timm_name(model),
         "num_classes": num_classes,
         **of_kind,
         "global_pool": "avg",
@@ -221,6 +223,14 @@ def timm_config(info: ExportInfo) -> dict[str, Any]:
             "paper_ids": "arXiv:2212.02015",
         },
     }
+
+
+def _timm_name(model: Model) -> str:
+    """For a size from outside the package: that of the ViT whose width is the nearest."""
+    vits = [size for size in TIMM_NAMES if size in MODEL_SIZES]
+    width = model.dims.width if model.is_vit else 0
+    nearest = min(vits, key=lambda size: abs(MODEL_SIZES[size].width - width))
+    return TIMM_NAMES.get(model.size, TIMM_NAMES[nearest])
 
 
 def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:

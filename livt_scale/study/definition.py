@@ -30,6 +30,7 @@ from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.runtime import RecipePart
 from livt_scale.config.yaml import parse, shown, validated
 from livt_scale.data.build.spec import PlainName
+from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES
 from livt_scale.study.claims import loss_sets
 from livt_scale.study.runs import Run, as_words
@@ -188,6 +189,7 @@ def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
         raise UsageError(
             f"the study {shown(path)} cannot be read: {said}", remedy=nearest(str(path), near) if near else ""
         ) from error
+    load_extensions()
     tree = parse(text, path)
     study = validated(tree, path, Study)
     beside = path.resolve().parent

@@ -14,7 +14,7 @@ errors, so the reader of a recipe names the field, the file and the line as for 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeVar
 
@@ -99,6 +99,29 @@ class Chosen:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """For editors: any of the registered, each with its own options."""
         return {"anyOf": [model.model_json_schema() for model in self.registry.values()]}
+
+
+class NameIn:
+    """Annotates a field of text: a name in one of `tables`, as `model.size`."""
+
+    def __init__(self, *tables: Mapping[str, Any]) -> None:
+        self._tables = tables
+
+    def names(self) -> list[str]:
+        return [name for table in self._tables for name in table]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        def known(name: str) -> str:
+            if name not in self.names():
+                hint = nearest(name, self.names())
+                raise PydanticCustomError(UNKNOWN_NAME, "{hint}", {"hint": hint})
+            return name
+
+        return core_schema.no_info_after_validator_function(known, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """For editors: the names of now, those from outside the package included."""
+        return {**handler(schema), "enum": self.names()}
 
 
 def check_name(registry: Registry[Any], name: Any, *, loc: tuple[str, ...] = ()) -> None:

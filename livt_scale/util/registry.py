@@ -21,10 +21,14 @@ V = TypeVar("V")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Names to things of one kind, in the order of their registration. `kind`: what messages call one of them."""
+    """Names to things of one kind, in the order of their registration. `kind`: what messages call one of them.
 
-    def __init__(self, kind: str) -> None:
+    `reserved`: names that cannot be registered, and where they are from.
+    """
+
+    def __init__(self, kind: str, *, reserved: Mapping[str, str] | None = None) -> None:
         self.kind = kind
+        self._reserved = reserved or {}
         self._things: dict[str, T] = {}
         self._places: dict[str, str] = {}
 
@@ -37,9 +41,10 @@ class Registry(Mapping[str, T], Generic[T]):
         place = _caller()
 
         def add(thing: V) -> V:
-            if self._places.get(name, place) != place:  # the same line again: its module was loaded twice
+            owner = self._reserved.get(name) or self._places.get(name, place)
+            if owner != place:  # the same line again: its module was loaded twice
                 raise UsageError(
-                    f"{place}: the {self.kind} {name!r} is already registered, by {self._places[name]}",
+                    f"{place}: the {self.kind} {name!r} is already registered, by {owner}",
                     remedy="take another name",
                 )
             self._things[name], self._places[name] = thing, place  # type: ignore[assignment]
