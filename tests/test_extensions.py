@@ -1,45 +1,71 @@
-"""A loss from a file outside the package is used like one that ships; mistakes name file and line."""
+"""Each example of docs/extending.md in a file outside the package is used like what ships; mistakes name the line."""
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
 from livt_scale import extensions
 from livt_scale.config.load import load_recipe
+from livt_scale.config.model import MODEL_SIZES
+from livt_scale.config.sampling import SAMPLERS
+from livt_scale.data.build.builder import build
+from livt_scale.data.build.formats import SOURCE_FORMATS
+from livt_scale.data.build.spec import load_spec
+from livt_scale.data.build.verify import verify
+from livt_scale.data.order.for_stage import stage_order, usable_labels
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.losses import LOSSES, make_loss
+from livt_scale.models.mae import build_mae
+from livt_scale.plan.parameters import weights_of
 from livt_scale.util.errors import RecipeError, UsageError
+from livt_scale.weights.layouts import infer_model
+from tests.small_sets import encoded
 
-POLY = """\
-from livt_scale.losses import LOSSES, LossOptions
-
-@LOSSES.register("poly1")
-class Poly1(LossOptions):
-    epsilon: float
-
-    def build(self, counts):
-        def loss(logits, targets):
-            p = (targets * logits.softmax(1)).sum(1)
-            return (-p.log() + self.epsilon * (1 - p)).mean()
-        return loss
-"""
+ROOT = Path(__file__).parents[1]
 RECIPE = "name: r\ndata: {train: t}\nstages:\n  finetune:\n    init: scratch\n    loss: {name: poly1, epsilon: 2}\n"
+QUICKSTART = ROOT / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+
+# heading of docs/extending.md -> the registry, the example's name, and the file that registers those that ship
+KINDS: dict[str, tuple[Any, str, str]] = {
+    "A loss": (LOSSES, "poly1", "builtin.py"),
+    "A sampler": (SAMPLERS, "cubic_root", "sampling.py"),
+    "A model size": (MODEL_SIZES, "vit_tiny_mine", "model.py"),
+    "A source format": (SOURCE_FORMATS, "csv", "formats.py"),
+}
+
+
+def example(kind):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    return re.search(rf"^## {kind}\n\n```python\n(.*?)```", text, re.MULTILINE | re.DOTALL)[1]
 
 
 @pytest.fixture
 def extension(tmp_path, monkeypatch):
-    def name(text, file="poly.py"):
+    def name(text, file="mine.py"):
         (tmp_path / file).write_text(text)
         monkeypatch.setenv(extensions.VARIABLE, str(tmp_path / file))
         return tmp_path / file
 
     yield name
-    if "poly1" in LOSSES:
-        LOSSES.remove("poly1")
+    for registry, example_name, _ in KINDS.values():
+        if example_name in registry:
+            registry.remove(example_name)
 
 
-def test_a_loss_from_a_file_is_read_from_a_recipe_and_can_be_trained(tmp_path, extension):
-    extension(POLY)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_is_at_most_15_lines_of_code(kind):
+    assert len([line for line in example(kind).splitlines() if line.strip()]) <= 15
+
+
+def test_a_loss_is_read_from_a_recipe_and_can_be_trained(tmp_path, extension):
+    extension(example("A loss"))
     (tmp_path / "a.yaml").write_text(RECIPE)
     loss = load_recipe(tmp_path / "a.yaml").stages.finetune.loss
     assert loss.model_dump() == {"name": "poly1", "epsilon": 2.0}
@@ -49,6 +75,9 @@ def test_a_loss_from_a_file_is_read_from_a_recipe_and_can_be_trained(tmp_path, e
     assert loss.criterion([5, 3, 1])(logits - logits.grad, torch.eye(3)[:2]) < before
     assert make_loss("poly1", [5, 3, 1], epsilon=0.0)(logits, torch.eye(3)[:2]) < before
 
+
+def test_a_required_option_that_is_missing_is_named_with_its_line(tmp_path, extension):
+    extension(example("A loss").replace("Field(2.0, ", "Field("))
     (tmp_path / "a.yaml").write_text(RECIPE.replace(", epsilon: 2", ""))
     with pytest.raises(RecipeError, match=r"line 6: stages\.finetune\.loss\.epsilon is missing and has no default"):
         load_recipe(tmp_path / "a.yaml")
@@ -56,17 +85,73 @@ def test_a_loss_from_a_file_is_read_from_a_recipe_and_can_be_trained(tmp_path, e
         make_loss("poly1", [5, 3, 1])
 
 
-def test_a_name_that_is_taken_is_refused_with_both_places(extension):
-    file = extension(POLY.replace("poly1", "focal"), "taken.py")
+def test_a_sampler_orders_a_shipped_set(extension):
+    extension(example("A sampler"))
+    recipe = load_recipe(QUICKSTART, sets=["stages.finetune.sampling.policy=cubic_root"])
+    shards = ShardSet.open(recipe.data.train, data=recipe.data)
+    order, labels = stage_order(shards, recipe, "finetune"), usable_labels(shards)
+    drawn = np.bincount(labels[np.concatenate([order.positions(0, step) for step in range(order.steps_per_epoch)])])
+    weights = np.bincount(labels) ** (1 / 3)
+    np.testing.assert_allclose(drawn, weights / weights.sum() * drawn.sum(), atol=2)
+
+    ends = "stages.finetune.sampling={policy: progressive, from: instance, to: cubic_root}"
+    assert load_recipe(QUICKSTART, sets=[ends]).stages.finetune.sampling.shares(np.array([8, 1]), 1.0)[0] == 2 / 3
+
+
+def test_a_model_size_is_built_planned_and_recognised(extension):
+    extension(example("A model size"))
+    sets = ["model.size=vit_tiny_mine", "model.patch_px=null"]
+    model = load_recipe(QUICKSTART, sets=sets).model
+    assert (model.size, model.dims, model.num_patches) == ("vit_tiny_mine", (64, 4, 2, 4), 49)
+    mae = build_mae(model, norm_pix=True, mask_ratio=0.75)
+    assert torch.isfinite(mae(torch.randn(2, 1, 28, 28), torch.rand(2, 49)))
+    planned = {weight.name: weight.shape for weight in weights_of(model, "pretrain", num_classes=10)}
+    assert planned == {name: tuple(tensor.shape) for name, tensor in mae.state_dict().items()}
+    assert infer_model(mae.state_dict(), decoder_heads=model.decoder.heads) == model
+
+    with pytest.raises(RecipeError, match=r"model\.size is 'vit_tiny_mien': did you mean 'vit_tiny_mine'"):
+        load_recipe(QUICKSTART, sets=["model.size=vit_tiny_mien"])
+
+
+def test_a_source_is_built_into_shards(tmp_path, extension):
+    extension(example("A source format"))
+    (tmp_path / "raw").mkdir()
+    for number in range(6):
+        (tmp_path / "raw" / f"{number}.png").write_bytes(encoded(number))
+    rows = [f"{number}.png,{'ab'[number % 3 == 0]}" for number in range(6)]
+    (tmp_path / "raw" / "labels.csv").write_text("\n".join(["path,label", *rows]))
+    spec = tmp_path / "spec.yaml"
+    spec.write_text("name: n\nsources: {raw: {csv: {root: raw, file: labels.csv}}}\nsets: {all: {source: raw}}\n")
+    (built,) = build(load_spec(spec), tmp_path / "out", workers=1)
+    assert verify(built.folder, decode=True, workers=1) == []
+    manifest = json.loads((built.folder / "manifest.json").read_text())
+    assert manifest["class_names"] == ["a", "b"]
+    assert ShardSet.open(str(built.folder)).class_counts.tolist() == [4, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_that_is_taken_is_refused_with_both_places(extension, kind):
+    registry, name, ships = KINDS[kind]
+    text = example(kind).replace(f'"{name}"', f'"{next(iter(registry))}"')
+    file = extension(text, "taken.py")
+    line = next(number for number, line in enumerate(text.splitlines(), 1) if "register(" in line)
     with pytest.raises(UsageError) as caught:
         extensions.load_extensions()
-    assert caught.value.message.startswith(f"{file}, line 3: the loss 'focal' is already registered, by ")
-    assert "builtin.py, line " in caught.value.message
+    expected = f"{file}, line {line}: the {registry.kind} {next(iter(registry))!r} is already registered, by "
+    assert caught.value.message.startswith(expected)
+    assert f"{ships}, line " in caught.value.message
 
 
-@pytest.mark.parametrize("text", ["x = 1\nx = 1 / 0\n", "x = 1\nx = (\n"])
-def test_an_extension_that_fails_at_import_names_file_and_line(extension, text):
-    file = extension(text, "broken.py")
+def test_a_size_cannot_take_the_name_of_a_resnet(extension):
+    extension(example("A model size").replace("vit_tiny_mine", "resnet18"))
+    with pytest.raises(UsageError, match="the model size 'resnet18' is already registered"):
+        extensions.load_extensions()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mistake", ["x = 1 / 0", "x = ("])
+def test_an_extension_that_fails_at_import_names_file_and_line(extension, kind, mistake):
+    file = extension(f"x = 1\n{mistake}\n{example(kind)}", "broken.py")
     with pytest.raises(UsageError) as caught:
         extensions.load_extensions()
     assert f"{file}, line 2: " in caught.value.message

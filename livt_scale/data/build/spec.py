@@ -26,6 +26,7 @@ from livt_scale.config.yaml import Tree, parse, validated
 from livt_scale.data.build.formats import SOURCE_FORMATS, SourceFormat, SpecPart
 from livt_scale.data.build.sources import Source, checked
 from livt_scale.data.build.writer import Prepare
+from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
 from livt_scale.util.resources import named
@@ -252,6 +253,7 @@ def load_spec(
     tree = parse(text, path)
     for override in overrides:
         _override(tree, override)
+    load_extensions()
     build = validated(tree, path, build_spec_model())
     if prepare:
         sets = {name: part.model_copy(update={"prepare": prepare}) for name, part in build.sets.items()}
