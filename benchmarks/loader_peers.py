@@ -22,13 +22,11 @@ from typing import Any
 
 import torch
 import webdataset as wds
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
-
-from livt_scale.data.image.augment import mend_posterize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -74,8 +72,21 @@ def on_pillow(stage: str) -> Callable[[Image.Image], torch.Tensor]:
     )
     for one in made.transforms:
         if hasattr(one, "ops"):
-            mend_posterize(one)  # else Pillow 13 ends the run
+            allow_zero_bits(one)
     return made
+
+
+def allow_zero_bits(operations: Any) -> None:
+    """With strength 10, timm 1.0 posterizes to 0 bits: black, until Pillow 13 made it an error."""
+    for operation in operations.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else image.point([0] * 256 * len(image.getbands()))
 
 
 def on_tensors(stage: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -89,7 +100,9 @@ def on_tensors(stage: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
     from livt_scale.data.image.augment import make_augment
 
-    augment = [v2.ToPILImage(), make_augment(RAND_AUGMENT, image_px=224, mean=MEAN), v2.PILToTensor()]
+    operations = make_augment(RAND_AUGMENT, image_px=224, mean=MEAN)
+    allow_zero_bits(operations)
+    augment = [v2.ToPILImage(), operations, v2.PILToTensor()]
     erasing = RandomErasing(ERASING, mode="pixel", max_count=1, num_splits=0, device="cpu")
     return v2.Compose([*first, *augment, *last, erasing])
 

@@ -13,6 +13,7 @@ process that is killed is an error at the next batch, never a hang. No process o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing.connection
 import signal
@@ -69,7 +70,8 @@ class Batches:
                 generator=torch.Generator(),  # else it would draw from torch's global one
             )
             before = set(multiprocessing.active_children())
-            self._packed: Any = iter(loader)
+            with _signals_held_back():
+                self._packed: Any = iter(loader)
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         if workers:
             # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
@@ -341,11 +343,25 @@ class _EvalDataset(_Dataset):
         return {}
 
 
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A worker that is forked inside begins with the signals blocked, so that none ends it before `_start_worker`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(_: int) -> None:
     """Slurm signals every process of a step. Only the main process decides what a preemption means; when it ends,
     however it ends, its workers do too (`_stop`; torch's watch on the parent)."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)
 
 
 def _stop(packed: Any, workers: list[Any]) -> None:

@@ -69,7 +69,7 @@ def test_it_suffices_exactly_when_the_machine_s_rate_reaches_the_need(each, suff
     [
         (["--gpus", "8"], "belong together"),
         (["--channels", "2"], "--channels is 2"),
-        (["--set", "seed=1"], "a value over a recipe"),
+        (["--set", "seed=1"], "overrides a recipe value"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(tmp_path, arguments, said):
