@@ -78,7 +78,8 @@ def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(
 @pytest.mark.slow
 def test_a_rank_whose_interpreter_is_locked_ends_too_and_leaves_its_stack(livt):
     run_dir = livt.folder / "run"
-    with Ranks(livt, run_dir, "lock:4:0", world=1, faults__stall_timeout_s=HANG_S) as ranks:
+    # slow: the watchdog has seen the phase that is locked; until then the longer bound of a checkpoint holds
+    with Ranks(livt, run_dir, "slow:0.7", "lock:4:0", world=1, faults__stall_timeout_s=HANG_S) as ranks:
         ranks.wait_for(lambda: first_steps_done(run_dir, 3))
         codes, took_s = ranks.ended(within_s=60)
     assert codes == [1]
