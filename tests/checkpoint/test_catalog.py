@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from livt_scale.checkpoint.catalog import clean_leftovers, list_checkpoints, newest_whole, verify
-from livt_scale.checkpoint.load import Position, Retention, Saver
+from livt_scale.checkpoint.catalog import clean_leftovers, list_checkpoints, verify
+from livt_scale.checkpoint.load import Position, Retention, Saver, newest_whole
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ def test_a_profile_that_says_other_than_the_cluster_is_told():
     site = load_site("two_cpu_nodes")
     notes = plan_chain(recipe(), site, FACTS, {"pretrain": NOTHING, "finetune": NOTHING}).notes
     assert "partition spare: the site profile has time_min 1440, the cluster 720" in notes
-    assert "partition scrap: the site profile says nodes 2, the cluster 4" in notes
+    assert "partition scrap: the site profile has nodes 2, the cluster 4" in notes
     lost = plan(recipe(account="lab"), site="h100_infiniband", facts=None).notes
     assert not any("this cluster" in note for note in lost)
 
