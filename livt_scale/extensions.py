@@ -1,4 +1,4 @@
-"""Load what others add to the registries: losses, model sizes, samplers, source formats. See docs/extending.md.
+"""Load what others add to the registries: losses, samplers, optimizers, … See docs/extending.md.
 
 Two places name extensions: the environment variable LIVT_EXTENSIONS (modules, or paths of .py files, separated by
 commas), which torchrun's processes and Slurm jobs inherit, and the entry points `livt_scale.extensions` of installed

@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from livt_scale.config.stages import StagePart
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # of `param_groups`
 
 BLOCK = re.compile(r"blocks\.(\d+)\.")
 TOKENS_AND_POSITIONS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
@@ -98,6 +103,15 @@ def make_lars(groups: Iterable[dict[str, Any]], *, momentum: float) -> torch.opt
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def optimizer_maker(part: StagePart) -> MakeOptimizer | None:
+    """What builds the optimizer of a stage; None: AdamW with its `betas`, which each strategy builds itself."""
+    if part.trained_by.name == "adamw":
+        return None
+    if part.lars_momentum is not None:
+        return partial(make_lars, momentum=part.lars_momentum)
+    return part.trained_by.build
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

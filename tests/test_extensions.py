@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from livt_scale import extensions
-from livt_scale.config.load import load_recipe
+from livt_scale import extensions, optim
+from livt_scale.config.load import load_recipe, load_saved, save_recipe
 from livt_scale.config.model import MODEL_SIZES
+from livt_scale.config.optimizers import OPTIMIZERS
 from livt_scale.config.sampling import SAMPLERS
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.formats import SOURCE_FORMATS
@@ -21,9 +23,12 @@ from livt_scale.data.build.spec import load_spec
 from livt_scale.data.build.verify import verify
 from livt_scale.data.order.for_stage import stage_order, usable_labels
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.distributed.world import World
+from livt_scale.distributed.wrap import make_strategy
 from livt_scale.losses import LOSSES, make_loss
 from livt_scale.models.mae import build_mae
-from livt_scale.plan.parameters import weights_of
+from livt_scale.plan.parameters import stage_weights, weights_of
+from livt_scale.plan.stage_plan import strategies_for
 from livt_scale.util.errors import RecipeError, UsageError
 from livt_scale.weights.layouts import infer_model
 from tests.small_sets import encoded
@@ -36,6 +41,7 @@ QUICKSTART = ROOT / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
 KINDS: dict[str, tuple[Any, str, str]] = {
     "A loss": (LOSSES, "poly1", "builtin.py"),
     "A sampler": (SAMPLERS, "cubic_root", "sampling.py"),
+    "An optimizer": (OPTIMIZERS, "sgd", "optimizers.py"),
     "A model size": (MODEL_SIZES, "vit_tiny_mine", "model.py"),
     "A source format": (SOURCE_FORMATS, "csv", "formats.py"),
 }
@@ -111,6 +117,86 @@ def test_a_model_size_is_built_planned_and_recognised(extension):
 
     with pytest.raises(RecipeError, match=r"model\.size is 'vit_tiny_mien': did you mean 'vit_tiny_mine'"):
         load_recipe(QUICKSTART, sets=["model.size=vit_tiny_mien"])
+
+
+SGD = "stages.finetune.optimizer={name: sgd, momentum: 0.5}"
+
+
+def sgd_strategy(recipe, seed=0):
+    torch.manual_seed(seed)
+    maker = optim.optimizer_maker(recipe.stages.finetune)
+
+    def groups(net):
+        return optim.param_groups(net, weight_decay=0.1, layer_decay=None, depth=0)
+
+    return make_strategy(
+        recipe.parallel, nn.Linear(3, 2), groups, betas=(0.9, 0.99), world=World(), make_optimizer=maker
+    )
+
+
+def step(strategy, seed, *, lr=0.1):
+    torch.manual_seed(seed)
+    strategy.backward(strategy.call(torch.randn(4, 3), last=True).square().sum(), last=True)
+    assert strategy.update(lr, max_norm=None).applied
+
+
+def test_an_optimizer_steps_and_its_state_is_saved_and_resumed(tmp_path, extension):
+    extension(example("An optimizer"))
+    recipe = load_recipe(QUICKSTART, sets=[SGD])
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_saved(tmp_path / "saved.yaml").stages.finetune.optimizer == recipe.stages.finetune.optimizer
+
+    strategy = sgd_strategy(recipe)
+    plain = nn.Linear(3, 2)
+    plain.load_state_dict(strategy.model.state_dict())
+    reference = torch.optim.SGD([{"params": [plain.bias]}, {"params": [plain.weight], "weight_decay": 0.1}], 0.1, 0.5)
+    for seed in (1, 2):
+        step(strategy, seed)
+        torch.manual_seed(seed)
+        reference.zero_grad()
+        plain(torch.randn(4, 3)).square().sum().backward()
+        reference.step()
+    torch.testing.assert_close(strategy.model.weight, plain.weight)
+
+    saved = {name: tensor.clone() for name, tensor in strategy.state().items()}
+    assert saved["optim.weight.momentum_buffer"].abs().max() > 0
+    resumed = sgd_strategy(recipe, seed=9)
+    state = resumed.state()
+    assert state.keys() == saved.keys()
+    for name, tensor in state.items():
+        tensor.copy_(saved[name])
+    resumed.restored(state)
+    step(strategy, 3)
+    step(resumed, 3)
+    assert all(torch.equal(tensor, resumed.state()[name]) for name, tensor in strategy.state().items())
+
+
+def test_state_that_a_resumed_run_would_not_have_is_an_error(extension):
+    extension(example("An optimizer").replace('["momentum_buffer"] =', "; _ ="))
+    strategy = sgd_strategy(load_recipe(QUICKSTART, sets=[SGD]))
+    with pytest.raises(UsageError, match="SGD keeps momentum_buffer of a parameter"):
+        step(strategy, 1)
+
+
+def test_an_optimizer_is_planned_with_its_moments_and_refused_by_the_zeros(extension):
+    extension(example("An optimizer"))
+    recipe = load_recipe(QUICKSTART, sets=[SGD])
+    assert {weight.moments for weight in stage_weights(recipe, "finetune", num_classes=10)} == {1}
+    assert {weight.moments for weight in stage_weights(recipe, "pretrain", num_classes=10)} == {2}
+    assert strategies_for(recipe.stages.finetune) == ("ddp", "fsdp")
+    with pytest.raises(RecipeError, match=r"optimizer 'sgd' is given.*'zero2': set strategy to ddp or fsdp"):
+        load_recipe(QUICKSTART, sets=[SGD, "parallel.strategy=zero2"])
+    with pytest.raises(RecipeError, match="momentum has no effect on optimizer 'sgd'"):
+        load_recipe(QUICKSTART, sets=[SGD, "stages.finetune.momentum=0.9"])
+
+
+@pytest.mark.parametrize("short", ["adamw", "lars"])
+def test_an_optimizer_without_options_is_saved_as_its_name(short):
+    recipe = load_recipe(QUICKSTART, sets=[f"stages.finetune.optimizer={{name: {short}}}"])
+    assert recipe == load_recipe(QUICKSTART, sets=[f"stages.finetune.optimizer={short}"])
+    assert recipe.model_dump(mode="json")["stages"]["finetune"]["optimizer"] == short
+    with pytest.raises(RecipeError, match="did you mean"):
+        load_recipe(QUICKSTART, sets=[f"stages.finetune.optimizer={short}z"])
 
 
 def test_a_source_is_built_into_shards(tmp_path, extension):

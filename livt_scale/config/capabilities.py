@@ -2,7 +2,7 @@
 
     CAPABILITIES["zero3"].ema           -> False
     supports("auto", "offload")         -> False: auto may choose ddp, which cannot
-    choices("lars")                     -> "ddp or fsdp"
+    choices("other_optimizer")          -> "ddp or fsdp"
 
 Every strategy supports one process, fp16, torch.compile, activation checkpointing, gradient clipping and batch norm, so
 these have no row. The table is here, not in `livt_scale.distributed`, because recipes are checked against it and
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
-Feature = Literal["offload", "hybrid", "ema", "lars", "frozen_backbone", "layer_groups"]
+Feature = Literal["offload", "hybrid", "ema", "other_optimizer", "frozen_backbone", "layer_groups"]
 
 STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 AUTO: tuple[StrategyName, ...] = ("ddp", "fsdp")  # what `strategy: auto` chooses from
@@ -40,7 +40,7 @@ class Capabilities:
     offload: bool  # parallel.offload: cpu
     hybrid: bool  # parallel.shard_within: node
     ema: bool  # stages.finetune.ema; ZeRO-3 holds no parameter complete or as torch's shards
-    lars: bool  # stages.finetune.optimizer: lars needs the norm of each layer, which flat pieces do not give
+    other_optimizer: bool  # than AdamW: flat pieces do not give it each layer, whose norm lars needs
     frozen_backbone: bool  # stages.finetune.train: head
     layer_groups: bool  # log.layer_groups reads the gradient of each layer, which DeepSpeed keeps to itself
 
@@ -55,7 +55,7 @@ _TABLE: dict[str, tuple[bool, ...]] = {
     "offload":                    (False, True,  True,  True,  True),
     "hybrid":                     (False, True,  False, False, False),
     "ema":                        (True,  True,  True,  True,  False),
-    "lars":                       (True,  True,  False, False, False),
+    "other_optimizer":          (True,  True,  False, False, False),
     "frozen_backbone":            (True,  True,  False, False, False),
     "layer_groups":               (True,  True,  False, False, False),
 }  # fmt: skip

@@ -21,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from livt_scale.config import renamed
+from livt_scale.config.optimizers import OPTIMIZERS, OptimizerOptions
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.sampling import SAMPLERS, Sampler
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
@@ -212,7 +213,11 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
 # --- checking, and telling what is wrong ---
 
 # parts whose fields follow from their name
-_OPEN_PARTS: dict[type[BaseModel] | None, Mapping[str, type[Options]]] = {LossOptions: LOSSES, Sampler: SAMPLERS}
+_OPEN_PARTS: dict[type[BaseModel] | None, Mapping[str, type[Options]]] = {
+    LossOptions: LOSSES,
+    Sampler: SAMPLERS,
+    OptimizerOptions: OPTIMIZERS,
+}
 _PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "a valid string": "text"}
 
 

@@ -177,10 +177,11 @@ class Recipe(RecipePart):
         part, strategy = self.stages.finetune, self.parallel.strategy
         if part is None:
             return self
-        if part.optimizer == "lars" and not supports(strategy, "lars"):
+        if part.optimizer.name != "adamw" and not supports(strategy, "other_optimizer"):
             raise ValueError(
-                "stages.finetune.optimizer 'lars' needs the norm of each layer, which the flat partitions of "
-                f"parallel.strategy {strategy!r} do not give: set strategy to {choices('lars')}"
+                f"stages.finetune.optimizer {part.optimizer.name!r} is given complete parameters or torch's shards, "
+                f"not the flat partitions of parallel.strategy {strategy!r}: set strategy to "
+                f"{choices('other_optimizer')}, or optimizer: adamw"
             )
         if part.train == "head" and not supports(strategy, "frozen_backbone"):
             raise ValueError(
@@ -192,8 +193,9 @@ class Recipe(RecipePart):
                 "parallel.activation_checkpointing has no effect on stages.finetune.train 'head': nothing of a frozen "
                 "backbone is kept for a backward pass; leave it out"
             )
-        if part.optimizer == "lars" and self.parallel.adamw == "foreach" and self.stages.pretrain is None:
-            raise ValueError("parallel.adamw has no effect on stages.finetune.optimizer 'lars': leave it out")
+        name = part.optimizer.name
+        if name != "adamw" and self.parallel.adamw == "foreach" and self.stages.pretrain is None:
+            raise ValueError(f"parallel.adamw has no effect on stages.finetune.optimizer {name!r}: leave it out")
         return self
 
     def stage(self, name: Stage) -> Pretrain | Finetune:

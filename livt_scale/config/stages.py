@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from livt_scale.config.optimizers import AdamW, AnyOptimizer, OptimizerOptions
 from livt_scale.config.resume import ALLOW, FREE, Resume
 from livt_scale.config.runtime import RecipePart
 from livt_scale.config.sampling import Instance, Sampling
@@ -67,8 +68,13 @@ class StagePart(RecipePart):
 
     @property
     def lars_momentum(self) -> float | None:
-        """None: the stage is trained by AdamW."""
+        """None: the stage is not trained by LARS."""
         return None
+
+    @property
+    def trained_by(self) -> OptimizerOptions:
+        """The optimizer."""
+        return AdamW()
 
     @property
     def backbone_frozen(self) -> bool:
@@ -150,7 +156,7 @@ class Finetune(StagePart):
         False, description="with init: weights. Take the head too; its classes must be the same"
     )
     train: Literal["all", "head"] = Field("all", description="head: a linear probe; all else stays as it begins")
-    optimizer: Literal["adamw", "lars"] = "adamw"
+    optimizer: AnyOptimizer = Field(AdamW(), description="adamw, lars or, with its options, {name: …} of your own")
     momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
     head_norm: Literal["none", "batch"] = Field(
         "none",
@@ -180,9 +186,13 @@ class Finetune(StagePart):
 
     @property
     def lars_momentum(self) -> float | None:
-        if self.optimizer == "adamw":
+        if self.optimizer.name != "lars":
             return None
         return LARS_MOMENTUM if self.momentum is None else self.momentum
+
+    @property
+    def trained_by(self) -> OptimizerOptions:
+        return self.optimizer
 
     @model_validator(mode="after")
     def _a_frozen_backbone_is_left_alone(self) -> Self:
@@ -207,10 +217,11 @@ class Finetune(StagePart):
 
     @model_validator(mode="after")
     def _the_optimizer_takes_these_options(self) -> Self:
-        if self.optimizer == "adamw" and self.momentum is not None:
-            raise ValueError("momentum has no effect on optimizer 'adamw', which has betas: leave it out, or take lars")
-        if self.optimizer == "lars" and self.betas != type(self).model_fields["betas"].default:
-            raise ValueError("betas has no effect on optimizer 'lars', which has momentum: leave it out, or take adamw")
+        name = self.optimizer.name
+        if name != "lars" and self.momentum is not None:
+            raise ValueError(f"momentum has no effect on optimizer {name!r}: leave it out, or take lars")
+        if name != "adamw" and self.betas != type(self).model_fields["betas"].default:
+            raise ValueError(f"betas has no effect on optimizer {name!r}: leave it out, or take adamw")
         return self
 
     @model_validator(mode="after")

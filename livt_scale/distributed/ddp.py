@@ -17,6 +17,7 @@ from livt_scale.distributed import precision
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
 from livt_scale.distributed.strategy import Groups, StepResult
 from livt_scale.distributed.world import World
+from livt_scale.optim import MakeOptimizer
 
 LOOK_EVERY = 5  # steps between two reads of what DDP has measured: a read takes 0.1 ms
 # Do not broadcast buffers in every forward pass: batch norm's statistics are averaged at each update
@@ -40,13 +41,17 @@ class Ddp(TorchOptimizerStep):
         *,
         parallel: Parallel,
         betas: tuple[float, float],
-        momentum: float | None,
+        make_optimizer: MakeOptimizer | None,
         world: World,
     ) -> None:
         self.model = model.to(world.device)
         self._device, self._precision = world.device, parallel.precision
         self._updates = OptimizerStep(
-            groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=world.device.type
+            groups(self.model),
+            parallel=parallel,
+            betas=betas,
+            make_optimizer=make_optimizer,
+            device_type=world.device.type,
         )
         self._updates_done = 0
         self._exchange_s: float | None = None

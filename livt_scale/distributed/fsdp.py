@@ -24,6 +24,7 @@ from livt_scale.distributed.blocks import blocks_of
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
 from livt_scale.distributed.strategy import Groups
 from livt_scale.distributed.world import World
+from livt_scale.optim import MakeOptimizer
 
 
 class Fsdp(TorchOptimizerStep):
@@ -39,7 +40,7 @@ class Fsdp(TorchOptimizerStep):
         *,
         parallel: Parallel,
         betas: tuple[float, float],
-        momentum: float | None,
+        make_optimizer: MakeOptimizer | None,
         world: World,
     ) -> None:
         mesh = _mesh(world, within_node=parallel.shard_within == "node")
@@ -57,7 +58,7 @@ class Fsdp(TorchOptimizerStep):
         self._device, self._precision = world.device, parallel.precision
         kind = "cpu" if parallel.offload == "cpu" else world.device.type
         self._updates = OptimizerStep(
-            groups(self.model), parallel=parallel, betas=betas, momentum=momentum, device_type=kind
+            groups(self.model), parallel=parallel, betas=betas, make_optimizer=make_optimizer, device_type=kind
         )
 
     def call(self, *inputs: Any, last: bool) -> Any:

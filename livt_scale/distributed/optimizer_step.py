@@ -1,6 +1,6 @@
 """The optimizer step of torch's strategies, for plain parameters and DTensors.
 
-AdamW or LARS, an exact global gradient norm over all ranks, and fp16's dynamic loss scale.
+AdamW or another optimizer, an exact global gradient norm over all ranks, and fp16's dynamic loss scale.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from livt_scale.distributed.precision import LOWEST_SCALE
 from livt_scale.distributed.state_dict import collect
 from livt_scale.distributed.strategy import StepResult
 from livt_scale.models import head_norm
+from livt_scale.util.errors import UsageError
 
 
 class OptimizerStep:
-    """The optimizer of a strategy whose parameters are `groups`'; `momentum`: LARS's, None: AdamW."""
+    """The optimizer of a strategy whose parameters are `groups`'; `make_optimizer`: None: AdamW with `betas`."""
 
     def __init__(
         self,
@@ -30,14 +31,15 @@ class OptimizerStep:
         *,
         parallel: Parallel,
         betas: tuple[float, float],
-        momentum: float | None,
+        make_optimizer: optim.MakeOptimizer | None,
         device_type: str,
     ) -> None:
         self.optimizer: torch.optim.Optimizer
-        if momentum is None:
+        if make_optimizer is None:
             self.optimizer = optim.make_adamw(groups, betas=betas, implementation=parallel.adamw)
         else:
-            self.optimizer = optim.make_lars(groups, momentum=momentum)
+            self.optimizer = make_optimizer(groups)
+        self._state_is_checked = make_optimizer is None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._scaler = GradScaler(device_type) if parallel.precision == "fp16" else None
 
@@ -56,12 +58,31 @@ class OptimizerStep:
             if max_norm is not None:
                 nn.utils.clip_grads_with_norm_(self._parameters, max_norm, total, foreach=True)
             optim.set_lr(self.optimizer, lr)
-            self.optimizer.step()
+            self._step()
         if self._scaler is not None:
             overflow = not finite and self._scaler.get_scale() > LOWEST_SCALE
             self._scaler.update()
         self.optimizer.zero_grad()
         return StepResult(norm, applied=finite, overflow=overflow)
+
+    def _step(self) -> None:
+        if self._state_is_checked:
+            self.optimizer.step()
+            return
+
+        # its first step: a checkpoint is read into the tensors that an optimizer has before it
+        before = [set(self.optimizer.state[p]) for p in self._parameters]
+        self.optimizer.step()
+        for parameter, names in zip(self._parameters, before, strict=True):
+            state = self.optimizer.state[parameter]
+            lost = [name for name, value in state.items() if name not in names or not isinstance(value, Tensor)]
+            if lost:
+                raise UsageError(
+                    f"the optimizer {type(self.optimizer).__name__} keeps {', '.join(sorted(lost))} of a parameter, "
+                    "which a resumed run would not have",
+                    remedy="make it in `build`, as a tensor in optimizer.state[parameter]",
+                )
+        self._state_is_checked = True
 
     def scaler(self) -> dict[str, float] | None:
         if self._scaler is None:

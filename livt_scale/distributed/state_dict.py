@@ -3,7 +3,7 @@
     model.<name>                       parameters and persistent buffers, named as the bare model names them
     optim.<name>.exp_avg, .exp_avg_sq  AdamW's two moments of that parameter
     optim.<name>.step                  how many steps that parameter has had
-    optim.<name>.momentum_buffer       LARS's momentum of that parameter, in place of these three
+    optim.<name>.<key>                 what another optimizer keeps of it in place of these: LARS's momentum_buffer
     ema.<name>, ema.updates            the average of that weight, if the recipe keeps one (`distributed.ema`)
 
 Rates and weight decay are not saved: the recipe and the schedule give them, so that a resumed run follows what it says
@@ -23,7 +23,6 @@ from livt_scale.util.errors import CheckpointMismatch
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile; torch's checkpoint_wrapper
 AVERAGE = "ema."  # what the names of averaged weights begin with
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's
-MOMENTUM = "momentum_buffer"  # LARS's
 
 
 def collect(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Tensor]:
@@ -35,7 +34,7 @@ def collect(model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, T
     if optimizer is not None:
         for name, parameter in _optimized(model, optimizer).items():
             moments = _moments(optimizer, parameter)
-            kept = (MOMENTUM,) if MOMENTUM in moments else MOMENTS
+            kept = MOMENTS if moments.keys() == set(MOMENTS) else sorted(moments)
             state.update({f"optim.{name}.{moment}": moments[moment] for moment in kept})
     return state
 
@@ -90,8 +89,7 @@ def _optimized(model: nn.Module, optimizer: Optimizer) -> dict[str, nn.Parameter
 
 def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     state = optimizer.state[parameter]
-    assert isinstance(optimizer, (Adam, AdamW)) or MOMENTUM in state, "only AdamW's and LARS's state is known here"
-    if not state:
+    if not state and isinstance(optimizer, (Adam, AdamW)):
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         assert not group["amsgrad"], "amsgrad has a third moment, which is not saved"
         # as Adam._init_group makes them (torch 2.11 to 2.14): the count lies beside the weights for a fused step

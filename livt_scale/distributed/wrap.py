@@ -22,6 +22,7 @@ from livt_scale.distributed.ema import with_ema
 from livt_scale.distributed.fsdp import Fsdp
 from livt_scale.distributed.strategy import Groups, Strategy
 from livt_scale.distributed.world import World
+from livt_scale.optim import MakeOptimizer
 from livt_scale.util.errors import UsageError
 
 STATE_BYTES_PER_PARAMETER = 16  # fp32 parameter, gradient and two moments; a frozen one has only the first
@@ -35,16 +36,16 @@ def make_strategy(
     *,
     betas: tuple[float, float],
     world: World,
-    momentum: float | None = None,
+    make_optimizer: MakeOptimizer | None = None,
     ema: Ema | None = None,
 ) -> Strategy:
     """`model` (the same on every rank, on the CPU) under the recipe's strategy, with its optimizer. A collective call.
 
-    momentum: LARS's; None: AdamW with `betas`. ema: also keep an average of the parameters.
+    make_optimizer: None: AdamW with `betas`. ema: also keep an average of the parameters.
     """
     name = choose(parallel, model, world=world)
     prepare_blocks(model, recompute=parallel.activation_checkpointing, compiled=parallel.compile)
-    strategy = _engine(name, parallel, model, groups, betas=betas, momentum=momentum, world=world)
+    strategy = _engine(name, parallel, model, groups, betas=betas, make_optimizer=make_optimizer, world=world)
     strategy = with_batchnorm(strategy, world=world)
     return with_ema(strategy, ema)
 
@@ -80,12 +81,12 @@ def _engine(
     groups: Groups,
     *,
     betas: tuple[float, float],
-    momentum: float | None,
+    make_optimizer: MakeOptimizer | None,
     world: World,
 ) -> Strategy:
     if CAPABILITIES[name].zero_stage is not None:
-        assert momentum is None, "the recipe check refuses LARS with ZeRO"
+        assert make_optimizer is None, "the recipe check refuses other optimizers than AdamW with ZeRO"
         return Zero(model, groups, name=name, parallel=parallel, betas=betas, world=world)
 
     engine = Fsdp if CAPABILITIES[name].shards_parameters else Ddp
-    return engine(model, groups, parallel=parallel, betas=betas, momentum=momentum, world=world)
+    return engine(model, groups, parallel=parallel, betas=betas, make_optimizer=make_optimizer, world=world)

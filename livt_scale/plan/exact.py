@@ -27,6 +27,8 @@ from livt_scale.util.errors import RunError, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from livt_scale.optim import MakeOptimizer
+
 BOUND_S = 120
 BOUND_BYTES = 4 * 2**30  # of the process's data; it needs about a gigabyte, torch itself
 
@@ -144,9 +146,11 @@ def _measured(
     def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
         return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims.depth)
 
-    momentum = recipe.stage(stage).lars_momentum
+    make_optimizer = optim.optimizer_maker(recipe.stage(stage))
     call, backward, optimizer = (
-        _sharded(recipe, spread, network, groups, momentum) if sharded else _replica(spread, network, groups, momentum)
+        _sharded(recipe, spread, network, groups, make_optimizer)
+        if sharded
+        else _replica(spread, network, groups, make_optimizer)
     )
     cpu = torch.device("cpu")
     tracker: Any = FSDPMemTracker(network, optimizer) if sharded else MemTracker()
@@ -190,7 +194,7 @@ def _modules_unlisted() -> Any:
 
 
 def _sharded(
-    recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any, momentum: float | None
+    recipe: Recipe, spread: Spread, network: torch.nn.Module, groups: Any, make_optimizer: MakeOptimizer | None
 ) -> tuple[Any, Any, Any]:
     """How to call, go back and step. Not in the fake mode: a mesh of ranks is read as numbers."""
     from livt_scale.distributed.world import World
@@ -204,11 +208,15 @@ def _sharded(
         }
     )  # fmt: skip
     world = World(0, spread.gpus, 0, spread.within_node or spread.gpus)
-    strategy: Any = make_strategy(parallel, network, groups, betas=(0.9, 0.95), momentum=momentum, world=world)
+    strategy: Any = make_strategy(
+        parallel, network, groups, betas=(0.9, 0.95), make_optimizer=make_optimizer, world=world
+    )
     return strategy.call, strategy.backward, strategy._updates.optimizer
 
 
-def _replica(spread: Spread, network: torch.nn.Module, groups: Any, momentum: float | None) -> tuple[Any, Any, Any]:
+def _replica(
+    spread: Spread, network: torch.nn.Module, groups: Any, make_optimizer: MakeOptimizer | None
+) -> tuple[Any, Any, Any]:
     """The same of a whole model on one rank, as ddp and the zeros compute it, without their engines."""
     import torch
 
@@ -233,8 +241,8 @@ def _replica(spread: Spread, network: torch.nn.Module, groups: Any, momentum: fl
         loss.backward()
 
     made = groups(network)
-    if momentum is not None:
-        return call, backward, optim.make_lars(made, momentum=momentum)
+    if make_optimizer is not None:
+        return call, backward, make_optimizer(made)
     return call, backward, optim.make_adamw(made, betas=(0.9, 0.95))
 
 

@@ -48,11 +48,10 @@ def weights_of(model: Model, stage: Stage, *, num_classes: int) -> tuple[Weight,
 
 
 def stage_weights(recipe: Recipe, stage: Stage, *, num_classes: int) -> tuple[Weight, ...]:
-    """`weights_of`, trained as the recipe says: a linear probe's backbone is frozen, LARS keeps one moment."""
+    """`weights_of`, trained as the recipe says: a linear probe's backbone is frozen, each optimizer has its moments."""
     part = recipe.stage(stage)
     weights = weights_of(recipe.model, stage, num_classes=num_classes)
-    if part.lars_momentum is not None:
-        weights = tuple(replace(w, moments=1) for w in weights)
+    weights = tuple(replace(w, moments=part.trained_by.moments) for w in weights)
     if part.backbone_frozen:
         weights = tuple(replace(w, trained=w.name.startswith("head.")) for w in weights)
     return weights

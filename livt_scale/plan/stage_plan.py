@@ -22,6 +22,7 @@ from livt_scale.plan.parameters import Weight, stage_weights
 from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
 
 PIECE_BYTES = 1840  # a tensor's piece in a checkpoint besides its values: archive and index (1810 to 1870, torch 2.14)
+OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
 SAME = 0.01  # a difference of times below this is none: the simpler one is taken
 
 
@@ -198,11 +199,11 @@ def spread_of(
 
 def strategies_for(part: StagePart) -> tuple[StrategyName, ...]:
     """The strategies that a recipe may combine with this stage."""
-    lars = part.lars_momentum is not None
+    adamw = part.trained_by.name == "adamw"
     return tuple(
         name
         for name, can in CAPABILITIES.items()
-        if (can.frozen_backbone or not part.backbone_frozen) and (can.lars or not lars)
+        if (can.frozen_backbone or not part.backbone_frozen) and (can.other_optimizer or adamw)
     )
 
 
@@ -247,6 +248,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
     task, hours = plan.task, plan.hours
     images_per_s, device_hours = plan.images_per_s, hours * task.gpus
     peak = peak_tflops(task.device, plan.spread.precision)
+    optimizer = task.recipe.stage(task.stage).trained_by.name
     return {
         "stage": task.stage,
         "params": sum(w.numel for w in task.weights),
@@ -268,7 +270,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "exchange_s": plan.time.exchange_s,
         "exposed_exchange_s": plan.time.exposed_s,
         "exchanged_bytes_per_rank": plan.time.exchanged_bytes,
-        "optimizer": "AdamW" if task.recipe.stage(task.stage).lars_momentum is None else "LARS",
+        "optimizer": OPTIMIZER_TITLES.get(optimizer, optimizer),
         "optimizer_s": plan.time.optimizer_s,
         "offload_s": plan.time.offload_s,
         "efficiency": plan.time.efficiency,

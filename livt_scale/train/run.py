@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from livt_scale import optim
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.config.recipe import Parallel, Recipe, Stage
@@ -184,10 +185,9 @@ class _StageRun:
 
     def _state(self, task: StageTask, train_set: ShardSet) -> TrainState:
         """The initial weights, as the recipe's strategy holds them."""
-        betas, momentum = task.part.betas, task.part.lars_momentum
         strategy = make_strategy(
-            self.recipe.parallel, task.model, task.groups, betas=betas, momentum=momentum, ema=task.average,
-            world=self.world,
+            self.recipe.parallel, task.model, task.groups, betas=task.part.betas, ema=task.average,
+            make_optimizer=optim.optimizer_maker(task.part), world=self.world,
         )  # fmt: skip
         facts = run_facts(self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin)
         return TrainState(strategy, facts, anomalies=Anomalies(self.recipe.faults), allow=self.allow)

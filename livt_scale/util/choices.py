@@ -18,7 +18,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, LiteralString, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, ValidationError, ValidationInfo
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
@@ -79,26 +87,39 @@ def read(
 
 @dataclass(frozen=True)
 class Chosen:
-    """Annotates a field of a model whose options follow from the field `key` in it, as `choose` reads them."""
+    """Annotates a field of a model whose options follow from the field `key` in it, as `choose` reads them.
+
+    short: a name alone is read, and written, for options that have nothing but a name.
+    """
 
     registry: Registry[Any]
     default: str
     key: str = "name"
+    short: bool = False
 
     def __get_pydantic_core_schema__(self, base: type[Options], handler: GetCoreSchemaHandler) -> CoreSchema:
         def validated(value: Any, info: ValidationInfo) -> Any:
             if isinstance(value, base):
                 return value
+            if self.short and isinstance(value, str):
+                value = {self.key: value}
             if not isinstance(value, dict):
                 raise PydanticKnownError("model_type", {"class_name": base.__name__})
             strict = info.mode == "json"
             return choose(self.registry, value, key=self.key, default=self.default, strict=strict)
 
-        return core_schema.with_info_plain_validator_function(validated)  # dumped with the options of its own class
+        def dumped(value: Options, info: SerializationInfo) -> Any:
+            fields = value.model_dump(mode=info.mode, exclude_none=info.exclude_none)
+            return fields[self.key] if self.short and list(fields) == [self.key] else fields
+
+        return core_schema.with_info_plain_validator_function(
+            validated, serialization=core_schema.plain_serializer_function_ser_schema(dumped, info_arg=True)
+        )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """For editors: any of the registered, each with its own options."""
-        return {"anyOf": [model.model_json_schema() for model in self.registry.values()]}
+        names = [{"enum": list(self.registry)}] if self.short else []
+        return {"anyOf": [*names, *(model.model_json_schema() for model in self.registry.values())]}
 
 
 class NameIn:

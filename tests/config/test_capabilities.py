@@ -21,7 +21,7 @@ ASKED: dict[Feature, list[str]] = {
     "offload": ["parallel.offload=cpu"],
     "hybrid": ["parallel.shard_within=node"],
     "ema": ["stages.finetune.ema.decay=0.99"],
-    "lars": [*PROBE, "stages.finetune.optimizer=lars"],
+    "other_optimizer": [*PROBE, "stages.finetune.optimizer=lars"],
     "frozen_backbone": PROBE,
     "layer_groups": ["log.layer_groups=true"],
 }

@@ -151,7 +151,7 @@ def test_the_zeros_refuse_lars_and_a_frozen_backbone(strategy):
     parallel = {"parallel": {"strategy": strategy}}
     with pytest.raises(ValidationError, match=f"'head' leaves parallel.strategy '{strategy}'.*ddp or fsdp"):
         probe(parallel)
-    with pytest.raises(ValidationError, match=r"'lars' needs the norm of each layer.*set strategy to ddp or fsdp"):
+    with pytest.raises(ValidationError, match=r"'lars' is given complete parameters.*set strategy to ddp or fsdp"):
         probe(parallel, train="all", optimizer="lars")
 
 

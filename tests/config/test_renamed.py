@@ -111,6 +111,7 @@ def test_a_shipped_recipe_resolves_to_the_numbers_that_it_had(name):
         part = recipe.stage(stage)
         loss, by_class = numbers.pop("loss", None), numbers.pop("by_class", None)
         numbers["betas"] = tuple(numbers["betas"])
+        assert part.trained_by.name == numbers.pop("optimizer", "adamw")
         assert {field: getattr(part, field) for field in numbers} == numbers
         if stage == "finetune":
             assert part.loss.model_dump() == loss
