@@ -119,7 +119,11 @@ class Chosen:
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """For editors: any of the registered, each with its own options."""
         names = [{"enum": list(self.registry)}] if self.short else []
-        return {"anyOf": [*names, *(model.model_json_schema() for model in self.registry.values())]}
+        schemas = [model.model_json_schema() for model in self.registry.values()]
+        others = {option: {"type": "null"} for each in schemas for option in each["properties"]}
+        for each in schemas:  # an option of another's may be null, as `choose` reads it
+            each["properties"] = {**others, **each["properties"]}
+        return {"anyOf": [*names, *schemas]}
 
 
 class NameIn:
