@@ -199,16 +199,21 @@ def test_an_optimizer_without_options_is_saved_as_its_name(short):
         load_recipe(QUICKSTART, sets=[f"stages.finetune.optimizer={short}z"])
 
 
-def test_a_source_is_built_into_shards(tmp_path, extension):
-    extension(example("A source format"))
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_source_is_built_into_shards(tmp_path, extension, workers):
+    text = example("A source format").replace("checked(FileSource(", "checked(Mine(")
+    extension(text + "\nclass Mine(FileSource):\n    pass\n")  # of a class that other processes must import too
     (tmp_path / "raw").mkdir()
     for number in range(6):
         (tmp_path / "raw" / f"{number}.png").write_bytes(encoded(number))
     rows = [f"{number}.png,{'ab'[number % 3 == 0]}" for number in range(6)]
     (tmp_path / "raw" / "labels.csv").write_text("\n".join(["path,label", *rows]))
     spec = tmp_path / "spec.yaml"
-    spec.write_text("name: n\nsources: {raw: {csv: {root: raw, file: labels.csv}}}\nsets: {all: {source: raw}}\n")
-    (built,) = build(load_spec(spec), tmp_path / "out", workers=1)
+    spec.write_text(
+        "name: n\nsources: {raw: {csv: {root: raw, file: labels.csv}}}\nsets: {all: {source: raw, shard_samples: 2}}\n"
+    )
+    (built,) = build(load_spec(spec), tmp_path / "out", workers=workers)
+    assert built.made == 3
     assert verify(built.folder, decode=True, workers=1) == []
     manifest = json.loads((built.folder / "manifest.json").read_text())
     assert manifest["class_names"] == ["a", "b"]

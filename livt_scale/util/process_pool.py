@@ -28,12 +28,17 @@ def usable_cores() -> int:
 
 
 def in_processes(
-    work: Callable[[Job], Result], jobs: Iterable[Job], *, workers: int, num_jobs: int
+    work: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    *,
+    workers: int,
+    num_jobs: int,
+    prepare: Callable[[], None] | None = None,
 ) -> Iterator[tuple[int, Result]]:
     """(number of the job, its result) in the order of ending. `work` is a function of a module; jobs are pickled.
 
     The first error ends it: jobs that wait are dropped, those under way are waited for. With one worker or one job
-    all is done in this process.
+    all is done in this process. `prepare` is called in each other process before its first job is unpickled.
     """
     workers = min(workers, num_jobs)
     numbered = enumerate(jobs)
@@ -42,7 +47,7 @@ def in_processes(
             yield number, work(job)
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent, initargs=(os.getpid(),))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(os.getpid(), prepare))
     try:
         yield from _results(pool, work, numbered, num_waiting=2 * workers)
     except BrokenProcessPool as error:
@@ -68,6 +73,12 @@ def _results(
             return
         for future in wait(open_jobs, return_when=FIRST_COMPLETED).done:
             yield open_jobs.pop(future), future.result()
+
+
+def _begin(parent: int, prepare: Callable[[], None] | None) -> None:
+    _end_with_parent(parent)
+    if prepare is not None:
+        prepare()
 
 
 def _end_with_parent(parent: int) -> None:

@@ -26,6 +26,7 @@ from livt_scale.data.build.tar import shown
 from livt_scale.data.build.writer import Prepare, Shard, ShardJob, make_shard, publish, scan_shard
 from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, ShardManifest
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.extensions import load_extensions
 from livt_scale.longtail import choose, imbalance_factor, shuffled
 from livt_scale.util.atomic import PREFIX, FileLock, LockHeld, file_lock, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError
@@ -192,7 +193,8 @@ def _build_set(plan: SetPlan, folder: Path, *, workers: int, progress: Progress 
     jobs = (ShardJob(folder / name, plan.part(k), known.get(name), plan.prepare) for k, name in enumerate(names))
     shards: dict[int, Shard] = {}
     samples = num_bytes = 0
-    for number, shard in in_processes(make_shard, jobs, workers=workers, num_jobs=len(names)):
+    made = in_processes(make_shard, jobs, workers=workers, num_jobs=len(names), prepare=load_extensions)
+    for number, shard in made:
         shards[number] = shard
         samples, num_bytes = samples + shard.info.samples, num_bytes + shard.info.bytes
         if progress:
