@@ -75,7 +75,7 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
 
 
 def _of_file(path: Path, *, data: str | None, run: dict[str, Any], wanted: Wanted) -> Done | None:
-    idle = [f"--{'from' if name == 'which' else name}" for name in run]
+    idle = [f"--{'checkpoint' if name == 'which' else name}" for name in run]
     if data is not None and wanted.gallery is None:
         idle.append("--data")
     if wanted.save_logits is not None:
