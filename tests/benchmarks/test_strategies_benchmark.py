@@ -26,6 +26,7 @@ def few_steps(**fields) -> argparse.Namespace:
     return argparse.Namespace(**given)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_fsdp_hold_half_of_what_ddp_holds(benchmark) -> None:
     results = benchmark.run(few_steps(worlds=[2], strategies=["ddp", "fsdp"]))["2"]
     assert results["fsdp"]["held_bytes"] == pytest.approx(results["ddp"]["held_bytes"] / 2, rel=0.01)
