@@ -13,14 +13,13 @@ process that is killed is an error at the next batch, never a hang. No process o
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing.connection
 import signal
 import warnings
 import weakref
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -346,7 +345,7 @@ class _EvalDataset(_Dataset):
 PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _signals_held_back() -> Iterator[None]:
     """A worker that is forked inside begins with the signals blocked, so that none ends it before `_start_worker`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
