@@ -1,7 +1,7 @@
-"""Real checkpoints by DeepSpeed's own engine, one rank's part: deepspeed_ranks.py FOLDER RANK WORLD_SIZE STAGE.
+"""Real checkpoints by DeepSpeed's own engine, one rank's part: deepspeed_ranks.py FOLDER RANK WORLD_SIZE STAGE...
 
-Trains a small uneven network three steps under ZeRO STAGE, saves it the way DeepSpeed does into FOLDER/zeroSTAGE, and
-leaves what plain torch makes of the same batches in one process, by plain name, in FOLDER/zeroSTAGE.safetensors.
+Trains a small uneven network three steps under each ZeRO STAGE, saves it the way DeepSpeed does into FOLDER/zeroSTAGE,
+and leaves what plain torch makes of the same batches in one process, by plain name, in FOLDER/zeroSTAGE.safetensors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # its compilation takes 90 s, and nothing here needs it
 
 
 class Net(nn.Module):
@@ -60,9 +62,16 @@ def in_one_process(world_size: int) -> dict[str, torch.Tensor]:
     return state
 
 
-def main(folder: Path, rank: int, world_size: int, stage: int) -> None:
+def main(folder: Path, rank: int, world_size: int, *stages: int) -> None:
     ranks = {"rank": rank, "world_size": world_size, "timeout": timedelta(seconds=90)}
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store{stage}", **ranks)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **ranks)
+    for stage in stages:
+        train(folder, rank, world_size, stage)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train(folder: Path, rank: int, world_size: int, stage: int) -> None:
     model = Net()
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -83,9 +92,7 @@ def main(folder: Path, rank: int, world_size: int, stage: int) -> None:
     engine.save_checkpoint(str(folder / f"zero{stage}"), client_state={"epoch": 1})
     if rank == 0:
         save_file(in_one_process(world_size), folder / f"zero{stage}.safetensors")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *map(int, sys.argv[2:5]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -105,11 +105,16 @@ def test_a_damaged_source_is_refused(tmp_path, save):
 # --- DeepSpeed's own ---
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids=lambda stage: f"zero{stage}")
-def zero(request, tmp_path_factory) -> tuple[int, Path]:
-    folder = tmp_path_factory.mktemp(f"zero{request.param}")
-    run_ranks(Path(__file__).with_name("deepspeed_ranks.py"), folder, 2, str(request.param))
-    return request.param, folder
+@pytest.fixture(scope="module")
+def by_deepspeed(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("zero")
+    run_ranks(Path(__file__).with_name("deepspeed_ranks.py"), folder, 2, "1", "2", "3")
+    return folder
+
+
+@pytest.fixture(params=[1, 2, 3], ids=lambda stage: f"zero{stage}")
+def zero(request, by_deepspeed) -> tuple[int, Path]:
+    return request.param, by_deepspeed
 
 
 def test_deepspeeds_own_checkpoint_becomes_ours(zero, tmp_path):
