@@ -1,0 +1,25 @@
+"""Text from outside, made safe to print: names of files, tensors, classes and checkpoints, and what servers answer.
+
+    escaped("cat\\x1b[2J\\n.jpg")             "cat\\\\x1b[2J\\\\n.jpg"
+    escaped("a\\nb\\x07", keep="\\n")         a text of several lines of ours, in which only "\\x07" is replaced
+
+A control character could move the cursor, retitle the terminal or fake a line of a log; a direction override reverses
+what follows it; half a surrogate pair cannot be encoded at all. Errors (`util.errors`), log lines (`util.log`) and what
+commands print (`cli.output`) pass through here, so a caller only escapes a name that may contain a newline.
+"""
+
+from __future__ import annotations
+
+
+def escaped(text: object, *, keep: str = "") -> str:
+    """`text` with each character that is not printable as a backslash escape, except those in `keep`."""
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def first_line(error: BaseException, *, max_chars: int = 300) -> str:
+    """What `error` of a library says, as one short line; its class if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return escaped(lines[0])[:max_chars]
