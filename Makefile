@@ -10,7 +10,7 @@ TEST_FLAGS ?=
 BENCH_OUT ?= build/bench
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-slurm lint format golden compare bench peers clean
+.PHONY: help install quickstart test test-slow test-slurm lint format golden docs compare bench peers clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,10 @@ format: $(READY)  ## let ruff put the code in order
 golden: $(READY)  ## rewrite the golden files; then read the diff
 	$(BIN)/python -m pytest --rewrite-golden $(TEST_FLAGS)
 	git diff --stat
+
+docs: $(READY)  ## the documentation site, in build/docs/index.html
+	$(BIN)/python -m sphinx --fail-on-warning --quiet -b html docs build/docs
+	@echo "build/docs/index.html"
 
 compare: $(READY)  ## train two revisions, A=main and B=., and compare their losses bit for bit
 	$(BIN)/python scripts/compare.py $(A) $(B) $(COMPARE_FLAGS)
