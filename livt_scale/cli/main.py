@@ -6,6 +6,8 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,7 +36,7 @@ from livt_scale.cli import (
     tau_norm,
     train,
 )
-from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LivtError, UsageError
+from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LauncherError, LivtError, UsageError
 from livt_scale.util.log import line, to_stderr
 
 EPILOG = """
@@ -82,6 +84,8 @@ def _options(
             "--version", help="Print the version.", callback=lambda v: _print_version() if v else None, is_eager=True
         ),
     ] = False,
+    # The launchers of DeepSpeed and of older torch write it before the command, beside the variable LOCAL_RANK.
+    _local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
 ) -> None:
     global _debug
     _debug = debug
@@ -116,6 +120,7 @@ app.command()(doctor.doctor)
 app.add_typer(job.app, name="job", hidden=True)
 
 
+LAUNCHERS = ("accelerate", "accelerate-launch")
 RENAMED_OPTIONS = {"--at-once": "--jobs", "--from": "--checkpoint"}
 
 
@@ -136,6 +141,8 @@ def main() -> None:
         app(prog_name="livt")
     except LivtError as error:
         _print_error(error, "stopped" if error.exit_code == EXIT_PREEMPTED else "error")
+        if isinstance(error, LauncherError):
+            _end_launcher()
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `livt … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -145,6 +152,19 @@ def main() -> None:
             raise
         _print_error(error, "error")
         sys.exit(EXIT_FAILED)
+
+
+def _end_launcher() -> None:
+    """End accelerate's launcher, if it has started us: below the reason it would print a traceback."""
+    import psutil
+
+    with suppress(psutil.Error):
+        parent = psutil.Process().parent()
+        words = (
+            parent.cmdline()[:3] if parent else []
+        )  # python accelerate launch …, python -m accelerate.commands.launch
+        if parent and any(Path(w).name in LAUNCHERS or w.startswith("accelerate.commands") for w in words):
+            parent.terminate()
 
 
 def _print_error(error: Exception, kind: str) -> None:

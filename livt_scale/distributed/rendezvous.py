@@ -13,6 +13,7 @@ Every wait has a bound, and rank 0 can name who is missing.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from datetime import timedelta
@@ -22,6 +23,7 @@ from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 
 from livt_scale.util.errors import RunError
+from livt_scale.util.log import announced_wait
 
 LOOK_S = 0.02
 NAMED = 8
@@ -30,9 +32,14 @@ NAMED = 8
 def meet(rank: int, world_size: int, *, timeout_s: float) -> Store:
     """The store of this start, over MASTER_ADDR and MASTER_PORT. RunError where not all come within `timeout_s`."""
     ends = time.monotonic() + timeout_s
+    # The others announce their wait only until they reach rank 0: from then on it names who is missing.
+    others = f"the other {world_size - 1} of {world_size} processes" if rank == 0 else "rank 0"
+    where = f"at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s)))
-        word = agree_on_word(store, rank, world_size, ends=ends)
+        with announced_wait(f"{others} {where}, up to {timeout_s:g} s", every_rank=True):
+            store, _, _ = next(rendezvous("env://", rank, world_size, timeout=timedelta(seconds=timeout_s)))
+        with announced_wait(f"{others}, up to {timeout_s:g} s"):
+            word = agree_on_word(store, rank, world_size, ends=ends)
     except dist.DistError as error:
         raise RunError(
             f"the {world_size} processes do not come together: {str(error).splitlines()[0]}",

@@ -1,9 +1,10 @@
 """Who am I: rank and world size from torchrun, accelerate or srun, or alone; and the process group.
 
     nothing                 World(rank 0 of 1)
-    torchrun, accelerate    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+    torchrun, accelerate    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; deepspeed: the same
     mpirun                  OMPI_COMM_WORLD_RANK, …; MASTER_ADDR where there are several nodes
-    srun                    SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID; master: the first host of SLURM_STEP_NODELIST
+    srun                    SLURM_PROCID, SLURM_STEP_NUM_TASKS (else SLURM_NTASKS), SLURM_LOCALID;
+                            master: the first host of SLURM_STEP_NODELIST
 
 Every collective has a bound (`parallel.timeout_s`): a rank that waits longer ends with an error, never at the job's
 time limit. Why not accelerate's PartialState for this: it reads no Slurm variables.
@@ -23,7 +24,12 @@ import torch.distributed as dist
 
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.rendezvous import meet
-from livt_scale.util.errors import UsageError
+from livt_scale.util.errors import LauncherError, UsageError
+from livt_scale.util.host_list import expand
+
+FIRST_SPECIAL_STEP = (
+    0xFFFFFFF0  # slurm.h numbers the steps that are not srun's from the top: interactive, batch, extern
+)
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,13 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
     torchrun's word comes before mpirun's, and both before srun's: inside a task that srun started, they start more.
     """
     if "RANK" in environ and "WORLD_SIZE" in environ:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        here = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in environ else "LOCAL_SIZE"  # LOCAL_SIZE: deepspeed's
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", here)
     elif "OMPI_COMM_WORLD_RANK" in environ:
         mpi = "OMPI_COMM_WORLD_"
         names = (f"{mpi}RANK", f"{mpi}SIZE", f"{mpi}LOCAL_RANK", f"{mpi}LOCAL_SIZE")
     elif _srun_started_several(environ):
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "")
+        names = ("SLURM_PROCID", _tasks_variable(environ), "SLURM_LOCALID", "")
     else:
         _refuse_lone_accelerate(environ)
         return World()
@@ -71,10 +78,9 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
     if not 0 <= rank < world_size:
         raise UsageError(f"{names[0]} is {rank} with {names[1]} = {world_size}", remedy="start by torchrun or srun")
     local_rank, local_size = _number(environ, names[2], rank), _number(environ, names[3], 0)
-    if not local_size and _srun_started_several(environ) and _number(environ, "SLURM_NTASKS") == world_size:
-        local_size = (
-            _slurm_tasks_here(environ) or world_size
-        )  # also where a batch script has set RANK from Slurm's word
+    if not local_size and _srun_started_several(environ) and _number(environ, _tasks_variable(environ)) == world_size:
+        # Also where a batch script has set RANK from Slurm's variables.
+        local_size = _slurm_tasks_here(environ) or world_size
         local_rank = _number(environ, names[2], _number(environ, "SLURM_LOCALID", local_rank))
     local_size = local_size or world_size
     if not 0 <= local_rank < local_size <= world_size:
@@ -86,15 +92,27 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def _srun_started_several(environ: Mapping[str, str]) -> bool:
-    return "SLURM_PROCID" in environ and "SLURM_STEP_ID" in environ and _number(environ, "SLURM_NTASKS", 1) > 1
+    if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
+        return False
+    # Steps that are not srun's, as the shell that `salloc` opens: one task, whatever the job may start later.
+    if _number(environ, "SLURM_STEP_ID") >= FIRST_SPECIAL_STEP:
+        return False
+    return _number(environ, _tasks_variable(environ), 1) > 1
+
+
+def _tasks_variable(environ: Mapping[str, str]) -> str:
+    """The variable with the number of tasks of this step; SLURM_NTASKS may be the number of the job's."""
+    return "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environ else "SLURM_NTASKS"
 
 
 def _refuse_lone_accelerate(environ: Mapping[str, str]) -> None:
-    """`accelerate launch --cpu --num_processes 4` starts one process and tells it a meeting place for four."""
+    """`accelerate launch --cpu --num_processes 4` starts one process and gives it a meeting place for four."""
     if environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and "MASTER_ADDR" in environ:
-        raise UsageError(
-            "accelerate launch --cpu starts one process, whatever --num_processes says, unless it has an MPI hostfile",
-            remedy="say --multi_gpu instead of --cpu (it starts processes on CPUs too), or take torchrun",
+        raise LauncherError(
+            "accelerate launch starts one process, whatever num_processes is, with --cpu or with use_cpu: true in its "
+            "config file (unless it has an MPI hostfile)",
+            remedy="give --multi_gpu, which starts processes on CPUs too (in the config file use_cpu: false and "
+            "distributed_type: MULTI_GPU), or use torchrun",
         )
 
 
@@ -140,9 +158,9 @@ def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
     if world.world_size == 1:
         yield
         return
-    master = _slurm_master(os.environ)
-    os.environ.setdefault("MASTER_ADDR", master[0])
-    os.environ.setdefault("MASTER_PORT", master[1])
+    if "MASTER_ADDR" not in os.environ:
+        os.environ["MASTER_ADDR"] = _slurm_master(os.environ)
+    os.environ.setdefault("MASTER_PORT", _slurm_port(os.environ))
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     store = meet(world.rank, world.world_size, timeout_s=timeout_s)
     timeout = timedelta(seconds=timeout_s)
@@ -153,9 +171,11 @@ def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _slurm_master(environ: Mapping[str, str]) -> tuple[str, str]:
-    """(host, port) that every task of a Slurm step derives alike; localhost outside Slurm."""
-    nodes = environ.get("SLURM_STEP_NODELIST", "")
-    first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)  # "gpu[03-07,12],cpu1" -> "gpu03"
-    host = (first[1] + (first[2] or "")) if first else "127.0.0.1"
-    return host, str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000)
+def _slurm_master(environ: Mapping[str, str]) -> str:
+    """The host that every task of a Slurm step derives alike; localhost outside Slurm."""
+    return next(expand(environ.get("SLURM_STEP_NODELIST", "")), "127.0.0.1")
+
+
+def _slurm_port(environ: Mapping[str, str]) -> str:
+    """The port that every task of a Slurm step derives alike."""
+    return str(20000 + _number(environ, "SLURM_JOB_ID", 0) % 20000)

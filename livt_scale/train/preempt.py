@@ -4,7 +4,8 @@ The clock is the second source, for clusters whose signal never comes: the job's
 step + a save), both as measured, at least MIN_LEAD_S. Rank 0's clock counts for all. A signal may reach only one rank:
 the loop sums the ranks' requests together with the step's loss, so that all of them stop after the same step.
 
-    limit         LIVT_STOP_AT, else SLURM_JOB_END_TIME (epoch seconds), else `scontrol show job` where Slurm started us
+    limit         LIVT_STOP_AT, else SLURM_JOB_END_TIME (epoch seconds), else `scontrol show job` where Slurm started
+                  us; one in the past is ignored, with a warning
     turn 2 s      the longest time between two checks: a step, with evaluation and staging if they are due
     save 9 s      the longest, from its call to its checkpoint's name
     lead 22 s     stop as soon as less is left
@@ -12,6 +13,8 @@ the loop sums the ranks' requests together with the step's loss, so that all of 
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 import signal
@@ -23,6 +26,9 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from livt_scale.util.errors import UsageError
+from livt_scale.util.log import announced_wait
+
+_log = logging.getLogger(__name__)
 
 # SIGUSR1 is NCCL's: it catches it, so it is honoured only where it reaches us.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)
@@ -87,19 +93,36 @@ def time_limit(environ: Mapping[str, str] = os.environ) -> float | None:
     """When this job will be ended, in epoch seconds; None if unknown. UsageError if it is not a number."""
     for name in ("LIVT_STOP_AT", "SLURM_JOB_END_TIME"):
         if given := environ.get(name):
-            try:
-                return float(given)
-            except ValueError:
-                raise UsageError(f"{name} is {given!r}", remedy="give seconds since 1970, as `date +%s` does") from None
+            limit = _to_come(_seconds(name, given), name)
+            if limit is not None:
+                return limit
     job = environ.get("SLURM_JOB_ID")
-    return _ask_slurm(job) if job else None
+    return _to_come(_ask_slurm(job), "EndTime of scontrol") if job else None
+
+
+def _seconds(name: str, given: str) -> float:
+    try:
+        if math.isfinite(seconds := float(given)):
+            return seconds
+    except ValueError:
+        pass
+    raise UsageError(f"{name} is {given!r}", remedy="give seconds since 1970, as `date +%s` does")
+
+
+def _to_come(limit: float | None, name: str) -> float | None:
+    """`limit`; None where it is over: the job still runs, so it is wrong, and each start would end after one step."""
+    if limit is None or limit > time.time():
+        return limit
+    _log.warning("%s is %.0f, a time in the past: ignored", name, limit)
+    return None
 
 
 def _ask_slurm(job: str) -> float | None:
     """EndTime of a job from its controller, for versions of Slurm that do not set SLURM_JOB_END_TIME."""
     try:
         asked = ["scontrol", "--oneliner", "show", "job", job]
-        answer = subprocess.run(asked, capture_output=True, text=True, timeout=SCONTROL_S, check=True).stdout
+        with announced_wait(f"scontrol, up to {SCONTROL_S:g} s"):
+            answer = subprocess.run(asked, capture_output=True, text=True, timeout=SCONTROL_S, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return None  # no Slurm here, or no answer: only signals are left
     end = re.search(r"\bEndTime=(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)", answer)  # local time; "Unknown" without a limit

@@ -2,7 +2,8 @@
 
 LivtError                 exit code 1
 ├── UsageError            exit code 2: a wrong option or argument, before anything started
-│   └── RecipeError       a recipe that cannot be: field, file and line, nearest valid name
+│   ├── RecipeError       a recipe that cannot be: field, file and line, nearest valid name
+│   └── LauncherError     the launcher has started the processes in a way that cannot work
 ├── DataError             while shards are built, verified or read
 │   ├── SourceError       the raw images or their list
 │   ├── ManifestError     manifest or index missing, unreadable, or not what the shards are
@@ -55,6 +56,10 @@ class UsageError(LivtError):
 
 
 class RecipeError(UsageError):
+    pass
+
+
+class LauncherError(UsageError):
     pass
 
 

@@ -14,8 +14,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_log = logging.getLogger(__name__)
 
 ROOT = "livt_scale"
 EVERY_RANK = {"every_rank": True}  # as `extra`: an INFO line that every rank prints
@@ -23,8 +26,24 @@ EVERY_RANK = {"every_rank": True}  # as `extra`: an INFO line that every rank pr
 VARIABLES = (
     ("RANK", "WORLD_SIZE"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
+ANNOUNCE_AFTER_S = 2.0  # a wait that takes longer is announced
+
+
+@contextmanager
+def announced_wait(what: str, *, every_rank: bool = False) -> Iterator[None]:
+    """Log "waiting for `what`" if the block, which waits for others, takes more than ANNOUNCE_AFTER_S."""
+    timer = threading.Timer(
+        ANNOUNCE_AFTER_S, _log.info, ("waiting for %s", what), {"extra": {"every_rank": every_rank}}
+    )
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from livt_scale.distributed.world import World, _slurm_master, detect
+from livt_scale.distributed.world import World, _slurm_master, _slurm_port, detect
 from livt_scale.util.errors import UsageError
 
 
@@ -101,4 +101,10 @@ def test_contradicting_variables_are_named(environ):
     [("gpu[03-07,12],cpu1", "gpu03"), ("node7", "node7"), ("a-b[1,5]", "a-b1"), ("x1,x2", "x1"), ("", "127.0.0.1")],
 )
 def test_the_master_is_the_first_node_of_the_step(nodes, host):
-    assert _slurm_master({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_ID": "71"}) == (host, "20071")
+    assert _slurm_master({"SLURM_STEP_NODELIST": nodes}) == host
+
+
+def test_the_port_follows_from_the_job():
+    assert [_slurm_port({"SLURM_JOB_ID": job}) for job in ("71", "20071", "3")] == ["20071", "20071", "20003"]
+    with pytest.raises(UsageError, match="SLURM_JOB_ID is 'x'"):
+        _slurm_port({"SLURM_JOB_ID": "x"})

@@ -68,8 +68,8 @@ def test_without_a_limit_the_clock_never_asks(clock):
     ("environ", "limit"),
     [
         ({}, None),
-        ({"SLURM_JOB_END_TIME": "1764000000"}, 1764000000.0),
-        ({"SLURM_JOB_END_TIME": "1764000000", "LIVT_STOP_AT": "1763000000.5"}, 1763000000.5),
+        ({"SLURM_JOB_END_TIME": "4102444800"}, 4102444800.0),
+        ({"SLURM_JOB_END_TIME": "4102444800", "LIVT_STOP_AT": "4102440000.5"}, 4102440000.5),
     ],
 )
 def test_where_the_limit_comes_from(environ, limit):
@@ -84,21 +84,21 @@ def test_a_limit_that_is_no_number_is_refused():
 SCONTROL = """#!/bin/sh
 test "$*" = "--oneliner show job 77" || exit 9
 echo "JobId=77 JobName=a EndTime=wrong Reason=None"
-echo "JobId=77 JobName=x RunTime=00:01:00 TimeLimit=01:00:00 StartTime=2026-11-23T10:00:00 EndTime={end} Deadline=N/A"
+echo "JobId=77 JobName=x RunTime=00:01:00 TimeLimit=01:00:00 StartTime=2096-11-23T10:00:00 EndTime={end} Deadline=N/A"
 exit {code}
 """
 
 
 @pytest.mark.parametrize(
     ("end", "code", "known"),
-    [("2026-11-23T11:00:00", 0, True), ("Unknown", 0, False), ("2026-11-23T11:00:00", 1, False)],
+    [("2096-11-23T11:00:00", 0, True), ("Unknown", 0, False), ("2096-11-23T11:00:00", 1, False)],
 )
 def test_the_controller_is_asked_where_slurm_does_not_say(tmp_path, monkeypatch, end, code, known):
     script = tmp_path / "scontrol"
     script.write_text(SCONTROL.format(end=end, code=code))
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    expected = time.mktime((2026, 11, 23, 11, 0, 0, 0, 0, -1)) if known else None
+    expected = time.mktime((2096, 11, 23, 11, 0, 0, 0, 0, -1)) if known else None
     assert time_limit({"SLURM_JOB_ID": "77"}) == expected
 
 
