@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from livt_scale.doctor.finding import Finding
+from livt_scale.util.atomic import lock_works
 from livt_scale.util.resources import shipped
 
 GIB = 2**30
@@ -106,6 +107,13 @@ def judge_disk(free: int, *, folder: str, writable: bool) -> Finding:
     return Finding("disk", "ok", said)
 
 
+def judge_locks(works: bool, *, folder: str) -> Finding:
+    if not works:
+        message = f"the file system of {folder} has no flock, which a run directory and `shards build` need"
+        return Finding("locks", "problem", message, "work on another file system, or set LIVT_LOCK=file")
+    return Finding("locks", "ok", f"files in {folder} can be locked")
+
+
 def judge_slurm(found: list[str]) -> Finding:
     missing = [c for c in SLURM_COMMANDS if c not in found]
     if not found:
@@ -186,6 +194,13 @@ def free_shared_memory() -> int | None:
 def _disk() -> list[Finding]:
     here = Path.cwd()
     return [judge_disk(shutil.disk_usage(here).free, folder=str(here), writable=os.access(here, os.W_OK))]
+
+
+def _locks() -> list[Finding]:
+    here = Path.cwd()
+    if not os.access(here, os.W_OK):
+        return []  # as the check of the disk says
+    return [judge_locks(lock_works(here), folder=str(here))]
 
 
 def _gpus() -> list[Finding]:
@@ -281,6 +296,7 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _memory,
     _shared_memory,
     _disk,
+    _locks,
     _gpus,
     _collectives,
     _jpeg,

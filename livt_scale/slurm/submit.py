@@ -281,7 +281,7 @@ def alone(run_dir: Path) -> Iterator[None]:
         lock = file_lock(run_dir / "slurm" / ".lock")
     except LockHeld as error:
         raise ClusterError(
-            f"another livt submit is at work in {shown(run_dir)}: {error.holder}", remedy="wait for it"
+            f"another livt submit is at work in {shown(run_dir)}: {error.holder}", remedy=error.remedy
         ) from None
     except OSError as error:
         raise ClusterError(

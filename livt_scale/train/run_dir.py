@@ -38,7 +38,7 @@ def hold(run_dir: Path) -> Iterator[None]:
         lock = file_lock(run_dir / ".lock")
     except LockHeld as error:
         raise RunBusyError(
-            f"{error.holder} works in {run_dir}", remedy="wait for it, end it, or set another run_dir"
+            f"{error.holder} works in {run_dir}", remedy=f"{error.remedy}; or set another run_dir"
         ) from None
     except OSError as error:
         raise RunError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error

@@ -8,26 +8,38 @@
 
 The writers write beside the target under a hidden temporary name, sync the bytes, rename, and sync the folder that
 holds the name (rename(2) is atomic, but durable only after the folder is synced). An error removes the temporary file.
-The lock is flock(2): the kernel releases it when the process ends, however it ends, so no lock is ever stale.
+The lock is flock(2): the kernel releases it when the process ends, however it ends, so no lock is ever stale. Where the
+file system has none, LIVT_LOCK=file chooses a lock that does without (`livt_scale.util.held_file`).
+
+What is written gets the mode that the umask says, also from a library that writes through a private temporary file.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from livt_scale.util.errors import DataError, LivtError
+from livt_scale.util import held_file
+from livt_scale.util.errors import DataError, LivtError, UsageError
+from livt_scale.util.log import ANNOUNCE_AFTER_S, EVERY_RANK
+
+_log = logging.getLogger(__name__)
 
 PREFIX = ".livt-writing-"  # a leftover of a killed process starts so; nothing ever reads one
+PRIVATE = 0o600  # what mkstemp and its like give a file, whatever the umask
+HELD = ".held"  # the ending of a lock file of LIVT_LOCK=file
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what flock answers where there is none
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -43,9 +55,10 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     temporary = _beside(path)
     try:
         with temporary.open("xb") as file:
+            mode = os.fstat(file.fileno()).st_mode  # as the umask says
             yield file
             file.flush()
-            os.fsync(file.fileno())
+        _publish(temporary, mode=mode)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -63,18 +76,26 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666  # of a file, as the umask says
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+                _publish(file, mode=mode)
         for folder in (*(p for p in temporary.rglob("*") if p.is_dir()), temporary):
             sync_folder(folder)
         _put_in_place(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sync_folder(path.parent)
+
+
+def _publish(file: Path, *, mode: int) -> None:
+    """Sync `file`, and give it `mode` where a library has made it for its owner alone (safetensors does)."""
+    with file.open("rb") as opened:
+        if stat.S_IMODE(os.fstat(opened.fileno()).st_mode) == PRIVATE:
+            os.fchmod(opened.fileno(), stat.S_IMODE(mode))
+        os.fsync(opened.fileno())
 
 
 @contextmanager
@@ -107,14 +128,26 @@ class LockHeld(LivtError):
     """Another process holds the lock. `holder`: "process 4711 on node3", for the caller's own error."""
 
     def __init__(self, path: Path, holder: str) -> None:
-        super().__init__(f"{holder} holds {path}", remedy="wait for it, or end it")
+        leftover = f"; if it has ended, remove {path}" if path.suffix == HELD else ""
+        super().__init__(f"{holder} holds {path}", remedy=f"wait for it, or end it{leftover}")
         self.holder = holder
 
 
-class FileLock:
-    """A lock that this process holds, until the end of a `with` block."""
+class LocksMissing(LivtError):
+    """The file system has no locks."""
 
-    def __init__(self, path: Path, handle: int, *, remove: bool) -> None:
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(
+            f"{path} cannot be locked: the file system there has no flock ({error.strerror})",
+            remedy="choose a folder on another file system, or set LIVT_LOCK=file in all processes "
+            "(docs/environment.md, File systems without locks)",
+        )
+
+
+class FileLock:
+    """A lock that this process holds, until the end of a `with` block. `handle` None: the file itself is the lock."""
+
+    def __init__(self, path: Path, handle: int | None, *, remove: bool) -> None:
         self._path, self._handle, self._remove = path, handle, remove
 
     def __enter__(self) -> None:
@@ -123,45 +156,81 @@ class FileLock:
     def __exit__(self, *_: object) -> None:
         if self._remove:
             self._path.unlink(missing_ok=True)
-        os.close(self._handle)
+        if self._handle is not None:
+            os.close(self._handle)
 
 
 def file_lock(path: Path, *, wait_s: float = 0.0, mode: int = 0o644, remove: bool = False) -> FileLock:
     """Take the lock `path`, a file in an existing folder that then names this process.
 
-    remove: the file is deleted when the lock is released. Raises LockHeld after `wait_s`, OSError where the file
-    cannot be opened.
+    remove: the file is deleted when the lock is released. Raises LockHeld after `wait_s`, LocksMissing where the file
+    system has none, OSError where the file cannot be opened.
     """
-    handle = _locked(path, give_up_s=time.monotonic() + wait_s, mode=mode)
-    with suppress(OSError):  # a full disk costs the name, not the lock
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-    return FileLock(path, handle, remove=remove)
-
-
-def _locked(path: Path, *, give_up_s: float, mode: int) -> int:
-    pause_s = 0.002
+    held = _lock_kind() == "file"
+    if held:
+        path = path.with_name(path.name + HELD)
+    began, pause_s, announced = time.monotonic(), 0.002, False
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
-        holder = "another process"
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A holder with `remove` may have deleted the file between our open and our lock.
-            if os.fstat(handle).st_ino == path.stat().st_ino:
-                return handle
-        except BlockingIOError:
-            holder = os.read(handle, 200).decode(errors="replace").strip() or holder
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            os.close(handle)
-            raise
-        os.close(handle)
-
-        if time.monotonic() >= give_up_s:
+        holder: int | str | None = held_file.take(path) if held else _flock(path, mode=mode)
+        if not isinstance(holder, str):
+            return FileLock(path, holder, remove=remove or held)
+        waited_s = time.monotonic() - began
+        if waited_s >= wait_s:
             raise LockHeld(path, holder)
+        if waited_s > ANNOUNCE_AFTER_S and not announced:
+            announced = True
+            _log.info("waiting for %s, held by %s, up to %g s", path, holder, wait_s, extra=EVERY_RANK)
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, 0.1)
+
+
+def lock_works(folder: Path) -> bool:
+    """Whether files in `folder`, which exists, can be locked. Raises OSError where nothing can be written there."""
+    path = _beside(folder / "lock")
+    try:
+        with file_lock(path, remove=True):
+            return True
+    except LocksMissing:
+        path.unlink(missing_ok=True)
+        return False
+
+
+def _lock_kind() -> str:
+    kind = os.environ.get("LIVT_LOCK", "flock")
+    if kind not in ("flock", "file"):
+        raise UsageError(f"LIVT_LOCK is {kind!r}", remedy="set it to flock or file, or leave it unset")
+    return kind
+
+
+def _flock(path: Path, *, mode: int) -> int | str:
+    """The descriptor of the locked file; else who holds it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    try:
+        holder = _try_flock(handle, path)
+        if holder is None:
+            with suppress(OSError):  # a full disk costs the name, not the lock
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+            return handle
+    except OSError as error:
+        os.close(handle)
+        if error.errno in NO_LOCKS:
+            raise LocksMissing(path, error) from error
+        raise
+    os.close(handle)
+    return holder
+
+
+def _try_flock(handle: int, path: Path) -> str | None:
+    """None: locked; else who holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # A holder with `remove` may have deleted the file between our open and our lock.
+        return None if os.fstat(handle).st_ino == path.stat().st_ino else "another process"
+    except BlockingIOError:
+        return os.read(handle, 200).decode(errors="replace").strip() or "another process"
+    except FileNotFoundError:
+        return "another process"
 
 
 def _beside(path: Path) -> Path:

@@ -218,7 +218,7 @@ def _alone(folder: Path) -> FileLock:
             return file_lock(folder / LOCK, remove=True)
     except LockHeld as error:
         raise DataError(
-            f"another process builds in {folder}: {error.holder}", remedy="wait for it, or choose another --out"
+            f"another process builds in {folder}: {error.holder}", remedy=f"{error.remedy}; or choose another --out"
         ) from None
 
 

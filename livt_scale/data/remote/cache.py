@@ -35,7 +35,7 @@ from pathlib import Path
 from livt_scale.config import recipe
 from livt_scale.data.manifest import FileInfo
 from livt_scale.data.remote.fetch import Cancelled
-from livt_scale.util.atomic import FileLock, LockHeld, file_lock
+from livt_scale.util.atomic import NO_LOCKS, FileLock, LockHeld, file_lock
 from livt_scale.util.errors import DataError, UsageError
 from livt_scale.util.urls import one_line
 
@@ -99,6 +99,12 @@ class ShardCache:
         try:
             return self._hold(info, fetch, wait_s=wait_s, stop=cancelled or threading.Event())
         except OSError as error:
+            if error.errno in NO_LOCKS:
+                raise DataError(
+                    f"{self.folder}: the cache of shards needs locks, and the file system there has no flock "
+                    f"({error.strerror})",
+                    remedy="set data.cache.dir, or LIVT_CACHE_DIR, to a folder on a disk of this node",
+                ) from error
             raise DataError(
                 f"{self.folder}: the cache of shards cannot be used for {one_line(info.name)}: "
                 f"{error.strerror or error}",
