@@ -2,7 +2,8 @@
 
 The file is a pickle, and a pickle can call any function it names. Here a name is looked up in a short list: the dozen
 records that DCP writes become inert objects made for this one reading, `torch.Size` becomes `tuple`, a dtype is looked
-up among torch's, and any other name (`os.system`) is refused before anything runs. Then every value is checked: plain
+up among torch's, `getattr` finds the members of one Enum alone (Python 3.11.0 to 3.11.3 pickles Enums by it), and any
+other name (`os.system`) is refused before anything runs. Then every value is checked: plain
 names of files that the manifest lists, sizes that are not negative, pieces inside their tensor, and tensors alone: an
 item of bytes, which DCP would unpickle with code enabled, is refused. Layout as of torch 2.11 to 2.14.
 """
@@ -19,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
     ChunkStorageMetadata,
     Metadata,
     TensorProperties,
@@ -146,6 +148,7 @@ class _Restricted(pickle.Unpickler):
         self._kinds = {
             (module, name): type(name, (_Record,), {}) for module, names in _RECORDS.items() for name in names
         }
+        self._memory_format = type("_MEM_FORMAT_ENCODING", (int,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self._kinds:
@@ -155,10 +158,20 @@ class _Restricted(pickle.Unpickler):
         if (module, name) == ("torch.serialization", "_get_layout"):
             return str  # every layout but "torch.strided" is refused below
         if (module, name) == ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"):
-            return int
+            return self._memory_format
+        if module in ("builtins", "__builtin__") and name == "getattr":
+            return self._member
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+    def _member(self, kind: Any, name: Any) -> int:
+        """What stands for `getattr`."""
+        if kind is self._memory_format and type(name) is str and name in _MEM_FORMAT_ENCODING.__members__:
+            return int(_MEM_FORMAT_ENCODING[name].value)
+        raise pickle.UnpicklingError(
+            "it asks for builtins.getattr of something else than an Enum of torch's, which no checkpoint needs"
+        )
 
     def persistent_load(self, pid: Any) -> NoReturn:  # noqa: ARG002
         raise pickle.UnpicklingError("it asks for a persistent object, which no checkpoint needs")

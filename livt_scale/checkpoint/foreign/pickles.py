@@ -2,7 +2,8 @@
 
 torch's restricted unpickler (`weights_only=True`) makes tensors and plain values. A name beyond those is looked up in
 the list below, of what DeepSpeed and training scripts leave beside their tensors, and becomes an inert object; any
-other name is refused, and told, before anything is read.
+other name is refused, and named, before anything is read. `getattr`, by which Python 3.11.0 to 3.11.3 pickles Enums,
+finds the members of the Enum in that list alone.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ HARMLESS = (
     "numpy._core.multiarray.scalar",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+
+
+ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3}
 
 
 class Inert:
@@ -42,12 +45,30 @@ class Inert:
         self.state = state
 
 
+class InertZeroStage(Inert):
+    """Stands for DeepSpeed's ZeroStageEnum; `args` has its number."""
+
+
+def enum_member(kind: Any, name: Any) -> Inert:
+    """What stands for `getattr`: the member `name` of a known Enum."""
+    if kind is InertZeroStage and type(name) is str and name in ZERO_STAGES:
+        return InertZeroStage(ZERO_STAGES[name])
+    raise pickle.UnpicklingError("it asks for builtins.getattr of something else than a known Enum")
+
+
+STAND_INS: tuple[tuple[Any, str], ...] = (
+    *((Inert, name) for name in HARMLESS),
+    (InertZeroStage, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (enum_member, "builtins.getattr"),
+)
+
+
 def read_pickle(path: Path, *, mmap: bool = False) -> Any:
     """What `torch.save` wrote into `path`, tensors on the CPU. CheckpointDamaged names what it was refused for.
 
     mmap: tensors are read when they are looked at; of no effect on the format before torch 1.6, which cannot be mapped.
     """
-    with safe_globals([(Inert, name) for name in HARMLESS]):
+    with safe_globals(list(STAND_INS)):
         try:
             if others := sorted(_other_names(path)):
                 raise _refused(path, f"it asks for {', '.join(others)}")
