@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from livt_scale.checkpoint.tensor_file import write_tensors, write_torch
 from livt_scale.config.recipe import Recipe
 from livt_scale.models.layers import MLP_RATIO
 from livt_scale.train.finetune import read_pretraining
 from livt_scale.train.load_trained import load_trained
-from livt_scale.util.atomic import new_folder
+from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import ExportError, UsageError, nearest
 from livt_scale.weights.importer import open_weights
 from livt_scale.weights.layouts import to_hf
@@ -40,12 +40,13 @@ def export_as(run_dir: Path, out: Path, *, layout: str, stage: str, which: str |
         raise ExportError(f"{out} is there already", remedy="give a new folder as --out")
     state, lineage, recipe = read_pretraining(run_dir) if stage == "pretrain" else _classifier(run_dir, which)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with new_folder(out.resolve()) as temporary:
+    num_bytes = sum(tensor.nbytes for tensor in state.values())
+    with plain_disk_errors(out.resolve(), needed=num_bytes), new_folder(out.resolve()) as temporary:
         if layout == "mae":
-            torch.save({"model": state}, temporary / PTH)
+            write_torch({"model": state}, temporary / PTH)
         else:
             tensors = {name: tensor.contiguous() for name, tensor in to_hf(state).items()}
-            save_file(tensors, temporary / SAFETENSORS, metadata={"format": "pt"})
+            write_tensors(tensors, temporary / SAFETENSORS, metadata={"format": "pt"})
             (temporary / "config.json").write_text(json.dumps(hf_config(recipe), indent=2) + "\n", encoding="ascii")
         back = open_weights(temporary).state
         if back.keys() != state.keys() or not all(torch.equal(back[name], state[name]) for name in state):

@@ -21,10 +21,11 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from livt_scale.checkpoint.io import sha256_of
+from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.config.load import load_saved
 from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
@@ -124,7 +125,7 @@ def write_export(trained: Trained, out: Path) -> ExportInfo:
     tensors = {name: t.detach().cpu().contiguous() for name, t in trained.model.state_dict().items()}
     try:
         with new_folder(out.resolve()) as temporary:
-            save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+            write_tensors(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             info = _info(trained, temporary / WEIGHTS)
             config = timm_config(info) | {"livt": info.model_dump(mode="json")}
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")

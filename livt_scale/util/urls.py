@@ -42,10 +42,12 @@ def url_problem(url: str) -> str | None:
 
 
 def below(url: str, name: str) -> str:
-    """The URL of the file `name` in the folder `url`."""
-    if url.startswith(("http://", "https://")):
+    """The URL of the file `name` in the folder `url`; its scheme in small letters, as libraries want it."""
+    scheme, _, place = url.partition("://")
+    scheme = scheme.lower()
+    if scheme in ("http", "https"):
         name = quote(name)
-    return f"{url.rstrip('/')}/{name}"
+    return f"{scheme}://{place.rstrip('/')}/{name}"
 
 
 def one_line(name: str) -> str:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from livt_scale.checkpoint.io import sha256_of
+from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import MaskedAutoencoder
-from livt_scale.util.atomic import new_folder
+from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import UsageError, WeightsError, nearest
 from livt_scale.weights.adapt import Taken, adapt, compare
 from livt_scale.weights.layouts import LAYOUTS, Layout, detect, infer_model, to_ours
@@ -108,8 +108,9 @@ def import_weights(
         "has_decoder": "mask_token" in state,
         "source": {"file": weights.file.name, "layout": weights.layout, "sha256": weights.sha256},
     }
-    with new_folder(out.resolve()) as temporary:
-        save_file(state, temporary / SAFETENSORS, metadata={"format": "pt"})
+    num_bytes = sum(tensor.nbytes for tensor in state.values())
+    with plain_disk_errors(out.resolve(), needed=num_bytes), new_folder(out.resolve()) as temporary:
+        write_tensors(state, temporary / SAFETENSORS, metadata={"format": "pt"})
         info["sha256"] = sha256_of(temporary / SAFETENSORS)
         (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="ascii")
     gone = tuple(name for name in weights.state if name not in state)

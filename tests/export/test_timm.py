@@ -198,7 +198,7 @@ def test_a_failed_write_leaves_the_older_export_whole(tmp_path: Path, monkeypatc
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(export, "write_tensors", full)
     with pytest.raises(ExportError, match="No space left"):
         export.export_run(tmp_path / "run", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before

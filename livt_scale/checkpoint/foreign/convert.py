@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from livt_scale.checkpoint import io
@@ -37,9 +36,10 @@ from livt_scale.checkpoint.manifest import (
     step_name,
     step_of,
 )
+from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.state_dict import AVERAGE, MOMENTS, plain_name
-from livt_scale.util.atomic import new_file, new_folder, sync_folder
+from livt_scale.util.atomic import new_file, new_folder, plain_disk_errors, sync_folder
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError, UsageError
 
 KEY = "livt_checkpoint"  # in a safetensors file's metadata
@@ -109,8 +109,9 @@ def write_safetensors(it: Converted, file: Path) -> None:
         "facts": it.facts,
     }
     _enough_room(it, file.parent)
-    with new_file(file) as opened:
-        save_file(it.tensors, opened.name, metadata={"format": "pt", KEY: json.dumps(about, allow_nan=False)})
+    with plain_disk_errors(file, needed=_num_bytes(it)), new_file(file) as opened:
+        metadata = {"format": "pt", KEY: json.dumps(about, allow_nan=False)}
+        write_tensors(it.tensors, Path(opened.name), metadata=metadata)
 
 
 def write_checkpoint(it: Converted, folder: Path) -> None:
@@ -131,7 +132,7 @@ def write_checkpoint(it: Converted, folder: Path) -> None:
     peers = Peers(all_raise=CheckpointError)
     plan = plan_write(it.tensors, peers)
     assert plan.metadata is not None
-    with new_folder(folder) as temporary:
+    with plain_disk_errors(folder, needed=_num_bytes(it)), new_folder(folder) as temporary:
         writer = FolderWriter(temporary, peers)
         results = writer.write_pieces(plan, Pieces.live(it.tensors, plan, peers))
         writer.write_metadata(plan.metadata, [results])
@@ -284,7 +285,11 @@ def _must_be_new(target: Path) -> None:
         raise UsageError(f"there is no folder {target.parent}", remedy="make it, or give another --to")
 
 
+def _num_bytes(it: Converted) -> int:
+    return sum(tensor.nbytes for tensor in it.tensors.values())
+
+
 def _enough_room(it: Converted, folder: Path) -> None:
-    needed, free = sum(tensor.nbytes for tensor in it.tensors.values()), io.free_bytes(folder)
+    needed, free = _num_bytes(it), io.free_bytes(folder)
     if free < needed:
         raise CheckpointError(f"{folder} has {io.readable(free)} free, and {io.readable(needed)} are needed")

@@ -20,6 +20,7 @@ import email.utils
 import errno
 import hashlib
 import itertools
+import logging
 import os
 import random
 import re
@@ -33,7 +34,10 @@ from typing import Any
 
 from livt_scale.config.recipe import Remote
 from livt_scale.util.errors import DataError, RemoteError
+from livt_scale.util.log import ANNOUNCE_AFTER_S, EVERY_RANK
 from livt_scale.util.urls import below, one_line, redacted
+
+_log = logging.getLogger(__name__)
 
 FIRST_WAIT_S = 0.5  # the bound of the first wait; it doubles from try to try
 LONGEST_WAIT_S = 30.0
@@ -119,6 +123,8 @@ class Fetcher:
                     f"the last: {verdict.what}",
                     remedy=verdict.remedy,
                 ) from None  # the cause's own words may hold a signed URL
+            if wait_s > ANNOUNCE_AFTER_S:
+                _log.info("%s: %s; try %d in %.0f s", one_line(name), verdict.what, tries + 1, wait_s, extra=EVERY_RANK)
             if stop.wait(wait_s):
                 raise Cancelled
         raise AssertionError("unreachable")
@@ -284,6 +290,6 @@ def _retry_after(error: BaseException) -> float:
     text = str((getattr(error, "headers", None) or {}).get("Retry-After", "")).strip()
     with contextlib.suppress(ValueError):
         return max(0.0, float(text))
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(Exception):  # the parser raises whatever it likes for what is no date
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return 0.0

@@ -20,7 +20,7 @@ from livt_scale.checkpoint.foreign import convert
 from livt_scale.checkpoint.foreign.convert import read, write_checkpoint, write_safetensors
 from livt_scale.checkpoint.load import load, newest_whole, read_manifest, read_tensors, verify
 from livt_scale.distributed.state_dict import collect
-from livt_scale.util.errors import CheckpointDamaged, CheckpointError, UsageError
+from livt_scale.util.errors import CheckpointDamaged, CheckpointError, DataError, UsageError
 from tests.checkpoint.test_node_local import run_ranks
 
 
@@ -70,10 +70,10 @@ def test_nothing_is_overwritten_or_half_written(tmp_path, save, monkeypatch):
     with pytest.raises(UsageError, match="cannot hold step 1"):
         write_checkpoint(it, tmp_path / "step-00000002")
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr(convert, "save_file", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(convert, "write_tensors", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left")))
     monkeypatch.setattr(convert, "FolderWriter", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left")))
     for name, write in (("b.safetensors", write_safetensors), ("b", write_checkpoint)):
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(DataError, match="No space"):
             write(it, tmp_path / name)
     monkeypatch.setattr(io, "free_bytes", lambda folder: 10)
     with pytest.raises(CheckpointError, match="are needed"):

@@ -1,0 +1,553 @@
+"""Environments that other launchers, schedulers, file systems, Pythons and servers make. Cases E1 to E8."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import io
+import itertools
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributed.checkpoint import metadata as dcp
+from typer.testing import CliRunner
+
+from livt_scale.checkpoint import dcp_metadata, tensor_file
+from livt_scale.checkpoint.foreign.convert import Converted, write_safetensors
+from livt_scale.checkpoint.foreign.pickles import InertZeroStage, read_pickle
+from livt_scale.checkpoint.tensor_file import write_torch
+from livt_scale.cli import main as cli
+from livt_scale.config.recipe import Remote
+from livt_scale.data.remote import fetch as remote
+from livt_scale.data.remote.cache import ShardCache
+from livt_scale.data.remote.fetch import Fetcher
+from livt_scale.distributed import rendezvous
+from livt_scale.distributed.world import World, _slurm_master, detect
+from livt_scale.doctor import checks
+from livt_scale.train import preempt, run_dir
+from livt_scale.train.preempt import time_limit
+from livt_scale.util import atomic, held_file, log
+from livt_scale.util.atomic import LockHeld, LocksMissing, file_lock, lock_works
+from livt_scale.util.errors import CheckpointDamaged, DataError, LauncherError, RemoteError, RunBusyError, UsageError
+from livt_scale.util.host_list import expand
+
+# --- E1: an interactive step, and waits that are announced ---
+
+INTERACTIVE = {
+    "SLURM_JOB_ID": "77", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "4294967290",
+    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_STEP_NODELIST": "localhost",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "missing", ["SLURM_JOB_NAME", "SLURM_STEP_NUM_TASKS"]
+)  # older versions of Slurm lack the latter
+def test_e1_an_interactive_step_is_one_process(missing):
+    assert detect({k: v for k, v in INTERACTIVE.items() if k != missing}) == World()
+
+
+def test_e1_the_tasks_of_a_step_count_not_those_of_its_job(monkeypatch):
+    step = {**INTERACTIVE, "SLURM_STEP_ID": "0", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
+    step |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
+    assert detect(step) == World(1, 2, 1, 2)
+    for name, value in step.items():
+        monkeypatch.setenv(name, value)
+    assert log.rank_of_process() == (1, 2)
+
+
+@pytest.fixture
+def lines(monkeypatch, caplog):
+    """What the package logs, with waits announced after 0.05 s."""
+    for module in (log, atomic, remote):
+        monkeypatch.setattr(module, "ANNOUNCE_AFTER_S", 0.05)
+    caplog.set_level(logging.INFO, logger="livt_scale")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_e1_a_wait_for_other_processes_is_announced(monkeypatch, lines):
+    store = dist.HashStore()
+    monkeypatch.setattr(rendezvous, "rendezvous", lambda *_, **__: iter([(store, 0, 4)]))
+    with pytest.raises(Exception, match="3 of 4 processes"):
+        rendezvous.meet(0, 4, timeout_s=0.3)
+    assert lines() == ["waiting for the other 3 of 4 processes, up to 0.3 s"]
+
+
+def test_e1_a_short_wait_is_not_announced(monkeypatch, lines):
+    monkeypatch.setattr(log, "ANNOUNCE_AFTER_S", 0.2)
+    with log.announced_wait("nobody"):
+        pass
+    time.sleep(0.3)
+    assert lines() == []
+
+
+def test_e1_a_wait_for_a_lock_is_announced(tmp_path, lines):
+    with file_lock(tmp_path / "lock"), pytest.raises(LockHeld):
+        file_lock(tmp_path / "lock", wait_s=0.3)
+    assert lines() == [
+        f"waiting for {tmp_path / 'lock'}, held by process {os.getpid()} on {socket.gethostname()}, up to 0.3 s"
+    ]
+
+
+# --- E2: Slurm's host lists ---
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("rack[1-2]n[1-4]", "rack1n1"),
+        ("gpu[01-02]-ib", "gpu01-ib"),
+        ("node[001-002].cluster.local", "node001.cluster.local"),
+        ("gpu[7,9-12]x,login", "gpu7x"),
+        ("login,gpu[7,9-12]", "login"),
+        ("n[0-999999999999]", "n0"),
+    ],
+)
+def test_e2_the_master_is_the_first_node_whatever_the_form_of_the_list(nodes, first):
+    assert _slurm_master({"SLURM_STEP_NODELIST": nodes}) == first
+
+
+@pytest.mark.parametrize("nodes", ["n[1-", "n1-2]", "n[1-2", "n[[1-2]]", "n[a-b]", "n[]", "n[1-2]" * 200, ",a", "a,,b"])
+def test_e2_what_is_no_host_list_is_an_error_that_names_it(nodes):
+    with pytest.raises(UsageError, match="Slurm's list of nodes") as error:
+        _slurm_master({"SLURM_STEP_NODELIST": nodes})
+    assert "MASTER_ADDR" in error.value.remedy
+
+
+WORD = st.text("abcn-.", min_size=1, max_size=4)
+RANGE = st.tuples(st.integers(0, 120), st.integers(0, 5), st.integers(1, 4))  # first, more, width
+
+
+@st.composite
+def host_lists(draw):
+    """(the list as Slurm compresses it, the names), from the numbers of each bracket: no parser is involved."""
+    texts, names = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        text, choices = draw(WORD), []
+        choices.append([text])
+        for ranges in draw(st.lists(st.lists(RANGE, min_size=1, max_size=3), max_size=3)):
+            shown, numbers = [], []
+            for first, more, width in ranges:
+                width = max(width, len(str(first)))
+                shown.append(f"{first:0{width}}" + (f"-{first + more:0{width}}" if more else ""))
+                numbers += [str(k).zfill(width) for k in range(first, first + more + 1)]
+            suffix = draw(st.one_of(st.just(""), WORD))
+            text += f"[{','.join(shown)}]{suffix}"
+            choices += [numbers, [suffix]]
+        texts.append(text)
+        names += ["".join(parts) for parts in itertools.product(*choices)]
+    return ",".join(texts), names
+
+
+@settings(max_examples=40)
+@given(host_lists())
+def test_e2_a_list_expands_to_the_names_that_it_was_made_from(made):
+    text, names = made
+    assert list(expand(text)) == names
+
+
+# --- E3: a file system without flock ---
+
+
+@pytest.fixture
+def no_flock(monkeypatch):
+    def missing(_handle: int, _operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+
+
+@pytest.fixture(scope="session")
+def noflock_so(tmp_path_factory) -> Path:
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    folder = tmp_path_factory.mktemp("noflock")
+    (folder / "noflock.c").write_text(
+        "#include <errno.h>\nint flock(int fd, int op) { (void)fd; (void)op; errno = ENOSYS; return -1; }\n"
+    )
+    subprocess.run([compiler, "-shared", "-fPIC", "-o", folder / "noflock.so", folder / "noflock.c"], check=True)
+    return folder / "noflock.so"
+
+
+TAKE_LOCK = """
+import sys
+from pathlib import Path
+from livt_scale.util.atomic import file_lock, lock_works
+from livt_scale.util.errors import LivtError
+try:
+    with file_lock(Path(sys.argv[1]) / "lock"):
+        print("held", sorted(p.name for p in Path(sys.argv[1]).iterdir()))
+except LivtError as error:
+    print(error)
+print(lock_works(Path(sys.argv[1])))
+"""
+
+
+def test_e3_in_a_process_without_flock_the_error_names_path_and_cause_and_its_remedy_works(tmp_path, noflock_so):
+    def run(**environ: str) -> list[str]:
+        environ = {**os.environ, "LD_PRELOAD": str(noflock_so), "PYTHONPATH": os.pathsep.join(sys.path), **environ}
+        words = [sys.executable, "-c", TAKE_LOCK, str(tmp_path)]
+        return subprocess.run(words, env=environ, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    said, works = run()
+    assert f"{tmp_path / 'lock'} cannot be locked" in said
+    assert "no flock (Function not implemented)" in said
+    assert "LIVT_LOCK=file" in said
+    assert works == "False"
+    (tmp_path / "lock").unlink()
+    assert run(LIVT_LOCK="file") == ["held ['lock.held']", "True"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_e3_a_run_directory_without_locks_is_named(tmp_path, no_flock):
+    with pytest.raises(LocksMissing, match=re.escape(str(tmp_path / "run"))), run_dir.hold(tmp_path / "run"):
+        pass
+
+
+def test_e3_a_cache_without_locks_is_named(tmp_path, no_flock, monkeypatch):
+    monkeypatch.setenv("LIVT_LOCK", "file")
+    info = SimpleNamespace(name="a.tar", bytes=3, sha256="0" * 64)
+    with pytest.raises(DataError, match="no flock") as error:
+        ShardCache(tmp_path, limit=10).hold(info, lambda path: path.write_bytes(b"abc"), wait_s=1)
+    assert "data.cache.dir" in error.value.remedy
+
+
+def test_e3_doctor_tests_a_lock(tmp_path, monkeypatch, no_flock):
+    monkeypatch.chdir(tmp_path)
+    (found,) = checks._locks()
+    assert (found.name, found.status) == ("locks", "problem")
+    assert "LIVT_LOCK=file" in found.fix
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (found,) = checks._locks()
+    assert found.status == "ok"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def by_file(monkeypatch, no_flock):
+    monkeypatch.setenv("LIVT_LOCK", "file")
+
+
+def test_e3_the_lock_by_file_keeps_others_out_and_names_its_holder(tmp_path, by_file):
+    with run_dir.hold(tmp_path), pytest.raises(RunBusyError) as error, run_dir.hold(tmp_path):
+        pass
+    assert f"process {os.getpid()} on {socket.gethostname()}" in error.value.message
+    assert f"if it has ended, remove {tmp_path / '.lock.held'}" in error.value.remedy
+    with run_dir.hold(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def ended_child() -> int:
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
+
+
+ELSEWHERE = {"host": "other", "machine": "m", "boot": "b", "processes": 1}
+LEFTOVERS = {  # what differs from this process, and whether the holder has certainly ended
+    "a killed process": ({"pid": ended_child}, True),
+    "a process id that is used again": ({"started": 1.0}, True),
+    "before a reboot": ({"boot": "before", "processes": 1}, True),
+    "a live process": ({}, False),
+    "a container here": ({"processes": 1, "pid": ended_child}, False),
+    "a machine of the same name": ({"machine": "m", "boot": "b"}, False),
+    "another machine": (ELSEWHERE, False),
+    "an earlier start of this job elsewhere": ({**ELSEWHERE, "job": "7", "restarts": "0"}, True),
+    "another job elsewhere": ({**ELSEWHERE, "job": "8", "restarts": "0"}, False),
+    "this start of this job elsewhere": ({**ELSEWHERE, "job": "7", "restarts": "1"}, False),
+}
+
+
+@pytest.mark.parametrize(("changed", "ended"), LEFTOVERS.values(), ids=LEFTOVERS.keys())
+def test_e3_a_leftover_is_taken_over_only_where_its_holder_has_certainly_ended(
+    tmp_path, by_file, monkeypatch, changed, ended
+):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    found = held_file._this_process() | {k: v() if callable(v) else v for k, v in changed.items()}
+    held = tmp_path / "lock.held"
+    held.write_text(json.dumps(found))
+    if ended:
+        with file_lock(tmp_path / "lock"):
+            assert json.loads(held.read_text())["pid"] == os.getpid()
+        assert list(tmp_path.iterdir()) == []
+    else:
+        with pytest.raises(LockHeld, match=f"process {found['pid']} on {found['host']}"):
+            file_lock(tmp_path / "lock")
+        assert json.loads(held.read_text()) == found
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"pid": "x"}', b'{"boot": null, "pid": null}'])
+def test_e3_a_leftover_that_cannot_be_read_counts_as_held(tmp_path, by_file, content):
+    (tmp_path / "lock.held").write_bytes(content)
+    with pytest.raises(LockHeld):
+        file_lock(tmp_path / "lock")
+    (tmp_path / "lock.held").unlink()
+    os.mkfifo(tmp_path / "lock.held")
+    with pytest.raises(LockHeld):
+        file_lock(tmp_path / "lock")
+
+
+def test_e3_of_two_that_find_a_leftover_one_gets_the_lock(tmp_path, by_file, monkeypatch):
+    """The slower one has read the leftover, and finds the lock of the faster one in its place."""
+    held = tmp_path / "lock.held"
+    held.write_text(json.dumps(held_file._this_process() | {"pid": ended_child()}))
+    read, locks = held_file._read, []
+
+    def slower(path: Path) -> dict[str, object]:
+        found = read(path)
+        if not locks:
+            monkeypatch.setattr(held_file, "_read", read)
+            locks.append(file_lock(tmp_path / "lock"))
+        return found
+
+    monkeypatch.setattr(held_file, "_read", slower)
+    with pytest.raises(LockHeld, match=f"process {os.getpid()} "):
+        file_lock(tmp_path / "lock")
+    assert json.loads(held.read_text())["pid"] == os.getpid()
+
+
+def test_e3_another_kind_of_lock_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIVT_LOCK", "nfs")
+    with pytest.raises(UsageError, match="LIVT_LOCK is 'nfs'"):
+        lock_works(tmp_path)
+
+
+# --- E4: a job end time in the past ---
+
+
+@pytest.mark.parametrize("name", ["LIVT_STOP_AT", "SLURM_JOB_END_TIME"])
+@pytest.mark.parametrize("limit", ["0", "-1e300", "1764000000", f"{time.time() - 5:.0f}"])
+def test_e4_an_end_in_the_past_is_reported_and_ignored(name, limit, caplog):
+    assert time_limit({name: limit}) is None
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert f"{name} is " in record.getMessage()
+    assert "ignored" in record.getMessage()
+
+
+def test_e4_the_next_source_counts_instead(monkeypatch):
+    later = time.time() + 1000
+    assert time_limit({"LIVT_STOP_AT": "1", "SLURM_JOB_END_TIME": str(later)}) == later
+    monkeypatch.setattr(preempt, "_ask_slurm", lambda job: later if job == "77" else None)
+    assert time_limit({"SLURM_JOB_END_TIME": "1", "SLURM_JOB_ID": "77"}) == later
+    monkeypatch.setattr(preempt, "_ask_slurm", lambda job: 1.0)
+    assert time_limit({"SLURM_JOB_ID": "77"}) is None
+
+
+@pytest.mark.parametrize("limit", ["nan", "inf", "soon"])
+def test_e4_an_end_that_is_no_time_is_refused(limit):
+    with pytest.raises(UsageError, match="SLURM_JOB_END_TIME"):
+        time_limit({"SLURM_JOB_END_TIME": limit})
+
+
+# --- E5, E6: the launchers of DeepSpeed and accelerate ---
+
+
+@pytest.mark.parametrize("option", ["--local_rank=1", "--local-rank=1"])
+def test_e5_the_local_rank_that_launchers_add_is_accepted(option):
+    result = CliRunner().invoke(cli.app, [option, "train", "--help"])
+    assert result.exit_code == 0, result.output
+    assert "local" not in CliRunner().invoke(cli.app, ["--help"]).output
+
+
+def test_e5_deepspeed_says_how_many_processes_a_node_has():
+    environ = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+    assert detect(environ) == World(5, 8, 1, 4)
+
+
+USE_CPU = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_e6_the_keys_of_accelerates_config_file_are_named():
+    with pytest.raises(LauncherError, match="use_cpu: true") as error:
+        detect(USE_CPU)
+    assert "distributed_type: MULTI_GPU" in error.value.remedy
+    assert "use_cpu: false" in error.value.remedy
+    assert error.value.exit_code == 2
+
+
+ACCELERATE = ["python", "-m", "accelerate.commands.launch"], ["python", "/venv/bin/accelerate", "launch"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ended"), [*((w, True) for w in ACCELERATE), (["bash"], False), (["python", "accelerated.py"], False)]
+)
+def test_e6_the_reason_is_the_last_line_since_accelerates_launcher_is_ended_below_it(monkeypatch, capsys, words, ended):
+    calls = []
+    parent = SimpleNamespace(cmdline=lambda: words, terminate=lambda: calls.append(capsys.readouterr().err))
+    monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
+    monkeypatch.setattr(sys, "argv", ["livt"])
+    monkeypatch.setattr(cli, "app", lambda prog_name: detect(USE_CPU))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    assert [("use_cpu" in printed) for printed in calls] == [True] * ended
+
+
+# --- E7: Enums as Python 3.11.0 to 3.11.3 pickles them ---
+
+
+class PickledByGetattr(pickle._Pickler):
+    """A pickler in Python, for which an Enum's member is a call of getattr, as it was before 3.11.4."""
+
+    def reducer_override(self, value):
+        if type(value).__name__ in ("_MEM_FORMAT_ENCODING", "ZeroStageEnum"):
+            return getattr, (type(value), value.name)
+        return NotImplemented
+
+
+def pickled_by_getattr(tree: object, *, protocol: int = 2) -> bytes:
+    file = io.BytesIO()
+    PickledByGetattr(file, protocol).dump(tree)
+    assert b"getattr" in file.getvalue()
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_e7_the_metadata_of_a_checkpoint_is_read_back(protocol):
+    properties = dcp.TensorProperties(dtype=torch.float32)
+    properties.memory_format = torch.contiguous_format
+    chunk = dcp.ChunkStorageMetadata(torch.Size([0]), torch.Size([2]))
+    tree = dcp.Metadata({"model.w": dcp.TensorStorageMetadata(properties, torch.Size([2]), [chunk])})
+    found = dcp_metadata._Restricted(io.BytesIO(pickled_by_getattr(tree, protocol=protocol))).load()
+    assert dcp_metadata._dtype(found.state["state_dict_metadata"]["model.w"].state["properties"]) == torch.float32
+
+
+RECORD = b"ctorch.distributed.checkpoint.metadata\n"
+CALLS = {
+    "a record's method": b"cbuiltins\ngetattr\n(" + RECORD + b"Metadata\nS'__init__'\ntR.",
+    "a method of the Enum": b"cbuiltins\ngetattr\n(" + RECORD + b"_MEM_FORMAT_ENCODING\nS'mro'\ntR.",
+    "no member": b"cbuiltins\ngetattr\n(" + RECORD + b"_MEM_FORMAT_ENCODING\nS'__class__'\ntR.",
+    "a module": b"cbuiltins\ngetattr\n(ctorch\nfloat32\nS'to'\ntR.",
+    "itself": b"cbuiltins\ngetattr\n(cbuiltins\ngetattr\nS'__globals__'\ntR.",
+    "a default": b"cbuiltins\ngetattr\n(" + RECORD + b"_MEM_FORMAT_ENCODING\nS'x'\nI1\ntR.",
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_e7_getattr_finds_nothing_but_members_of_known_enums(tmp_path, call):
+    with pytest.raises((pickle.UnpicklingError, TypeError)):
+        dcp_metadata._Restricted(io.BytesIO(call)).load()
+    with pytest.raises(CheckpointDamaged, match="refused"):
+        read_pickle(saved_by_torch(tmp_path / "x.pt", call))
+
+
+def saved_by_torch(path: Path, data: bytes) -> Path:
+    """A file of torch.save whose pickle is `data`."""
+    torch.save(1, path)
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in entries.items():
+            new.writestr(name, data if name.endswith("data.pkl") else content)
+    return path
+
+
+def test_e7_the_stage_in_a_checkpoint_of_deepspeed_is_read(tmp_path):
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    tree = {"zero_stage": ZeroStageEnum.gradients, "partition_count": 2}
+    found = read_pickle(saved_by_torch(tmp_path / "states.pt", pickled_by_getattr(tree)))
+    assert isinstance(found["zero_stage"], InertZeroStage)
+    assert found["zero_stage"].args == (2,)
+    for call in (b"S'mro'", b"S'from_bytes'"):
+        spoilt = b"cbuiltins\ngetattr\n(cdeepspeed.runtime.zero.config\nZeroStageEnum\n" + call + b"\ntR."
+        with pytest.raises(CheckpointDamaged, match="refused"):
+            read_pickle(saved_by_torch(tmp_path / "spoilt.pt", spoilt))
+
+
+# --- E8: servers and full disks ---
+
+
+@pytest.mark.parametrize("scheme", ["file", "FILE", "File"])
+def test_e8_the_scheme_of_a_url_may_be_in_capitals(tmp_path, scheme):
+    (tmp_path / "a.tar").write_bytes(b"abc")
+    assert Fetcher(f"{scheme}://{tmp_path}", Remote()).fetch("a.tar", tmp_path / "out", most_bytes=3)
+    assert (tmp_path / "out").read_bytes() == b"abc"
+
+
+def test_e8_http_in_capitals_is_http():
+    files = Fetcher("HTTP://host/x", Remote(tries=1, connect_timeout_s=1, deadline_s=1))
+    with pytest.raises(RemoteError, match="http://host/x"):
+        files.fetch("a.tar", Path("/dev/null"), most_bytes=3)
+
+
+ABSURD = (
+    "Fri, 31 Dec 99999999999 23:59:59 GMT", "31 Dec 0000", "Mon, 99 Foo 2020 99:99:99 +9999999", "9" * 5000, "nan",
+    "-inf", "1e999", "Fri, 31 Dec 9999 23:59:59 -2359", "\x00", "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ABSURD)
+def test_e8_an_absurd_retry_after_is_a_number_of_seconds(text):
+    error = Exception()
+    error.headers = {"Retry-After": text}  # type: ignore[attr-defined]
+    assert remote._retry_after(error) >= 0
+
+
+def test_e8_a_long_wait_before_the_next_try_is_announced(tmp_path, monkeypatch, lines):
+    monkeypatch.setattr(remote, "_retry_after", lambda error: 0.1)
+    tries = []
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        tries.append(1)
+        error = Exception()
+        error.status = 503  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr(Fetcher, "_transfer", refuse)
+    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
+    with pytest.raises(RemoteError):
+        Fetcher("http://host", Remote(tries=2)).fetch("a.tar", tmp_path / "out", most_bytes=3)
+    assert lines() == ["a.tar: the server answered 503; try 2 in 0 s"]
+
+
+FULL_DISK = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL_DISK.exists(), reason="no /dev/full")
+def test_e8_torchs_writer_says_that_the_disk_is_full(tmp_path):
+    class OnFullDisk(tensor_file.HashedFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            self._file.close()
+            self._file = FULL_DISK.open("wb", buffering=0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_file, "HashedFile", OnFullDisk)
+        with pytest.raises(OSError, match="No space left"):
+            write_torch({"model": {"w": torch.zeros(1000)}}, tmp_path / "x.pth")
+
+
+def test_e8_a_full_disk_is_one_line_where_tensors_are_written(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(tensor_file, "save_file", full)
+    with pytest.raises(DataError, match="not enough space") as error:
+        write_safetensors(Converted("x", {"model.w": torch.zeros(10)}), tmp_path / "x.safetensors")
+    assert "40 bytes needed" in error.value.message
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
