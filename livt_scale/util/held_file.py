@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-MAX_BYTES = 1000
+from livt_scale.util.outside import read_json
 
 
 def take(path: Path) -> str | None:
@@ -84,10 +84,8 @@ def _line(path: str) -> str:
 def _read(path: Path) -> dict[str, Any]:
     """What the holder wrote; empty where it is gone, is being written, or is not ours."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # a pipe does not block
-        with os.fdopen(handle, "rb", buffering=0) as file:
-            found = json.loads(file.read(MAX_BYTES) or b"")
-    except (OSError, ValueError, RecursionError):
+        found = read_json(path, "note")
+    except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
