@@ -7,6 +7,7 @@
 | bal_ce  | z + τ·log π         (balanced softmax)    | as ce                                                      |
 | bal_bce | z + τ·(log π - log(1 - π))    (LiVT)      | as bce                                                     |
 | cb_ce   | z                                         | as ce, weighted by (1 - β) / (1 - β^n), with mean 1        |
+| cb_bce  | z                                         | as bce, the term of class c weighted as in cb_ce           |
 | ldam    | s·z, less s·m on the true class           | as ce; m ∝ n^(-1/4), the largest 0.5                       |
 | mislas  | z                                         | as ce, smoothed by 0.3 (largest class) to 0 (smallest)     |
 | lade    | z + log π                                 | as ce, plus 0.1 times a regulariser over the batch         |

@@ -98,12 +98,24 @@ class ClassBalancedCrossEntropy(LossOptions):
     )
 
     def build(self, counts: Counts) -> Criterion:
-        beta = self.beta
-        # 1 - β^n with all its digits; β = 0 counts each class as one image
-        effective = -np.expm1(counts * math.log(beta)) / (1 - beta) if beta else np.ones_like(counts)
-        weights = 1 / effective
         f = formulas()
-        return f.Loss("cb_ce", f.weighted_cross_entropy, weights * (len(counts) / weights.sum()))
+        return f.Loss("cb_ce", f.weighted_cross_entropy, _class_balanced_weights(counts, self.beta))
+
+
+@LOSSES.register("cb_bce")
+class ClassBalancedBinaryCrossEntropy(LossOptions):
+    """Class-balanced loss as LiVT's code has it under mixup (CB_BCE): binary cross entropy, each class weighted.
+
+    The weight is that of the class that is asked about, for all images alike, not that of an image's own class.
+    """
+
+    name: Literal["cb_bce"] = "cb_bce"
+    beta: BelowOne = Field(0.9999, description="how slowly more images of a class stop counting (default: LiVT's code)")
+    link: ClassVar[Literal["softmax", "sigmoid"]] = "sigmoid"
+
+    def build(self, counts: Counts) -> Criterion:
+        f = formulas()
+        return f.Loss("cb_bce", f.weighted_binary_cross_entropy, _class_balanced_weights(counts, self.beta))
 
 
 @LOSSES.register("ldam")
@@ -175,6 +187,14 @@ class Focal(LossOptions):
     def build(self, counts: Counts) -> Criterion:  # noqa: ARG002
         f = formulas()
         return f.Loss("focal", f.focal(self.gamma))
+
+
+def _class_balanced_weights(counts: Counts, beta: float) -> Counts:
+    """(1 - β) / (1 - β^n) of each class, with mean 1."""
+    # 1 - β^n with all its digits; β = 0 counts each class as one image
+    effective = -np.expm1(counts * math.log(beta)) / (1 - beta) if beta else np.ones_like(counts)
+    weights = 1 / effective
+    return weights * (len(counts) / weights.sum())
 
 
 def _log_prior(counts: Counts) -> Counts:

@@ -171,9 +171,18 @@ _SOFTPLUS_IS_LINEAR = 50.0  # log(1 + exp(x)) = x in float64 too; torch's own 20
 
 
 def _binary_cross_entropy(logits: Tensor, targets: Tensor, margin: Tensor | None) -> Tensor:
-    """max(x, 0) - t·x + log(1 + exp(-|x|)): no term is lost to a larger one of the other sign."""
-    x = logits if margin is None else logits + margin
-    return torch.addcmul(x.clamp_min(0), targets, x, value=-1).add_(_log1p(x.abs().neg_().exp_())).sum()
+    return _binary_terms(logits if margin is None else logits + margin, targets).sum()
+
+
+def _weighted_binary_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    """The yes or no of class c, for every image, weighted by w_c."""
+    assert weights is not None
+    return _binary_terms(logits, targets).mul_(weights).sum()
+
+
+def _binary_terms(x: Tensor, targets: Tensor) -> Tensor:
+    """[b, C] max(x, 0) - t·x + log(1 + exp(-|x|)): no term is lost to a larger one of the other sign."""
+    return torch.addcmul(x.clamp_min(0), targets, x, value=-1).add_(_log1p(x.abs().neg_().exp_()))
 
 
 def _log1p(u: Tensor) -> Tensor:
@@ -192,6 +201,11 @@ def _binary_cross_entropy_slope(logits: Tensor, targets: Tensor, margin: Tensor 
     return torch.sigmoid(logits if margin is None else logits + margin).sub_(targets)
 
 
+def _weighted_binary_cross_entropy_slope(logits: Tensor, targets: Tensor, weights: Tensor | None) -> Tensor:
+    assert weights is not None
+    return torch.sigmoid(logits).sub_(targets).mul_(weights)
+
+
 def focal(gamma: float) -> RowSum:
     """Binary cross entropy, each term weighted by (1 - its probability)^γ (arXiv 1708.02002, equation 4, no α)."""
 
@@ -206,6 +220,7 @@ cross_entropy = RowSum(_cross_entropy)
 weighted_cross_entropy = RowSum(_weighted_cross_entropy)
 smoothed_cross_entropy = RowSum(_smoothed_cross_entropy)
 binary_cross_entropy = RowSum(_binary_cross_entropy, _binary_cross_entropy_slope)
+weighted_binary_cross_entropy = RowSum(_weighted_binary_cross_entropy, _weighted_binary_cross_entropy_slope)
 
 
 # --- the whole batch ---

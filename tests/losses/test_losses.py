@@ -28,6 +28,7 @@ OTHERWISE = {
     "bal_ce": {"tau": 1.7},
     "bal_bce": {"tau": 0.6},
     "cb_ce": {"beta": 0.99},
+    "cb_bce": {"beta": 0.99},
     "ldam": {"max_margin": 1.5, "scale": 3.0},
     "mislas": {"head_smoothing": 0.6, "tail_smoothing": 0.05},
     "lade": {"dv_weight": 2.0, "dv_penalty": 0.7},
@@ -83,13 +84,15 @@ def published(name, z, t, counts, **options):
         return (1 - epsilon) * nll(row, y) + epsilon * sum(nll(row, c) for c in classes) / len(classes)
 
     def of_label(row, y):
-        if name in ("bce", "bal_bce", "focal"):
+        weights = [(1 - o["beta"]) / (1 - o["beta"] ** n) for n in counts]
+        weights = [len(counts) * w / sum(weights) for w in weights]
+        if name in ("bce", "bal_bce", "cb_bce", "focal"):
             value = 0.0
             for c in classes:
                 x = row[c] + (o["tau"] * math.log(prior[c] / (1 - prior[c])) if name == "bal_bce" else 0)
                 p = 1 / (1 + math.exp(-x))
                 right = p if c == y else 1 - p
-                value -= math.log(right) * ((1 - right) ** o["gamma"] if name == "focal" else 1)
+                value -= math.log(right) * {"focal": (1 - right) ** o["gamma"], "cb_bce": weights[c]}.get(name, 1)
             return value
         if name in ("bal_ce", "lade"):
             tau = o["tau"] if name == "bal_ce" else 1
@@ -101,8 +104,7 @@ def published(name, z, t, counts, **options):
             sine = math.sin((counts[y] - few) * math.pi / (2 * (most - few)))
             return smoothed(row, y, o["tail_smoothing"] + (o["head_smoothing"] - o["tail_smoothing"]) * sine)
         if name == "cb_ce":
-            weights = [(1 - o["beta"]) / (1 - o["beta"] ** n) for n in counts]
-            return len(counts) * weights[y] / sum(weights) * nll(row, y)
+            return weights[y] * nll(row, y)
         if name == "ldam":
             margins = [n**-0.25 for n in counts]
             margin = margins[y] * o["max_margin"] / max(margins)
@@ -211,6 +213,7 @@ def test_every_option_changes_the_loss(name, options):
         ("bal_ce", {"tau": 0}, "ce"),
         ("bal_bce", {"tau": 0}, "bce"),
         ("cb_ce", {"beta": 0}, "ce"),
+        ("cb_bce", {"beta": 0}, "bce"),
         ("ldam", {"max_margin": 0, "scale": 1}, "ce"),
         ("mislas", {"head_smoothing": 0}, "ce"),
         ("lade", {"dv_weight": 0}, "bal_ce"),

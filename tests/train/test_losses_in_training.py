@@ -69,7 +69,7 @@ def test_a_run_learns_by_it(shards, name, options, tmp_path):
             {"mixup": 0, "smoothing": 0},
             "cutmix is 1, but the loss 'lade' needs to know.*set cutmix: 0",
         ),
-        ({"name": "ce", "beta": 0.9}, {}, "the loss 'ce' has no options: leave it out, or take cb_ce"),
+        ({"name": "ce", "beta": 0.9}, {}, "the loss 'ce' has no options: leave it out, or take cb_ce or cb_bce"),
         (
             {"name": "ldam", "tau": 1},
             {},
