@@ -16,7 +16,7 @@ from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.util.errors import UsageError
 from livt_scale.util.resources import PREFIX, shipped
 
-HEAD = re.compile(r"^# (Reproduces|Hardware|Expect|Command):\s*(.*)$")
+HEAD = re.compile(r"^# (Reproduces|Hardware|Expect|Command|Note):\s*(.*)$")  # a note is not in the table
 PAGE = """\
 # Recipes
 

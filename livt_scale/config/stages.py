@@ -45,6 +45,11 @@ class StagePart(RecipePart):
     crop_scale: Annotated[tuple[Fraction, Fraction], ALLOW] = Field(
         description="share of the image's area in a random resized crop"
     )
+    crop_rule: Annotated[Literal["torchvision", "mae"], ALLOW] = Field(
+        "torchvision",
+        description="a crop larger than the image: torchvision draws again, ten times at most; mae cuts it off, as in "
+        "MAE's linear probe",
+    )
     flip: Annotated[bool, ALLOW] = Field(True, description="mirror half of the images")
     sampling: Sampling = Field(Instance(), description="how likely each class is drawn: see docs/order.md")
     repeats: PositiveInt = Field(

@@ -106,7 +106,8 @@ def test_each_field_carries_its_policy(path, policy, with_batchnorm):
 
 
 def test_what_may_be_allowed_is_this_and_no_more():
-    both = ["base_lr", "clip_grad", "crop_scale", "epochs", "flip", "min_lr", "warmup_epochs", "weight_decay"]
+    both = ["base_lr", "clip_grad", "crop_rule", "crop_scale", "epochs", "flip"]
+    both += ["min_lr", "warmup_epochs", "weight_decay"]
     finetune = ["drop_path", "layer_decay", "micro_batch", "rand_augment", "random_erasing", "smoothing"]
     fields = {f"stages.{stage}.{field}" for stage in ("pretrain", "finetune") for field in both}
     fields |= {f"stages.finetune.{field}" for field in finetune} | {"data.many_over", "data.few_under"}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -49,7 +50,7 @@ class TrainTransform:
         self._seed = recipe.seed
         self._workspace = Workspace()
         self._channels = image_channels(recipe)
-        self._scale = part.crop_scale
+        self._scale, self._rule = part.crop_scale, part.crop_rule
         self._flip = part.flip
         self._erasing = finetune.random_erasing if finetune else 0.0
         self._noise = erasing_noise(recipe.data.mean, recipe.data.std)
@@ -63,7 +64,7 @@ class TrainTransform:
         """Fill `slot`, uint8 [C, T, T] in channels-last order. Raises BadImage."""
         image = open_image(data, channels=self._channels)
         uniforms = sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist()
-        box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:])
+        box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:], rule=self._rule)
         resize(*cut(image, box, target_px=slot.shape[-1], workspace=self._workspace), slot)
         if self._flip and uniforms[0] < 0.5:
             slot.copy_(slot[None].flip(-1)[0])
@@ -110,17 +111,27 @@ def image_channels(recipe: Recipe) -> int:
     return recipe.model.channels
 
 
-def draw_crop(height: int, width: int, *, scale: tuple[float, float], uniforms: list[float]) -> Box:
-    """torchvision's RandomResizedCrop.get_params from 22 uniforms: (area, aspect) for ten tries, then top and left.
+def draw_crop(
+    height: int,
+    width: int,
+    *,
+    scale: tuple[float, float],
+    uniforms: list[float],
+    rule: Literal["torchvision", "mae"] = "torchvision",
+) -> Box:
+    """A random resized crop from 22 uniforms: (area, aspect) for ten tries, then top and left.
 
-    An area from U(scale) and an aspect from exp(U(log 3/4, log 4/3)), until the box fits; after ten tries the
-    largest centre crop whose aspect is in that range.
+    An area from U(scale) and an aspect from exp(U(log 3/4, log 4/3)). `torchvision`: drawn again until the box fits;
+    after ten tries the largest centre crop whose aspect is in that range (RandomResizedCrop.get_params). `mae`: drawn
+    once, each side at most the image's (util/crop.py of MAE's public code, after BYOL's).
     """
     log_aspect = math.log(ASPECT[0]), math.log(ASPECT[1])
     for k in range(CROP_TRIES):
         area = height * width * (scale[0] + (scale[1] - scale[0]) * uniforms[2 * k])
         aspect = math.exp(log_aspect[0] + (log_aspect[1] - log_aspect[0]) * uniforms[2 * k + 1])
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if rule == "mae":
+            w, h = min(max(w, 1), width), min(max(h, 1), height)
         if 0 < w <= width and 0 < h <= height:
             top, left = (int(u * n) for u, n in zip(uniforms[-2:], (height - h + 1, width - w + 1), strict=True))
             return Box(top, left, h, w)
