@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 import traceback
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -25,11 +26,17 @@ _loaded: set[str] = set()
 def load_extensions() -> None:
     """Import every extension that is named. Raises UsageError with the file and line that failed."""
     named = [name.strip() for name in os.environ.get(VARIABLE, "").split(",") if name.strip()]
-    named += [point.value.partition(":")[0] for point in entry_points(group=GROUP)]
+    named += _installed(tuple(sys.path))
     for name in named:
         if name not in _loaded:
             _load(name)
             _loaded.add(name)
+
+
+@cache
+def _installed(path: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001  what the answer depends on
+    """The modules that installed packages name. Reading the metadata of all packages takes longer than a recipe."""
+    return tuple(point.value.partition(":")[0] for point in entry_points(group=GROUP))
 
 
 def _load(name: str) -> None:

@@ -15,6 +15,7 @@ import math
 import re
 import typing
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar
@@ -93,6 +94,7 @@ def parse_value(text: str) -> Any:
     return None if node is None else _Reader("").read(node, ())
 
 
+@lru_cache(maxsize=64)  # a study reads the same files for each of its runs
 def _compose(text: str, file: str) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=_Loader)
