@@ -13,9 +13,7 @@ import typer
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.slurm.chain import ChainPlan
-    from livt_scale.slurm.code_snapshot import Frozen
     from livt_scale.slurm.script import JobPlan
-    from livt_scale.slurm.submit import Prepared
 
 SETS_HELP = "Override a recipe value (a.b=c). Repeatable."
 
@@ -65,7 +63,8 @@ def submit(
     prepared = chains.prepare(loaded[0])
     plan = prepared.plan
     if dry_run:
-        texts = chains.scripts(prepared, _not_yet_frozen(prepared))
+        code = chains.code_now(prepared)
+        texts = chains.scripts(prepared, code and code.frozen_in(prepared.run_dir))
         _print_dry_run(
             plan.jobs, texts, [dependency(plan.jobs, k) for k in range(len(plan.jobs))], plan, as_json=as_json
         )
@@ -85,13 +84,15 @@ def submit(
 def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_json: bool) -> None:
     from livt_scale.slurm import array
     from livt_scale.slurm.chain import ChainPlan
+    from livt_scale.slurm.submit import code_now
 
     prepared = array.prepare_array(recipes, max_parallel=jobs)
     if not prepared.jobs:
         typer.echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
         return
     if dry_run:
-        texts = array.array_scripts(prepared, [_not_yet_frozen(run) for run in prepared.runs])
+        code = code_now(prepared.runs[0])
+        texts = array.array_scripts(prepared, code and code.frozen_in(prepared.parent))
         after = [("aftercorr", k - 1) if k else None for k in range(len(prepared.jobs))]
         plan = ChainPlan("requeue", prepared.why, notes=prepared.notes)
         _print_dry_run(prepared.jobs, texts, after, plan, as_json=as_json)
@@ -104,15 +105,6 @@ def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_
     if not told.get("joined"):
         runs = f"{len(told['runs'])} runs, at most {told['max_parallel']} in parallel in each stage"
         typer.echo(f"{runs}; scripts and logs: {told['folder']}")
-
-
-def _not_yet_frozen(prepared: Prepared) -> Frozen | None:
-    """Where the frozen code will be; its digest is known when it is frozen."""
-    from livt_scale.slurm.code_snapshot import Frozen
-
-    if prepared.recipe.slurm.code != "frozen":
-        return None
-    return Frozen(prepared.run_dir / "code" / "SHA256", "SHA256", "", {})
 
 
 def _print_chain(chain: dict[str, Any], notes: Sequence[str]) -> None:

@@ -5,13 +5,15 @@
     pretrain[0-11%4] ──aftercorr──> finetune[0-11%4] ──aftercorr──> evaluate[0-11%4]
 
 Element k is run k in each array, and waits for element k of the one before it alone: a run that fails stops no other.
-Each run has its own directory, frozen code and chain.json, whose jobs are its elements (12_3), so that livt status,
-cancel and logs treat it as any other. The scripts and logs of all runs are in PARENT/array-HEX/slurm.
+Each run has its own directory, recipe and chain.json, whose jobs are its elements (12_3), so that livt status, cancel
+and logs treat it as any other. All run the same code: one copy in PARENT/code. Their scripts and logs are in
+PARENT/array-HEX/slurm.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -21,21 +23,22 @@ from typing import Any
 from livt_scale.config.recipe import Recipe
 from livt_scale.slurm import commands
 from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
-from livt_scale.slurm.code_snapshot import Frozen
+from livt_scale.slurm.code_snapshot import Code, Frozen, freeze, keep_git_view
 from livt_scale.slurm.script import LOGS, ArraySettings, JobPlan, log_name, render
 from livt_scale.slurm.submit import (
     Prepared,
     alone,
-    code_of,
+    code_now,
     describe,
     entry,
-    frozen_code,
+    look_at_cluster,
     prepare,
     read_chain,
     settings_of,
-    start_anew,
+    start_over,
     take_back,
     template,
+    what_runs,
     write_chain,
     write_scripts,
 )
@@ -52,10 +55,16 @@ class PreparedArray:
     why: str  # the mode is what it is
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def parent(self) -> Path:
+        """The folder that holds all run directories."""
+        return Path(os.path.commonpath([run.run_dir.parent for run in self.runs]))
+
 
 def prepare_array(recipes: Sequence[Recipe], *, max_parallel: int | None = None) -> PreparedArray:
     """Plan each run, and the arrays. Writes nothing. max_parallel None: all. UsageError: they do not fit together."""
-    prepared = [prepare(recipe) for recipe in recipes]
+    cluster = look_at_cluster()
+    prepared = [prepare(recipe, cluster=cluster) for recipe in recipes]
     _check_apart(prepared)
     runs = tuple(run for run in prepared if run.plan.jobs)
     notes = [f"done already: {run.run_dir}" for run in prepared if not run.plan.jobs]
@@ -90,9 +99,9 @@ def _check_apart(prepared: Sequence[Prepared]) -> None:
         seen[run.run_dir] = run.recipe.name
 
 
-def array_scripts(prepared: PreparedArray, frozen: Sequence[Frozen | None]) -> list[str]:
+def array_scripts(prepared: PreparedArray, frozen: Frozen | None) -> list[str]:
     """The batch script of each array."""
-    runs = [settings_of(run, code) for run, code in zip(prepared.runs, frozen, strict=True)]
+    runs = [settings_of(run, frozen) for run in prepared.runs]
     bad = {node.name: node for run in prepared.runs for node in read_bad_nodes(run.run_dir)}
     slurm = excluding(prepared.runs[0].recipe.slurm, list(bad.values()))  # what one run found bad, none of them uses
     array = ArraySettings(tuple(replace(run, slurm=slurm) for run in runs), prepared.max_parallel)
@@ -105,19 +114,25 @@ def submit_array(prepared: PreparedArray) -> dict[str, Any]:
     Raises ClusterError: sbatch's message, after the jobs before it were cancelled; or some of the runs have jobs in
     the queue.
     """
+    code = code_now(prepared.runs[0])
     with ExitStack() as locks:
         for run in prepared.runs:
             locks.enter_context(alone(run.run_dir))
-        frozen = [frozen_code(run) for run in prepared.runs]
         earlier = [read_chain(run.run_dir) for run in prepared.runs]
-        joined = _in_the_queue(prepared, frozen, earlier)
+        joined = _in_the_queue(prepared, code, earlier)
         if joined is not None:
             return joined
-        for run, code in zip(prepared.runs, frozen, strict=True):
-            start_anew(run, code)
-        chains = [describe(*each) for each in zip(prepared.runs, frozen, earlier, strict=True)]
-        name = chains[0]["chain"]
-        folder = Path(os.path.commonpath([run.run_dir.parent for run in prepared.runs])) / f"array-{name.split()[1]}"
+        name = f"livt {secrets.token_hex(8)}"
+        folder = prepared.parent / f"array-{name.split()[1]}"
+        frozen = freeze(code, prepared.parent) if code else None
+        for run in prepared.runs:
+            start_over(run)
+        written = write_scripts(folder, prepared.jobs, array_scripts(prepared, frozen))
+        git = keep_git_view(folder / "slurm") if code else None
+        chains = [
+            describe(run, frozen, runs=what_runs(run, code), git=git, earlier=before)
+            for run, before in zip(prepared.runs, earlier, strict=True)
+        ]
         for k, chain in enumerate(chains):
             chain["chain"] = name
             chain["array"] = {
@@ -126,20 +141,19 @@ def submit_array(prepared: PreparedArray) -> dict[str, Any]:
                 "max_parallel": prepared.max_parallel,
                 "folder": str(folder),
             }
-        written = write_scripts(folder, prepared.jobs, array_scripts(prepared, frozen))
         return _submit_all(prepared, folder, written, chains)
 
 
 def _in_the_queue(
-    prepared: PreparedArray, frozen: Sequence[Frozen | None], earlier: Sequence[dict[str, Any] | None]
+    prepared: PreparedArray, code: Code | None, earlier: Sequence[dict[str, Any] | None]
 ) -> dict[str, Any] | None:
     """The array that is in the queue, if it is the same one; None: no job of it is; else the second one is refused."""
-    waiting = [commands.alive(chain) if chain else {} for chain in earlier]
+    waiting = commands.alive(earlier)
     if not any(waiting):
         return None
     same = all(
-        chain and chain["code"]["runs"] == code_of(code, run)["runs"] and not chain.get("taken_back")
-        for run, code, chain in zip(prepared.runs, frozen, earlier, strict=True)
+        chain and chain["code"]["runs"] == what_runs(run, code) and not chain.get("taken_back")
+        for run, chain in zip(prepared.runs, earlier, strict=True)
     )
     if same and all(waiting) and len({chain["chain"] for chain in earlier if chain}) == 1:
         return {"jobs": [], "joined": {job: state for jobs in waiting for job, state in jobs.items()}}
@@ -157,18 +171,17 @@ def _submit_all(
     told: list[dict[str, Any]] = []
     places = [(run.run_dir, chain) for run, chain in zip(prepared.runs, chains, strict=True)]
     try:
-        for place in places:
-            write_chain(*place)
+        _write_all(places)
         for job, script in zip(prepared.jobs, written, strict=True):
             after = f"aftercorr:{ids[-1]}" if ids else None
             log = f"{LOGS}/{log_name(job, array=True)}"
             ids.append(commands.sbatch(script, chdir=folder, log=log, comment=chains[0]["chain"], dependency=after))
             told.append(entry(job, id=ids[-1], script=str(script), log=str(folder / log), dependency=after))
-            for k, place in enumerate(places):
+            for k, chain in enumerate(chains):
                 own = str(folder / log).replace("%A_%a", f"{ids[-1]}_{k}")
                 waits = f"{after}_{k}" if after else None
-                place[1]["jobs"].append(entry(job, id=f"{ids[-1]}_{k}", script=str(script), log=own, dependency=waits))
-                write_chain(*place)
+                chain["jobs"].append(entry(job, id=f"{ids[-1]}_{k}", script=str(script), log=own, dependency=waits))
+        _write_all(places)  # not after each array: if this is killed before, the jobs are found by their comment
     except BaseException as error:
         take_back(places, ids, error)
         raise
@@ -181,3 +194,8 @@ def _submit_all(
         "jobs": told,
         "runs": [str(run.run_dir) for run in prepared.runs],
     }
+
+
+def _write_all(places: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    for run_dir, chain in places:
+        write_chain(run_dir, chain)

@@ -66,7 +66,7 @@ def cancel(run_dir: Path, *, save: bool, wait_s: float, say: Say, poll_s: float 
 
 
 def _cancel_chain(chain: dict[str, Any], done: Stopped, *, save: bool, wait_s: float, say: Say, poll_s: float) -> None:
-    jobs = commands.alive(chain)
+    (jobs,) = commands.alive([chain])
     done.waiting = [job for job, state in jobs.items() if state not in RUNS]
     commands.cancel(done.waiting)
     if done.waiting:
@@ -87,7 +87,7 @@ def _cancel_chain(chain: dict[str, Any], done: Stopped, *, save: bool, wait_s: f
     _scancel("--signal=USR2", "--full", *running)
     say(f"asked to save and stop: {', '.join(running)}")
     left = _wait(
-        lambda: [job for job, state in commands.alive(chain).items() if job in running and state in RUNS],
+        lambda: [job for job, state in commands.alive([chain])[0].items() if job in running and state in RUNS],
         what=f"job {', '.join(running)}",
         wait_s=wait_s,
         say=say,
@@ -98,7 +98,7 @@ def _cancel_chain(chain: dict[str, Any], done: Stopped, *, save: bool, wait_s: f
             f"job {', '.join(left)} still runs {wait_s:.0f} s after it was asked to stop; a step or a save may be long",
             remedy="wait longer with --wait-s, or end it with --now and lose what is not saved",
         )
-    commands.cancel(list(commands.alive(chain)))  # what was put back into the queue
+    commands.cancel(list(commands.alive([chain])[0]))  # what was put back into the queue
 
 
 def _scancel(*words: str) -> None:

@@ -1,10 +1,11 @@
-"""The code that was submitted is the code that runs: package, recipe and git's view of them, kept in the run directory.
+"""The code that was submitted is the code that runs: a copy of the package, one for all runs that have the same code.
 
-    RUN/code/3fa9c1d2e4b56677/  livt_scale/…  recipe.yaml  git.json  uncommitted.diff
-                                SHA256SUMS    of all of these; its own SHA-256 is in each batch script
+    RUN/code/3fa9c1d2e4b56677/     livt_scale/…  SHA256SUMS; of an array, beside its run directories
+    RUN/slurm/git.json, uncommitted.diff     git's view of the checkout at the submission; of an array, in its folder
 
-The folder is named by that SHA-256 and appears under its name when it is complete. Each job checks it by sha256sum
-before it starts anything, so an edit of the frozen copy is refused, and one of the checkout changes nothing.
+The folder is named by the SHA-256 of SHA256SUMS, which is in each batch script too, and appears under its name when it
+is complete. Each job checks it by sha256sum before it starts anything, so an edit of the copy is refused, and one of
+the checkout changes nothing.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import livt_scale
-from livt_scale.util.atomic import new_folder
+from livt_scale.util.atomic import new_folder, write_atomic
 from livt_scale.util.errors import ClusterError
 
 PACKAGE = Path(livt_scale.__file__).resolve().parent
@@ -26,66 +29,79 @@ GIT_S = 30.0
 
 @dataclass(frozen=True)
 class Frozen:
-    """What the jobs run from."""
+    """What the jobs run from. sha256: of SHA256SUMS."""
 
     folder: Path
-    sha256: str  # of SHA256SUMS
-    runs: str  # SHA-256 of what is run alone, package and recipe: git's view may differ where these do not
-    git: dict[str, object]
+    sha256: str
 
 
-def contents(recipe_yaml: str, *, package: Path = PACKAGE) -> tuple[dict[str, bytes], dict[str, object]]:
-    """(bytes by relative name, git's view) of what a run is made of, less SHA256SUMS."""
-    files = {
-        f"livt_scale/{path.relative_to(package)}": path.read_bytes()
-        for path in sorted(package.rglob("*"))
-        if path.is_file() and not {"__pycache__", "shipped"} & set(path.relative_to(package).parts)
-    }
-    git, diff = git_view(package.parent)
-    files["recipe.yaml"] = recipe_yaml.encode("utf-8", "surrogateescape")
-    files["git.json"] = (json.dumps(git, indent=2) + "\n").encode()
-    if diff:
-        files["uncommitted.diff"] = diff
-    return files, git
+@dataclass(frozen=True)
+class Code:
+    """The package as it is now: bytes by name, relative to the folder that Python imports it from."""
+
+    files: Mapping[str, bytes]
+
+    @cached_property
+    def sums(self) -> bytes:
+        return "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in self.files.items()).encode()
+
+    @cached_property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.sums).hexdigest()
+
+    def frozen_in(self, folder: Path) -> Frozen:
+        """Where `freeze` puts it. Writes nothing."""
+        return Frozen(folder / "code" / self.sha256[:16], self.sha256)
 
 
-def freeze(recipe_yaml: str, run_dir: Path, *, package: Path = PACKAGE) -> Frozen:
-    """Keep what runs in RUN/code. The same contents give the same folder, so doing it twice changes nothing.
+def read_code(package: Path = PACKAGE) -> Code:
+    """The package, without what Python or the build has made of it."""
+    return Code(
+        {
+            f"livt_scale/{path.relative_to(package)}": path.read_bytes()
+            for path in sorted(package.rglob("*"))
+            if path.is_file() and not {"__pycache__", "shipped"} & set(path.relative_to(package).parts)
+        }
+    )
+
+
+def freeze(code: Code, folder: Path) -> Frozen:
+    """Keep `code` in FOLDER/code. The same code gives the same folder, so doing it twice changes nothing.
 
     Raises ClusterError where that folder is there and holds something else.
     """
-    files, git = contents(recipe_yaml, package=package)
-    sums = "".join(f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in files.items()).encode()
-    sha256 = hashlib.sha256(sums).hexdigest()
-    runs = _digest_of_what_runs(files)
-    folder = run_dir / "code" / sha256[:16]
-    if folder.is_dir():
-        changed = [n for n, data in {**files, SUMS: sums}.items() if not _holds(folder / n, data)]
+    frozen = code.frozen_in(folder)
+    files = {**code.files, SUMS: code.sums}
+    if frozen.folder.is_dir():
+        changed = [name for name, data in files.items() if not _holds(frozen.folder / name, data)]
         if changed:
             raise ClusterError(
-                f"{folder} is not what was frozen there: {', '.join(changed[:3])} changed",
+                f"{frozen.folder} is not what was frozen there: {', '.join(changed[:3])} changed",
                 remedy="remove that folder and submit again",
             )
-        return Frozen(folder, sha256, runs, git)
-    with new_folder(folder) as temporary:
-        for name, data in {**files, SUMS: sums}.items():
+        return frozen
+    with new_folder(frozen.folder) as temporary:
+        for name, data in files.items():
             path = temporary / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
             path.chmod(0o444)
-    return Frozen(folder, sha256, runs, git)
-
-
-def _digest_of_what_runs(files: dict[str, bytes]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        if name.startswith("livt_scale/") or name == "recipe.yaml":
-            digest.update(f"{name}\0{hashlib.sha256(files[name]).hexdigest()}\n".encode())
-    return digest.hexdigest()
+    return frozen
 
 
 def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data
+
+
+def keep_git_view(folder: Path, *, checkout: Path = PACKAGE.parent) -> dict[str, object]:
+    """Write git.json and, if files were changed, uncommitted.diff into `folder`; git's view."""
+    view, diff = git_view(checkout)
+    write_atomic(folder / "git.json", (json.dumps(view, indent=2) + "\n").encode())
+    if diff:
+        write_atomic(folder / "uncommitted.diff", diff)
+    else:
+        (folder / "uncommitted.diff").unlink(missing_ok=True)
+    return view
 
 
 def git_view(checkout: Path) -> tuple[dict[str, object], bytes]:

@@ -2,7 +2,7 @@
 
     facts = cluster_facts()             None where there is no scontrol; else partitions, accounts, PreemptMode
     sbatch(script, chdir=RUN, …)  ->  "1234"
-    alive(chain.json)             ->  {"1234": "PENDING"}: by the comment that each job of a chain carries
+    alive([chain.json, …])        ->  [{"1234": "PENDING"}, …]: by the comment that each job of a chain carries
 
 Commands are started from lists, never through a shell. One that fails raises ClusterError with its message.
 """
@@ -150,18 +150,28 @@ def no_slurm(command: str) -> ClusterError:
     )
 
 
-def alive(chain: Mapping[str, Any]) -> dict[str, str]:
-    """State by id of this user's jobs that carry the comment of a chain.json and have not ended. Raises ClusterError.
+def alive(chains: Sequence[Mapping[str, Any] | None]) -> list[dict[str, str]]:
+    """For each chain.json, the state by id of this user's jobs that carry its comment and have not ended.
 
-    Runs that were submitted as an array share the comment: of those, the elements of this run.
+    Runs that were submitted as an array share the comment: of those, the elements of the one run. None: no chain, and
+    no jobs. Raises ClusterError.
     """
+    if not any(chains):
+        return [{} for _ in chains]
     try:
         told = _run("squeue", "--noheader", "--array", f"--user={getpass.getuser()}", "--format=%i|%T|%k")
     except FileNotFoundError:
         raise no_slurm("squeue") from None
     rows = [line.strip().split("|", 2) for line in told.splitlines() if line.count("|") >= 2]
+    by_comment: dict[str, dict[str, str]] = {}
+    for job, state, comment in rows:
+        by_comment.setdefault(comment.strip(), {})[job] = state
+    return [_elements_of(chain, by_comment.get(chain["chain"], {})) if chain else {} for chain in chains]
+
+
+def _elements_of(chain: Mapping[str, Any], jobs: Mapping[str, str]) -> dict[str, str]:
     element = f"_{chain['array']['index']}" if chain.get("array") else ""
-    return {job: state for job, state, comment in rows if comment.strip() == chain["chain"] and job.endswith(element)}
+    return {job: state for job, state in jobs.items() if job.endswith(element)}
 
 
 def cancel(jobs: Sequence[str]) -> None:

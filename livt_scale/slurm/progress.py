@@ -152,9 +152,6 @@ def read_plan(run_dir: Path) -> tuple[RunPlan, list[str]]:
 def _recipes(run_dir: Path) -> Iterable[Path]:
     """The resolved one; before the first start, the one that was submitted."""
     yield run_dir / "recipe.yaml"
-    with suppress(OSError):
-        frozen = [(p.stat().st_mtime, p) for p in (run_dir / "code").glob("*/recipe.yaml")]
-        yield from (p for _, p in sorted(frozen, reverse=True))
     yield run_dir / "slurm" / "recipe.yaml"
 
 

@@ -50,6 +50,7 @@ class ChainSettings:
 
     recipe: Recipe
     recipe_path: str  # of the file that the jobs read
+    recipe_sha256: str  # of that file; empty: it is not frozen
     run_dir: str
     work_dir: str  # that relative paths of the recipe are relative to
     python: str
@@ -140,6 +141,8 @@ def settings(job: JobPlan, chain: ChainSettings) -> list[str]:
     return [
         f"cd -- {shlex.quote(chain.work_dir)} || exit 1",
         f"python={shlex.quote(chain.python)}",
+        f"code={shlex.quote(chain.code)}",
+        f"code_sha256={shlex.quote(chain.code_sha256)}",
         *_own(job, chain),
         _array("modules", (*(site.modules if site else ()), *slurm.modules)),
         "set_environment() {",
@@ -162,8 +165,7 @@ def _own(job: JobPlan, chain: ChainSettings) -> list[str]:
     record = f"{chain.run_dir}/slurm/failed-{job.job}" if job.when_stopped != "requeue" else ""
     return [
         _array("job", (job.job, chain.recipe_path, *words)),
-        f"code={shlex.quote(chain.code)}",
-        f"code_sha256={shlex.quote(chain.code_sha256)}",
+        f"recipe_sha256={shlex.quote(chain.recipe_sha256)}",
         f"failure_record={shlex.quote(record)}",
     ]
 

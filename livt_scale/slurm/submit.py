@@ -4,6 +4,7 @@
     RUN/slurm/scripts/        the batch scripts, as they were submitted
     RUN/slurm/logs/           JOB-ID.log, added to by each restart
     RUN/slurm/starts-STAGE.json, failed-STAGE   what the jobs record (`livt_scale.slurm.job`)
+    RUN/slurm/recipe.yaml     what the jobs train
     RUN/code/                 what the jobs run from (`livt_scale.slurm.code_snapshot`)
 
 chain.json is written before the first job and after each one, so that a submission that is killed leaves no job that
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from livt_scale.config.yaml import shown
 from livt_scale.slurm import commands
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.slurm.chain import ChainPlan, dependency, plan_chain
-from livt_scale.slurm.code_snapshot import PACKAGE, Frozen, freeze
+from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site
 from livt_scale.slurm.step_times import measure
@@ -52,9 +54,33 @@ class Prepared:
     site: Site | None
     plan: ChainPlan
 
+    @property
+    def recipe_path(self) -> Path:
+        """Of the file that the jobs read."""
+        return self.run_dir / "slurm" / "recipe.yaml"
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Look at cluster, site and run, and plan the jobs. Writes nothing. Raises UsageError, ClusterError, RunError."""
+    @cached_property
+    def recipe_bytes(self) -> bytes:
+        return to_yaml(self.recipe).encode("utf-8", "surrogateescape")
+
+    @cached_property
+    def recipe_sha256(self) -> str:
+        return hashlib.sha256(self.recipe_bytes).hexdigest()
+
+
+@dataclass(frozen=True)
+class ClusterLook:
+    """What the controller reports; None: it was not reached. notes: what is therefore not checked."""
+
+    facts: commands.ClusterFacts | None
+    notes: tuple[str, ...] = ()
+
+
+def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None) -> Prepared:
+    """Look at site and run, and plan the jobs. Writes nothing. cluster: as seen a moment ago; None: it is asked.
+
+    Raises UsageError, ClusterError, RunError.
+    """
     run_dir = Path(os.path.abspath(recipe.run_dir or Path("runs") / recipe.name))  # noqa: PTH100 - links stay links
     recipe = recipe.model_copy(update={"run_dir": str(run_dir)})
     site = load_site(recipe.slurm.site) if recipe.slurm.site else None
@@ -62,9 +88,9 @@ def prepare(recipe: Recipe) -> Prepared:
         raise UsageError("slurm.stage_in copies local shards, and data.train is a URL", remedy="data.cache keeps those")
     measured = {stage: measure(recipe, stage, run_dir) for stage in recipe.stage_names}
     made = run_dir / "export" / ("eval.json" if recipe.data.val else "config.json")
-    facts, unseen = _look_at_cluster()
-    plan = plan_chain(recipe, site, facts, measured, exported=made.is_file())
-    plan.notes += unseen
+    cluster = cluster or look_at_cluster()
+    plan = plan_chain(recipe, site, cluster.facts, measured, exported=made.is_file())
+    plan.notes += cluster.notes
     for node in read_bad_nodes(run_dir):
         then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"
         plan.notes.append(f"node {node.name} was bad at {node.at} ({node.why}): {then}; see RUN/{BAD_NODES}")
@@ -75,15 +101,16 @@ def prepare(recipe: Recipe) -> Prepared:
     return Prepared(recipe, run_dir, site, plan)
 
 
-def _look_at_cluster() -> tuple[commands.ClusterFacts | None, list[str]]:
-    """(what the controller reports, notes). A plan can be made without a controller, but it is not checked then."""
+def look_at_cluster() -> ClusterLook:
+    """Ask the controller. A plan can be made without one, but it is not checked then."""
     try:
         facts = commands.cluster_facts()
     except ClusterError as error:
-        return None, [f"partition, account, limits and PreemptMode are not checked: {error}"]
+        return ClusterLook(None, (f"partition, account, limits and PreemptMode are not checked: {error}",))
     if facts is None:
-        return None, ["partition, account, limits and PreemptMode are not checked: there is no scontrol here"]
-    return facts, []
+        why = "partition, account, limits and PreemptMode are not checked: there is no scontrol here"
+        return ClusterLook(None, (why,))
+    return ClusterLook(facts)
 
 
 def scripts(prepared: Prepared, frozen: Frozen | None) -> list[str]:
@@ -99,10 +126,10 @@ def template() -> str:
 
 def settings_of(prepared: Prepared, frozen: Frozen | None) -> ChainSettings:
     recipe = prepared.recipe
-    folder = prepared.run_dir / "slurm" if frozen is None else frozen.folder
     return ChainSettings(
         recipe=recipe,
-        recipe_path=str(folder / "recipe.yaml"),
+        recipe_path=str(prepared.recipe_path),
+        recipe_sha256=prepared.recipe_sha256 if frozen else "",
         run_dir=str(prepared.run_dir),
         work_dir=str(Path.cwd()),
         python=recipe.slurm.python or sys.executable,
@@ -119,31 +146,34 @@ def submit(prepared: Prepared) -> dict[str, Any]:
     Raises ClusterError: sbatch's message, after the jobs before it were cancelled; or another chain of this run is
     still in the queue.
     """
-    run_dir = prepared.run_dir
+    run_dir, code = prepared.run_dir, code_now(prepared)
     with alone(run_dir):
-        frozen = frozen_code(prepared)
         earlier = read_chain(run_dir)
-        waiting = commands.alive(earlier) if earlier else {}
+        (waiting,) = commands.alive([earlier])
         if earlier and waiting:
-            return _join(earlier, waiting, code_of(frozen, prepared), run_dir)
-        start_anew(prepared, frozen)
+            return _join(earlier, waiting, what_runs(prepared, code), run_dir)
+        frozen = freeze(code, run_dir) if code else None
+        start_over(prepared)
+        git = keep_git_view(run_dir / "slurm") if code else None
         written = write_scripts(run_dir, prepared.plan.jobs, scripts(prepared, frozen))
-        chain = describe(prepared, frozen, earlier)
+        chain = describe(prepared, frozen, runs=what_runs(prepared, code), git=git, earlier=earlier)
         return _submit_all(prepared, written, chain)
 
 
-def frozen_code(prepared: Prepared) -> Frozen | None:
-    """The copy that the jobs run from, made now; None where they follow the checkout."""
-    recipe = prepared.recipe
-    return freeze(to_yaml(recipe), prepared.run_dir) if recipe.slurm.code == "frozen" else None
+def code_now(prepared: Prepared) -> Code | None:
+    """The package that the jobs run a copy of; None where they follow the checkout."""
+    return read_code() if prepared.recipe.slurm.code == "frozen" else None
 
 
-def start_anew(prepared: Prepared, frozen: Frozen | None) -> None:
-    """Write what the jobs of a new chain read, and remove what would end them immediately."""
-    folder = prepared.run_dir / "slurm"
-    if frozen is None:
-        write_atomic(folder / "recipe.yaml", to_yaml(prepared.recipe).encode("utf-8", "surrogateescape"))
-    for old in (*folder.glob("starts-*"), *folder.glob("failed-*")):
+def what_runs(prepared: Prepared, code: Code | None) -> str:
+    """Equal if two submissions run the same: package and recipe, or the recipe alone where jobs follow the checkout."""
+    return hashlib.sha256(f"{code.sha256 if code else ''} {prepared.recipe_sha256}".encode()).hexdigest()
+
+
+def start_over(prepared: Prepared) -> None:
+    """Write the recipe that the jobs of a new chain read, and remove what would end them immediately."""
+    write_atomic(prepared.recipe_path, prepared.recipe_bytes)
+    for old in (*prepared.recipe_path.parent.glob("starts-*"), *prepared.recipe_path.parent.glob("failed-*")):
         old.unlink()  # who submits again has seen why it stopped
 
 
@@ -161,8 +191,15 @@ def read_chain(run_dir: Path) -> dict[str, Any] | None:
     return chain
 
 
-def describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """chain.json before its first job."""
+def describe(
+    prepared: Prepared,
+    frozen: Frozen | None,
+    *,
+    runs: str,
+    git: dict[str, object] | None,
+    earlier: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """chain.json before its first job. runs: of `what_runs`."""
     return {
         "version": VERSION,
         "chain": f"livt {secrets.token_hex(8)}",
@@ -170,18 +207,15 @@ def describe(prepared: Prepared, frozen: Frozen | None, earlier: dict[str, Any] 
         "submitted_at": _now(),
         "mode": prepared.plan.mode,
         "why": prepared.plan.why,
-        "code": code_of(frozen, prepared),
+        "code": {
+            "folder": str(frozen.folder if frozen else PACKAGE.parent),
+            "sha256": frozen.sha256 if frozen else None,
+            "runs": runs,
+            "git": git,
+        },
         "jobs": [],
         "earlier": [*(earlier or {}).get("earlier", []), *([_short(earlier)] if earlier else [])],
     }
-
-
-def code_of(frozen: Frozen | None, prepared: Prepared) -> dict[str, Any]:
-    """`runs` is equal if two submissions run the same: package and recipe, or the recipe alone."""
-    if frozen is None:
-        recipe = to_yaml(prepared.recipe).encode("utf-8", "surrogateescape")
-        return {"folder": str(PACKAGE.parent), "sha256": None, "runs": hashlib.sha256(recipe).hexdigest()}
-    return {"folder": str(frozen.folder), "sha256": frozen.sha256, "runs": frozen.runs, "git": frozen.git}
 
 
 def _short(chain: dict[str, Any]) -> dict[str, Any]:
@@ -246,10 +280,10 @@ def take_back(chains: Sequence[tuple[Path, dict[str, Any]]], ids: list[str], err
         ) from error
 
 
-def _join(chain: dict[str, Any], waiting: dict[str, str], code: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+def _join(chain: dict[str, Any], waiting: dict[str, str], runs: str, run_dir: Path) -> dict[str, Any]:
     """The chain that is in the queue, if it runs the same; else the second one is refused."""
     told = ", ".join(f"{job} {state.lower()}" for job, state in waiting.items())
-    if chain["code"]["runs"] == code["runs"] and not chain.get("taken_back"):
+    if chain["code"]["runs"] == runs and not chain.get("taken_back"):
         return {**chain, "joined": waiting}
     raise ClusterError(
         f"this run's jobs of {chain.get('submitted_at')} are still in the queue ({told}), with other code or another "

@@ -1,4 +1,4 @@
-"""The code in a run directory is whole, what was submitted, and what Python then imports."""
+"""The frozen code is complete, what was submitted, and what Python then imports."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from livt_scale.slurm.code_snapshot import PACKAGE, freeze
+from livt_scale.slurm.code_snapshot import PACKAGE, freeze, keep_git_view, read_code
 from livt_scale.util.errors import ClusterError
 
 
@@ -23,32 +23,34 @@ def package(tmp_path):
     return package
 
 
-def test_the_same_code_and_recipe_give_the_same_folder(tmp_path, package):
-    one, two = (freeze("name: a\n", tmp_path / "run", package=package) for _ in range(2))
-    assert one == two
+def frozen_in(folder, package):
+    return freeze(read_code(package), folder)
+
+
+def test_the_same_code_gives_the_same_folder(tmp_path, package):
+    one, two = (frozen_in(tmp_path / "run", package) for _ in range(2))
+    assert one == two == read_code(package).frozen_in(tmp_path / "run")
     assert [p.name for p in (tmp_path / "run" / "code").iterdir()] == [one.sha256[:16]]
     assert sorted(str(p.relative_to(one.folder)) for p in one.folder.rglob("*") if p.is_file()) == [
-        "SHA256SUMS", "git.json", "livt_scale/__init__.py", "livt_scale/deep/x.py", "recipe.yaml"
+        "SHA256SUMS", "livt_scale/__init__.py", "livt_scale/deep/x.py"
     ]  # fmt: skip
 
 
-def test_other_code_or_another_recipe_gives_another_folder(tmp_path, package):
-    first = freeze("name: a\n", tmp_path / "run", package=package)
-    second = freeze("name: b\n", tmp_path / "run", package=package)
+def test_other_code_gives_another_folder(tmp_path, package):
+    first = frozen_in(tmp_path / "run", package)
     (package / "deep" / "x.py").write_text("x = 2\n")
-    third = freeze("name: a\n", tmp_path / "run", package=package)
-    assert len({first.sha256, second.sha256, third.sha256}) == 3
-    assert len({first.runs, second.runs, third.runs}) == 3
+    second = frozen_in(tmp_path / "run", package)
+    assert first.sha256 != second.sha256
     assert (first.folder / "livt_scale" / "deep" / "x.py").read_text() == "x = 1\n"  # what was edited since stays out
 
 
 def test_a_frozen_folder_that_was_changed_is_not_used_again(tmp_path, package):
-    frozen = freeze("name: a\n", tmp_path / "run", package=package)
+    frozen = frozen_in(tmp_path / "run", package)
     file = frozen.folder / "livt_scale" / "deep" / "x.py"
     file.chmod(0o644)
     file.write_text("x = 3\n")
     with pytest.raises(ClusterError, match=r"livt_scale/deep/x\.py changed"):
-        freeze("name: a\n", tmp_path / "run", package=package)
+        frozen_in(tmp_path / "run", package)
 
 
 def test_a_copy_that_is_broken_off_leaves_nothing_under_its_name(tmp_path, package, monkeypatch):
@@ -57,19 +59,19 @@ def test_a_copy_that_is_broken_off_leaves_nothing_under_its_name(tmp_path, packa
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left"):
-        freeze("name: a\n", tmp_path / "run", package=package)
+        frozen_in(tmp_path / "run", package)
     assert list((tmp_path / "run" / "code").iterdir()) == []
 
 
 def test_sha256sum_agrees(tmp_path, package):
-    frozen = freeze("name: a\n", tmp_path / "run it's", package=package)
+    frozen = frozen_in(tmp_path / "run it's", package)
     done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=frozen.folder, capture_output=True)
     assert done.returncode == 0
 
 
 def test_python_imports_the_frozen_package_from_inside_a_checkout(tmp_path, package):
     """-P and PYTHONPATH as the batch script sets them, in a folder that has a livt_scale of its own."""
-    frozen = freeze("name: a\n", tmp_path / "run", package=package)
+    frozen = frozen_in(tmp_path / "run", package)
     code = "import livt_scale; print(livt_scale.WHO, livt_scale.__file__)"
     env = dict(os.environ) | {"PYTHONPATH": str(frozen.folder)}
     done = subprocess.run(
@@ -84,14 +86,17 @@ def test_gits_view_is_kept_with_what_is_not_committed(tmp_path, package):
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
         subprocess.run([*git, *words], check=True)
     (package / "deep" / "x.py").write_text("x = 4\n")
-    frozen = freeze("name: a\n", tmp_path / "run", package=package)
-    view = json.loads((frozen.folder / "git.json").read_text())
+    folder = tmp_path / "run" / "slurm"
+    view = keep_git_view(folder, checkout=checkout)
+    assert view == json.loads((folder / "git.json").read_text())
     assert len(view["commit"]) == 40
     assert view["changed"] == [" M livt_scale/deep/x.py"]
-    assert "+x = 4" in (frozen.folder / "uncommitted.diff").read_text()
+    assert "+x = 4" in (folder / "uncommitted.diff").read_text()
+    subprocess.run([*git, "commit", "-q", "-a", "-m", "second"], check=True)
+    assert keep_git_view(folder, checkout=checkout)["changed"] == []
+    assert not (folder / "uncommitted.diff").exists()
 
 
 def test_git_that_is_not_there_is_said(tmp_path, package, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
-    frozen = freeze("name: a\n", tmp_path / "run", package=package)
-    assert json.loads((frozen.folder / "git.json").read_text())["commit"] is None
+    assert keep_git_view(tmp_path / "run", checkout=package.parent)["commit"] is None

@@ -4,6 +4,7 @@ What it decides is Python, tested in test_job.py. Here `livt job next` is a smal
 test, but for the last two tests; srun is one in shell.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from livt_scale.slurm.code_snapshot import freeze
+from livt_scale.slurm.code_snapshot import freeze, read_code
 from livt_scale.slurm.script import JobPlan, render
 from livt_scale.slurm.sites import resources_for
 from tests.slurm.test_script_text import REPO, recipe, settings, template, write_recipe
@@ -56,7 +57,8 @@ class Script:
 
     def start(self, *, slurm: dict | None = None, when_stopped="requeue", **files) -> subprocess.Popen:
         of = recipe(slurm or {}, run_dir=str(self.run))
-        known = {"work_dir": str(self.folder), "code": "", "code_sha256": "", "python": str(self.python)}
+        known = {"work_dir": str(self.folder), "code": "", "python": str(self.python)}
+        known |= {"code_sha256": "", "recipe_sha256": ""}
         plan = JobPlan("pretrain", resources_for(of.slurm, None, "pretrain"), when_stopped=when_stopped)
         script = self.folder / "script.sbatch"
         script.write_text(render(template(), plan, settings(of, **(known | files))))
@@ -200,31 +202,38 @@ def test_a_segment_that_is_killed_leaves_no_record_of_a_failure(script):
 
 
 @pytest.fixture
-def frozen(tmp_path):
+def frozen(tmp_path, script):
+    """The settings of a script whose code and recipe are frozen."""
     package = tmp_path / "checkout" / "livt_scale"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    return freeze("name: x\n", tmp_path / "run it's", package=package)
+    code = freeze(read_code(package), tmp_path / "run it's")
+    path = script.run / "slurm" / "recipe.yaml"
+    path.write_text("name: x\n")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    files = {"code": str(code.folder), "code_sha256": code.sha256}
+    return {**files, "recipe_path": str(path), "recipe_sha256": digest}
 
 
 def test_code_that_is_as_it_was_submitted_runs_and_comes_first_in_the_path(script, frozen):
     script.environ["PYTHONPATH"] = "/elsewhere"
     script.program("srun", 'echo "path $PYTHONPATH" >>"$CALLS"')
     script.answers(RUN, ["exit", "0"])
-    assert script(code=str(frozen.folder), code_sha256=frozen.sha256)[0] == 0
-    assert script.calls("path") == [f"path {frozen.folder}:/elsewhere"]
+    assert script(**frozen)[0] == 0
+    assert script.calls("path") == [f"path {frozen['code']}:/elsewhere"]
 
 
-@pytest.mark.parametrize("name", ["livt_scale/__init__.py", "recipe.yaml", "SHA256SUMS"])
+@pytest.mark.parametrize("name", ["livt_scale/__init__.py", "SHA256SUMS", "recipe.yaml"])
 @pytest.mark.parametrize("how", ["changed", "gone"])
-def test_code_that_was_changed_since_is_refused_before_any_of_it_runs(script, frozen, name, how):
-    path = frozen.folder / name
+def test_code_or_a_recipe_that_was_changed_since_is_refused_before_any_of_it_runs(script, frozen, name, how):
+    path = Path(frozen["recipe_path"] if name == "recipe.yaml" else f"{frozen['code']}/{name}")
     path.chmod(0o644)
     path.unlink() if how == "gone" else path.write_text(path.read_text() + "\n# edited\n")
-    code, log = script(code=str(frozen.folder), code_sha256=frozen.sha256, when_stopped="next")
+    code, log = script(**frozen, when_stopped="next")
     assert code == 1
-    assert "is not what was submitted" in log
-    assert "is not what was submitted" in script.failure.read_text()
+    what = "is not the recipe that was submitted" if name == "recipe.yaml" else "is not what was submitted"
+    assert what in log
+    assert what in script.failure.read_text()
     assert script.calls() == []
 
 

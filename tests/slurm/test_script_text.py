@@ -53,7 +53,8 @@ def settings(of, site=None, **changed):
     code = "/shared/runs/a run/code/0123456789abcdef"
     known = ChainSettings(
         recipe=of,
-        recipe_path=f"{code}/recipe.yaml",
+        recipe_path=f"{of.run_dir}/slurm/recipe.yaml",
+        recipe_sha256="fedcba9876543210" * 4,
         run_dir=of.run_dir,
         work_dir="/home/me/livt scale",
         python="/home/me/livt scale/.venv/bin/python",
@@ -135,7 +136,12 @@ open({record!r}, "a").write(json.dumps(words) + "\\n")
 """
 
 
-REAL = {"code": str(REPO), "code_sha256": "", "python": sys.executable}  # settings with which a script really runs
+REAL = {
+    "code": str(REPO),
+    "code_sha256": "",
+    "recipe_sha256": "",
+    "python": sys.executable,
+}  # settings with which a script really runs
 
 
 def write_recipe(of, path):

@@ -72,7 +72,9 @@ def test_the_record_names_each_job_its_script_and_its_log(tmp_path, fake):
         assert job["log"].endswith(f"-{job['id']}.log")
         assert job["submitted_at"]
     assert (run / "slurm" / "logs").is_dir()
-    assert (Path(chain["code"]["folder"]) / "recipe.yaml").is_file()
+    assert (run / "slurm" / "recipe.yaml").is_file()
+    assert Path(chain["code"]["folder"]).parent == run / "code"
+    assert json.loads((run / "slurm" / "git.json").read_text()) == chain["code"]["git"]
 
 
 def test_segments_go_on_however_the_one_before_ended_and_stages_only_after_success(tmp_path, fake):

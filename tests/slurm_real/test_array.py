@@ -13,8 +13,8 @@ from tests.whole_runs import Livt, spelt
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 OWN_FAULTS = """\
-  export FAULTS="${5%/run/code/*}/faults"
-  shift 3"""  # the recipe is FOLDER/run/code/HASH/recipe.yaml
+  export FAULTS="${5%/run/slurm/*}/faults"
+  shift 3"""  # the recipe is FOLDER/run/slurm/recipe.yaml
 
 
 @pytest.fixture
