@@ -90,6 +90,10 @@ def _options(
     global _debug
     _debug = debug
     context.with_resource(to_stderr(debug=debug))
+    if os.environ.get("LIVT_CODE"):
+        from livt_scale.slurm.code_snapshot import check_running_code  # in the processes of a batch job alone
+
+        check_running_code()
 
 
 def _print_version() -> None:

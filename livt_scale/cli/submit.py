@@ -57,14 +57,18 @@ def submit(
         raise UsageError(
             "--jobs applies to several recipes, and there is one", remedy="leave it out, or give more recipes"
         )
+    _submit_one(loaded[0], dry_run=dry_run, as_json=as_json)
+
+
+def _submit_one(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
     from livt_scale.slurm import submit as chains  # reads cluster, run and shards
     from livt_scale.slurm.chain import dependency
 
-    prepared = chains.prepare(loaded[0])
+    prepared = chains.prepare(recipe)
     plan = prepared.plan
     if dry_run:
         code = chains.code_now(prepared)
-        texts = chains.scripts(prepared, code and code.frozen_in(prepared.run_dir))
+        texts = chains.scripts(prepared, code.frozen_in(prepared.run_dir) if code else None)
         _print_dry_run(
             plan.jobs, texts, [dependency(plan.jobs, k) for k in range(len(plan.jobs))], plan, as_json=as_json
         )
@@ -92,7 +96,7 @@ def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_
         return
     if dry_run:
         code = code_now(prepared.runs[0])
-        texts = array.array_scripts(prepared, code and code.frozen_in(prepared.parent))
+        texts = array.array_scripts(prepared, code.frozen_in(prepared.parent) if code else None)
         after = [("aftercorr", k - 1) if k else None for k in range(len(prepared.jobs))]
         plan = ChainPlan("requeue", prepared.why, notes=prepared.notes)
         _print_dry_run(prepared.jobs, texts, after, plan, as_json=as_json)

@@ -9,7 +9,15 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from livt_scale.config.runtime import RecipePart
 
@@ -17,6 +25,65 @@ from livt_scale.config.runtime import RecipePart
 Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,:&|*()\[\]@/=+-]+$", max_length=200)]
 Variable = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Value = Annotated[str, Field(pattern=r"^[^\x00]*$")]  # of anything but NUL, which no process can be given
+OptionName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]+$", max_length=60)]  # a long option of sbatch, without --
+Option = bool | int | Word  # true: the option has no value; false: leave out the one of the site's profile
+
+# options of sbatch that the chain itself needs, and who decides them
+CHAIN_OPTIONS = {
+    "account": "slurm.account",
+    "array": "livt submit RECIPE RECIPE …",
+    "chdir": "run_dir",
+    "clusters": "SLURM_CLUSTERS, which all commands of Slurm follow,",
+    "comment": "the chain, whose jobs are found by it,",
+    "constraint": "slurm.constraint",
+    "container": "slurm.container",
+    "cpus-per-gpu": "slurm.cpus_per_task",
+    "cpus-per-task": "slurm.cpus_per_task",
+    "dependency": "the chain, whose jobs wait for each other,",
+    "error": "the chain, whose logs are in RUN/slurm/logs,",
+    "exclude": "slurm.exclude",
+    "export": "slurm.environment",
+    "export-file": "slurm.environment",
+    "gpus": "slurm.gpus_per_node",
+    "gpus-per-node": "slurm.gpus_per_node",
+    "gpus-per-socket": "slurm.gpus_per_node",
+    "gpus-per-task": "slurm.gpus_per_node",
+    "job-name": "name",
+    "kill-on-invalid-dep": "the chain, whose jobs wait for each other,",
+    "mem": "slurm.memory_gib",
+    "no-kill": "the chain, which restarts a job that lost a node,",
+    "no-requeue": "slurm.mode",
+    "nodes": "slurm.nodes",
+    "ntasks": "slurm.tasks_per_node",
+    "ntasks-per-core": "slurm.tasks_per_node",
+    "ntasks-per-gpu": "slurm.tasks_per_node",
+    "ntasks-per-node": "slurm.tasks_per_node",
+    "ntasks-per-socket": "slurm.tasks_per_node",
+    "open-mode": "the chain, whose logs are in RUN/slurm/logs,",
+    "output": "the chain, whose logs are in RUN/slurm/logs,",
+    "parsable": "the chain, which reads sbatch's answer,",
+    "partition": "slurm.partition",
+    "qos": "slurm.qos",
+    "requeue": "slurm.mode",
+    "signal": "slurm.signal_lead_s",
+    "test-only": "livt submit --dry-run",
+    "time": "slurm.time_min",
+    "time-min": "slurm.time_min",
+    "tres-per-task": "slurm.gpus_per_node",
+    "wait": "livt submit --wait",
+    "wrap": "the chain, which submits its own script,",
+}
+MEMORY_OPTIONS = ("mem-per-cpu", "mem-per-gpu")  # instead of slurm.memory_gib; sbatch takes one of the three
+
+
+def leave_the_chain_its_options(options: dict[str, Option]) -> dict[str, Option]:
+    """Raise ValueError, naming who decides, for an option that the chain needs, or a beginning, which sbatch takes."""
+    for name in options:
+        owned = name if name in CHAIN_OPTIONS else next((o for o in CHAIN_OPTIONS if o.startswith(name)), None)
+        if owned is not None:
+            short = "" if owned == name else f" (sbatch reads it as {owned})"
+            raise ValueError(f"{name}{short} cannot be an option here: {CHAIN_OPTIONS[owned]} decides it")
+    return options
 
 
 class SlurmStage(RecipePart):
@@ -65,6 +132,10 @@ class Slurm(RecipePart):
     qos: Word | None = None
     constraint: Word | None = None
     exclude: Word | None = Field(None, description="nodes that are not to be used, as Slurm writes them: gpu[03-05]")
+    options: dict[OptionName, Option] = Field(
+        {},
+        description="further options of sbatch by their long names: {reservation: x, exclusive: true, mail-type: FAIL}",
+    )
     mode: Literal["auto", "requeue", "segments"] = Field(
         "auto",
         description="requeue: a stage is one job, put back when it stopped early; segments: a stage is several jobs. "
@@ -92,6 +163,9 @@ class Slurm(RecipePart):
     )
     python: Value | None = Field(None, min_length=1, description="None: the one that runs `livt submit`")
     modules: tuple[Value, ...] = Field((), description="`module load` of each, after those of the profile")
+    setup: tuple[Value, ...] = Field(
+        (), description="bash commands of the batch script before its steps, after modules and environment"
+    )
     environment: dict[Variable, Value] = Field({}, description="set in each job, over those of the profile")
     container: Container | None = Field(None, description="None: the tasks run on the node itself")
     stage_in: bool = Field(
@@ -104,6 +178,8 @@ class Slurm(RecipePart):
     finetune: SlurmStage = SlurmStage()
     evaluate: SlurmEvaluation = SlurmEvaluation()
 
+    _options = field_validator("options")(leave_the_chain_its_options)
+
     @model_validator(mode="after")
     def _each_has_an_effect(self) -> Self:
         if self.stage_in_dir and not self.stage_in:
@@ -112,6 +188,10 @@ class Slurm(RecipePart):
             raise ValueError("python has no effect beside a container: set container.python")
         if self.check_nodes == "no" and self.check_min != type(self).model_fields["check_min"].default:
             raise ValueError("check_min has no effect on check_nodes 'no': leave it out")
+        memory = [name for name in MEMORY_OPTIONS if self.options.get(name)]
+        if len(memory) + (self.memory_gib is not None) > 1:
+            named = [*(["memory_gib"] if self.memory_gib else []), *(f"options.{name}" for name in memory)]
+            raise ValueError(f"{' and '.join(named)} exclude each other: keep one of them")
         given = [name for name in ("pretrain", "finetune") if getattr(self, name).segments is not None]
         if given and self.mode == "requeue":
             raise ValueError(f"{given[0]}.segments has no effect on mode 'requeue': leave it out, or take segments")

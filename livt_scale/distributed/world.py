@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from livt_scale.distributed.collectives import Peers
+from livt_scale.distributed.ports import port_of_job
 from livt_scale.distributed.rendezvous import meet
 from livt_scale.util.errors import LauncherError, UsageError
 from livt_scale.util.host_list import expand
@@ -178,4 +179,4 @@ def _slurm_master(environ: Mapping[str, str]) -> str:
 
 def _slurm_port(environ: Mapping[str, str]) -> str:
     """The port that every task of a Slurm step derives alike."""
-    return str(20000 + _number(environ, "SLURM_JOB_ID", 0) % 20000)
+    return str(port_of_job(_number(environ, "SLURM_JOB_ID", 0)))

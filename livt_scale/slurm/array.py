@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.config.recipe import Recipe
-from livt_scale.slurm import commands
+from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
 from livt_scale.slurm.code_snapshot import Code, Frozen, freeze, keep_git_view
 from livt_scale.slurm.script import LOGS, ArraySettings, JobPlan, log_name, render
@@ -167,6 +167,7 @@ def _in_the_queue(
 def _submit_all(
     prepared: PreparedArray, folder: Path, written: Sequence[Path], chains: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    environ = inherited.for_sbatch(os.environ, prepared.runs[0].recipe.slurm)
     ids: list[str] = []
     told: list[dict[str, Any]] = []
     places = [(run.run_dir, chain) for run, chain in zip(prepared.runs, chains, strict=True)]
@@ -175,7 +176,10 @@ def _submit_all(
         for job, script in zip(prepared.jobs, written, strict=True):
             after = f"aftercorr:{ids[-1]}" if ids else None
             log = f"{LOGS}/{log_name(job, array=True)}"
-            ids.append(commands.sbatch(script, chdir=folder, log=log, comment=chains[0]["chain"], dependency=after))
+            submitted = commands.sbatch(
+                script, chdir=folder, log=log, comment=chains[0]["chain"], environ=environ, dependency=after
+            )
+            ids.append(submitted)
             told.append(entry(job, id=ids[-1], script=str(script), log=str(folder / log), dependency=after))
             for k, chain in enumerate(chains):
                 own = str(folder / log).replace("%A_%a", f"{ids[-1]}_{k}")

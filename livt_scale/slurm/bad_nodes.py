@@ -48,8 +48,17 @@ def excluding(slurm: Slurm, bad: list[BadNode]) -> Slurm:
     return slurm.model_copy(update={"exclude": ",".join(names)})
 
 
-def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> tuple[list[str], list[BadNode]]:
-    """(nodes of the job, the bad ones), by what each node has written to folder/NODE: "ok", or what is wrong."""
+@dataclass(frozen=True)
+class Answers:
+    """What the nodes of a job answered to its check. started: on at least one of them it has begun."""
+
+    nodes: list[str]
+    bad: list[BadNode]
+    started: bool
+
+
+def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> Answers:
+    """By what each node has written to folder/NODE: "ok", or what is wrong; and before that to folder/NODE.started."""
     names, _, _ = commands.query("scontrol", "show", "hostnames", node_list)
     nodes, bad = names.split(), []
     for node in nodes:
@@ -60,7 +69,7 @@ def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> t
         why = "; ".join(answer.split("\n")).strip("; ")
         if why != "ok":
             bad.append(BadNode(node, time.strftime("%Y-%m-%dT%H:%M:%S"), job, why))
-    return nodes, bad
+    return Answers(nodes, bad, started=folder.is_dir() and any(folder.iterdir()))
 
 
 def append(run_dir: Path, bad: Sequence[BadNode]) -> None:

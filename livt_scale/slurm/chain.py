@@ -17,9 +17,9 @@ from typing import Literal
 
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.slurm import Slurm
-from livt_scale.slurm.commands import ClusterFacts
+from livt_scale.slurm.facts import ClusterFacts, PartitionFacts, QosFacts
 from livt_scale.slurm.script import JobPlan
-from livt_scale.slurm.sites import Resources, Site, resources_for
+from livt_scale.slurm.sites import JobKind, Resources, Site, field_of_time, partition_of, resources_for
 from livt_scale.slurm.step_times import Measured
 from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.preempt import lead
@@ -63,10 +63,16 @@ def plan_chain(
     slurm = recipe.slurm
     stages = [stage for stage in recipe.stage_names if not measured[stage].done]
     evaluates = recipe.stages.finetune is not None and not (exported and not stages)
-    resources = {job: resources_for(slurm, site, job) for job in (*stages, *(["evaluate"] if evaluates else []))}  # type: ignore[arg-type]
+    jobs: list[JobKind] = [*stages, *(["evaluate"] if evaluates else [])]  # type: ignore[list-item]
+    resources = {job: _resources(slurm, site, facts, job) for job in jobs}
     mode, why = choose_mode(slurm, site, facts, resources)
     plan = ChainPlan(mode, why)
     plan.notes += [f"{stage} is done already" for stage in recipe.stage_names if measured[stage].done]
+    if site is None and slurm.gpus_per_node is None and not any(asked.gpus_per_node for asked in resources.values()):
+        plan.notes.append(
+            "no GPU is requested: there is no slurm.site that says how many a node has, and no slurm.gpus_per_node "
+            "(0, if none is wanted)"
+        )
     if facts is not None:
         plan.notes += check_cluster(slurm, site, facts, resources)
     if site and site.needs_account and not slurm.account:
@@ -84,15 +90,20 @@ def plan_chain(
     return plan
 
 
-def _jobs(job: str, asked: Resources, segments: int, mode: Mode) -> list[JobPlan]:
+def _resources(slurm: Slurm, site: Site | None, facts: ClusterFacts | None, job: JobKind) -> Resources:
+    limit = facts.longest_min(partition_of(slurm, site, job), slurm.qos) if facts else None
+    return resources_for(slurm, site, job, longest_min=limit)
+
+
+def _jobs(job: JobKind, asked: Resources, segments: int, mode: Mode) -> list[JobPlan]:
     if mode == "requeue":
-        return [JobPlan(job, asked)]  # type: ignore[arg-type]
-    made = [JobPlan(job, asked, k, segments, "next") for k in range(1, segments + 1)]  # type: ignore[arg-type]
+        return [JobPlan(job, asked)]
+    made = [JobPlan(job, asked, k, segments, "next") for k in range(1, segments + 1)]
     return [*made[:-1], replace(made[-1], when_stopped="last")]
 
 
 def choose_mode(
-    slurm: Slurm, site: Site | None, facts: ClusterFacts | None, resources: Mapping[str, Resources]
+    slurm: Slurm, site: Site | None, facts: ClusterFacts | None, resources: Mapping[JobKind, Resources]
 ) -> tuple[Mode, str]:
     """How a stage that stopped early continues, and why."""
     if slurm.mode != "auto":
@@ -101,6 +112,9 @@ def choose_mode(
         return "segments", "the site profile forbids requeue"
     if facts is not None and facts.preempts_by_qos:
         return _mode_by_qos(slurm, facts)
+    by_profile = site.qos[slurm.qos].preempt if facts is None and site and slurm.qos in site.qos else None
+    if by_profile == "cancel":
+        return "segments", f"QOS {slurm.qos} cancels the jobs that it preempts, by the site profile"
     for asked in resources.values():
         known = facts.partition(asked.partition) if facts else None
         offered = site.partitions.get(str(asked.partition)) if site else None
@@ -113,7 +127,8 @@ def choose_mode(
 
 def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
     """With PreemptType=preempt/qos the job's QOS decides; where it has no mode, the cluster's PreemptMode."""
-    own = facts.qos.get(slurm.qos) if slurm.qos else None
+    qos = facts.qos.get(slurm.qos) if slurm.qos else None
+    own = qos.preempt if qos else None
     of = f"QOS {slurm.qos}" if own else "this cluster, whose QOS decide,"
     if (own or facts.preempt) == "cancel":
         return "segments", f"{of} cancels the jobs that it preempts (PreemptMode=CANCEL)"
@@ -121,7 +136,7 @@ def _mode_by_qos(slurm: Slurm, facts: ClusterFacts) -> tuple[Mode, str]:
 
 
 def check_cluster(
-    slurm: Slurm, site: Site | None, facts: ClusterFacts, resources: Mapping[str, Resources]
+    slurm: Slurm, site: Site | None, facts: ClusterFacts, resources: Mapping[JobKind, Resources]
 ) -> list[str]:
     """Compare the request with what the controller reports. Raises UsageError; returns notes on what is unusual."""
     notes = []
@@ -134,13 +149,7 @@ def check_cluster(
         known = facts.partition(asked.partition)
         if known is None:
             raise UsageError(f"{job}: this cluster has no default partition", remedy="set slurm.partition")
-        if known.time_min is not None and asked.time_min > known.time_min:
-            raise UsageError(
-                f"{job}: time_min is {asked.time_min}, and partition {known.name} allows {known.time_min:.0f}",
-                remedy=f"--set slurm.time_min={math.floor(known.time_min)}",
-            )
-        if known.nodes is not None and asked.nodes > known.nodes:
-            raise UsageError(f"{job}: nodes is {asked.nodes}, and partition {known.name} allows {known.nodes} a job")
+        _check_limits(slurm, facts, job, asked, known)
         if not known.up:
             notes.append(f"partition {known.name} is not up: {job} will wait until it is")
     if slurm.account and facts.accounts is not None and slurm.account not in facts.accounts:
@@ -152,9 +161,27 @@ def check_cluster(
         raise UsageError(
             f"slurm.qos is {slurm.qos!r}, which this cluster does not have", remedy=nearest(slurm.qos, facts.qos)
         )
-    if facts.preempts_by_qos and not slurm.qos and "cancel" in facts.qos.values():
+    if facts.preempts_by_qos and not slurm.qos and any(qos.preempt == "cancel" for qos in facts.qos.values()):
         notes.append("jobs are preempted by QOS here, some of which cancel, and slurm.qos does not say which is yours")
     return [*notes, *(profile_differs(site, facts) if site else [])]
+
+
+def _check_limits(slurm: Slurm, facts: ClusterFacts, job: JobKind, asked: Resources, known: PartitionFacts) -> None:
+    """Refuse what Slurm would take and never start: more nodes or time than partition and QOS have."""
+    qos, of_qos = facts.qos.get(slurm.qos or "", QosFacts()), f"QOS {slurm.qos}"
+    for longest, where in ((known.time_min, known.limits), (qos.time_min, of_qos)):
+        if longest is not None and asked.time_min > longest:
+            raise UsageError(
+                f"{job}: {field_of_time(slurm, job)} is {asked.time_min}, and {longest:.0f} is allowed ({where})",
+                remedy=f"--set {field_of_time(slurm, job)}={math.floor(longest)}",
+            )
+    for most, where in ((known.nodes, known.limits), (known.total_nodes, known.limits), (qos.nodes, of_qos)):
+        if most is not None and asked.nodes > most:
+            own = job != "evaluate" and getattr(slurm, job).nodes
+            field = f"slurm.{job}.nodes" if own else "slurm.nodes"
+            raise UsageError(
+                f"{job}: {field} is {asked.nodes}, and {most} is the most ({where})", remedy=f"--set {field}={most}"
+            )
 
 
 def profile_differs(site: Site, facts: ClusterFacts) -> list[str]:

@@ -4,14 +4,15 @@
     RUN/slurm/git.json, uncommitted.diff     git's view of the checkout at the submission; of an array, in its folder
 
 The folder is named by the SHA-256 of SHA256SUMS, which is in each batch script too, and appears under its name when it
-is complete. Each job checks it by sha256sum before it starts anything, so an edit of the copy is refused, and one of
-the checkout changes nothing.
+is complete. Each job checks it by sha256sum before it starts anything, and each process of the job that it was imported
+from there (LIVT_CODE): an edit of the copy is refused, and one of the checkout changes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,6 +92,20 @@ def freeze(code: Code, folder: Path) -> Frozen:
 
 def _holds(path: Path, data: bytes) -> bool:
     return path.is_file() and path.read_bytes() == data
+
+
+def check_running_code(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise ClusterError in a process of a batch job that runs other code than LIVT_CODE, what was submitted.
+
+    PYTHONPATH names that code, and srun, a container or a wrapper of Python can lose it.
+    """
+    code = environ.get("LIVT_CODE")
+    if code and Path(code, "livt_scale").resolve() != PACKAGE:
+        raise ClusterError(
+            f"this process runs {PACKAGE}, and the job was submitted with {code}: PYTHONPATH did not reach it "
+            f"(here it is {environ.get('PYTHONPATH', 'not set')!r})",
+            remedy="see what starts Python: srun --export, the container's options, slurm.python, slurm.setup",
+        )
 
 
 def keep_git_view(folder: Path, *, checkout: Path = PACKAGE.parent) -> dict[str, object]:

@@ -10,6 +10,7 @@ Commands are started from lists, never through a shell. One that fails raises Cl
 from __future__ import annotations
 
 import getpass
+import os
 import re
 import subprocess
 import time
@@ -20,41 +21,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from livt_scale.slurm.sites import Preempt
+from livt_scale.slurm import inherited
+from livt_scale.slurm.facts import ClusterFacts, read_facts
 from livt_scale.util.errors import ClusterError, UsageError
 
+QOS_FORMAT = "format=name,preemptmode,maxwall,maxtres"
 TIMEOUT_S = 120.0  # a controller under load answers late; one that is gone, never
-
-
-@dataclass(frozen=True)
-class PartitionFacts:
-    """One partition, as the controller describes it."""
-
-    name: str
-    is_default: bool
-    time_min: float | None  # None: no limit
-    preempt: Preempt
-    nodes: int | None = None  # most of one job; None: no limit
-    up: bool = True
-
-
-@dataclass(frozen=True)
-class ClusterFacts:
-    """A cluster, as its controller describes it."""
-
-    partitions: dict[str, PartitionFacts]
-    requeues_by_default: bool  # JobRequeue
-    accounts: frozenset[str] | None = None  # that this user may charge; None: not known
-    kill_wait_s: int | None = None
-    preempts_by_qos: bool = False  # PreemptType=preempt/qos: the partition's PreemptMode is not looked at
-    preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that has none of its own
-    qos: dict[str, Preempt | None] = field(default_factory=dict)  # None: it has no PreemptMode of its own
-
-    def partition(self, name: str | None) -> PartitionFacts | None:
-        """The one called `name`, or the default one; None if there is no such partition."""
-        if name is not None:
-            return self.partitions.get(name)
-        return next((p for p in self.partitions.values() if p.is_default), None)
 
 
 def cluster_facts() -> ClusterFacts | None:
@@ -70,60 +42,18 @@ def cluster_facts() -> ClusterFacts | None:
     except (FileNotFoundError, ClusterError, KeyError):
         accounts = frozenset()  # no accounting here
     try:
-        qos = _run("sacctmgr", "show", "qos", "format=name,preemptmode", "--noheader", "--parsable2")
+        qos = _run("sacctmgr", "show", "qos", QOS_FORMAT, "--noheader", "--parsable2")
     except (FileNotFoundError, ClusterError):
         qos = ""
     return read_facts(config, partitions, accounts or None, qos=qos)
 
 
-def read_facts(config: str, partitions: str, accounts: frozenset[str] | None, *, qos: str = "") -> ClusterFacts:
-    """The facts in the output of `scontrol show config`, `scontrol --oneliner show partition`, `sacctmgr show qos`."""
-    found = [_partition(line) for line in partitions.splitlines() if line.startswith("PartitionName=")]
-    wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
-    cluster_wide = re.search(r"^PreemptMode\s*=\s*(\S+)", config, re.MULTILINE)
-    rows = [line.split("|") for line in qos.splitlines() if line.count("|") == 1]
-    return ClusterFacts(
-        {p.name: p for p in found},
-        requeues_by_default=re.search(r"^JobRequeue\s*=\s*0", config, re.MULTILINE) is None,
-        accounts=accounts,
-        kill_wait_s=int(wait[1]) if wait else None,
-        preempts_by_qos=re.search(r"^PreemptType\s*=\s*preempt/qos\b", config, re.MULTILINE) is not None,
-        preempt=_preempt(cluster_wide[1]) if cluster_wide else "off",
-        # sacctmgr says "cluster" for a QOS without a mode of its own
-        qos={name: None if mode in ("", "cluster") else _preempt(mode) for name, mode in rows},
-    )
-
-
-def _preempt(words: str) -> Preempt:
-    """What a PreemptMode, "REQUEUE" or "GANG,CANCEL", does to a job that it ends."""
-    modes = words.upper().split(",")
-    return "cancel" if "CANCEL" in modes else "requeue" if "REQUEUE" in modes else "off"
-
-
-def _partition(line: str) -> PartitionFacts:
-    values = dict(word.split("=", 1) for word in line.split() if "=" in word)
-    nodes = values.get("MaxNodes", "")
-    return PartitionFacts(
-        values["PartitionName"],
-        is_default=values.get("Default") == "YES",
-        time_min=minutes(values.get("MaxTime", "UNLIMITED")),
-        preempt=_preempt(values.get("PreemptMode", "OFF")),
-        nodes=int(nodes) if nodes.isdecimal() else None,
-        up=values.get("State", "UP") == "UP",
-    )
-
-
-def minutes(text: str) -> float | None:
-    """A time limit as Slurm writes it, "1-12:00:00" -> 2160; None for UNLIMITED."""
-    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if match is None:
-        return None
-    days, hours, mins, seconds = (int(group or 0) for group in match.groups())
-    return (days * 24 + hours) * 60 + mins + seconds / 60
-
-
-def sbatch(script: Path, *, chdir: Path, log: str, comment: str, dependency: str | None = None) -> str:
+def sbatch(
+    script: Path, *, chdir: Path, log: str, comment: str, environ: Mapping[str, str], dependency: str | None = None
+) -> str:
     """Submit `script`, to write into `log` beneath `chdir`; the job's id. Raises ClusterError with sbatch's message.
+
+    environ: of sbatch, and of the job (`inherited.for_sbatch`).
 
     A user's path is a separate argument, in which nothing needs quoting; but a % in a log's path has to be doubled,
     also in the folder that a relative path is beneath (seen with Slurm 22.05).
@@ -135,7 +65,7 @@ def sbatch(script: Path, *, chdir: Path, log: str, comment: str, dependency: str
     if dependency:
         words += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
     try:
-        told = _run("sbatch", *words, str(script))
+        told = _run("sbatch", *words, str(script), environ=environ)
     except FileNotFoundError:
         raise no_slurm("sbatch") from None
     job = told.strip().split(";")[0]  # "12;cluster" on a federation
@@ -180,10 +110,11 @@ def cancel(jobs: Sequence[str]) -> None:
         _run("scancel", *jobs)
 
 
-def _run(*words: str) -> str:
+def _run(*words: str, environ: Mapping[str, str] | None = None) -> str:
     """The output of a command. FileNotFoundError where it is not there; ClusterError where it fails or is silent."""
+    env = inherited.for_commands(os.environ) if environ is None else environ
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, errors="replace")
+        done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, errors="replace", env=env)
     except subprocess.TimeoutExpired:
         raise ClusterError(f"{words[0]} did not answer within {TIMEOUT_S:.0f} s", remedy="try again later") from None
     if done.returncode:
@@ -279,7 +210,8 @@ class Answer(NamedTuple):
 def query(*words: str) -> Answer:
     """Run one of Slurm's commands. Raises nothing."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, errors="replace")
+        env = inherited.for_commands(os.environ)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ASK_S, errors="replace", env=env)
     except FileNotFoundError:
         return Answer("", f"there is no {words[0]} here")
     except subprocess.TimeoutExpired:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from livt_scale.checkpoint.manifest import step_of
 from livt_scale.config.recipe import Recipe
+from livt_scale.distributed.ports import free_port, port_of_job
 from livt_scale.slurm import bad_nodes, commands
 from livt_scale.slurm.bad_nodes import BadNode
 from livt_scale.slurm.code_snapshot import PACKAGE
@@ -184,7 +185,8 @@ def _step(job: BatchJob, name: str) -> JobStep:
         words = srun.train(job.stage, job.recipe_path, [*job.sets, *_staged_sets(job)])
     else:
         words = srun.export() if name == "export" else srun.evaluate()
-    return JobStep(name, (*_stop_at(job), *words))
+    variables = [*_stop_at(job), *(_meet_at(job) if name == "train" else [])]
+    return JobStep(name, (*(["env", *variables] if variables else []), *words))
 
 
 def _staged_sets(job: BatchJob) -> list[str]:
@@ -198,13 +200,26 @@ def _stop_at(job: BatchJob) -> list[str]:
     if job.environ.get("SLURM_JOB_END_TIME"):
         return []
     end = commands.seconds(job.facts.get("EndTime", ""))
-    return [] if end is None else ["env", f"LIVT_STOP_AT={end:.0f}"]
+    return [] if end is None else [f"LIVT_STOP_AT={end:.0f}"]
+
+
+def _meet_at(job: BatchJob) -> list[str]:
+    """The port at which the ranks meet, where the one that they derive from the job's number is taken.
+
+    This script runs on the job's first node, as rank 0 does.
+    """
+    number = int(job.id)
+    port = free_port(number)
+    if port is None or port == port_of_job(number):
+        return []
+    log(f"port {port_of_job(number)} is taken on this node: the ranks meet at {port}")
+    return [f"MASTER_PORT={port}"]
 
 
 def _judge(job: BatchJob, name: str, exit_code: int, *, signalled: bool) -> JobOutcome | None:
     """The outcome of the last step that ended; None: the next one may start."""
     if name == "check":
-        return None if signalled else _judge_nodes(job)
+        return None if signalled else _judge_nodes(job, exit_code)
 
     def was_asked() -> bool:
         return signalled or was_preempted(job.facts)
@@ -262,19 +277,23 @@ def was_cancelled(facts: Mapping[str, str], *, restarts: int) -> bool:
     return not was_preempted(facts) and ended == ("COMPLETING", "None", str(restarts))
 
 
-def _judge_nodes(job: BatchJob) -> JobOutcome | None:
+def _judge_nodes(job: BatchJob, exit_code: int) -> JobOutcome | None:
     """Read what each node answered. Bad nodes are recorded, and end the job or are excluded from its next start."""
-    nodes, bad = bad_nodes.read_answers(
+    answers = bad_nodes.read_answers(
         job.folder / "nodes" / job.id,
         job.environ["SLURM_JOB_NODELIST"],
         job=job.id,
         check_min=job.recipe.slurm.check_min,
     )
-    for node in bad:
-        log(f"node {node.name} is bad: {node.why}")
+    bad = answers.bad
     if not bad:
         return None
-    if len(bad) == len(nodes) > 1:
+    if not answers.started:
+        why = f"srun failed with exit code {exit_code} and started the check on no node: see above. No node is to blame"
+        return JobOutcome("failed", why)
+    for node in bad:
+        log(f"node {node.name} is bad: {node.why}")
+    if len(bad) == len(answers.nodes) > 1:
         return JobOutcome(
             "failed", f"none of the {len(bad)} nodes passes the check, so the nodes are not the cause: see above"
         )

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from livt_scale.config.recipe import Recipe
-from livt_scale.config.slurm import Slurm
-from livt_scale.slurm.sites import JobKind, Resources, Site
+from livt_scale.config.slurm import Option, Slurm
+from livt_scale.slurm.sites import JobKind, Resources, Site, gpu_options
 from livt_scale.slurm.srun import mounts
 from livt_scale.util.errors import ClusterError, UsageError
 
@@ -99,9 +99,9 @@ def directives(job: JobPlan, chain: ChainSettings, *, array: ArraySettings | Non
         "job-name": f"livt-{re.sub(r'[^A-Za-z0-9._-]', '_', _name(chain, array))[:60]}-{job.name}",
         "nodes": resources.nodes,
         "ntasks-per-node": resources.tasks_per_node,
-        "gpus-per-node": resources.gpus_per_node or None,
+        **gpu_options(resources, slurm.options, chain.site),
         "cpus-per-task": resources.cpus_per_task,
-        "mem": f"{slurm.memory_gib}G" if slurm.memory_gib else None,
+        "mem": f"{resources.memory_gib}G" if resources.memory_gib else None,
         "time": resources.time_min,
         "partition": resources.partition,
         "account": slurm.account,
@@ -114,7 +114,16 @@ def directives(job: JobPlan, chain: ChainSettings, *, array: ArraySettings | Non
         "array": f"0-{len(array.runs) - 1}%{array.max_parallel}" if array else None,
     }
     lines = [f"#SBATCH --{name}={_word(name, str(value))}" for name, value in wanted.items() if value is not None]
-    return [*lines, "#SBATCH --requeue" if job.when_stopped == "requeue" else "#SBATCH --no-requeue"]
+    lines.append("#SBATCH --requeue" if job.when_stopped == "requeue" else "#SBATCH --no-requeue")
+    further = {name: value for name, value in slurm.options.items() if name != "gres"}
+    return [
+        *lines,
+        *(f"#SBATCH --{name}{_value(name, value)}" for name, value in further.items() if value is not False),
+    ]
+
+
+def _value(name: str, value: Option) -> str:
+    return "" if value is True else f"={_word(name, str(value))}"
 
 
 def log_name(job: JobPlan, *, array: bool) -> str:
@@ -145,6 +154,7 @@ def settings(job: JobPlan, chain: ChainSettings) -> list[str]:
         f"code_sha256={shlex.quote(chain.code_sha256)}",
         *_own(job, chain),
         _array("modules", (*(site.modules if site else ()), *slurm.modules)),
+        _array("setup", (*(site.setup if site else ()), *slurm.setup)),
         "set_environment() {",
         "  :",
         *(f"  export {name}={shlex.quote(value)}" for name, value in environment(slurm, site).items()),

@@ -19,6 +19,7 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.util.errors import UsageError
 from livt_scale.util.urls import is_url
 
+MARK_THEN_EXEC = 'echo started >"$0/${SLURMD_NODENAME:-$(hostname)}.started"; exec "$@"'
 GPU_VARIABLES = ("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_GPUS_PER_NODE")  # set where the job was given GPUs
 
 
@@ -38,13 +39,25 @@ class Srun:
         return f"{self.stage_in_dir}/livt-shards-{self.environ.get('SLURM_JOB_ID', '0')}" if self.stage_in_dir else None
 
     def check(self, folder: Path) -> list[str]:
-        """Each node writes its finding to folder/NODE; one bad node does not end the check of the others."""
+        """Each node writes its finding to folder/NODE; one bad node does not end the check of the others.
+
+        Before that its shell writes folder/NODE.started: where no node has, srun failed, and no node is bad.
+        """
+        options, container = self._container()
         bounds = ["--kill-on-bad-exit=0", f"--time={self.recipe.slurm.check_min}"]
-        return [*self._on_each_node(), *bounds, *self._livt("doctor", "--node", str(folder))]
+        mark = ("sh", "-c", MARK_THEN_EXEC, str(folder))
+        return [
+            *self._on_each_node(),
+            *bounds,
+            *options,
+            *mark,
+            *container,
+            *self._command("doctor", "--node", str(folder)),
+        ]
 
     def stage_in(self, stage: str, recipe_path: str, sets: Iterable[str]) -> list[str]:
         options, container = self._container()
-        command = (*self._python(), "-P", "-m", "livt_scale.slurm.stage_in")
+        command = (*self._python(), "-m", "livt_scale.slurm.stage_in")
         words = (str(self.staged), stage, recipe_path, *set_options(sets))
         return [*self._on_each_node(), *options, *container, *command, *words]
 
@@ -72,11 +85,16 @@ class Srun:
 
     def _livt(self, *words: str) -> list[str]:
         options, container = self._container()
-        return [*options, *container, *self._python(), "-P", "-m", "livt_scale", *words]  # -P: not the current folder
+        return [*options, *container, *self._command(*words)]
 
-    def _python(self) -> tuple[str]:
-        slurm = self.recipe.slurm
-        return (slurm.container.python if slurm.container else slurm.python or sys.executable,)
+    def _command(self, *words: str) -> list[str]:
+        return [*self._python(), "-m", "livt_scale", *words]
+
+    def _python(self) -> list[str]:
+        """The interpreter, and the code that it has to import (`code_snapshot.check_running_code`)."""
+        slurm, code = self.recipe.slurm, self.environ.get("LIVT_CODE")
+        python = slurm.container.python if slurm.container else slurm.python or sys.executable
+        return [*(["env", f"LIVT_CODE={code}"] if code else []), python, "-P"]  # -P: not the current folder
 
     def _container(self) -> tuple[list[str], list[str]]:
         """(options of srun, words before python)."""

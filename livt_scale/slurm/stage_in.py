@@ -22,6 +22,7 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, ShardManifest
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.slurm.code_snapshot import check_running_code
 from livt_scale.util.atomic import file_lock, new_file, plain_disk_errors
 from livt_scale.util.errors import DataError, LivtError, ShardError, UsageError
 from livt_scale.util.urls import is_url
@@ -108,6 +109,7 @@ def _files(manifest: ShardManifest) -> list[FileInfo]:
 
 def main(words: Sequence[str]) -> None:
     """TARGET STAGE RECIPE [--set A.B=C …]: exit code 0, or 1 with one line on stderr."""
+    check_running_code()
     target, stage, recipe, *rest = words
     if rest[::2] != ["--set"] * (len(rest) // 2) or len(rest) % 2:
         raise UsageError(f"only --set A.B=C may follow the recipe, not {rest}")

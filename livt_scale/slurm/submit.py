@@ -29,12 +29,13 @@ from typing import Any
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.yaml import shown
-from livt_scale.slurm import commands
+from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.slurm.chain import ChainPlan, dependency, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
+from livt_scale.slurm.facts import ClusterFacts
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
-from livt_scale.slurm.sites import Site, load_site
+from livt_scale.slurm.sites import Site, load_site, with_site
 from livt_scale.slurm.step_times import measure
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
@@ -72,7 +73,7 @@ class Prepared:
 class ClusterLook:
     """What the controller reports; None: it was not reached. notes: what is therefore not checked."""
 
-    facts: commands.ClusterFacts | None
+    facts: ClusterFacts | None
     notes: tuple[str, ...] = ()
 
 
@@ -82,15 +83,15 @@ def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None) -> Prepared:
     Raises UsageError, ClusterError, RunError.
     """
     run_dir = Path(os.path.abspath(recipe.run_dir or Path("runs") / recipe.name))  # noqa: PTH100 - links stay links
-    recipe = recipe.model_copy(update={"run_dir": str(run_dir)})
     site = load_site(recipe.slurm.site) if recipe.slurm.site else None
+    recipe = recipe.model_copy(update={"run_dir": str(run_dir), "slurm": with_site(recipe.slurm, site)})
     if recipe.slurm.stage_in and is_url(recipe.data.train):
         raise UsageError("slurm.stage_in copies local shards, and data.train is a URL", remedy="data.cache keeps those")
     measured = {stage: measure(recipe, stage, run_dir) for stage in recipe.stage_names}
     made = run_dir / "export" / ("eval.json" if recipe.data.val else "config.json")
     cluster = cluster or look_at_cluster()
     plan = plan_chain(recipe, site, cluster.facts, measured, exported=made.is_file())
-    plan.notes += cluster.notes
+    plan.notes += [*cluster.notes, *inherited.notes(os.environ, recipe.slurm)]
     for node in read_bad_nodes(run_dir):
         then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"
         plan.notes.append(f"node {node.name} was bad at {node.at} ({node.why}): {then}; see RUN/{BAD_NODES}")
@@ -228,6 +229,7 @@ def _short(chain: dict[str, Any]) -> dict[str, Any]:
 
 def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, Any]) -> dict[str, Any]:
     run_dir, jobs = prepared.run_dir, prepared.plan.jobs
+    environ = inherited.for_sbatch(os.environ, prepared.recipe.slurm)
     ids: list[str] = []
     try:
         write_chain(run_dir, chain)
@@ -235,7 +237,10 @@ def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, An
             waits = dependency(jobs, number)
             after = f"{waits[0]}:{ids[waits[1]]}" if waits else None
             log = f"{LOGS}/{log_name(job, array=False)}"
-            ids.append(commands.sbatch(script, chdir=run_dir, log=log, comment=chain["chain"], dependency=after))
+            submitted = commands.sbatch(
+                script, chdir=run_dir, log=log, comment=chain["chain"], environ=environ, dependency=after
+            )
+            ids.append(submitted)
             paths = {"script": str(script.relative_to(run_dir)), "log": log.replace("%j", ids[-1])}
             chain["jobs"].append(entry(job, id=ids[-1], dependency=after, **paths))
             write_chain(run_dir, chain)

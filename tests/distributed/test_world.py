@@ -105,6 +105,6 @@ def test_the_master_is_the_first_node_of_the_step(nodes, host):
 
 
 def test_the_port_follows_from_the_job():
-    assert [_slurm_port({"SLURM_JOB_ID": job}) for job in ("71", "20071", "3")] == ["20071", "20071", "20003"]
+    assert [_slurm_port({"SLURM_JOB_ID": job}) for job in ("71", "20071", "3")] == ["12071", "12071", "12003"]
     with pytest.raises(UsageError, match="SLURM_JOB_ID is 'x'"):
         _slurm_port({"SLURM_JOB_ID": "x"})

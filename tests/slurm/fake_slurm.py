@@ -18,6 +18,7 @@ import json, os, pathlib, sys
 folder = pathlib.Path({folder!r})
 with (folder / "calls.jsonl").open("a") as file:
     file.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+(folder / "environ-{name}.json").write_text(json.dumps(dict(os.environ)))
 calls = [json.loads(line) for line in (folder / "calls.jsonl").read_text().splitlines()]
 mine = [call for call in calls if call[0] == {name!r}]
 settings = json.loads((folder / "settings.json").read_text())
@@ -52,7 +53,8 @@ elif sys.argv[1:] == ["--oneliner", "show", "partition"]:
     "sacctmgr": "print(settings['qos' if sys.argv[2] == 'qos' else 'accounts'])\n",
 }
 PARTITIONS = (
-    "PartitionName=normal AllowGroups=ALL Default=YES MaxNodes=UNLIMITED MaxTime=1-00:00:00 PreemptMode=OFF State=UP\n"
+    "PartitionName=normal AllowGroups=ALL Default=YES MaxNodes=UNLIMITED MaxTime=1-00:00:00 PreemptMode=OFF State=UP "
+    "TotalCPUs=96 TotalNodes=6\n"
     "PartitionName=spare Default=NO MaxNodes=UNLIMITED MaxTime=12:00:00 PreemptMode=REQUEUE State=UP\n"
     "PartitionName=scrap Default=NO MaxNodes=4 MaxTime=UNLIMITED PreemptMode=CANCEL State=DOWN\n"
 )
@@ -90,6 +92,10 @@ class FakeSlurm:
     def calls(self, name: str) -> list[list[str]]:
         lines = (self.folder / "calls.jsonl").read_text().splitlines()
         return [call[1:] for call in map(json.loads, lines) if call[0] == name]
+
+    def environ(self, name: str) -> dict[str, str]:
+        """Of the last call of this command."""
+        return json.loads((self.folder / f"environ-{name}.json").read_text())
 
     @property
     def path(self) -> str:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.chain import MAX_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
-from livt_scale.slurm.commands import minutes, read_facts
+from livt_scale.slurm.facts import PartitionFacts, minutes, read_facts
 from livt_scale.slurm.sites import Resources, load_site, resources_for
 from livt_scale.slurm.step_times import Measured
 from livt_scale.util.errors import UsageError
@@ -35,10 +35,10 @@ def asked(time_min, *, nodes=1, tasks=1, partition=None):
 
 
 def test_facts_are_read_as_slurm_writes_them():
-    assert {name: (p.preempt, p.time_min, p.is_default, p.nodes, p.up) for name, p in FACTS.partitions.items()} == {
-        "normal": ("off", 1440, True, None, True),
-        "spare": ("requeue", 720, False, None, True),
-        "scrap": ("cancel", None, False, 4, False),
+    assert FACTS.partitions == {
+        "normal": PartitionFacts("normal", True, 1440, "off", None, 6),
+        "spare": PartitionFacts("spare", False, 720, "requeue"),
+        "scrap": PartitionFacts("scrap", False, None, "cancel", 4, up=False),
     }
     assert FACTS.kill_wait_s == 30
     assert FACTS.requeues_by_default
@@ -58,13 +58,76 @@ def test_time_limits_are_read_as_slurm_writes_them(text, expected):
     [
         ({"partition": "sparse"}, "no partition 'sparse' on this cluster. Did you mean 'spare'"),
         ({"account": "lap"}, "'lap', which you cannot charge here. Did you mean 'lab'"),
-        ({"partition": "spare", "time_min": 721}, "partition spare allows 720"),
-        ({"partition": "scrap", "nodes": 8, "pretrain": {"segments": 1}}, "partition scrap allows 4"),
     ],
 )
 def test_what_the_cluster_does_not_have_is_refused(slurm, said):
     with pytest.raises(UsageError, match=said):
         plan(recipe(**slurm))
+
+
+LIMITED = read_facts(CONFIG, PARTITIONS, None, qos="short|cluster|02:00:00|cpu=64,node=2\nlong|cluster||\n")
+
+
+@pytest.mark.parametrize(
+    ("slurm", "wrong", "limits", "remedy"),
+    [
+        ({"partition": "spare", "time_min": 721}, "slurm.time_min is 721", "720 min", "slurm.time_min=720"),
+        (
+            {"finetune": {"time_min": 1441}},
+            "slurm.finetune.time_min is 1441",
+            "6 nodes, 1440",
+            "finetune.time_min=1440",
+        ),
+        ({"evaluate": {"time_min": 1500}}, "evaluate.time_min is 1500", "1440 min", "slurm.evaluate.time_min=1440"),
+        ({"partition": "scrap", "nodes": 8}, "slurm.nodes is 8", "at most 4 a job, no time limit", "slurm.nodes=4"),
+        (
+            {"pretrain": {"nodes": 8}},
+            "slurm.pretrain.nodes is 8",
+            "partition normal: 6 nodes",
+            "slurm.pretrain.nodes=6",
+        ),
+        ({"qos": "short", "time_min": 121}, "slurm.time_min is 121", "QOS short", "slurm.time_min=120"),
+        ({"qos": "short", "nodes": 4}, "slurm.nodes is 4", "QOS short", "slurm.nodes=2"),
+    ],
+)
+def test_what_slurm_would_take_and_never_start_is_refused_with_the_limits(slurm, wrong, limits, remedy):
+    tasks = {"tasks_per_node": 1, "mode": "segments", "step_s": 0.1}
+    with pytest.raises(UsageError) as told:
+        plan(recipe(**tasks, **slurm), facts=LIMITED)
+    assert wrong in told.value.message
+    assert limits in told.value.message
+    assert told.value.remedy.endswith(remedy)
+
+
+@pytest.mark.parametrize(
+    ("slurm", "site", "minutes"),
+    [
+        ({}, None, 1440),
+        ({"partition": "spare"}, None, 720),
+        ({"partition": "scrap"}, None, 1440),  # without a limit: a day
+        ({"partition": "spare"}, "two_cpu_nodes", 720),  # the profile's 1440 is more than the cluster has
+        ({"partition": "spare", "qos": "short"}, None, 120),
+        ({"partition": "spare", "time_min": 30}, None, 30),
+    ],
+)
+def test_without_a_time_a_job_asks_for_the_longest_that_is_allowed(slurm, site, minutes):
+    of = recipe(signal_lead_s=60, start_s=60, **slurm)
+    jobs = {job.job: job.resources.time_min for job in plan(of, site=site, facts=LIMITED).jobs}
+    assert jobs == {"pretrain": minutes, "finetune": minutes, "evaluate": 60}
+
+
+@pytest.mark.parametrize(
+    ("slurm", "site", "noted"),
+    [
+        ({}, None, True),
+        ({"gpus_per_node": 0}, None, False),
+        ({"gpus_per_node": 4}, None, False),
+        ({}, "single_node", False),
+    ],
+)
+def test_that_no_gpu_is_requested_is_noted_where_nobody_decided_it(slurm, site, noted):
+    notes = plan(recipe(**slurm), site=site, facts=None).notes
+    assert any("no GPU is requested" in note for note in notes) == noted
 
 
 def test_a_partition_that_is_down_is_told():
@@ -100,6 +163,8 @@ def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job():
         ({}, "a100_slingshot", None, "segments"),  # forbids requeue
         ({}, "h100_infiniband", None, "requeue"),
         ({"partition": "scavenge"}, "a100_slingshot", None, "segments"),
+        ({"qos": "preempt"}, "by_qos", None, "segments"),
+        ({"qos": "regular"}, "by_qos", None, "requeue"),
         ({"partition": "scrap"}, "two_cpu_nodes", None, "segments"),  # by the profile, without a controller
         ({}, None, None, "requeue"),
     ],

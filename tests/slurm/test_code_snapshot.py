@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from livt_scale.slurm.code_snapshot import PACKAGE, freeze, keep_git_view, read_code
+from livt_scale.cli import main
+from livt_scale.slurm.code_snapshot import PACKAGE, check_running_code, freeze, keep_git_view, read_code
 from livt_scale.util.errors import ClusterError
 
 
@@ -78,6 +80,24 @@ def test_python_imports_the_frozen_package_from_inside_a_checkout(tmp_path, pack
         [sys.executable, "-P", "-c", code], cwd=PACKAGE.parent, env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["frozen", str(frozen.folder / "livt_scale" / "__init__.py")]
+
+
+@pytest.mark.parametrize(("code", "fails"), [(None, False), (PACKAGE.parent, False), ("/nowhere/code/0123", True)])
+def test_a_process_of_a_job_that_runs_other_code_ends(code, fails):
+    environ = {} if code is None else {"LIVT_CODE": str(code)}
+    if not fails:
+        check_running_code(environ)
+        return
+    with pytest.raises(ClusterError, match="PYTHONPATH did not reach it") as told:
+        check_running_code(environ)
+    assert "/nowhere/code/0123" in told.value.message
+    assert str(PACKAGE) in told.value.message
+
+
+def test_each_command_of_livt_in_a_job_checks_it(monkeypatch):
+    monkeypatch.setenv("LIVT_CODE", "/nowhere/code/0123")
+    result = CliRunner().invoke(main.app, ["train", "no.yaml"])
+    assert isinstance(result.exception, ClusterError)
 
 
 def test_gits_view_is_kept_with_what_is_not_committed(tmp_path, package):

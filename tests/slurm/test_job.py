@@ -1,14 +1,20 @@
 """What a batch job decides: its next step, the meaning of exit codes, its end. The shell's part: test_script.py."""
 
 import random
+import re
+import socket
+import subprocess
 import time
 
 import pytest
 
+from livt_scale.distributed.ports import is_free, port_of_job
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.commands import Answer
 from livt_scale.slurm.job import meaning_of, parse_ended, was_cancelled
+from livt_scale.slurm.srun import Srun
 from tests.slurm.batch import Batch
+from tests.slurm.test_script_text import recipe
 
 REQUEUED = ["scontrol", "requeue", "77"]
 
@@ -331,6 +337,34 @@ def test_the_cpus_of_a_task_are_passed_to_srun(batch):
     assert " --cpus-per-task=12 " in batch.steps[0][1]
 
 
+# --- where the ranks meet ---
+
+
+def test_a_port_that_is_taken_is_replaced_by_another_one(batch):
+    with socket.socket() as taken:
+        taken.bind(("", port_of_job(77)))
+        taken.listen()
+        _, log = batch()
+    words = batch.steps[0][1]
+    assert "port 12077 is taken on this node" in log
+    port = int(re.match(r"env MASTER_PORT=(\d+) srun ", words)[1])
+    assert port != 12077
+    assert is_free(port)
+
+
+# --- the code that runs ---
+
+
+def test_each_task_knows_the_code_that_it_has_to_import(batch):
+    batch.environ |= {"LIVT_CODE": "/run it's/code/0123", "SLURM_JOB_NODELIST": "n1"}
+    batch.nodes = ("n1",)
+    batch.ends["check"] = lambda: (batch.run / "slurm" / "nodes" / "77" / "n1").write_text("ok\n") * 0
+    batch(**STAGES_IN)
+    assert batch.names == ["check", "stage-in", "train", "clean-up"]
+    for _, words in batch.steps[:3]:
+        assert re.search(r" env LIVT_CODE=/run it's/code/0123 \S+ -P -m livt_scale", words)
+
+
 # --- bad nodes ---
 
 
@@ -377,6 +411,37 @@ def test_answers_of_an_earlier_start_do_not_count(three):
     three.answers(n1="ok", n2="ok")
     code, log = three()
     assert (code, "node n3 is bad" in log) == (1, True)
+
+
+@pytest.mark.parametrize("check", ["report", "exclude"])
+@pytest.mark.parametrize("nodes", [("n1",), ("n1", "n2")])
+def test_where_srun_fails_no_node_is_bad(batch, check, nodes):
+    """As where the job has a memory limit that contradicts an inherited one."""
+    batch.environ["SLURM_JOB_NODELIST"], batch.nodes = "n", nodes
+    batch.ends["check"] = 1
+    code, log = batch(slurm={"check_nodes": check})
+    assert code == 1
+    assert "srun failed with exit code 1 and started the check on no node" in log
+    assert read_bad_nodes(batch.run) == []
+    assert batch.changes == []
+
+
+def test_a_node_on_which_the_check_began_and_left_no_answer_is_bad(batch):
+    batch.environ["SLURM_JOB_NODELIST"], batch.nodes = "n1", ("n1",)
+    mark = batch.run / "slurm" / "nodes" / "77" / "n1.started"
+    batch.ends["check"] = lambda: mark.write_text("started\n") and 1
+    assert batch()[0] == 1
+    assert [node.name for node in read_bad_nodes(batch.run)] == ["n1"]
+
+
+def test_the_check_marks_its_node_before_python_starts(tmp_path):
+    """With a Python that fails: the node has begun, and left no answer."""
+    words = Srun(recipe(), tmp_path, tmp_path, {"SLURMD_NODENAME": "n7"}).check(tmp_path / "it's here")
+    (tmp_path / "it's here").mkdir()
+    command = words[words.index("sh") :]
+    command[command.index("-P") - 1] = "false"
+    assert subprocess.run(command, env={"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "n7"}).returncode == 1
+    assert [path.name for path in (tmp_path / "it's here").iterdir()] == ["n7.started"]
 
 
 def test_where_no_node_passes_the_nodes_are_not_the_cause(three):

@@ -249,6 +249,48 @@ def test_what_another_launcher_left_is_removed_and_what_the_recipe_sets_is_there
     assert script.calls("left") == ["left  it's $(x)"]
 
 
+def test_setup_runs_after_the_environment_is_set_and_tasks_see_what_it_exports(script):
+    script.program("srun", 'echo "sees $DERIVED" >>"$CALLS"')
+    script.answers(RUN, ["exit", "0"])
+    setup = ['export DERIVED="$SAID, it\'s $(echo so)"', "true"]
+    assert script(slurm={"environment": {"SAID": "here"}, "setup": setup})[0] == 0
+    assert script.calls("sees") == ["sees here, it's so"]
+
+
+@pytest.mark.parametrize("command", ["false", "no-such-command", "if then", "(exit 3)"])
+def test_setup_that_fails_ends_the_job_with_its_command(script, command):
+    code, log = script(slurm={"setup": ["true", command, "touch too-far"]}, when_stopped="next")
+    assert code == 1
+    assert f"slurm.setup: {command} failed" in log
+    assert script.calls() == []
+    assert not (script.folder / "too-far").exists()
+
+
+def test_what_the_submitting_shell_has_exported_does_not_decide_how_the_script_runs(script):
+    """Options by SHELLOPTS, functions that hide commands; `module` is a function that is needed."""
+    script.environ |= {"SHELLOPTS": "errexit:nounset:noglob:noclobber:pipefail:posix", "BASHOPTS": "failglob:nullglob"}
+    hides = ("cd", "srun", "date", "kill", "wait", "export", "mapfile", "sha256sum", "eval", "exec", "[")
+    script.environ |= {f"BASH_FUNC_{name}%%": '() { echo "function" >>"$CALLS"; return 9; }' for name in hides}
+    script.environ["BASH_FUNC_module%%"] = '() { echo "module $*" >>"$CALLS"; }'
+    script.program("srun", 'echo "options <$SHELLOPTS>" >>"$CALLS"; exit 7')
+    script.failure.write_text("")
+    script.answers(["run", "check", "srun", "x"], RUN, ["exit", "0"])
+    code, log = script(slurm={"modules": ["cuda"]}, when_stopped="next")
+    assert (code, log) == (0, "")
+    assert script.calls("module") == ["module load cuda"]
+    assert script.calls("function") == []
+    assert script.calls("python")[-1].endswith("--ended=check:7 --ended=train:7")
+    assert not any("nounset" in line or "posix" in line for line in script.calls("options"))
+
+
+def test_srun_hands_on_what_the_script_sets_whatever_sbatch_exported(script):
+    script.environ |= {"SLURM_EXPORT_ENV": "NONE", "OMPI_COMM_WORLD_RANK": "3", "LIVT_CODE": "/of/another/job"}
+    script.program("srun", 'echo "left <${SLURM_EXPORT_ENV-}${OMPI_COMM_WORLD_RANK-}${LIVT_CODE-}>" >>"$CALLS"')
+    script.answers(RUN, ["exit", "0"])
+    assert script()[0] == 0
+    assert script.calls("left") == ["left <>"]
+
+
 # --- with the real `livt job next` ---
 
 REAL = {"code": str(REPO), "python": sys.executable}

@@ -17,7 +17,8 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.chain import plan_chain
 from livt_scale.slurm.script import ChainSettings, JobPlan, render
-from livt_scale.slurm.sites import load_site, resources_for
+from livt_scale.slurm.sites import load_site, resources_for, with_site
+from livt_scale.slurm.srun import Srun
 from livt_scale.slurm.step_times import Measured
 from livt_scale.util.errors import UsageError
 from livt_scale.util.resources import shipped
@@ -94,6 +95,28 @@ def test_the_script_of_a_stage(golden, site_name, stage, mode):
     golden(f"slurm/{site_name}-{stage}-{mode}.sbatch", head)
 
 
+@pytest.mark.parametrize("kind", ["h100_infiniband", "shared_gpus", "by_qos", "no_accounting", "containers"])
+def test_the_scripts_of_each_kind_of_cluster(golden, kind):
+    """With what an administrator would look for in them, from the head of the profile."""
+    looks_for = [line for line in shipped(f"slurm/sites/{kind}.yaml").read_text().splitlines() if line.startswith("#")]
+    site = load_site(kind)
+    account = {"account": "lab"} if site.needs_account else {}
+    of = recipe({"site": kind, "nodes": 2, "step_s": 2.5, "save_s": 20.0, **account})
+    of = of.model_copy(update={"slurm": with_site(of.slurm, site)})
+    plan = plan_chain(of, site, None, {"pretrain": UNKNOWN, "finetune": UNKNOWN})
+    heads = []
+    for job in (plan.jobs[0], plan.jobs[-1]):
+        head = render(template(), job, settings(of, site)).partition("# --- end of settings")[0]
+        lines = [line for line in head.splitlines() if line.startswith("#SBATCH")]
+        environ = {"SLURM_JOB_NUM_NODES": f"{job.resources.nodes}", "SLURM_GPUS_ON_NODE": "1"}
+        srun = Srun(of, Path(of.run_dir), Path("/shared/runs/a run/code/0123"), environ)
+        step = srun.export() if job.job == "evaluate" else srun.train(job.job, f"{of.run_dir}/slurm/recipe.yaml", [])
+        step = [word.replace(sys.executable, "/home/me/livt scale/.venv/bin/python") for word in step]
+        heads += [f"# ===== {job.name} =====", *lines, head.partition("# --- settings")[2].partition("\n")[2]]
+        heads += [f"# its step: {shlex.join(step)}", ""]
+    golden(f"slurm/kind-{kind}.sbatch", "\n".join([*looks_for, "", *heads]))
+
+
 def test_the_script_of_an_evaluation(golden):
     of = recipe({"environment": {"A": "it's here"}, "modules": ["cuda"], "stage_in": True, "stage_in_dir": "/x y"})
     golden("slurm/evaluate.sbatch", script_of(of, "evaluate").partition("# --- end of settings")[0])
@@ -101,7 +124,7 @@ def test_the_script_of_an_evaluation(golden):
 
 def test_the_script_is_short_and_decides_nothing():
     text = template()
-    assert len(text.splitlines()) < 100
+    assert len(text.splitlines()) < 120
     assert not re.search(r"scontrol|squeue|status\.json|requeue \"|85\)", text)
 
 
@@ -249,6 +272,57 @@ def test_what_was_asked_for_stands_in_the_lines_of_sbatch():
     }  # fmt: skip
 
 
+# --- further options of sbatch, and commands before the steps ---
+
+
+def test_further_options_are_lines_of_sbatch():
+    options = {"reservation": "deep", "exclusive": True, "mail-type": "FAIL,END", "nice": 5, "hold": False}
+    lines = script_of(recipe({"options": options})).splitlines()
+    assert {"#SBATCH --reservation=deep", "#SBATCH --exclusive", "#SBATCH --mail-type=FAIL,END"} < set(lines)
+    assert "#SBATCH --nice=5" in lines
+    assert not any("hold" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "decides"),
+    [
+        ("time", "slurm.time_min"),
+        ("tim", "(sbatch reads it as time) cannot be an option here: slurm.time_min"),
+        ("nodes", "slurm.nodes"),
+        ("constraint", "slurm.constraint"),
+        ("requeue", "slurm.mode"),
+        ("dependency", "the chain"),
+        ("output", "the chain"),
+        ("array", "livt submit"),
+        ("gpus", "slurm.gpus_per_node"),
+    ],
+)
+def test_an_option_that_the_chain_needs_is_refused_with_the_field_that_decides_it(name, decides):
+    with pytest.raises(ValueError, match=re.escape(decides)):
+        Slurm.model_validate({"options": {name: "1"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("N", 1), ("a b", 1), ("--x", 1), ("comment-x", "two words"), ("x=y", 1), ("licenses", "a\nb")]
+)
+def test_an_option_that_no_sbatch_line_can_hold_is_refused(name, value):
+    with pytest.raises(ValueError, match="options"):
+        Slurm.model_validate({"options": {name: value}})
+
+
+@pytest.mark.parametrize(
+    "slurm",
+    [
+        {"memory_gib": 5, "options": {"mem-per-gpu": "80G"}},
+        {"options": {"mem-per-gpu": "80G", "mem-per-cpu": "5G"}},
+    ],
+)
+def test_memory_is_asked_for_in_one_way(slurm):
+    with pytest.raises(ValueError, match=r"options\.mem-per-gpu.*exclude each other"):
+        Slurm.model_validate(slurm)
+    assert Slurm.model_validate({"options": {"mem-per-gpu": "80G"}}).options == {"mem-per-gpu": "80G"}
+
+
 # --- containers ---
 
 
@@ -263,7 +337,8 @@ def test_apptainer_goes_around_each_task(tmp_path):
     assert f"{of.run_dir}:{of.run_dir}" in inside
     assert "/opt/x:/x" in inside
     image = inside.index("/images/livt it's.sif")
-    assert inside[image + 1 : image + 6] == ["python3", "-P", "-m", "livt_scale", "train"]
+    command = ["env", f"LIVT_CODE={REPO}", "python3", "-P", "-m", "livt_scale", "train"]
+    assert inside[image + 1 : image + 8] == command
 
 
 def test_pyxis_is_told_by_options_of_srun(tmp_path):

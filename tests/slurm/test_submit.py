@@ -60,6 +60,19 @@ def test_three_jobs_each_after_the_one_before_it(tmp_path, fake):
     assert not list(tmp_path.rglob("pwned"))
 
 
+def test_jobs_are_submitted_with_a_clean_environment_and_the_rest_is_reported(tmp_path, fake, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_MEM_PER_CPU", "SLURM_CONF", "SBATCH_TIMELIMIT", "SBATCH_WCKEY", "SQUEUE_USERS"):
+        monkeypatch.setenv(name, "7")
+    prepared = chains.prepare(recipe(tmp_path))
+    assert {"this is inside job 7: its SLURM_* variables are not passed on"} < set(prepared.plan.notes)
+    assert "SBATCH_TIMELIMIT is set and not used: slurm.time_min decides" in prepared.plan.notes
+    chains.submit(prepared)
+    chains.submit(prepared)
+    given = {name for name in fake.environ("sbatch") if name.startswith(("SLURM_", "SBATCH_"))}
+    assert given == {"SLURM_CONF", "SBATCH_WCKEY"}
+    assert "SQUEUE_USERS" not in fake.environ("squeue")
+
+
 def test_the_record_names_each_job_its_script_and_its_log(tmp_path, fake):
     of = recipe(tmp_path)
     submit(of)
