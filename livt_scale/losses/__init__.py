@@ -26,17 +26,33 @@ Source: LiVT, arXiv 2212.02015, equations 6 to 13, and its public code; balanced
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 from pydantic import ValidationError
 
 from livt_scale.losses import builtin  # noqa: F401 - registers the losses that ship
 from livt_scale.losses.options import LOSSES, Criterion, LossOptions
+from livt_scale.losses.options import formulas as on_tensors
 from livt_scale.util.choices import UNKNOWN_OPTION, choose
 from livt_scale.util.errors import UsageError
 
-__all__ = ["LOSSES", "Criterion", "LossOptions", "make_loss"]
+if TYPE_CHECKING:
+    from livt_scale.losses.formulas import ClassLoss
+
+__all__ = ["LOSSES", "Criterion", "LossOptions", "make", "make_loss"]
+
+
+def make(name: str, class_counts: Sequence[int] | npt.ArrayLike, **options: Any) -> ClassLoss:
+    """The loss of that name as an nn.Module, for a training set with `class_counts` [C] images of each class.
+
+    The module takes logits, float [B, C], with soft targets, float [B, C], or labels, int64 [B], and returns a scalar
+    in float32 or better. It has no parameters; what it keeps of the classes follows the logits to their device.
+    `options`: as of `make_loss`, which says what this raises. The module raises UsageError for other shapes.
+    """
+    criterion, f = make_loss(name, class_counts, **options), on_tensors()
+    loss: ClassLoss = criterion if isinstance(criterion, f.ClassLoss) else f.CustomLoss(name, criterion)
+    return loss
 
 
 def make_loss(name: str, class_counts: Sequence[int] | npt.ArrayLike, **options: Any) -> Criterion:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from livt_scale.util.errors import UsageError
@@ -36,29 +36,85 @@ GROUP_ELEMENTS = {
 RowFormula = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
-class Loss:
-    """A formula with its numbers by class. Call it with logits and soft targets, both `[B, C]`, for a scalar."""
+class ClassLoss(nn.Module):
+    """What every loss that a user is given does with its arguments.
+
+    logits: float `[B, C]`. targets: soft ones, float `[B, C]`, or labels, int64 `[B]`. Returns a scalar. Raises
+    UsageError for other shapes and, on a CPU, for labels outside 0 … C - 1 (on a GPU the check would wait for it).
+    """
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.ndim != 2:
+            raise UsageError(f"logits are {list(logits.shape)}", remedy="give [images, classes]")
+        if targets.ndim == 1 and not targets.is_floating_point():
+            targets = one_hot(targets, logits)
+        if logits.shape != targets.shape:
+            raise UsageError(
+                f"logits are {list(logits.shape)}, targets {list(targets.shape)}",
+                remedy="give soft targets of the shape of the logits, or one int64 label per row of them",
+            )
+        return self.value(logits, targets)
+
+    def value(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The loss of logits and soft targets, both `[B, C]`."""
+        raise NotImplementedError
+
+
+class CustomLoss(ClassLoss):
+    """A loss from outside the package, which gets soft targets whatever its caller has."""
+
+    def __init__(self, name: str, criterion: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.name = name
+        self.criterion = criterion
+
+    def value(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self.criterion(logits, targets)
+
+    def extra_repr(self) -> str:
+        return repr(self.name)
+
+
+class Loss(ClassLoss):
+    """A formula with its numbers by class, which follow the logits to their device."""
 
     def __init__(self, name: str, form: RowFormula, by_class: Counts | None = None) -> None:
+        super().__init__()
         self.name = name
         self.form = form
         self.by_class = None if by_class is None else torch.from_numpy(by_class)  # float64 [C]: margins or weights
         self._placed = self.by_class  # the same on the logits' device, in the precision of the computation
 
-    def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def value(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean over the batch, in float32 at least. `targets`: shares in [0, 1], soft ones as well as one-hot.
 
         `lade` takes one-hot targets alone, else UsageError.
         """
-        assert logits.shape == targets.shape, f"logits {tuple(logits.shape)}, targets {tuple(targets.shape)}"
         if self.by_class is not None:
+            if logits.shape[1] != len(self.by_class):
+                raise UsageError(
+                    f"logits are {list(logits.shape)}, and the loss is for {len(self.by_class)} classes",
+                    remedy="build model and loss for the same class counts",
+                )
             device, dtype = logits.device, torch.promote_types(logits.dtype, torch.float32)
             if self._placed is None or (self._placed.device, self._placed.dtype) != (device, dtype):
                 self._placed = self.by_class.to(device, dtype)  # once, not at each step
         return self.form(logits, targets, self._placed)
 
-    def __repr__(self) -> str:
-        return f"Loss({self.name!r})"
+    def extra_repr(self) -> str:
+        return repr(self.name)
+
+
+def one_hot(labels: Tensor, logits: Tensor) -> Tensor:
+    """Labels int64 `[B]` as one-hot float32 targets of the shape of `logits` `[B, C]`. Raises UsageError."""
+    if len(labels) != len(logits):
+        raise UsageError(f"logits are {list(logits.shape)}, with {len(labels)} labels", remedy="give one label per row")
+    if labels.is_cpu and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+        raise UsageError(
+            f"labels are from {int(labels.min())} to {int(labels.max())}, logits have {logits.shape[1]} classes",
+            remedy=f"number the classes from 0 to {logits.shape[1] - 1}",
+        )
+    return soft_targets(labels.long(), logits.shape[1])
 
 
 def soft_targets(labels: Tensor, num_classes: int, smoothing: float = 0.0) -> Tensor:

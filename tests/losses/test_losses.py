@@ -1,5 +1,6 @@
 """Losses against a reckoning in float64 that sums over samples and classes one by one, by the papers' formulas."""
 
+import copy
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.losses import LOSSES, formulas, make_loss
+from livt_scale.losses import LOSSES, LossOptions, formulas, make, make_loss
 from livt_scale.losses.formulas import soft_targets
 from livt_scale.util.errors import DataError, UsageError
 
@@ -415,6 +416,46 @@ def test_a_loss_is_called_the_same_in_the_registry_and_in_a_recipe():
     assert {name: LOSSES[name]().name for name in LOSSES} == {name: name for name in LOSSES}
 
 
-def test_shapes_that_differ_are_our_own_mistake():
-    with pytest.raises(AssertionError, match="logits"):
-        make_loss("ce", COUNTS)(torch.zeros(2, 5), torch.zeros(2, 1))
+@pytest.mark.parametrize(
+    ("logits", "targets"),
+    [
+        (torch.zeros(2, 5), torch.zeros(2, 1)),
+        (torch.zeros(2, 4), torch.zeros(2, 4)),  # other classes than the loss has
+        (torch.zeros(5), torch.zeros(5)),
+        (torch.zeros(2, 5), torch.zeros(2)),
+        (torch.zeros(2, 5), torch.tensor([1, 2, 3])),
+        (torch.zeros(2, 5), torch.tensor([0, 5])),
+        (torch.zeros(2, 5), torch.tensor([-1, 0])),
+    ],
+)
+def test_shapes_and_labels_that_do_not_fit_are_wrong_usage(logits, targets):
+    with pytest.raises(UsageError, match=r"^(logits|labels) are"):
+        make("bal_bce", COUNTS)(logits, targets)
+
+
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_labels_are_one_hot_targets_and_the_module_has_nothing_to_train(name):
+    loss, labels = make(name, COUNTS), torch.tensor([4, 0, 1])
+    z = torch.randn(3, len(COUNTS), generator=torch.Generator().manual_seed(0))
+    assert isinstance(loss, torch.nn.Module)
+    assert list(loss.parameters()) == []
+    assert loss(z, labels) == make_loss(name, COUNTS)(z, torch.eye(len(COUNTS))[labels])
+    half = copy.deepcopy(loss).half()  # as a part of a model in half precision: its numbers stay float64
+    assert half(z, labels) == loss(z, labels)
+
+
+def test_a_loss_from_outside_the_package_takes_labels_too():
+    class Plain(LossOptions):
+        name: str = "plain"
+
+        def build(self, counts):
+            return lambda logits, targets: (logits.softmax(1) * targets).sum()
+
+    LOSSES.register("plain", Plain)
+    try:
+        loss, z = make("plain", COUNTS), torch.zeros(2, 5)
+        assert loss(z, torch.tensor([0, 4])) == loss(z, torch.eye(5)[[0, 4]])
+        with pytest.raises(UsageError, match=r"targets \["):
+            loss(z, torch.zeros(2, 4))
+    finally:
+        LOSSES.remove("plain")
