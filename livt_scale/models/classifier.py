@@ -1,9 +1,9 @@
 """Stage 2's network: timm's VisionTransformer with mean pooling, as LiVT fine-tunes it, and how it takes MAE's weights.
 
 The state dict is timm's, so an export is plain timm. Two things differ from timm's own: the initialisation (MAE's; a
-head of almost zero, so that training starts from equal odds), and stochastic depth, whose coin is thrown by the
-caller: `drop` holds one uniform number for each image and residual branch, so that a run's coins belong to its samples
-and not to a rank. `drop[b, 2k]` decides the attention of block k for image b, `drop[b, 2k + 1]` its MLP.
+head of almost zero, so that training starts from equal odds), and stochastic depth, whose coins the caller may give:
+`drop` holds one uniform number for each image and residual branch, so that a run's coins belong to its samples and not
+to a rank. `drop[b, 2k]` decides the attention of block k for image b, `drop[b, 2k + 1]` its MLP.
 
 A linear probe is the same network, of which `head.weight` and `head.bias` alone have gradients.
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from livt_scale.config.recipe import Model
 from livt_scale.models.head_norm import HeadNorm
-from livt_scale.models.layers import LAYER_NORM, DropPath, on_grid, vit_args
+from livt_scale.models.layers import LAYER_NORM, DropPath, check_images, coins, on_grid, vit_args
 from livt_scale.models.mae import reset_encoder
 from livt_scale.models.resnet import ResNetClassifier
 from livt_scale.util.errors import CheckpointMismatch
@@ -72,7 +72,7 @@ def head_name(classifier: nn.Module) -> str:
 
 
 class Classifier(VisionTransformer):
-    """Logits of images. In training with a drop path above 0, `forward` needs `drop`."""
+    """Logits of images."""
 
     head_norm: HeadNorm | None
 
@@ -80,6 +80,7 @@ class Classifier(VisionTransformer):
         super().__init__(
             **vit_args(model), num_classes=num_classes, global_pool="avg", norm_layer=LAYER_NORM, weight_init="skip"
         )
+        self.image_shape = (model.channels, model.image_px, model.image_px)
         depth = len(self.blocks)
         for k, block in enumerate(self.blocks):
             rate = drop_path * k / max(depth - 1, 1)  # linear over depth, as timm: none in the first block
@@ -90,13 +91,13 @@ class Classifier(VisionTransformer):
         trunc_normal_(self.head.weight, std=head_std)
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Images float `[B, C, H, W]` to logits `[B, num_classes]`.
+        """Images float `[B, C, H, W]` to logits `[B, num_classes]`. Raises UsageError for images of another size.
 
-        `drop`: uniform numbers in [0, 1) `[B, 2·depth]`, of use in training alone.
+        `drop`: uniform numbers in [0, 1) `[B, 2·depth]`, of use in training alone; None: from torch's generator.
         """
+        check_images(images, self.image_shape)
         if self.training and self.drop_path > 0:
-            assert drop is not None, "a classifier with drop path needs `drop` in training, or eval()"
-            assert drop.shape == (len(images), 2 * len(self.blocks)), (tuple(drop.shape), len(self.blocks))
+            drop = coins(images, 2 * len(self.blocks), given=drop)
             for k, block in enumerate(self.blocks):
                 block.drop_path1.uniforms, block.drop_path2.uniforms = drop[:, 2 * k], drop[:, 2 * k + 1]
         return self.forward_head(self.forward_features(images))

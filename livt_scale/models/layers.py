@@ -12,6 +12,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from livt_scale.config.recipe import Model
+from livt_scale.util.errors import UsageError
 
 MLP_RATIO = 4.0  # hidden width of a block's MLP over the block's width, in every ViT of the sources
 
@@ -68,6 +69,29 @@ def on_grid(positions: torch.Tensor, *, old: int, new: int) -> torch.Tensor:
     Bicubic without antialiasing, as MAE's and LiVT's codes go from 224 to 384 px.
     """
     return resample_abs_pos_embed(positions, [new, new], [old, old], num_prefix_tokens=1, antialias=False)
+
+
+def check_images(images: Tensor, shape: tuple[int, int | None, int | None]) -> None:
+    """Raise UsageError unless `images` are `[B, C, H, W]` of this (C, H, W); None: any."""
+    fits = images.ndim == 4 and all(n in (None, m) for n, m in zip(shape, images.shape[1:], strict=True))
+    if not fits:
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise UsageError(
+            f"images are {list(images.shape)}, and the model takes [B, {wanted}]",
+            remedy="build model and loader for the same image_px and channels",
+        )
+
+
+def coins(images: Tensor, branches: int, *, given: Tensor | None) -> Tensor:
+    """Uniform numbers in [0, 1) `[B, branches]` for stochastic depth: those given, or of torch's global generator.
+
+    Raises UsageError where those given have another shape.
+    """
+    if given is None:
+        return torch.rand(len(images), branches, device=images.device)
+    if given.shape != (len(images), branches):
+        raise UsageError(f"drop is {list(given.shape)}", remedy=f"give [{len(images)}, {branches}], or None")
+    return given
 
 
 class DropPath(nn.Module):

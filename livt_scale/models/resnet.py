@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from livt_scale.config.model import USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Model
-from livt_scale.models.layers import DropPath
+from livt_scale.models.layers import DropPath, check_images, coins
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -42,7 +42,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class ResNetClassifier(ResNet):
-    """Logits of images. In training with a drop path above 0, `forward` needs `drop`."""
+    """Logits of images."""
 
     def __init__(self, model: Model, *, num_classes: int, drop_path: float) -> None:
         block, layers = (Bottleneck if model.has_bottlenecks else BasicBlock), model.stage_blocks
@@ -58,14 +58,14 @@ class ResNetClassifier(ResNet):
         self.drop_path = drop_path
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
-        """Images float `[B, C, H, W]` to logits `[B, num_classes]`.
+        """Images float `[B, C, H, W]` to logits `[B, num_classes]`. Raises UsageError for images of other channels.
 
-        `drop`: uniform numbers in [0, 1) `[B, blocks]`, of use in training alone.
+        `drop`: uniform numbers in [0, 1) `[B, blocks]`, of use in training alone; None: from torch's generator.
         """
+        check_images(images, (self.in_chans, None, None))
         if self.training and self.drop_path > 0:
-            assert drop is not None, "a classifier with drop path needs `drop` in training, or eval()"
             blocks = residual_blocks(self)
-            assert drop.shape == (len(images), len(blocks)), (tuple(drop.shape), len(blocks))
+            drop = coins(images, len(blocks), given=drop)
             for k, one in enumerate(blocks):
                 one.drop_path.uniforms = drop[:, k]
         logits: Tensor = self.forward_head(self.forward_features(images))

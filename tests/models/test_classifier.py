@@ -8,7 +8,7 @@ from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.classifier import build_classifier, load_encoder
 from livt_scale.models.layers import sincos_positions, vit_args
 from livt_scale.models.mae import build_mae
-from livt_scale.util.errors import CheckpointMismatch
+from livt_scale.util.errors import CheckpointMismatch, UsageError
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=1, heads=2))
 
@@ -90,14 +90,25 @@ def test_evaluation_drops_nothing_and_needs_no_coins():
     assert not any("drop_path" in name for name in model.state_dict())
 
 
-def test_training_with_drop_path_but_without_coins_is_our_own_mistake():
+def test_without_coins_they_are_torchs():
     model = micro(drop_path=0.5).train()
+    with torch.no_grad():
+        model.head.weight.normal_()  # else all logits are nearly 0
     images = torch.randn(2, 1, 28, 28)
-    with pytest.raises(AssertionError, match="drop"):
-        model(images)
-    with pytest.raises(AssertionError):
+    torch.manual_seed(1)
+    own = model(images)
+    torch.manual_seed(1)
+    torch.testing.assert_close(own, model(images, torch.rand(2, 8)), rtol=0, atol=0)
+    torch.manual_seed(2)
+    assert not torch.equal(own, model(images))
+    with pytest.raises(UsageError, match=r"drop is \[2, 4\]"):
         model(images, torch.rand(2, 4))
-    micro(drop_path=0.0).train()(images)  # nothing to throw
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 28, 28), (2, 1, 32, 32), (1, 28, 28)])
+def test_images_of_another_shape_are_wrong_usage(shape):
+    with pytest.raises(UsageError, match=r"the model takes \[B, 1, 28, 28\]"):
+        micro(drop_path=0.0)(torch.randn(shape))
 
 
 def test_torchs_generator_is_not_used_in_training():

@@ -78,9 +78,13 @@ def test_a_dropped_branch_adds_nothing_and_a_kept_one_is_scaled(size):
     torch.testing.assert_close(out[[0, 2]], 2 * branch[[0, 2]])
 
 
-def test_in_training_it_asks_for_the_coins_of_every_block():
-    with pytest.raises(AssertionError, match="needs `drop`"):
-        small(drop_path=0.1).train()(torch.randn(2, 1, 28, 28))
+def test_without_coins_they_are_torchs():
+    model, images = small(drop_path=0.5).train(), torch.randn(2, 1, 28, 28)
+    assert model(images).shape == (2, 10)
+    with pytest.raises(UsageError, match="drop is"):
+        model(images, torch.rand(2, 1))
+    with pytest.raises(UsageError, match=r"the model takes \[B, 1, any, any\]"):
+        model(torch.randn(2, 3, 28, 28))
 
 
 def test_batch_norm_with_weights_in_16_bits_is_that_of_fp32():
