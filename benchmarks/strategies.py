@@ -69,7 +69,7 @@ def _train(args: argparse.Namespace, world: World) -> dict[str, Any]:
     parallel = Parallel(strategy=args.strategies[0], precision=args.precision, activation_checkpointing=args.recompute)
 
     def groups(network: torch.nn.Module) -> list[dict[str, Any]]:
-        return param_groups(network, weight_decay=0.05, layer_decay=None, depth=model.dims.depth, tokens_decay=True)
+        return param_groups(network, lr=1e-3, weight_decay=0.05, layer_decay=None, tokens_decay=True)
 
     strategy = make_strategy(parallel, network, groups, betas=BETAS, world=world)
     generator = torch.Generator().manual_seed(world.rank)

@@ -6,6 +6,10 @@ The rate of a step follows from its number alone, so a continued run needs no sc
 `min_lr` at the last epoch's end. Layer decay d gives a ViT of 12 blocks d^13 at the patches, d^12 in block 0, …, d in
 block 11, 1 at the head: what was pretrained longest moves least.
 
+    groups = param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    optimizer = torch.optim.AdamW(groups)
+    set_lr(optimizer, lr_at(step, steps_per_epoch=38, epochs=30, warmup_epochs=3, peak_lr=1e-3, min_lr=0.0))
+
 Source: MAE, arXiv 2111.06377, tables 8 to 10; layer-wise decay, BEiT, arXiv 2106.08254; LARS, arXiv 1708.03888.
 """
 
@@ -21,25 +25,47 @@ import torch
 from torch import nn
 
 from livt_scale.config.stages import StagePart
+from livt_scale.util.errors import UsageError
+
+__all__ = ["lr_at", "make_adamw", "make_lars", "optimizer_maker", "param_groups", "set_lr"]
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # of `param_groups`
 
 BLOCK = re.compile(r"blocks\.(\d+)\.")
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")  # DistributedDataParallel's and torch.compile's
 TOKENS_AND_POSITIONS = ("cls_token", "mask_token", "pos_embed", "decoder_pos_embed")
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float | None, depth: int, tokens_decay: bool = False
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    layer_decay: float | None = None,
+    tokens_decay: bool = False,
 ) -> list[dict[str, Any]]:
-    """Groups for the optimizer, each with `params`, `weight_decay`, `lr_scale` and `name`, in a fixed order.
+    """Groups for an optimizer of torch, each with `params`, `lr` > 0, `weight_decay`, `lr_scale` and `name`.
 
-    `always_adapt` is LARS's: what decays is also scaled by the norms, biases and norms never are, as in MAE's code.
-    Every trainable parameter is in exactly one. Biases and norms (all of one dim) do not decay; tokens and positions do
-    where `tokens_decay` says so: in the public codes they do in pretraining and do not in fine-tuning.
-    `layer_decay` None: one rate for all, as in pretraining; else by `layer_of` over `depth` blocks.
+    Every trainable parameter is in exactly one, and the groups have a fixed order. Biases and norms (all of one dim) do
+    not decay; tokens and positions do where `tokens_decay` is set: in the public codes they do in pretraining and do
+    not in fine-tuning. `layer_decay` d in (0, 1]: the head has the rate `lr`, the last block of a ViT d · lr, the patch
+    embedding d^(blocks + 1) · lr; None: `lr` for all. For a schedule, `set_lr` gives all groups another rate.
+    `always_adapt` is for LARS: what decays is also scaled by the norms; biases and norms never are, as in MAE's code.
+
+    The model may be wrapped by DistributedDataParallel or torch.compile. Raises UsageError for a value out of range, a
+    model without trainable parameters, and a `layer_decay` for a model without `blocks.0`, `blocks.1`, … to decay over.
     """
+    _check_rates(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
+    named = [(WRAPPERS.sub("", name), parameter) for name, parameter in model.named_parameters()]
+    numbers = [int(block[1]) for name, _ in named if (block := BLOCK.match(name))]
+    depth = max(numbers, default=-1) + 1
+    if layer_decay is not None and layer_decay < 1 and not depth:
+        raise UsageError(
+            f"layer_decay is {layer_decay:g}, and {type(model).__name__} has no parameter named blocks.0.…",
+            remedy="leave it out, or give a ViT with the names of timm",
+        )
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         if not parameter.requires_grad:
             continue
         decays = parameter.ndim > 1 and (tokens_decay or name not in TOKENS_AND_POSITIONS)
@@ -48,14 +74,26 @@ def param_groups(
         kind = "decay" if decays else "no_decay"
         group = {
             "params": [],
+            "lr": lr * scale,
             "weight_decay": weight_decay if decays else 0.0,
             "lr_scale": scale,
             "always_adapt": decays,
             "name": kind if layer_decay is None else f"layer_{layer:02d}_{kind}",
         }
         groups.setdefault((layer, decays), group)["params"].append(parameter)
-    assert layer_decay is None or len({layer for layer, _ in groups}) == depth + 2, "names of a wrapped model?"
+    if not groups:
+        raise UsageError(f"{type(model).__name__} has no parameter to train", remedy="unfreeze some: requires_grad_()")
     return [groups[key] for key in sorted(groups)]
+
+
+def _check_rates(*, lr: float, weight_decay: float, layer_decay: float | None) -> None:
+    for name, value, fits, range_ in (
+        ("lr", lr, 0 < lr < math.inf, "above 0"),
+        ("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "0 or more"),
+        ("layer_decay", layer_decay, layer_decay is None or 0 < layer_decay <= 1, "above 0 and at most 1, or None"),
+    ):
+        if not fits:
+            raise UsageError(f"{name} is {value}", remedy=f"give a number {range_}")
 
 
 def layer_of(name: str, *, depth: int) -> int:
@@ -86,19 +124,18 @@ def make_adamw(
     betas: tuple[float, float],
     implementation: Literal["fused", "foreach"] = "fused",
 ) -> torch.optim.AdamW:
-    """AdamW over `param_groups`. Its rate is 0 until `set_lr` is called, which every step does."""
-    return torch.optim.AdamW(list(groups), lr=0.0, betas=betas, **{implementation: True})
+    """AdamW over `param_groups`, whose rates the loop sets again at every step."""
+    return torch.optim.AdamW(list(groups), betas=betas, **{implementation: True})
 
 
 def make_lars(groups: Iterable[dict[str, Any]], *, momentum: float) -> torch.optim.Optimizer:
     """LARS over `param_groups`: w <- w - lr · m with m <- momentum · m + q · gradient, q = 0.001 · |w| / |gradient|.
 
-    Its rate is 0 until `set_lr` is called. The momentum is there from the start, as zeros, so that a checkpoint of any
-    step has it.
+    The momentum is there from the start, as zeros, so that a checkpoint of any step has it.
     """
     from timm.optim import Lars  # brings all of timm's optimizers along, which few runs need
 
-    optimizer = Lars(list(groups), lr=0.0, momentum=momentum)
+    optimizer = Lars(list(groups), momentum=momentum)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -115,6 +152,6 @@ def optimizer_maker(part: StagePart) -> MakeOptimizer | None:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give every group the rate `lr` times its own `lr_scale`."""
+    """Give every group the rate `lr` times its own `lr_scale` (1 without one)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -127,7 +127,7 @@ def sgd_strategy(recipe, seed=0):
     maker = optim.optimizer_maker(recipe.stages.finetune)
 
     def groups(net):
-        return optim.param_groups(net, weight_decay=0.1, layer_decay=None, depth=0)
+        return optim.param_groups(net, lr=1e-3, weight_decay=0.1, layer_decay=None)
 
     return make_strategy(
         recipe.parallel, nn.Linear(3, 2), groups, betas=(0.9, 0.99), world=World(), make_optimizer=maker

@@ -10,13 +10,14 @@ from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.optim import lr_at, make_adamw, make_lars, param_groups, set_lr
+from livt_scale.util.errors import UsageError
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=2, heads=2))
 
 
 def classifier_groups(layer_decay=0.75):
     model = build_classifier(MICRO, num_classes=10, drop_path=0.0)
-    return model, param_groups(model, weight_decay=0.05, layer_decay=layer_decay, depth=4)
+    return model, param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=layer_decay)
 
 
 def place_of(model, groups):
@@ -41,7 +42,7 @@ def test_layers_decay_as_published():
 def test_matrices_decay_and_biases_norms_tokens_and_positions_do_not(stage):
     if stage == "pretrain":
         model = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
-        groups = param_groups(model, weight_decay=0.05, layer_decay=None, depth=4)
+        groups = param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=None)
         assert [g["name"] for g in groups] == ["no_decay", "decay"]
     else:
         model, groups = classifier_groups()
@@ -54,7 +55,7 @@ def test_matrices_decay_and_biases_norms_tokens_and_positions_do_not(stage):
 @pytest.mark.parametrize("layer_decay", [None, 0.65])
 def test_each_trained_parameter_is_in_exactly_one_group_and_fixed_ones_in_none(layer_decay):
     model = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
-    groups = param_groups(model, weight_decay=0.05, layer_decay=layer_decay, depth=4)
+    groups = param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=layer_decay)
     grouped = [id(p) for g in groups for p in g["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
     assert len({g["name"] for g in groups}) == len(groups)
@@ -64,22 +65,49 @@ def test_the_groups_come_in_the_same_order_each_time():
     assert [g["name"] for g in classifier_groups()[1]] == [g["name"] for g in classifier_groups()[1]]
 
 
-def test_a_wrapped_models_names_are_refused_rather_than_all_taken_for_the_head():
-    model = torch.nn.ModuleDict({"module": build_classifier(MICRO, num_classes=10, drop_path=0.0)})
-    with pytest.raises(AssertionError, match="wrapped"):
-        param_groups(model, weight_decay=0.05, layer_decay=0.75, depth=4)
-
-
-def test_set_lr_scales_each_group_and_an_unset_rate_moves_nothing():
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod"])
+def test_a_wrapped_model_has_the_groups_of_the_model(wrapper):
     model, groups = classifier_groups()
+    outer = torch.nn.ModuleDict({"module": torch.nn.ModuleDict({wrapper: model})})  # as DDP of a compiled model
+    wrapped = param_groups(outer, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    assert [[id(p) for p in g.pop("params")] for g in wrapped] == [[id(p) for p in g.pop("params")] for g in groups]
+    assert wrapped == groups
+
+
+def test_frozen_blocks_leave_the_rates_of_the_others_as_they_are():
+    model, groups = classifier_groups()
+    rates = {g["name"]: g["lr"] for g in groups}
+    model.blocks[:3].requires_grad_(False)
+    rest = param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
+    assert len(rest) < len(groups)
+    assert {g["name"]: g["lr"] for g in rest}.items() <= rates.items()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"), [("lr", 0.0), ("lr", math.nan), ("weight_decay", -1), ("layer_decay", 0), ("layer_decay", 2)]
+)
+def test_a_rate_out_of_range_names_the_argument(argument, value):
+    values = {"lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.75} | {argument: value}
+    with pytest.raises(UsageError, match=f"^{argument} is {value}"):
+        param_groups(torch.nn.Linear(1, 1), **values)
+
+
+def test_groups_that_would_train_nothing_are_refused():
+    with pytest.raises(UsageError, match="no parameter to train"):
+        param_groups(torch.nn.Linear(1, 1).requires_grad_(False), lr=1e-3, weight_decay=0)
+    with pytest.raises(UsageError, match=r"layer_decay is 0\.75, and Linear"):
+        param_groups(torch.nn.Linear(1, 1), lr=1e-3, weight_decay=0, layer_decay=0.75)
+
+
+def test_every_group_has_a_rate_from_the_start_and_set_lr_scales_them():
+    model, groups = classifier_groups()
+    assert all(g["lr"] == 1e-3 * g["lr_scale"] > 0 for g in groups)
     optimizer = make_adamw(groups, betas=(0.9, 0.99))
+    set_lr(optimizer, 0.1)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.1 * g["lr_scale"] for g in groups]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     before = model.head.weight.detach().clone()
-    optimizer.step()
-    assert torch.equal(model.head.weight, before)
-    set_lr(optimizer, 0.1)
-    assert [g["lr"] for g in optimizer.param_groups] == [0.1 * g["lr_scale"] for g in groups]
     optimizer.step()
     assert not torch.equal(model.head.weight, before)
 
@@ -165,7 +193,7 @@ def test_tokens_decay_in_pretraining_as_in_the_public_code_and_not_in_fine_tunin
     model = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
 
     def decaying(**options: bool) -> set[str]:
-        groups = param_groups(model, weight_decay=0.05, layer_decay=None, depth=MICRO.dims.depth, **options)
+        groups = param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=None, **options)
         chosen = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
         return {name for name, p in model.named_parameters() if id(p) in chosen}
 
@@ -179,7 +207,7 @@ def test_a_step_of_lars_is_maes():
     bias = torch.nn.Parameter(torch.tensor([0.3, -0.4], dtype=torch.float64))
     model = torch.nn.Module()
     model.weight, model.bias = weight, bias
-    optimizer = make_lars(param_groups(model, weight_decay=0.0, layer_decay=None, depth=1), momentum=0.9)
+    optimizer = make_lars(param_groups(model, lr=1e-3, weight_decay=0.0, layer_decay=None), momentum=0.9)
     w, b = weight.detach().numpy().copy(), bias.detach().numpy().copy()
     of_w, of_b = np.zeros_like(w), np.zeros_like(b)
     for step in range(3):

@@ -66,7 +66,7 @@ def test_layer_scales_and_groups_are_those_of_the_formula(size, depth):
         model = build_classifier(Model(size=size), num_classes=10, drop_path=0.0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen = set()
-    for group in param_groups(model, weight_decay=0.05, layer_decay=0.75, depth=depth):
+    for group in param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=0.75):
         for parameter in group["params"]:
             name = names[id(parameter)]
             seen.add(name)

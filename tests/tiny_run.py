@@ -82,9 +82,8 @@ def tiny_run(
     with Saver(run_dir / "finetune" / "checkpoints", mode="sync", retention=Retention(keep_last=9)) as saver:
         for step in steps:
             models[step] = tiny_classifier(recipe, num_classes=len(class_names), seed=step)
-            is_vit = recipe.model.is_vit
-            decay, depth = (0.75, recipe.model.dims.depth) if is_vit else (None, 0)
-            groups = param_groups(models[step], weight_decay=0.05, layer_decay=decay, depth=depth)
+            decay = 0.75 if recipe.model.is_vit else None
+            groups = param_groups(models[step], lr=1e-3, weight_decay=0.05, layer_decay=decay)
             saver.save(
                 collect(models[step], make_adamw(groups, betas=(0.9, 0.99))),
                 position=Position(epoch=step // 20, step=step),

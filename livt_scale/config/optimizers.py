@@ -31,7 +31,7 @@ class OptimizerOptions(Options):
     moments: ClassVar[int] = 2
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer over `groups`, each with `params`, `weight_decay`, `lr_scale`. Its rate is set at every step.
+        """The optimizer over `groups`, of `optim.param_groups`. Their rates are set at every step.
 
         What it keeps of a parameter is made here, as tensors in `optimizer.state[parameter]`: a checkpoint is read into
         these tensors, before the first step.

@@ -144,7 +144,7 @@ def _measured(
     from livt_scale.distributed import state_dict
 
     def groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-        return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=recipe.model.dims.depth)
+        return optim.param_groups(model, lr=1e-3, weight_decay=0.05)
 
     make_optimizer = optim.optimizer_maker(recipe.stage(stage))
     call, backward, optimizer = (

@@ -36,10 +36,8 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     model, origin = initial_classifier(recipe, num_classes=train.num_classes, run_dir=run_dir)
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        is_vit = recipe.model.is_vit
-        depth = recipe.model.dims.depth if is_vit else 0
-        decay = part.layer_decay if is_vit and part.train == "all" else None
-        return optim.param_groups(model, weight_decay=part.weight_decay, layer_decay=decay, depth=depth)
+        decay = part.layer_decay if recipe.model.is_vit and part.train == "all" else None
+        return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, layer_decay=decay)
 
     return StageTask(
         part,

@@ -44,10 +44,7 @@ def pretrain_task(recipe: Recipe, train: ShardSet, *, world: World) -> StageTask
         return loss
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        depth = recipe.model.dims.depth
-        return optim.param_groups(
-            model, weight_decay=part.weight_decay, layer_decay=None, depth=depth, tokens_decay=True
-        )
+        return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, tokens_decay=True)
 
     return StageTask(part, model, groups, objective, draw=_painter(recipe, train, world), origin=origin)
 

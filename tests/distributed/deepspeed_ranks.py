@@ -44,7 +44,7 @@ def build(name: str, *, world: World = ALONE, seed: int = 0, model: Model = MODE
 
 
 def groups(model: nn.Module) -> list[dict[str, Any]]:
-    made = optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=2, tokens_decay=True)
+    made = optim.param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=None, tokens_decay=True)
     made[0]["lr_scale"] = 0.5
     return made
 

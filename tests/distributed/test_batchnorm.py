@@ -35,7 +35,7 @@ def a_strategy(precision="fp32"):
     model = build_classifier(Model(size="resnet18", image_px=12, channels=1), num_classes=4, drop_path=0.0)
 
     def groups(model):
-        return optim.param_groups(model, weight_decay=0.05, layer_decay=None, depth=0)
+        return optim.param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=None)
 
     return make_strategy(Parallel(precision=precision), model, groups, betas=(0.9, 0.99), world=World())
 
@@ -50,7 +50,7 @@ def test_a_model_without_batch_norm_is_left_alone():
     model = build_classifier(Model(size="vit_micro", image_px=28), num_classes=4, drop_path=0.0)
 
     def groups(model):
-        return optim.param_groups(model, weight_decay=0.05, layer_decay=0.75, depth=4)
+        return optim.param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
 
     strategy = make_strategy(Parallel(), model, groups, betas=(0.9, 0.99), world=World())
     assert not isinstance(strategy, WithBatchNorm)

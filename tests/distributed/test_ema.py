@@ -42,7 +42,7 @@ def small_strategy() -> tuple[Strategy, torch.nn.Module]:
     model.drop_path = 0.0
 
     def groups(model: torch.nn.Module) -> list[dict[str, object]]:
-        return optim.param_groups(model, weight_decay=0.05, layer_decay=0.75, depth=2)
+        return optim.param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=0.75)
 
     strategy = make_strategy(Parallel(strategy="ddp"), model, groups, betas=(0.9, 0.99), world=World())
     return strategy, model

@@ -28,7 +28,7 @@ def a_mae(seed: int = 0) -> MaskedAutoencoder:
 
 
 def groups(model):
-    return param_groups(model, weight_decay=0.05, layer_decay=None, depth=2)
+    return param_groups(model, lr=1e-3, weight_decay=0.05, layer_decay=None)
 
 
 def some_images(batch: int = 4) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,7 +22,7 @@ def main() -> None:
             network = build_mae(model, norm_pix=True, mask_ratio=0.75)
 
             def groups(net):
-                return param_groups(net, weight_decay=0.05, layer_decay=None, depth=12)
+                return param_groups(net, lr=1e-3, weight_decay=0.05, layer_decay=None)
 
             strategy = make_strategy(Parallel(strategy=name), network, groups, betas=(0.9, 0.95), world=world)
             loss = strategy.call(torch.rand(2, 3, 64, 64), torch.rand(2, model.num_patches), last=True)

@@ -51,7 +51,7 @@ def main() -> None:
     world = detect()
 
     def groups(net):
-        return param_groups(net, weight_decay=0.05, layer_decay=None, depth=12)
+        return param_groups(net, lr=1e-3, weight_decay=0.05, layer_decay=None)
 
     parallel = Parallel(strategy=name, activation_checkpointing=recompute)
     with process_group(world, timeout_s=120):
