@@ -240,7 +240,7 @@ class Finetune(StagePart):
 
     @model_validator(mode="after")
     def _pairs_stay_on_one_rank(self) -> Self:
-        for name in ("micro_batch", "global_batch"):
+        for name in ("global_batch", "micro_batch"):
             if self.mixes and getattr(self, name) % 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: mixup and cutmix pair neighbours, so make it even")
         return self

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from livt_scale.config.recipe import Finetune, Recipe, Stage
+from livt_scale.config.recipe import Data, Finetune, Recipe, Stage
 from livt_scale.data import num_workers
 from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
 from livt_scale.data.image.decode import BadImage
@@ -39,15 +39,28 @@ from livt_scale.data.image.transforms import EvalTransform, TrainTransform
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
 from livt_scale.data.num_workers import Loading, this_worker
 from livt_scale.data.order.for_rank import MicroBatch, RankOrder
-from livt_scale.data.order.for_stage import stage_order
+from livt_scale.data.order.for_stage import training_order
 from livt_scale.data.order.instance import Ints, eval_positions
 from livt_scale.data.reader import SampleReader
 from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.losses.formulas import soft_targets
 from livt_scale.util.errors import DataError, LivtError, UsageError
 
-__all__ = ["Batch", "Batches", "Mix", "apply_mix", "eval_batches", "normalise", "train_batches"]
+__all__ = [
+    "Batch",
+    "Batches",
+    "Mix",
+    "apply_mix",
+    "eval_batches",
+    "evaluation_batches",
+    "images_and_targets",
+    "normalise",
+    "train_batches",
+    "training_batches",
+]
 
 
 class Batches:
@@ -131,15 +144,40 @@ def train_batches(
     For data.workers = auto: `local_ranks` share the cores of this node; `demand`: images/s that a step takes, if known.
     `step` counts within the epoch, or from the beginning of the stage with `epoch` = 0: both are the same position.
     """
-    order = stage_order(shards, recipe, stage)
-    part = recipe.stage(stage)
-    rank_order = RankOrder(shards, order, epochs=part.epochs, rank=rank, world_size=world_size, micro_batch=micro_batch)
-    if isinstance(part, Finetune) and part.mixes and micro_batch % 2:
+    return training_batches(
+        shards, TrainSettings.of_stage(recipe, stage), rank=rank, world_size=world_size, micro_batch=micro_batch,
+        epoch=epoch, step=step, local_ranks=local_ranks, demand=demand,
+    )  # fmt: skip
+
+
+def training_batches(
+    shards: ShardSet,
+    settings: TrainSettings,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch: int | None,
+    epoch: int,
+    step: int,
+    epochs: int | None = None,
+    local_ranks: int = 1,
+    demand: float | None = None,
+) -> Batches:
+    """As `train_batches`, for settings of any origin.
+
+    micro_batch: None takes all slots of the rank. epochs: of the stage; None: as `settings.part` has it.
+    """
+    order, part = training_order(shards, settings), settings.part
+    ranks = RankOrder(
+        shards, order, epochs=epochs or part.epochs, rank=rank, world_size=world_size, micro_batch=micro_batch
+    )
+    micro_batch = ranks.micro_batch
+    if part.mixes and micro_batch % 2:
         raise UsageError(
             f"micro_batch is {micro_batch}: mixup and cutmix pair neighbours, so it must be even",
             remedy="change micro_batch or the number of processes",
         )
-    dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=epoch, step=step)
+    dataset = _TrainDataset(shards, settings, ranks, epoch=epoch, step=step)
     loading = _loading(dataset, micro_batch=micro_batch, local_ranks=local_ranks, demand=demand)
     if shards.remote:
         in_view = shards_in_view(order, shards.usable_per_shard, ranks=local_ranks, world_size=world_size)
@@ -155,17 +193,35 @@ def eval_batches(
     `crops` 5: of each image the centre and the four corners, neighbours in `images` [5 · B, C, T, T]. A rank without
     any image (more ranks than samples) gets no batch.
     """
+    images = ImageSettings.of_recipe(recipe)
+    return evaluation_batches(
+        shards, images, rank=rank, world_size=world_size, batch=batch, local_ranks=local_ranks, crops=crops
+    )
+
+
+def evaluation_batches(
+    shards: ShardSet,
+    settings: ImageSettings,
+    *,
+    rank: int,
+    world_size: int,
+    batch: int,
+    local_ranks: int = 1,
+    crops: int = 1,
+) -> Batches:
+    """As `eval_batches`, for settings of any origin."""
     positions = eval_positions(shards.num_samples, rank=rank, world_size=world_size)
     samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
-    dataset = _EvalDataset(shards, recipe, samples, batch, crops=crops)
-    workers = num_workers.max_workers(recipe.data, local_ranks=local_ranks)  # auto: too few images to measure
-    size = num_workers.batch_bytes(recipe, batch * crops)
-    return Batches(dataset, Loading(min(workers, dataset.num_batches), recipe.data.prefetch, size, "evaluation"))
+    dataset = _EvalDataset(shards, settings, samples, batch, crops=crops)
+    data = settings.data
+    workers = num_workers.max_workers(data, local_ranks=local_ranks)  # auto: too few images to measure
+    size = num_workers.batch_bytes(settings, batch * crops)
+    return Batches(dataset, Loading(min(workers, dataset.num_batches), data.prefetch, size, "evaluation"))
 
 
 def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, demand: float | None) -> Loading:
     """The number of processes and how far ahead they load. Raises LivtError if a sample is corrupt."""
-    data, size = dataset.recipe.data, num_workers.batch_bytes(dataset.recipe, micro_batch)
+    data, size = dataset.settings.data, num_workers.batch_bytes(dataset.settings, micro_batch)
     if data.workers != "auto":
         return num_workers.fixed_workers(data, micro_batch_bytes=size)
     first = next(dataset.micro_batches(0, 1), None)
@@ -185,9 +241,9 @@ def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, dema
 
 def core_rate(shards: ShardSet, recipe: Recipe, stage: Stage, *, seconds: float) -> tuple[float, int]:
     """(images/s, images) that this process decodes and crops on one thread for `stage`. Raises LivtError."""
-    order = stage_order(shards, recipe, stage)
-    rank_order = RankOrder(shards, order, epochs=recipe.stage(stage).epochs, rank=0, world_size=1)
-    dataset = _TrainDataset(shards, recipe, stage, rank_order, epoch=0, step=0)
+    settings = TrainSettings.of_stage(recipe, stage)
+    ranks = RankOrder(shards, training_order(shards, settings), epochs=settings.part.epochs, rank=0, world_size=1)
+    dataset = _TrainDataset(shards, settings, ranks, epoch=0, step=0)
     return _rate(dataset, next(dataset.micro_batches(0, 1)), seconds=seconds)
 
 
@@ -214,6 +270,14 @@ def normalise(
     return floats.to(dtype)
 
 
+def images_and_targets(batch: Batch, part: Finetune, data: Data, *, num_classes: int) -> tuple[Tensor, Tensor]:
+    """(images float32 [B, C, H, W], normalised; targets float32 [B, num_classes], smoothed) of a batch of
+    fine-tuning, both mixed where the batch says so; on its device."""
+    images = normalise(batch.images, data.mean, data.std, torch.float32)
+    targets = soft_targets(batch.labels, num_classes, part.smoothing)
+    return (images, targets) if batch.mix is None else apply_mix(images, targets, batch.mix)
+
+
 @lru_cache(maxsize=16)  # constants on the device: made once, else each batch would wait for a copy
 def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     means, stds = (torch.tensor(v, dtype=torch.float64)[None, :, None, None] for v in (mean, std))
@@ -230,10 +294,10 @@ class _Failed:
 class _Dataset(IterableDataset[Any]):
     """Runs in a loader process: yields Packed; after an error, _Failed is the last item."""
 
-    def __init__(self, shards: ShardSet, recipe: Recipe) -> None:
+    def __init__(self, shards: ShardSet, settings: ImageSettings) -> None:
         super().__init__()
         self.shards = shards
-        self.recipe = recipe
+        self.settings = settings
         self.blocks = Blocks(keep=0)
         self.crops = 1  # of each sample
 
@@ -277,8 +341,8 @@ class _Dataset(IterableDataset[Any]):
             "keys": np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),
             **drawn,
         }
-        px = self.recipe.model.image_px
-        shape = (len(keys) * self.crops, px, px, self.recipe.model.channels)
+        px = self.settings.image_px
+        shape = (len(keys) * self.crops, px, px, self.settings.channels)
         blocks = self.blocks if get_worker_info() else None
         packed, sent = pack(arrays, images=shape, place=(batch.epoch, batch.step, batch.micro_index), blocks=blocks)
         return torch.from_numpy(packed.arrays()["images"]).permute(0, 3, 1, 2), sent
@@ -286,13 +350,13 @@ class _Dataset(IterableDataset[Any]):
 
 class _TrainDataset(_Dataset):
     def __init__(
-        self, shards: ShardSet, recipe: Recipe, stage: Stage, rank_order: RankOrder, *, epoch: int, step: int
+        self, shards: ShardSet, settings: TrainSettings, rank_order: RankOrder, *, epoch: int, step: int
     ) -> None:
-        super().__init__(shards, recipe)
-        self._part = recipe.stage(stage)
+        super().__init__(shards, settings)
+        self._drawn = settings
         self._rank_order = rank_order
         self._start = {"epoch": epoch, "step": step}
-        self._transform = TrainTransform(recipe, stage)  # here, not in the workers: each would import timm
+        self._transform = TrainTransform(settings)  # here, not in the workers: each would import timm
 
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
         return self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers)
@@ -301,15 +365,15 @@ class _TrainDataset(_Dataset):
         self._transform(data, slots[0], epoch=epoch, key=key)
 
     def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:
-        model, part = self.recipe.model, self._part
-        if not isinstance(part, Finetune):
-            return {"noise": self._uniforms(batch.epoch, keys, model.num_patches, "noise")}
-        drawn = {}
-        if part.drop_path:
-            drawn["drop"] = self._uniforms(batch.epoch, keys, model.num_branches, "drop")
-        if part.mixes:
+        settings, drawn = self._drawn, {}
+        part = settings.part
+        if settings.num_patches:
+            drawn["noise"] = self._uniforms(batch.epoch, keys, settings.num_patches, "noise")
+        if settings.num_branches:
+            drawn["drop"] = self._uniforms(batch.epoch, keys, settings.num_branches, "drop")
+        if isinstance(part, Finetune) and part.mixes:
             drawn["lam"], drawn["box"] = draw_mix(
-                part, keys[0::2], seed=self.recipe.seed, epoch=batch.epoch, image_px=model.image_px
+                part, keys[0::2], seed=settings.seed, epoch=batch.epoch, image_px=settings.image_px
             )
         return drawn
 
@@ -317,17 +381,17 @@ class _TrainDataset(_Dataset):
         """float32 [B, count] in [0, 1)."""
         uniforms = np.empty((len(keys), count), dtype=np.float32)
         for row, key in zip(uniforms, keys, strict=True):
-            sample_rng(self.recipe.seed, epoch, key, purpose).random(out=row, dtype=np.float32)
+            sample_rng(self._drawn.seed, epoch, key, purpose).random(out=row, dtype=np.float32)
         return uniforms
 
 
 class _EvalDataset(_Dataset):
-    def __init__(self, shards: ShardSet, recipe: Recipe, samples: Ints, batch: int, *, crops: int) -> None:
-        super().__init__(shards, recipe)
+    def __init__(self, shards: ShardSet, settings: ImageSettings, samples: Ints, batch: int, *, crops: int) -> None:
+        super().__init__(shards, settings)
         self.crops = crops
         self._samples = samples
         self._batch = batch
-        self._transform = EvalTransform(recipe)
+        self._transform = EvalTransform(settings)
         self.num_batches = -(-len(samples) // batch)
 
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:

@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from torch.utils.data import get_worker_info
 
-from livt_scale.config.recipe import Data, Recipe
+from livt_scale.config.recipe import Data
 from livt_scale.data.order.for_rank import MicroBatch
+from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.util.process_pool import usable_cores
 
 MEASURE_S = 2.0
@@ -57,12 +58,10 @@ class Loading:
         return f"loader: {ready} of {most} ({self.why})"
 
 
-def batch_bytes(recipe: Recipe, micro_batch: int) -> int:
+def batch_bytes(settings: ImageSettings, micro_batch: int) -> int:
     """Bytes of one micro-batch as it crosses from a loader process: images, masking noise or stochastic depth."""
-    model = recipe.model
-    return micro_batch * (
-        model.image_px**2 * model.channels + 4 * max(model.num_patches if model.is_vit else 0, model.num_branches) + 64
-    )
+    numbers = max(settings.num_patches, settings.num_branches) if isinstance(settings, TrainSettings) else 0
+    return micro_batch * (settings.image_px**2 * settings.channels + 4 * numbers + 64)
 
 
 def fixed_workers(data: Data, *, micro_batch_bytes: int) -> Loading:

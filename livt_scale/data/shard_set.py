@@ -89,7 +89,13 @@ class ShardSet:
         return self.remote.url if self.remote else str(self.folder)
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """[C] The name of each class, in the order of their numbers."""
+        return tuple(self.manifest.class_names)
+
+    @property
     def num_classes(self) -> int:
+        """C, the number of classes."""
         return len(self.manifest.class_names)
 
     @property

@@ -92,6 +92,17 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
     return World(rank, world_size, local_rank, local_size)
 
 
+def joined() -> World:
+    """This process's place in torch's process group, whoever made it; alone where there is none."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return World()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_rank, local_size = os.environ.get("LOCAL_RANK", ""), os.environ.get("LOCAL_WORLD_SIZE", "")
+    if local_rank.isdecimal() and local_size.isdecimal():
+        return World(rank, world_size, int(local_rank), int(local_size))
+    return World(rank, world_size, rank, world_size)  # on one node, as far as is known
+
+
 def _srun_started_several(environ: Mapping[str, str]) -> bool:
     if "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return False

@@ -25,13 +25,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from livt_scale.config.recipe import Recipe
-from livt_scale.data.loader import eval_batches
+from livt_scale.config.recipe import Data, Recipe
+from livt_scale.data.loader import evaluation_batches
 from livt_scale.data.num_workers import max_workers
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.remote.prefetch import check_evaluation_room
+from livt_scale.data.settings import ImageSettings
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.distributed import precision
+from livt_scale.distributed import precision as precisions
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.tta import Views
@@ -75,12 +76,37 @@ def evaluate(
     gets this rank's logits, float [B, C] on the CPU, in the order of the set (`train.outputs`). The model is left in
     the mode it was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
     """
-    classes = classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data))
+    return evaluate_images(
+        model, shards, ImageSettings.of_recipe(recipe), precision=recipe.parallel.precision, device=world.device,
+        world=world, classes=classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data)),
+        batch=batch, views=views, keep=keep,
+    )  # fmt: skip
+
+
+def evaluate_images(
+    model: nn.Module | Strategy,
+    shards: ShardSet,
+    settings: ImageSettings,
+    *,
+    precision: str,
+    device: torch.device,
+    world: World,
+    classes: TrainingClasses,
+    batch: int = BATCH,
+    views: Views = Views(),  # noqa: B008 - frozen
+    keep: list[Tensor] | None = None,
+    in_step: bool = False,
+) -> dict[str, Any]:
+    """As `evaluate`, for settings of any origin. `precision`, "fp32" or "bf16", is of a plain model on `device`.
+
+    in_step: all ranks call the model as often as the one with the most batches, since it may be a wrapped one whose
+    ranks wait for each other.
+    """
     check_same_classes(shards, classes)
-    world.peers.run_all(lambda: check_room(shards, recipe, world=world, batch=batch))
-    tally = Tally(shards.num_classes, device=world.device)
-    infer, owed = _plain(model, recipe, world) if isinstance(model, nn.Module) else model.infer, 0
-    if not isinstance(model, nn.Module) and model.lockstep:
+    world.peers.run_all(lambda: check_room(shards, settings.data, world=world, batch=batch))
+    tally = Tally(shards.num_classes, device=device)
+    infer, owed = _plain(model, device, precision) if isinstance(model, nn.Module) else model.infer, 0
+    if (in_step and world.world_size > 1) if isinstance(model, nn.Module) else model.lockstep:
         owed = _most_batches(shards, world, batch) * views.number  # forward passes, at least
 
     def counted(images: Tensor) -> Tensor:
@@ -91,22 +117,23 @@ def evaluate(
 
     error: Exception | None = None
     try:
-        for logits, labels in _answers(counted, shards, recipe, world=world, batch=batch, views=views):
+        for logits, labels in _answers(counted, shards, settings, device=device, world=world, batch=batch, views=views):
             tally.update(logits, labels)
             if keep is not None:
                 keep.append(logits.float().cpu())
     except Exception as raised:
         error = raised
     for _ in range(owed):  # after an error too: the others count to the end
-        infer(torch.zeros(1, recipe.model.channels, *[recipe.model.image_px] * 2, device=world.device))
+        infer(torch.zeros(1, settings.channels, *[settings.image_px] * 2, device=device))
     world.peers.all_or_none(error)
     if world.world_size > 1:
         for sums in tally.tensors():
             dist.all_reduce(sums)
-    report = tally.report(classes.counts, many_over=recipe.data.many_over, few_under=recipe.data.few_under)
+    groups = {"many_over": settings.data.many_over, "few_under": settings.data.few_under}
+    report = tally.report(classes.counts, **groups)
     if report["num_samples"] != shards.num_samples:
         raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
-    facts = {"precision": recipe.parallel.precision, "views": views.facts(), "data": data_lineage(shards)}
+    facts = {"precision": precision, "views": views.facts(), "data": data_lineage(shards)}
     return {**report, **facts}
 
 
@@ -130,10 +157,10 @@ def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
 
 
 def check_room(
-    shards: ShardSet, recipe: Recipe, *, world: World, batch: int = BATCH, train: ShardSet | None = None
+    shards: ShardSet, data: Data, *, world: World, batch: int = BATCH, train: ShardSet | None = None
 ) -> None:
     """Raise DataError where `data.cache.limit_gib` is too small to evaluate on `shards`, with `train` open too."""
-    workers = max_workers(recipe.data, local_ranks=world.local_size)
+    workers = max_workers(data, local_ranks=world.local_size)
     check_evaluation_room(shards, batch=batch, ranks=world.local_size, workers=workers, train=train)
 
 
@@ -175,14 +202,21 @@ def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
 
 
 def _answers(
-    infer: Callable[[Tensor], Tensor], shards: ShardSet, recipe: Recipe, *, world: World, batch: int, views: Views
+    infer: Callable[[Tensor], Tensor],
+    shards: ShardSet,
+    settings: ImageSettings,
+    *,
+    device: torch.device,
+    world: World,
+    batch: int,
+    views: Views,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of this rank's batches."""
     ranks = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
-    with eval_batches(shards, recipe, **ranks, batch=batch, crops=views.crops) as batches:
+    with evaluation_batches(shards, settings, **ranks, batch=batch, crops=views.crops) as batches:
         for own in batches:
-            on_device = own.to(world.device)
-            yield views.logits(infer, on_device.images, recipe.data), on_device.labels
+            on_device = own.to(device)
+            yield views.logits(infer, on_device.images, settings.data), on_device.labels
 
 
 def _most_batches(shards: ShardSet, world: World, batch: int) -> int:
@@ -193,10 +227,10 @@ def _most_batches(shards: ShardSet, world: World, batch: int) -> int:
     return -(-max(sizes) // batch)
 
 
-def _plain(model: nn.Module, recipe: Recipe, world: World) -> Callable[[Tensor], Tensor]:
+def _plain(model: nn.Module, device: torch.device, precision: str) -> Callable[[Tensor], Tensor]:
     def infer(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = precision.infer(model, world.device, recipe.parallel.precision, images)
+        with torch.no_grad():  # not inference_mode: a wrapped model may reuse memory in training
+            logits: Tensor = precisions.infer(model, device, precision, images)
         return logits
 
     return infer

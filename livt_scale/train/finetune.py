@@ -13,13 +13,12 @@ from livt_scale import optim
 from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
-from livt_scale.data.loader import Batch, apply_mix, normalise
+from livt_scale.data.loader import Batch, images_and_targets
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import WithEma
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
-from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.train.loop import Evaluation, StageTask
 from livt_scale.train.run_dir import is_done, is_run
@@ -132,10 +131,8 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
     criterion = part.loss.criterion(train.class_counts)
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
-        images = normalise(batch.images, recipe.data.mean, recipe.data.std, torch.float32)
-        targets = soft_targets(batch.labels, train.num_classes, part.smoothing)
-        if batch.mix is not None:
-            images, targets = apply_mix(images, targets, batch.mix)
+        images, targets = images_and_targets(batch, part, recipe.data, num_classes=train.num_classes)
+        assert batch.drop is not None or not part.drop_path, "the coins of a run belong to its samples"
         logits = call(images, batch.drop)
         return criterion(logits, targets)
 
@@ -145,7 +142,7 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
 def _evaluator(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
     assert recipe.data.val is not None
     val, classes = ShardSet.open(recipe.data.val, data=recipe.data), TrainingClasses.of(train)
-    check_room(val, recipe, world=world, train=train)  # now, not after the first epoch
+    check_room(val, recipe.data, world=world, train=train)  # now, not after the first epoch
 
     def run(strategy: Strategy) -> Evaluation:
         report = evaluate(strategy, val, recipe, world=world, classes=classes)

@@ -28,6 +28,7 @@ from livt_scale.data.mixup import draw_mix
 from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.settings import TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError
 from tests import warm
@@ -231,11 +232,14 @@ def test_what_is_in_quarantine_is_never_loaded(tmp_path):
     assert sorted(key for batch in evaluated for key in batch.keys) == sorted(good)
 
 
+def finetuning_dataset(shards, recipe):
+    ranks = RankOrder(shards, stage_order(shards, recipe, "finetune"), epochs=1, rank=0, world_size=1)
+    return _TrainDataset(shards, TrainSettings.of_stage(recipe, "finetune"), ranks, epoch=0, step=0)
+
+
 def test_pinning_keeps_every_tensor_and_its_order_in_memory(whole, shards, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())  # what it does, less the GPU
-    order = stage_order(shards, tiny_recipe(shards.folder), "finetune")
-    rank_order = RankOrder(shards, order, epochs=1, rank=0, world_size=1)
-    packed = next(iter(_TrainDataset(shards, tiny_recipe(shards.folder), "finetune", rank_order, epoch=0, step=0)))
+    packed = next(iter(finetuning_dataset(shards, tiny_recipe(shards.folder))))
     pinned = packed.pin_memory()
     assert_same([pinned], whole["finetune"][:1])
     assert pinned.images.is_contiguous(memory_format=torch.channels_last)
@@ -377,11 +381,9 @@ def test_a_process_forked_while_a_batch_is_in_use_does_not_hand_its_block_back(s
 
 def test_a_message_between_processes_stays_below_the_pipe_s_atomic_size(shards):
     recipe = tiny_recipe(shards.folder)
-    order = stage_order(shards, recipe, "finetune")
-    rank_order = RankOrder(shards, order, epochs=1, rank=0, world_size=1)
-    packed = next(iter(_TrainDataset(shards, recipe, "finetune", rank_order, epoch=0, step=0)))
-    assert len(bytes(ForkingPickler.dumps(packed))) < 2048
-    assert pickle.loads(pickle.dumps(_TrainDataset(shards, recipe, "finetune", rank_order, epoch=0, step=0)))
+    dataset = finetuning_dataset(shards, recipe)
+    assert len(bytes(ForkingPickler.dumps(next(iter(dataset))))) < 2048
+    assert pickle.loads(pickle.dumps(dataset))
 
 
 def test_an_odd_micro_batch_cannot_be_mixed(shards):

@@ -85,7 +85,7 @@ def _sharded(world: World) -> Strategy:
 
 
 def _cut(batches: Callable[..., Any], *, after: int) -> Callable[..., Any]:
-    """`eval_batches` of a set whose sample `after` is broken."""
+    """`evaluation_batches` of a set whose sample `after` is broken."""
 
     @contextmanager
     def cut(*args: Any, **named: Any) -> Iterator[Iterator[Any]]:
@@ -120,7 +120,7 @@ def _rank(rank: int, port: str, folder: str, out: str) -> None:
         sharded = _sharded(world)
         result["sharded"] = {"report": evaluate(sharded, shards, recipe, **options), "error": ""}
         if rank == 1:
-            evaluation.eval_batches = _cut(eval_batches, after=2)
+            evaluation.evaluation_batches = _cut(evaluation.evaluation_batches, after=2)
         try:
             evaluate(sharded, shards, recipe, **options)
         except SampleError as error:
@@ -156,8 +156,8 @@ def test_more_ranks_than_samples_count_each_once(shards: ShardSet) -> None:
 
 def test_lost_samples_are_an_error_not_a_lower_score(shards: ShardSet, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(train=shards.folder)
-    whole = evaluation.eval_batches
-    monkeypatch.setattr(evaluation, "eval_batches", lambda *a, **k: whole(*a, **(k | {"world_size": 2})))
+    whole = evaluation.evaluation_batches
+    monkeypatch.setattr(evaluation, "evaluation_batches", lambda *a, **k: whole(*a, **(k | {"world_size": 2})))
     with pytest.raises(RunError, match="5 samples counted of 11"):
         evaluate(a_model(), shards, recipe, world=World(), classes=CLASSES)
 

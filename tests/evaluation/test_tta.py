@@ -15,6 +15,7 @@ from PIL import Image
 
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.loader import eval_batches
+from livt_scale.data.settings import ImageSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World, process_group
 from livt_scale.evaluation.evaluate import TrainingClasses, evaluate
@@ -45,12 +46,12 @@ def test_five_crops_are_the_centre_and_the_corners_of_the_resized_image(tmp_path
     recipe = tiny_recipe(train=tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (32, 50), dtype=np.uint8)  # 28 / 0.875 = 32: not resized
     slots = torch.empty(5, 28, 28, 1, dtype=torch.uint8).permute(0, 3, 1, 2)
-    EvalTransform(recipe).crops(png(pixels), slots)
+    EvalTransform(ImageSettings.of_recipe(recipe)).crops(png(pixels), slots)
     expected = [pixels[2:30, 11:39], pixels[:28, :28], pixels[:28, 22:], pixels[4:, :28], pixels[4:, 22:]]
     for slot, crop in zip(slots, expected, strict=True):
         np.testing.assert_array_equal(slot[0].numpy(), crop)
     alone = torch.empty(28, 28, 1, dtype=torch.uint8).permute(2, 0, 1)
-    EvalTransform(recipe)(png(pixels), alone)
+    EvalTransform(ImageSettings.of_recipe(recipe))(png(pixels), alone)
     assert torch.equal(alone, slots[0])
 
 

@@ -1,6 +1,6 @@
 """Crop, flip and augment one sample; every number it draws comes from (seed, epoch, key).
 
-    transform = TrainTransform(recipe, "pretrain")
+    transform = TrainTransform(TrainSettings.of_stage(recipe, "pretrain"))
     transform(jpeg_bytes, slot, epoch=3, key="img-12")     # slot: uint8 [C, T, T], a place in the batch, is filled
 
 Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats, and `F.interpolate` has vector code
@@ -18,11 +18,11 @@ from typing import Literal
 
 import torch
 
-from livt_scale.config.recipe import Finetune, Recipe, Stage
+from livt_scale.config.recipe import Finetune
 from livt_scale.data.image.augment import augment, erase, erasing_noise, make_augment
 from livt_scale.data.image.decode import SHRINKS, EncodedImage, Pixels, Workspace, open_image
 from livt_scale.data.seeds import sample_rng
-from livt_scale.util.errors import UsageError
+from livt_scale.data.settings import ImageSettings, TrainSettings
 
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and both papers'
 CROP_TRIES = 10  # torchvision's
@@ -44,18 +44,18 @@ class Box:
 class TrainTransform:
     """What happens to a training image: random resized crop, flip, and in fine-tuning RandAugment and erasing."""
 
-    def __init__(self, recipe: Recipe, stage: Stage) -> None:
-        part = recipe.stage(stage)
+    def __init__(self, settings: TrainSettings) -> None:
+        part, data = settings.part, settings.data
         finetune = part if isinstance(part, Finetune) else None
-        self._seed = recipe.seed
+        self._seed = settings.seed
         self._workspace = Workspace()
-        self._channels = image_channels(recipe)
+        self._channels = settings.channels
         self._scale, self._rule = part.crop_scale, part.crop_rule
         self._flip = part.flip
         self._erasing = finetune.random_erasing if finetune else 0.0
-        self._noise = erasing_noise(recipe.data.mean, recipe.data.std)
+        self._noise = erasing_noise(data.mean, data.std)
         self._augment = (
-            make_augment(finetune.rand_augment, image_px=recipe.model.image_px, mean=recipe.data.mean)
+            make_augment(finetune.rand_augment, image_px=settings.image_px, mean=data.mean)
             if finetune and finetune.rand_augment
             else None
         )
@@ -77,10 +77,10 @@ class TrainTransform:
 class EvalTransform:
     """What happens to an evaluation image: the shorter side to T / 0.875 (above 224 px: to T), centre crop to T."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, settings: ImageSettings) -> None:
         self._workspace = Workspace()
-        self._channels = image_channels(recipe)
-        target_px = recipe.model.image_px
+        self._channels = settings.channels
+        target_px = settings.image_px
         self._resized_px = int(target_px / EVAL_CROP) if target_px <= EVAL_CROP_UP_TO_PX else target_px
 
     def __call__(self, data: bytes, slot: torch.Tensor) -> None:
@@ -90,7 +90,11 @@ class EvalTransform:
     def crops(self, data: bytes, slots: torch.Tensor) -> None:
         """Fill `slots`, uint8 [n, C, T, T]: the centre crop; with n = 5 then the corners of the resized image too, left
         before right, top before bottom. Raises BadImage."""
-        pixels = _centre(open_image(data, channels=self._channels).pixels(workspace=self._workspace))
+        self.crops_of(open_image(data, channels=self._channels).pixels(workspace=self._workspace), slots)
+
+    def crops_of(self, pixels: Pixels, slots: torch.Tensor) -> None:
+        """`crops` of an image that is decoded, uint8 [H, W, C]."""
+        pixels = _centre(pixels)
         height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
         resized = _channels_last(height, width, self._channels)
         resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
@@ -99,16 +103,6 @@ class EvalTransform:
         corners = [(top, left) for top in (0, height - px) for left in (0, width - px)]
         for slot, (top, left) in zip(slots, [centre, *corners], strict=False):
             slot.copy_(resized[:, top : top + px, left : left + px])
-
-
-def image_channels(recipe: Recipe) -> int:
-    """1 (grey) or 3 (colour). Raises UsageError for a model of other channels: images have no others."""
-    if recipe.model.channels not in (1, 3):
-        raise UsageError(
-            f"model.channels is {recipe.model.channels}: images are read as grey (1) or colour (3)",
-            remedy="take 1 or 3",
-        )
-    return recipe.model.channels
 
 
 def draw_crop(

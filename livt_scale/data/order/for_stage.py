@@ -14,19 +14,25 @@ import numpy.typing as npt
 from livt_scale.config.recipe import Recipe, Stage, StagePart
 from livt_scale.data.order.class_balanced import ClassOrder, Repeated
 from livt_scale.data.order.instance import Ints, Order, SampleOrder
+from livt_scale.data.settings import TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError
 
 
 def stage_order(shards: ShardSet, recipe: Recipe, stage: Stage) -> SampleOrder:
     """The order in which `stage` of `recipe` sees `shards`. Raises DataError if they do not fill a global batch."""
+    return training_order(shards, TrainSettings.of_stage(recipe, stage))
+
+
+def training_order(shards: ShardSet, settings: TrainSettings) -> SampleOrder:
+    """The order in which these settings see `shards`. Raises DataError if they do not fill a global batch."""
     return order_for(
-        recipe.stage(stage),
+        settings.part,
         shards.usable_per_shard,
         lambda: usable_labels(shards),
-        seed=recipe.seed,
-        lane_groups=recipe.data.lane_groups,
-        window=recipe.data.shuffle_window,
+        seed=settings.seed,
+        lane_groups=settings.data.lane_groups,
+        window=settings.data.shuffle_window,
     )
 
 

@@ -21,6 +21,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from livt_scale.data.image.decode import MAX_PIXELS, BadImage, decode, open_image
 from livt_scale.data.image.transforms import EvalTransform
+from livt_scale.data.settings import ImageSettings
 from tests.data.build.hostile import (
     PNG_SIGNATURE,
     adam7,
@@ -392,7 +393,7 @@ def test_a_strip_is_evaluated_without_resizing_all_of_it(height, width, tmp_path
     strip[height // 2 :, width // 2 :] = 255
     slot = torch.zeros((3, 32, 32), dtype=torch.uint8)
     monkeypatch.setattr(torch, "empty", watched)
-    EvalTransform(tiny_recipe(tmp_path))(encoded(strip, "PNG"), slot)
+    EvalTransform(ImageSettings.of_recipe(tiny_recipe(tmp_path)))(encoded(strip, "PNG"), slot)
     assert max(made) < 40 * 40 * 3 * 20
     assert (slot[:, -1, -1].int() - slot[:, 0, 0].int()).min() > 100  # the edge is in the middle, where it was
 
@@ -403,7 +404,7 @@ def test_the_middle_of_a_strip_looks_as_if_all_of_it_were_resized(tmp_path):
 
     pixels = photo(20, 20 * 30)
     slot = torch.zeros((3, 32, 32), dtype=torch.uint8)
-    EvalTransform(tiny_recipe(tmp_path))(encoded(pixels, "PNG"), slot)
+    EvalTransform(ImageSettings.of_recipe(tiny_recipe(tmp_path)))(encoded(pixels, "PNG"), slot)
     whole = tv.resize(torch.from_numpy(pixels).permute(2, 0, 1), [36], interpolation=tv.InterpolationMode.BICUBIC)
     reference = tv.center_crop(whole, [32, 32])
     assert (slot.int() - reference.int()).abs().float().mean() < 2

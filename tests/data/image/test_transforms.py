@@ -19,6 +19,7 @@ from torchvision.transforms import transforms as tv_transforms
 from livt_scale.data.image.decode import open_image
 from livt_scale.data.image.transforms import Box, EvalTransform, TrainTransform, cut, draw_crop, resize
 from livt_scale.data.seeds import sample_rng
+from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.util.errors import UsageError
 from tests.data.tiny_sets import encoded, photo, tiny_recipe
 
@@ -91,7 +92,7 @@ def test_resizing_a_box_gives_pillow_s_pixels(height, width, px, data):
 def test_a_training_image_is_what_torchvision_makes_of_the_same_crop(tmp_path, channels):
     norm = {"data__mean": [0.5] * channels, "data__std": [0.5] * channels}
     recipe = tiny_recipe(tmp_path, model__channels=channels, **norm)
-    transform, mirrored = TrainTransform(recipe, "pretrain"), 0
+    transform, mirrored = TrainTransform(TrainSettings.of_stage(recipe, "pretrain")), 0
     for k in range(20):
         # under twice the target on one side: decoded in full
         data = encoded(photo(63 - k, 60 + 5 * k, seed=k)[:, :, :channels].squeeze())
@@ -168,7 +169,7 @@ def test_a_crop_that_is_not_much_larger_than_the_target_is_decoded_in_full():
 
 @pytest.mark.parametrize(("target_px", "resized_px"), [(32, 36), (224, 256), (256, 256)])
 def test_an_evaluation_image_is_torchvision_s_resize_and_centre_crop(tmp_path, target_px, resized_px):
-    transform = EvalTransform(tiny_recipe(tmp_path, model__image_px=target_px))
+    transform = EvalTransform(ImageSettings.of_recipe(tiny_recipe(tmp_path, model__image_px=target_px)))
     for k, size in enumerate([(90, 160), (161, 73), (64, 64), (20, 31), (300, 299)]):
         data, slot = encoded(photo(*size, seed=k)), slot_for(target_px)
         transform(data, slot)
@@ -183,7 +184,9 @@ def test_a_training_image_depends_on_seed_epoch_and_key_alone(tmp_path, stage):
         random.seed(made.calls), np.random.seed(made.calls), torch.manual_seed(made.calls)
         made.calls += 1
         slot = slot_for(32)
-        TrainTransform(tiny_recipe(tmp_path, seed=seed), stage)(data, slot, epoch=epoch, key=key)
+        TrainTransform(TrainSettings.of_stage(tiny_recipe(tmp_path, seed=seed), stage))(
+            data, slot, epoch=epoch, key=key
+        )
         return as_image(slot).tobytes()
 
     made.calls = 0
@@ -193,7 +196,7 @@ def test_a_training_image_depends_on_seed_epoch_and_key_alone(tmp_path, stage):
 
 
 def test_global_generators_are_left_as_they_were(tmp_path):
-    transform = TrainTransform(tiny_recipe(tmp_path), "finetune")
+    transform = TrainTransform(TrainSettings.of_stage(tiny_recipe(tmp_path), "finetune"))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     for k in range(10):
         transform(encoded(photo(50, 60)), slot_for(32), epoch=0, key=f"k{k}")
@@ -202,5 +205,5 @@ def test_global_generators_are_left_as_they_were(tmp_path):
 
 def test_channels_that_no_image_has_are_refused(tmp_path):
     norm = {"data__mean": [0.5] * 4, "data__std": [0.5] * 4}
-    with pytest.raises(UsageError, match=r"model\.channels is 4"):
-        EvalTransform(tiny_recipe(tmp_path, model__channels=4, **norm))
+    with pytest.raises(UsageError, match="channels is 4"):
+        ImageSettings.of_recipe(tiny_recipe(tmp_path, model__channels=4, **norm))
