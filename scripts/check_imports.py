@@ -30,6 +30,8 @@ CHECKS = "a library that is missing or broken is a finding of livt doctor, not i
 DEFERRED: dict[str, str] = {
     "cli/": START_UP,
     "losses/options.py": TORCH,
+    "api/registration.py": TORCH,
+    "api/train.py": TORCH,
     "data/image/augment.py": "start-up: timm takes seconds, and only RandAugment needs it",
     "data/remote/fetch.py": "start-up: fsspec and aiohttp take half a second, and only sets at a URL need them",
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",

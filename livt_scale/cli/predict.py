@@ -20,7 +20,9 @@ def predict(
         bool, typer.Option("--skip-bad", help="Write a damaged image's error to its row and continue.")
     ] = False,
     tau: Annotated[float, typer.Option("--tau", help="Subtract tau times the log training prior.")] = 0.0,
-    temperature: Annotated[float, typer.Option("--temperature", help="Divide the logits by this.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Divide the logits by this. Default: as fitted, else 1.")
+    ] = None,
     views: Annotated[int, typer.Option("--views", metavar="1|2|5|10", help="Views to average, as in livt eval.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per forward pass.")] = 64,
     workers: Annotated[

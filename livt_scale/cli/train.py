@@ -36,9 +36,6 @@ def train(
 
         torchrun --nproc-per-node 2 -m livt_scale train RECIPE
     """
-    from livt_scale.config.load import load_recipe
+    from livt_scale.api.train import train as run
 
-    loaded = load_recipe(recipe, sets=sets or [])
-    from livt_scale.train.run import train as run  # imports torch: after the recipe is known to be valid
-
-    run(loaded, stage=stage.value if stage else None, allow=allow or ())
+    run(recipe, overrides=sets or (), stage=stage.value if stage else None, allow=allow or ())

@@ -33,15 +33,20 @@ from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url, redacted
 
 
-def load_recipe(path: str | Path, *, sets: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path` (or the shipped one that `livt:NAME` means), overridden by `sets` ("a.b=c") and checked.
+def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+    """The recipe in `path` (or the shipped one that `livt:NAME` means), overridden by `sets` and checked.
 
-    Raises RecipeError; UsageError for an unknown name, or one of the `sets` that cannot be applied.
+    sets: texts "a.b=c" as of --set, or values by dotted name. Raises RecipeError; UsageError for an unknown name, or
+    one of the `sets` that cannot be applied.
     """
     path = named(path, kind="recipes")
     tree = _read(path, seen=())
-    for text in sets:
-        _apply_set(tree, text)
+    if isinstance(sets, Mapping):
+        for name, value in sets.items():
+            _apply_value(tree, name, value)
+    else:
+        for text in sets:
+            _apply_set(tree, text)
     recipe = _validate(tree, path)
     return _resolve_paths(recipe, path)
 
@@ -173,6 +178,22 @@ def _apply_set(tree: Tree, text: str) -> None:
         _put(tree, where, _set_value(where, raw, text), origin=f"--set {name}")
 
 
+def _apply_value(tree: Tree, name: str, value: Any) -> None:
+    """Put a Python value, of the kinds that a recipe can hold, at the dotted `name`."""
+    origin = f"overrides[{name!r}]"
+    try:
+        plain = json.loads(json.dumps(value, default=os.fspath))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"{origin} is {value!r}, which a recipe cannot hold", remedy="give numbers, text, lists and mappings"
+        ) from error
+    keys = name.split(".")
+    if not all(keys) or keys == ["extends"]:
+        raise UsageError(f"{origin}: no field has that name", remedy="for example 'stages.finetune.epochs'")
+    for where in _expand(keys, tree):
+        _put(tree, where, plain, origin=origin)
+
+
 def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
     """`stages.*.epochs` stands for every stage that the recipe runs; anything else for itself."""
     if keys[:2] != ["stages", "*"]:
@@ -180,7 +201,7 @@ def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
     stages = tree.values.get("stages")
     present = [s for s in STAGES if isinstance(stages, dict) and stages.get(s) is not None]
     if not present:
-        raise UsageError(f"--set {'.'.join(keys)}: the recipe has no stage", remedy="name one: stages.pretrain.…")
+        raise UsageError(f"{'.'.join(keys)}: the recipe has no stage", remedy="name one: stages.pretrain.…")
     return [["stages", stage, *keys[2:]] for stage in present]
 
 

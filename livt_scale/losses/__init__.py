@@ -48,7 +48,8 @@ def make(name: str, class_counts: Sequence[int] | npt.ArrayLike, **options: Any)
 
     The module takes logits, float [B, C], with soft targets, float [B, C], or labels, int64 [B], and returns a scalar
     in float32 or better. It has no parameters; what it keeps of the classes follows the logits to their device.
-    `options`: as of `make_loss`, which says what this raises. The module raises UsageError for other shapes.
+    `options`: as of `make_loss`. Raises UsageError for an unknown name or option and an impossible value, DataError for
+    a class without images; calling the module raises UsageError for other shapes.
     """
     criterion, f = make_loss(name, class_counts, **options), on_tensors()
     loss: ClassLoss = criterion if isinstance(criterion, f.ClassLoss) else f.CustomLoss(name, criterion)

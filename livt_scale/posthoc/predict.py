@@ -17,7 +17,6 @@ import csv
 import io
 import logging
 import os
-import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -30,20 +29,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from livt_scale.api.predictor import Predictor, most_likely, read_image_file
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.sources import IMAGE_ENDINGS, OTHER_IMAGE_ENDINGS
-from livt_scale.data.build.tar import MAX_SAMPLE_BYTES
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.num_workers import cores_for_rank
-from livt_scale.distributed import precision
-from livt_scale.distributed.world import World
-from livt_scale.evaluation.adjust import adjust
+from livt_scale.data.settings import ImageSettings
 from livt_scale.evaluation.evaluate import BATCH
 from livt_scale.evaluation.tta import Views
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_file
-from livt_scale.util.errors import DataError, SampleError, UsageError
+from livt_scale.util.errors import DataError, SampleError
 from livt_scale.util.urls import one_line
 
 _log = logging.getLogger(__name__)
@@ -55,16 +52,15 @@ COLUMNS = ("number", "class", "probability")  # for each of the top k
 
 @dataclass(frozen=True)
 class Prediction:
-    """How logits become probabilities: softmax((z - τ · margin) / T), cut to the `top_k` largest."""
+    """How logits become probabilities: softmax((z - τ · margin) / T), cut to the `top_k` largest.
+
+    temperature: T; None: the fitted one that comes with the weights, else 1.
+    """
 
     top_k: int = 5
     tau: float = 0.0
-    temperature: float = 1.0
+    temperature: float | None = None
     views: Views = Views()  # noqa: RUF009 - frozen
-
-    def __post_init__(self) -> None:
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError(f"--temperature {self.temperature:g} divides no logits", remedy="give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,12 @@ def predict(
     skip_bad: a file that is no image is a row with its error; else SampleError, and nothing is written. workers:
     decoding processes; None: as many as the machine has cores, up to 8. Raises DataError where there is no image.
     """
+    predictor = Predictor(trained, tau=how.tau, temperature=how.temperature)
     files, others = images_below(folder)
     if not files:
         raise DataError(f"there is no image below {one_line(str(folder))}", remedy="give the folder that holds them")
-    names, counts, bad, sure = trained.classes.names, Counter[int](), list[dict[str, str]](), 0.0
-    rows = _rows(trained, folder, files, how=how, batch=batch, workers=workers)
+    names, counts, bad, sure = predictor.class_names, Counter[int](), list[dict[str, str]](), 0.0
+    rows = _rows(predictor, trained.recipe, folder, files, how=how, batch=batch, workers=workers)
     out.parent.mkdir(parents=True, exist_ok=True)
     with new_file(out) as file, _text(file) as text:
         writer = csv.writer(text)
@@ -124,7 +121,7 @@ def predict(
         "mean_confidence": sure / predicted if predicted else None,
         "classes": {names[c]: n for c, n in sorted(counts.items())},
         "tau": how.tau,
-        "temperature": how.temperature,
+        "temperature": predictor.temperature,
         "views": how.views.facts(),
         "weights": trained.weights,
     }
@@ -159,7 +156,7 @@ class _Images(Dataset[tuple[str, Tensor | str]]):
     def __init__(self, folder: Path, files: list[str], recipe: Recipe, *, crops: int) -> None:
         self._folder, self._files = folder, files
         self._shape = (crops, recipe.model.image_px, recipe.model.image_px, recipe.model.channels)
-        self._transform = EvalTransform(recipe)
+        self._transform = EvalTransform(ImageSettings.of_recipe(recipe))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -167,7 +164,7 @@ class _Images(Dataset[tuple[str, Tensor | str]]):
     def __getitem__(self, i: int) -> tuple[str, Tensor | str]:
         slots = torch.empty(self._shape, dtype=torch.uint8).permute(0, 3, 1, 2)
         try:
-            self._transform.crops(_read(self._folder / self._files[i]), slots)
+            self._transform.crops(read_image_file(self._folder / self._files[i]), slots)
         except BadImage as error:
             return self._files[i], str(error)
         except OSError as error:
@@ -185,55 +182,33 @@ def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
         text.detach()  # what is still in its buffer is written
 
 
-def _read(path: Path) -> bytes:
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SAMPLE_BYTES:  # a pipe would never end
-        raise BadImage(f"no file of at most {MAX_SAMPLE_BYTES:,} bytes")
-    return path.read_bytes()
-
-
 def _rows(
-    trained: Trained, folder: Path, files: list[str], *, how: Prediction, batch: int, workers: int | None
+    predictor: Predictor,
+    recipe: Recipe,
+    folder: Path,
+    files: list[str],
+    *,
+    how: Prediction,
+    batch: int,
+    workers: int | None,
 ) -> Iterator[_Row]:
     """A row for each of `files`, in their order."""
-    recipe, device = trained.recipe, World().device
-    model, top_k = trained.model.to(device), min(how.top_k, len(trained.classes.names))
     most = min(cores_for_rank(1), MAX_WORKERS) if workers is None else workers
     images = _Images(folder, files, recipe, crops=how.views.crops)
     num_workers = min(most, len(files) // batch)  # a single batch is decoded here
     loader = DataLoader(images, batch, num_workers=num_workers, collate_fn=list, generator=torch.Generator())
-
-    def infer(view: Tensor) -> Tensor:
-        with torch.inference_mode():
-            logits: Tensor = precision.infer(model, device, recipe.parallel.precision, view)
-        return logits
-
     for items in loader:
         good = [pixels for _, pixels in items if isinstance(pixels, Tensor)]
-        tops: list[tuple[tuple[int, float], ...]] = []
+        tops: list[list[tuple[int, float]]] = []
         if good:
-            logits = how.views.logits(infer, torch.cat(good).to(device), recipe.data)
-            tops = _tops(_adjusted(logits, trained, how), top_k, temperature=how.temperature)
-        for file, pixels in items:
-            if isinstance(pixels, Tensor):
-                yield _Row(file, top=tops.pop(0))
+            pixels = torch.cat(good).to(predictor.device)
+            logits = how.views.logits(predictor.logits, pixels, recipe.data)
+            tops = most_likely(predictor.probabilities(logits), how.top_k)
+        for file, read in items:
+            if isinstance(read, Tensor):
+                yield _Row(file, top=tuple(tops.pop(0)))
             else:
-                yield _Row(file, error=pixels)
-
-
-def _adjusted(logits: Tensor, trained: Trained, how: Prediction) -> Tensor:
-    if not how.tau:
-        return logits
-    assert trained.recipe.stages.finetune is not None
-    loss, counts = trained.recipe.stages.finetune.loss, trained.classes.counts
-    return adjust(logits.float(), how.tau, loss=loss.name, class_counts=counts, logit_scale=loss.logit_scale)
-
-
-def _tops(logits: Tensor, top_k: int, *, temperature: float) -> list[tuple[tuple[int, float], ...]]:
-    shares = (logits.double() / temperature).softmax(dim=1)
-    values, numbers = shares.sort(dim=1, descending=True, stable=True)  # of equal ones the lower number
-    rows = zip(numbers[:, :top_k].tolist(), values[:, :top_k].tolist(), strict=True)
-    return [tuple(zip(n, v, strict=True)) for n, v in rows]
+                yield _Row(file, error=read)
 
 
 def _with_progress(rows: Iterable[_Row], total: int) -> Iterator[_Row]:

@@ -41,6 +41,7 @@ class Trained:
     classes: TrainingClasses
     weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
     learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
+    temperature: float | None = None  # what logits are divided by before softmax; None: none was fitted
 
 
 def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:

@@ -77,7 +77,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 # the modules between an extension and a registry: the place of a registration is the line outside of them
-_OURS = (__name__, "livt_scale.extensions", "livt_scale")
+_OURS = (__name__, "livt_scale.extensions", "livt_scale.api.registration")
 
 
 def _caller() -> str:

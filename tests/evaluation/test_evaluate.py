@@ -15,7 +15,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
+from livt_scale.api.eval_loader import EvalLoader
+from livt_scale.api.eval_loader import evaluate as plain_evaluate
 from livt_scale.config.recipe import Parallel, Recipe
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
@@ -119,6 +122,8 @@ def _rank(rank: int, port: str, folder: str, out: str) -> None:
             result["error"] = str(error)
         sharded = _sharded(world)
         result["sharded"] = {"report": evaluate(sharded, shards, recipe, **options), "error": ""}
+        loader = EvalLoader(shards, batch=1, image_px=28, channels=1, mean=[0.3], std=[0.25], workers=0)
+        result["api"] = plain_evaluate(fully_shard(a_model()), loader, shards)  # ranks with 6 and 5 batches
         if rank == 1:
             evaluation.evaluation_batches = _cut(evaluation.evaluation_batches, after=2)
         try:
@@ -142,6 +147,7 @@ def test_two_ranks_give_the_report_of_one_process_and_fail_together(shards: Shar
         for told in (result, result["sharded"]):
             assert told["report"] == json.loads(json.dumps(alone))
             assert told["error"].endswith("this image is broken")
+        assert result["api"]["confusion"] == alone["confusion"]
 
 
 def test_more_ranks_than_samples_count_each_once(shards: ShardSet) -> None:

@@ -180,6 +180,6 @@ def test_what_cannot_be_is_said(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="there is no image below"):
         predict(trained, tmp_path / "empty", tmp_path / "out.csv")
     for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="--temperature"):
-            Prediction(temperature=value)
+        with pytest.raises(UsageError, match=r"^temperature is"):
+            predict(trained, tmp_path, tmp_path / "out.csv", how=Prediction(temperature=value))
     assert not (tmp_path / "out.csv").exists()

@@ -42,7 +42,9 @@ def test_the_objective_is_that_loss_with_those_options_and_the_sets_counts(shard
     task = finetune_task(recipe, shards, run_dir=tmp_path, world=World())
     logits, labels = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 1])
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    batch = Batch(images, labels, ("a", "b", "c", "d"), epoch=0, step=0, micro_index=0, mix=None, drop=torch.zeros(4, 2))
+    batch = Batch(
+        images, labels, ("a", "b", "c", "d"), epoch=0, step=0, micro_index=0, mix=None, drop=torch.zeros(4, 2)
+    )
     targets = soft_targets(labels, 3, recipe.stages.finetune.smoothing)
     expected = make_loss(name, shards.class_counts, **options)(logits, targets)
     assert task.objective(lambda *_: logits, batch) == expected

@@ -238,6 +238,17 @@ class _PillowImage:
         return _upright(pixels, self._orientation) if self._orientation in range(2, 9) else pixels
 
 
+def pillow_pixels(image: Image.Image, *, channels: int) -> Pixels:
+    """An image that Pillow holds, upright: uint8 [H, W, channels]. Raises BadImage."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    try:
+        pixels = np.array(_in_mode(image, "RGB" if channels == 3 else "L"))
+    except Exception as error:  # an image that is opened is read only here
+        raise BadImage(f"the {image.format or 'image'} is cut or damaged: {_said(error)}") from error
+    pixels = pixels.reshape(*pixels.shape[:2], -1)
+    return _upright(pixels, orientation) if orientation in range(2, 9) else pixels
+
+
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode == mode:
         return image

@@ -1,0 +1,51 @@
+"""`livt.build_classifier`: a Vision Transformer or a ResNet by name, as `livt train` fine-tunes it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+from torch import nn
+
+from livt_scale.api.arguments import checked
+from livt_scale.config.model import Model
+from livt_scale.config.runtime import RecipePart
+from livt_scale.models import classifier
+
+
+class HeadAndDepth(RecipePart):
+    """What a recipe takes from the training set and from its stage."""
+
+    num_classes: PositiveInt
+    drop_path: Annotated[float, Field(ge=0, lt=1)]
+
+
+def build_classifier(
+    size: str,
+    *,
+    num_classes: int,
+    image_px: int = 224,
+    channels: int = 3,
+    patch_px: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """A classifier: images float [B, channels, image_px, image_px], normalised, to logits [B, num_classes].
+
+    size: "vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet_micro", "resnet18", "resnet34",
+    "resnet50", or a size that was registered. patch_px, width, depth, heads: of a ViT; None: from the size. drop_path:
+    rate of stochastic depth in the last block, linear from 0 in the first; in train() its coins are from torch's global
+    generator, as are the initial weights. A ViT has the names and shapes of timm's, with mean pooling, and MAE's
+    initialisation; its head starts at almost 0, from equal odds.
+
+    Raises UsageError, which names the argument; calling the model on images of another shape raises it too.
+    """
+    shape = {
+        "size": size, "patch_px": patch_px, "width": width, "depth": depth, "heads": heads, "image_px": image_px,
+        "channels": channels,
+    }  # fmt: skip
+    model = checked(Model, shape)
+    head = checked(HeadAndDepth, {"num_classes": num_classes, "drop_path": drop_path})
+    return classifier.build_classifier(model, num_classes=head.num_classes, drop_path=head.drop_path)
