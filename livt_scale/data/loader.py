@@ -21,7 +21,6 @@ import weakref
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from typing import Any, Self
 
@@ -31,12 +30,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from livt_scale.config.recipe import Data, Finetune, Recipe, Stage
+from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.data import num_workers
 from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform, TrainTransform
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
+from livt_scale.data.normalise import images_and_targets, normalise
 from livt_scale.data.num_workers import Loading, this_worker
 from livt_scale.data.order.for_rank import MicroBatch, RankOrder
 from livt_scale.data.order.for_stage import training_order
@@ -46,7 +46,6 @@ from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.losses.formulas import soft_targets
 from livt_scale.util.errors import DataError, LivtError, UsageError
 
 __all__ = [
@@ -250,38 +249,6 @@ def core_rate(shards: ShardSet, recipe: Recipe, stage: Stage, *, seconds: float)
 def _rate(dataset: _TrainDataset, batch: MicroBatch, *, seconds: float) -> tuple[float, int]:
     with closing(SampleReader(dataset.shards)) as reader:
         return num_workers.decode_rate(lambda part: dataset.load(part, reader), batch, seconds=seconds)
-
-
-def normalise(
-    images: Tensor, mean: tuple[float, ...], std: tuple[float, ...], dtype: torch.dtype, *, out: Tensor | None = None
-) -> Tensor:
-    """uint8 [B, C, H, W] in 0 … 255 to (images / 255 − mean) / std, contiguous, of `dtype`, on the images' device.
-
-    `out`: float32 [B, C, H, W] to work in. On a CPU a fresh one of 38 MB costs more than the arithmetic (64 images of
-    224 px: 264 of 336 µs an image are page faults); a GPU's allocator keeps its memory, there it changes nothing.
-    """
-    scale, shift = _affine(tuple(mean), tuple(std), images.device)
-    floats = torch.empty(images.shape, dtype=torch.float32, device=images.device) if out is None else out
-    if images.device.type == "cpu":  # one image at a time stays in the cache: 67 µs an image instead of 390
-        for image, into in zip(images, floats, strict=True):
-            into.copy_(image).mul_(scale[0]).add_(shift[0])
-    else:
-        torch.mul(images, scale, out=floats).add_(shift)  # cast, scaling and the way out of channels-last in one kernel
-    return floats.to(dtype)
-
-
-def images_and_targets(batch: Batch, part: Finetune, data: Data, *, num_classes: int) -> tuple[Tensor, Tensor]:
-    """(images float32 [B, C, H, W], normalised; targets float32 [B, num_classes], smoothed) of a batch of
-    fine-tuning, both mixed where the batch says so; on its device."""
-    images = normalise(batch.images, data.mean, data.std, torch.float32)
-    targets = soft_targets(batch.labels, num_classes, part.smoothing)
-    return (images, targets) if batch.mix is None else apply_mix(images, targets, batch.mix)
-
-
-@lru_cache(maxsize=16)  # constants on the device: made once, else each batch would wait for a copy
-def _affine(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    means, stds = (torch.tensor(v, dtype=torch.float64)[None, :, None, None] for v in (mean, std))
-    return (1 / (255 * stds)).to(device, torch.float32), (-means / stds).to(device, torch.float32)
 
 
 @dataclass(frozen=True)
