@@ -41,8 +41,9 @@ class TrainLoader:
 
     global_batch: images of an optimizer step, over all ranks. micro_batch: images at a time; None: all of this rank's.
     image_px, channels: of the model. mean, std: of pixels in [0, 1], one per channel. crop_scale: smallest and largest
-    share of the image's area in a crop. flip: mirror half of the images. rand_augment: timm's notation; None: none.
-    random_erasing: share of images. mixup, cutmix: a of Beta(a, a); 0: none; with both, half and half. smoothing: ε.
+    share of the image's area in a crop. crop_rule: whose random crops. flip: mirror half of the images. rand_augment:
+    timm's notation; None: none. random_erasing: share of images. mixup, cutmix: a of Beta(a, a); 0: none; with both,
+    half and half. smoothing: ε.
     sampling: "instance", "class_balanced", "sqrt", or a mapping with options. repeats: views of an image in a batch.
     epochs: of the training, for a sampling that changes over it. workers: loader processes; "auto": measured at the
     start. prefetch: micro-batches that each keeps ready. device: where batches are normalised and mixed.
@@ -62,6 +63,7 @@ class TrainLoader:
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         crop_scale: tuple[float, float] = (0.08, 1.0),
+        crop_rule: Literal["torchvision", "mae"] = "torchvision",
         flip: bool = True,
         rand_augment: str | None = "rand-m9-mstd0.5-inc1",
         random_erasing: float = 0.25,
@@ -79,8 +81,8 @@ class TrainLoader:
         self.shards = shards
         self._part = training_part(
             global_batch=global_batch, micro_batch=micro_batch, sampling=sampling, repeats=repeats, epochs=epochs,
-            crop_scale=crop_scale, flip=flip, rand_augment=rand_augment, random_erasing=random_erasing, mixup=mixup,
-            cutmix=cutmix, smoothing=smoothing,
+            crop_scale=crop_scale, crop_rule=crop_rule, flip=flip, rand_augment=rand_augment,
+            random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, smoothing=smoothing,
         )  # fmt: skip
         shape = checked(ImageShape, {"image_px": image_px, "channels": channels, "seed": seed})
         data = pixel_data(shards, channels=channels, mean=mean, std=std, workers=workers, prefetch=prefetch)

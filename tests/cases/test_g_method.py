@@ -24,6 +24,7 @@ from livt_scale.data.image import transforms
 from livt_scale.data.image.augment import erase, erasing_noise
 from livt_scale.data.image.transforms import CROP_TRIES, Box, TrainTransform, draw_crop
 from livt_scale.data.mixup import draw_mix
+from livt_scale.data.settings import TrainSettings
 from livt_scale.losses import make_loss
 
 ROOT = Path(__file__).parents[2]
@@ -166,7 +167,7 @@ def test_g2_the_probe_recipes_crop_as_maes_code_does(path, monkeypatch):
     monkeypatch.setattr(transforms, "draw_crop", lambda h, w, **given: rules.append(given["rule"]) or Box(0, 0, h, w))
     picture = io.BytesIO()
     Image.new("RGB", (40, 30)).save(picture, "png")
-    TrainTransform(recipe, "finetune")(
+    TrainTransform(TrainSettings.of_stage(recipe, "finetune"))(
         picture.getvalue(), torch.empty(3, 224, 224, dtype=torch.uint8), epoch=0, key="a"
     )
     assert rules == ["mae"]
