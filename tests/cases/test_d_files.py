@@ -10,13 +10,18 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from livt_scale.checkpoint import tensor_file
 from livt_scale.checkpoint.foreign.convert import Converted, Position, read, write_checkpoint, write_safetensors
 from livt_scale.checkpoint.tensor_file import write_tensors, write_torch
+from livt_scale.cli.main import app
+from livt_scale.data.build.verify import verify
+from livt_scale.data.manifest import QUARANTINE
 from livt_scale.util.atomic import new_file, new_folder
 from livt_scale.util.errors import DataError
 from livt_scale.weights.importer import import_weights
+from tests.small_sets import small_set
 from tests.weights.small_mae import official_state
 
 # --- D2: the umask's mode ---
@@ -106,6 +111,48 @@ def test_d3_weights_are_imported_and_exported_to_the_same_bytes(tmp_path, weight
         write_torch({"model": checkpoint().tensors}, tmp_path / f"{k}" / "checkpoint.pth")
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / f"{k}").iterdir()} for k in range(2))
     assert first == second
+
+
+# --- D5: a quarantine that cannot be read ---
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return small_set(tmp_path_factory.mktemp("shards"))
+
+
+LISTED = '"samples": [{"number": 0, "key": "none", "shard": "x", "class": 0, "reason": "r"}]'
+QUARANTINES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: path.write_bytes(b'{"format": "livt-quarantine", '),
+    "a folder": lambda path: path.mkdir(),
+    "a pipe": os.mkfifo,
+    "a link to a device": lambda path: path.symlink_to("/dev/zero"),
+    "of other shards": lambda path: path.write_text(f'{{"format": "livt-quarantine", "version": 1, {LISTED}}}'),
+}
+
+
+@pytest.mark.parametrize("make", QUARANTINES.values(), ids=QUARANTINES.keys())
+def test_d5_a_quarantine_that_cannot_be_read_is_a_fault(shards, make):
+    path = shards / QUARANTINE
+    make(path)
+    try:
+        (fault,) = verify(shards, workers=1)
+        assert (fault.shard, fault.key) == (QUARANTINE, None)
+        assert fault.what
+        assert str(path) not in fault.what
+        result = CliRunner().invoke(app, ["shards", "verify", str(shards), "--workers", "1"])
+        assert result.exit_code == 1
+        assert QUARANTINE in result.output
+    finally:
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert verify(shards, workers=1) == []
+
+
+def test_d5_a_damaged_quarantine_is_written_again_as_the_error_advises(shards):
+    (shards / QUARANTINE).write_bytes(b"")
+    assert verify(shards, workers=1, decode=True, quarantine=True) == []
+    assert not (shards / QUARANTINE).exists()
 
 
 # --- E8, where weights are imported ---

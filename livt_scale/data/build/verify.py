@@ -26,6 +26,7 @@ from livt_scale.data.remote.cache import closing_fd
 from livt_scale.data.shard_set import ShardSet, read_quarantine
 from livt_scale.util.atomic import plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, RemoteError, UsageError
+from livt_scale.util.outside import read_checked
 from livt_scale.util.process_pool import in_processes, usable_cores
 from livt_scale.util.urls import is_url, one_line
 
@@ -70,7 +71,7 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Fault]:
-    """All faults of the set, by shard and offset; none: whole. Samples in quarantine are looked at like the others.
+    """All faults of the set, by shard and offset; none: complete. Samples in quarantine are checked like the others.
 
     Raises ManifestError where there is no set at all, DataError where a quarantine is asked for and cannot be written
     or would not be enough.
@@ -94,6 +95,8 @@ def verify(
             faults += _check_file(folder / shard.name, shard)
     else:
         faults = _check_shards(folder, manifest, decode=decode, workers=workers or usable_cores(), progress=progress)
+        if not quarantine:  # else it is written again
+            faults += _check_quarantine(folder, manifest)
     if quarantine:
         _write_quarantine(folder, manifest, faults, decoded=decode)
     return faults
@@ -223,6 +226,21 @@ def _damaged_end(job: _Job) -> int | None:
     except OSError:
         return None
     return end + len(rest) - len(rest.lstrip(b"\0")) if rest.strip(b"\0") else None
+
+
+def _check_quarantine(folder: Path, manifest: ShardManifest) -> list[Fault]:
+    """What is wrong with quarantine.json, if it is there: such a set cannot be opened."""
+    path = folder / QUARANTINE
+    try:
+        read_checked(path, "quarantine")
+        read_quarantine(ShardSet(folder, manifest, np.load(folder / INDEX, mmap_mode="r", allow_pickle=False), ()))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        return [Fault(QUARANTINE, None, None, f"cannot be read: {error.strerror}")]
+    except ManifestError as error:
+        return [Fault(QUARANTINE, None, None, error.message.removeprefix(f"{path}: "))]
+    return []
 
 
 def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fault], *, decoded: bool) -> None:
