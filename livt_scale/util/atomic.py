@@ -125,7 +125,11 @@ def sync_folder(folder: Path) -> None:
 
 
 class LockHeld(LivtError):
-    """Another process holds the lock. `holder`: "process 4711 on node3", for the caller's own error."""
+    """Another process holds a lock. `holder`: "process 4711 on node3", for the caller's own error.
+
+    Occurs: two processes would write to the same place at a time.
+    What to do: wait for that process, or end it. A leftover of `LIVT_LOCK=file` is named, to be removed by hand.
+    """
 
     def __init__(self, path: Path, holder: str) -> None:
         leftover = f"; if it has ended, remove {path}" if path.suffix == HELD else ""
@@ -134,7 +138,11 @@ class LockHeld(LivtError):
 
 
 class LocksMissing(LivtError):
-    """The file system has no locks."""
+    """The file system has no locks.
+
+    Occurs: a run directory, a build or a cache lies on a file system without flock, as Lustre can be mounted.
+    What to do: choose a folder on another file system, or set `LIVT_LOCK=file` in all processes (docs/environment.md).
+    """
 
     def __init__(self, path: Path, error: OSError) -> None:
         super().__init__(

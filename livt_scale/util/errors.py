@@ -1,30 +1,7 @@
 """The errors a user can meet. Each says what happened, where, and what to do about it.
 
-LivtError                 exit code 1
-├── UsageError            exit code 2: a wrong option or argument, before anything started
-│   ├── RecipeError       a recipe that cannot be: field, file and line, nearest valid name
-│   └── LauncherError     the launcher has started the processes in a way that cannot work
-├── DataError             while shards are built, verified or read
-│   ├── SourceError       the raw images or their list
-│   ├── ManifestError     manifest or index missing, unreadable, or not what the shards are
-│   ├── ShardError        a shard missing, truncated or changed
-│   ├── SampleError       one image cannot be read: shard, offset and key
-│   └── RemoteError       a file at a URL cannot be fetched: which, after how many tries and how long
-├── RunError              while a run is opened or trained
-│   ├── RunBusyError      another process works in this run directory
-│   ├── Preempted         not a failure: a signal came, the run is saved (exit code 85)
-│   ├── NonFiniteError    loss or gradient is NaN or infinite: the sample keys of the batch
-│   ├── RankLostError     another rank is gone, has failed or comes no further: which, and what it said last
-│   └── DivergedError     ranks hold other weights than the rest: which ranks, and the first tensor
-├── CheckpointError       while a checkpoint is written or read
-│   ├── SaveFailed        one save came to nothing, on all ranks; the earlier ones are as they were
-│   ├── PruneFailed       it was saved, but an old one could not be removed
-│   ├── CheckpointDamaged a file is missing, changed or cut: which one
-│   └── CheckpointMismatch it belongs to another model or recipe: what differs, field by field
-├── ClusterError          Slurm is not there, or refuses: in its own words
-├── ExportError           a model cannot be written or read in a foreign layout
-├── WeightsError          weights from elsewhere cannot be read, or belong to another network
-└── InstallationError     the files that ship with the package are missing
+The docstring of each class has one sentence, when it occurs and what to do. `python scripts/errors_page.py` makes
+docs/errors.md of them, with the tree. A class elsewhere that derives from one of these belongs to the tree too.
 """
 
 from __future__ import annotations
@@ -38,7 +15,11 @@ EXIT_PREEMPTED = 85  # the batch script requeues on this one alone
 
 
 class LivtError(Exception):
-    """What happened and where (`message`), and what to do about it (`remedy`): printed on one line."""
+    """What happened and where (`message`), and what to do about it (`remedy`): printed on one line.
+
+    Occurs: this is the class that all others derive from; a program that calls the package catches it.
+    What to do: what `remedy` says.
+    """
 
     exit_code = EXIT_FAILED
 
@@ -52,99 +33,214 @@ class LivtError(Exception):
 
 
 class UsageError(LivtError):
+    """A wrong option, argument or environment variable.
+
+    Occurs: a command is started with something that it cannot do. Nothing has been written, submitted or allocated by
+    then.
+    What to do: correct what the message names; it has the valid names or values. `--help` lists a command's options.
+    """
+
     exit_code = EXIT_USAGE
 
 
 class RecipeError(UsageError):
-    pass
+    """A recipe that cannot be.
+
+    Occurs: a recipe has an unknown field, an impossible value, or values that contradict each other, in a file or in
+    `--set`.
+    What to do: go to the file and line that the message names. `livt recipe show RECIPE` prints what a recipe
+    resolves to.
+    """
 
 
 class LauncherError(UsageError):
-    pass
+    """The launcher has started the processes in a way that cannot work.
+
+    Occurs: `accelerate launch` starts one process where several were asked for.
+    What to do: start the processes as the message says, or by torchrun.
+    """
 
 
 class DataError(LivtError):
-    pass
+    """Images, shards or their lists are not what they should be.
+
+    Occurs: shards are built, verified or read; also for a full disk and for what a class of its own does not cover.
+    What to do: the message names the file or the class and what is needed. `livt shards verify DIR` checks every byte
+    of a set.
+    """
 
 
 class SourceError(DataError):
-    pass
+    """The raw images, or the list of them, cannot be used.
+
+    Occurs: `livt shards build` reads a source: a folder, a list, annotations, class counts.
+    What to do: correct the file that is named, or leave it out, and run the command again: finished shards are kept.
+    """
 
 
 class ManifestError(DataError):
-    pass
+    """A manifest, index, list of keys or quarantine is missing, unreadable, or not what the shards are.
+
+    Occurs: a set of shards is opened.
+    What to do: copy the set again, or recreate the file by the command in the message.
+    """
 
 
 class ShardError(DataError):
-    pass
+    """A shard is missing, truncated or changed.
+
+    Occurs: a set is opened (size) or a sample is read (checksum).
+    What to do: copy that shard again. `livt shards verify DIR` finds all that differ.
+    """
 
 
 class SampleError(DataError):
-    pass
+    """One image cannot be read.
+
+    Occurs: training or evaluation reaches an image whose bytes changed or that does not decode. Shard, offset and key
+    are named.
+    What to do: `livt shards verify DIR --decode --quarantine` lists such samples, which are left out from then on.
+    """
 
 
 class RemoteError(DataError):
-    pass
+    """A file at a URL cannot be fetched.
+
+    Occurs: shards are read from a server: after all tries, within the deadline, or at the first try where another one
+    would not help.
+    What to do: check the URL, the credentials and the server as the message says, then run the command again: it
+    resumes.
+    """
 
 
 class RunError(LivtError):
-    pass
+    """A run cannot be opened or cannot continue.
+
+    Occurs: a run directory is opened, or a process of a run fails in a way that no other class covers.
+    What to do: see what the message names; the logs of the other ranks say more where a rank is named.
+    """
 
 
 class RunBusyError(RunError):
-    pass
+    """Another process works in this run directory.
+
+    Occurs: a run is started a second time while the first start is alive.
+    What to do: wait for that process, end it, or set another `run_dir`.
+    """
 
 
 class Preempted(RunError):
+    """Not a failure: the run was asked to stop, and is saved.
+
+    Occurs: SIGTERM, SIGUSR2 or SIGUSR1 arrives, or the time limit of the job is near. The exit code is 85.
+    What to do: start the same command again: it resumes. Batch scripts of `livt submit` do so by themselves.
+    """
+
     exit_code = EXIT_PREEMPTED
 
 
 class NonFiniteError(RunError):
-    pass
+    """The loss or its gradient is NaN or infinite, or spikes, more often than `faults` allows.
+
+    Occurs: a step gives such a value and the policy of `faults` is to stop. The keys of the batch are named.
+    What to do: look at those samples, lower `base_lr`, set `clip_grad`, or change `faults` (docs/surviving.md).
+    """
 
 
 class RankLostError(RunError):
-    pass
+    """Another rank is gone, has failed, or makes no progress.
+
+    Occurs: a rank dies or hangs; the others end within a bound (docs/surviving.md), naming it and what it reported
+    last.
+    What to do: see the log of that rank, then start again: the run resumes from its newest checkpoint.
+    """
 
 
 class DivergedError(RunError):
-    pass
+    """Ranks hold other weights than the rest.
+
+    Occurs: the comparison of replicas (`faults.digest_every_steps`) finds a difference. The ranks and the first
+    tensor are named.
+    What to do: exclude the node of those ranks, whose memory or GPU may be faulty, and resume.
+    """
 
 
 class CheckpointError(LivtError):
-    pass
+    """A checkpoint cannot be written or read.
+
+    Occurs: a checkpoint is saved, loaded, listed or converted, for a reason that no other class covers.
+    What to do: see the reason in the message; `livt ckpt ls RUN` shows which checkpoints are complete.
+    """
 
 
 class SaveFailed(CheckpointError):
-    pass
+    """One save failed, on all ranks.
+
+    Occurs: a checkpoint cannot be written, such as on a full disk. The earlier checkpoints are as they were.
+    What to do: free some space, or repair the file system; the run may already have continued and saved again.
+    """
 
 
 class PruneFailed(CheckpointError):
-    pass
+    """A checkpoint was saved, but an old one could not be removed.
+
+    Occurs: the rights or the file system do not allow its removal.
+    What to do: remove the old checkpoint by hand, or correct the rights of its folder.
+    """
 
 
 class CheckpointDamaged(CheckpointError):
-    pass
+    """A file of a checkpoint is missing, truncated, changed, or was refused.
+
+    Occurs: a checkpoint or a file of weights is read and its bytes are not those that were written, or would have to
+    be executed.
+    What to do: remove that checkpoint to continue from the one before it; take a file from elsewhere from its source
+    again.
+    """
 
 
 class CheckpointMismatch(CheckpointError):
-    pass
+    """A checkpoint belongs to another model, stage or recipe.
+
+    Occurs: a run resumes with a recipe that differs in fields that decide what is learnt. Each is named with both
+    values.
+    What to do: set the fields back, choose another `run_dir`, or pass `--allow FIELD` where the message offers it.
+    """
 
 
 class ClusterError(LivtError):
-    pass
+    """Slurm is not there, does not answer, or refuses.
+
+    Occurs: `livt submit`, `status` or `cancel` calls a command of Slurm. Its own words are quoted.
+    What to do: correct what Slurm names, such as account, partition or limits; `--dry-run` shows what would be
+    submitted.
+    """
 
 
 class ExportError(LivtError):
-    pass
+    """A model cannot be written or read in the layout of other code.
+
+    Occurs: `livt export` writes or a command reads an export that is incomplete, changed, or in the way of something
+    else.
+    What to do: choose another `--out`, or export the run again.
+    """
 
 
 class WeightsError(LivtError):
-    pass
+    """Weights from elsewhere cannot be read, or belong to another network.
+
+    Occurs: `livt import`, or a run that starts from weights, reads a file with other names, shapes or values than the
+    model takes.
+    What to do: take another file, or set the fields of the model that the message names (docs/weights.md).
+    """
 
 
 class InstallationError(LivtError):
-    pass
+    """The files that ship with the package are missing.
+
+    Occurs: a shipped recipe, set, script or profile is looked up in an incomplete installation.
+    What to do: install the package again, or restore the files by `git checkout`.
+    """
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
