@@ -1,6 +1,7 @@
 """What the whole tree promises: imports go one way, files stay short, and the documents tell of commands that exist."""
 
 import ast
+import contextlib
 import itertools
 import os
 import re
@@ -57,6 +58,56 @@ def test_functions_are_short():
     }
     assert {f: n for f, n in lengths.items() if n > MAX_FUNCTION_LINES and f not in LONG_FUNCTIONS} == {}
     assert [f for f in LONG_FUNCTIONS if lengths.get(f, 0) <= MAX_FUNCTION_LINES] == []
+
+
+def test_no_test_replaces_a_private():
+    """A fake belongs at the process boundary or at a public seam, so that the inside can change."""
+    found = {name_of(p): replaced_privates(p.read_text(encoding="utf-8")) for p in sorted(ROOT.glob("tests/**/*.py"))}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "monkeypatch.setattr(module, '_name', 1)",
+        "monkeypatch.setattr('livt_scale.module._name', 1)",
+        "patch.setitem(module._table, 'key', 1)",
+        "mock.patch('livt_scale.module._name')",
+        "mock.patch.object(module, '_name')",
+        "module._name = lambda: 1",
+        "module.Class._name += 1",
+        "RANK = 'import module\\nmodule._name = 1'",
+    ],
+)
+def test_a_replaced_private_would_be_found(code):
+    assert replaced_privates(code) == ["_name" if "_table" not in code else "_table"]
+    assert replaced_privates(code.replace("_name", "name").replace("_table", "table")) == []
+
+
+def replaced_privates(code):
+    """The privates that a test's code sets; code in its strings counts, what an object sets on itself does not."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found += [t.attr for t in targets if isinstance(t, ast.Attribute) and not is_name(t.value, "self")]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute | ast.Name):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
+            if name in ("setattr", "delattr", "setitem", "delitem", "patch", "object"):
+                words = [a.value.rpartition(".")[2] for a in node.args[:2] if is_text(a)]
+                found += words + [a.attr for a in node.args[:1] if isinstance(a, ast.Attribute)]
+        elif is_text(node) and "\n" in node.value:
+            with contextlib.suppress(SyntaxError, UnicodeEncodeError):
+                found += replaced_privates(node.value)
+    return [name for name in found if re.match("_(?!_)", name)]
+
+
+def is_name(node, name):
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def is_text(node):
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

@@ -47,6 +47,7 @@ from livt_scale.util import atomic, held_file, log
 from livt_scale.util.atomic import LockHeld, LocksMissing, file_lock, lock_works
 from livt_scale.util.errors import CheckpointDamaged, DataError, LauncherError, RemoteError, RunBusyError, UsageError
 from livt_scale.util.host_list import expand
+from tests.data.remote.flaky_server import FlakyServer
 
 # --- E1: an interactive step, and waits that are announced ---
 
@@ -311,16 +312,16 @@ def test_e3_of_two_that_find_a_leftover_one_gets_the_lock(tmp_path, by_file, mon
     """The slower one has read the leftover, and finds the lock of the faster one in its place."""
     held = tmp_path / "lock.held"
     held.write_text(json.dumps(held_file._this_process() | {"pid": ended_child()}))
-    read, locks = held_file._read, []
+    read, locks = held_file.read_json, []
 
-    def slower(path: Path) -> dict[str, object]:
-        found = read(path)
+    def slower(path: Path, kind: str) -> object:
+        found = read(path, kind)
         if not locks:
-            monkeypatch.setattr(held_file, "_read", read)
+            monkeypatch.setattr(held_file, "read_json", read)
             locks.append(file_lock(tmp_path / "lock"))
         return found
 
-    monkeypatch.setattr(held_file, "_read", slower)
+    monkeypatch.setattr(held_file, "read_json", slower)
     with pytest.raises(LockHeld, match=f"process {os.getpid()} "):
         file_lock(tmp_path / "lock")
     assert json.loads(held.read_text())["pid"] == os.getpid()
@@ -346,12 +347,18 @@ def test_e4_an_end_in_the_past_is_reported_and_ignored(name, limit, caplog):
 
 
 def test_e4_the_next_source_counts_instead(monkeypatch):
-    later = time.time() + 1000
+    later = int(time.time()) + 1000
     assert time_limit({"LIVT_STOP_AT": "1", "SLURM_JOB_END_TIME": str(later)}) == later
-    monkeypatch.setattr(preempt, "_ask_slurm", lambda job: later if job == "77" else None)
+    ends = {"77": later, "78": 86_400}
+
+    def scontrol(words: list[str], **options: object) -> SimpleNamespace:
+        assert words[0] == "scontrol"
+        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(ends[words[-1]]))
+        return SimpleNamespace(stdout=f"JobId={words[-1]} EndTime={end} Deadline=N/A")
+
+    monkeypatch.setattr(preempt.subprocess, "run", scontrol)
     assert time_limit({"SLURM_JOB_END_TIME": "1", "SLURM_JOB_ID": "77"}) == later
-    monkeypatch.setattr(preempt, "_ask_slurm", lambda job: 1.0)
-    assert time_limit({"SLURM_JOB_ID": "77"}) is None
+    assert time_limit({"SLURM_JOB_ID": "78"}) is None
 
 
 @pytest.mark.parametrize("limit", ["nan", "inf", "soon"])
@@ -506,19 +513,10 @@ def test_e8_an_absurd_retry_after_is_a_number_of_seconds(text):
 
 
 def test_e8_a_long_wait_before_the_next_try_is_announced(tmp_path, monkeypatch, lines):
-    monkeypatch.setattr(remote, "_retry_after", lambda error: 0.1)
-    tries = []
-
-    def refuse(*args: object, **kwargs: object) -> None:
-        tries.append(1)
-        error = Exception()
-        error.status = 503  # type: ignore[attr-defined]
-        raise error
-
-    monkeypatch.setattr(Fetcher, "_transfer", refuse)
     monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.0)
-    with pytest.raises(RemoteError):
-        Fetcher("http://host", Remote(tries=2)).fetch("a.tar", tmp_path / "out", most_bytes=3)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with FlakyServer(tmp_path, plan=lambda name, before: "503 0.1") as server, pytest.raises(RemoteError):
+        Fetcher(server.url, Remote(tries=2)).fetch("a.tar", tmp_path / "out", most_bytes=3)
     assert lines() == ["a.tar: the server answered 503; try 2 in 0 s"]
 
 

@@ -48,13 +48,14 @@ def test_the_shares_never_exceed_the_cores_but_for_one_that_each_rank_needs(mask
 
 RANK = """
 import os, sys
+from pathlib import Path
 rank = int(os.environ["RANK"])
-masks, machines = eval(sys.argv[1]), eval(sys.argv[2])
+masks, boot_ids = eval(sys.argv[1]), sys.argv[2:]
 os.sched_getaffinity = lambda _: masks[rank]
 from livt_scale.data import num_workers
 from livt_scale.distributed import cpu_cores, world as worlds
-if machines:
-    cpu_cores._machine = lambda: machines[rank]
+if boot_ids:
+    cpu_cores.BOOT_ID = Path(boot_ids[rank])
 world = worlds.detect()
 with worlds.process_group(world, timeout_s=60), cpu_cores.share_with_loader(world):
     seen = num_workers.cores_for_rank(world.local_size)
@@ -65,17 +66,20 @@ print(rank, seen, num_workers.cores_for_rank(world.local_size), flush=True)
 @pytest.mark.parametrize(
     ("masks", "machines", "shares"),
     [
-        ("[set(range(8)), set(range(8, 16))]", "None", [8, 8]),  # bound: not divided again
-        ("[set(range(16))] * 2", "None", [8, 8]),  # one machine, whatever it calls itself
-        ("[set(range(16))] * 2", "['a', 'b']", [16, 16]),  # the same numbers, on two machines
+        ("[set(range(8)), set(range(8, 16))]", "", [8, 8]),  # bound: not divided again
+        ("[set(range(16))] * 2", "", [8, 8]),  # one machine, whatever it calls itself
+        ("[set(range(16))] * 2", "ab", [16, 16]),  # the same numbers, on two machines
     ],
 )
-def test_two_ranks_tell_each_other(masks, machines, shares):
+def test_two_ranks_tell_each_other(masks, machines, shares, tmp_path):
+    boot_ids = [tmp_path / name for name in machines]
+    for path in boot_ids:
+        path.write_text(path.name)
     port, ranks = str(free_port()), []
     for rank in range(2):
         told = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
         environ = os.environ | told | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        ranks.append(warm.Popen(["-c", RANK, masks, machines], env=environ, stdout=warm.PIPE))
+        ranks.append(warm.Popen(["-c", RANK, masks, *boot_ids], env=environ, stdout=warm.PIPE))
     said = [process.communicate(timeout=120)[0].split() for process in ranks]
     alone = len(eval(masks)[0]) // 2  # afterwards it is a guess again
     assert said == [["0", str(shares[0]), str(alone)], ["1", str(shares[1]), str(alone)]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from pydantic import ValidationError
 
 from livt_scale.config.recipe import Decoder, Model, Parallel
-from livt_scale.distributed import wrap
 from livt_scale.distributed.blocks import blocks_of, prepare_blocks
 from livt_scale.distributed.world import World
 from livt_scale.distributed.wrap import choose, make_strategy
@@ -48,7 +49,8 @@ def test_auto_is_the_simplest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None
     states = 16 * sum(p.numel() for p in model.parameters()) - 12 * frozen
     assert frozen > 0
     for memory, two in ((2 * states, "ddp"), (2 * states - 16, "fsdp")):
-        monkeypatch.setattr(wrap, "device_bytes", lambda world, m=memory: m)
+        host = SimpleNamespace(total=2 * memory)  # for two ranks
+        monkeypatch.setattr(psutil, "virtual_memory", lambda host=host: host)
         assert choose(auto, model, world=World(0, 2, 0, 2)) == two
         assert choose(auto, model, world=World()) == "ddp"
     assert choose(Parallel(strategy="fsdp"), model, world=World(0, 2, 0, 2)) == "fsdp"

@@ -6,6 +6,8 @@ import os
 import sys
 import time
 
+import simplejpeg
+
 from livt_scale.cli import main
 from livt_scale.doctor import bench, network
 from livt_scale.util.errors import DataError
@@ -23,5 +25,5 @@ if os.environ["RANK"] == "1":
         network.all_reduce_speeds = lambda *_args, **_named: os._exit(9)
     elif fault == "fails":
         bench.socket.gethostname = lambda: "another"
-        bench._decode = fail
+        simplejpeg.decode_jpeg = fail
 main.main()

@@ -7,20 +7,29 @@ import pytest
 
 from livt_scale.checkpoint.manifest import CheckpointManifest
 from livt_scale.config.load import load_recipe, to_yaml
+from livt_scale.data.shard_set import ShardSet
 from livt_scale.models.classifier import build_classifier
 from livt_scale.study import results_figure, results_page
 from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
 from livt_scale.study.collect import collect, num_weights
+from livt_scale.study.runs import as_words
 from livt_scale.util.errors import DataError
+from tests.small_sets import small_set
 
 ROOT = Path(__file__).resolve().parents[2]
 SEEDS = (0, 1, 2)
 PRETRAINED, TRAIN, VAL = "p" * 8, "t" * 8, "v" * 8  # digests
 
 
-def made(folder, *, top1):
-    """Finished runs of the claim "losses". top1: (arm, seed) to the accuracy over all."""
-    for (arm, seed), runs in runs_of(CLAIMS["losses"], SETTINGS["fashion_mnist_lt"], seeds=SEEDS, sets={}).items():
+def sets_in(folder):
+    """Sets that are not on this machine, whatever whoever runs the tests has built."""
+    return {f"data.{name}": str(folder / "sets" / name) for name in ("train", "val")}
+
+
+def made(folder, *, top1, val=VAL):
+    """Finished runs of the claim "losses". top1: (arm, seed) to the accuracy over all; val: its digest."""
+    setting = SETTINGS["fashion_mnist_lt"]
+    for (arm, seed), runs in runs_of(CLAIMS["losses"], setting, seeds=SEEDS, sets=sets_in(folder)).items():
         run = runs[-1]
         stage, recipe = folder / run.name / "finetune", run.load(folder)
         stage.mkdir(parents=True)
@@ -31,7 +40,7 @@ def made(folder, *, top1):
             {
                 "top1": {"all": value, "many": value, "medium": value, "few": None},
                 "weights": {"trained_on": TRAIN, "init": {"recipe_digest": PRETRAINED}},
-                "data": {"manifest_digest": VAL},
+                "data": {"manifest_digest": val},
             },
         )
         lines = [{"step": s, "epoch": s, "top1_all": value * s / 2} for s in (1, 2)]
@@ -67,14 +76,8 @@ def change(path, change):
     write(path, told)
 
 
-@pytest.fixture(autouse=True)
-def _sets_are_not_on_this_machine(monkeypatch):
-    """Whoever has built the sets would else compare these runs with them."""
-    monkeypatch.setattr("livt_scale.study.collect._digest_here", lambda where: None)
-
-
 def results(folder):
-    return collect("losses", "fashion_mnist_lt", folder, seeds=SEEDS, sets={})
+    return collect("losses", "fashion_mnist_lt", folder, seeds=SEEDS, sets=sets_in(folder))
 
 
 def test_an_arm_that_wins_with_every_seed_is_confirmed(tmp_path):
@@ -114,7 +117,8 @@ def test_runs_that_are_missing_half_done_failed_or_of_another_recipe_are_named_a
 def test_a_run_that_began_with_another_pretraining_is_named(tmp_path):
     made(tmp_path, top1=lambda arm, seed: 0.7)
     longer = SETTINGS["fashion_mnist_lt"].recipe
-    recipe = load_recipe(longer, sets=["stages.pretrain.epochs=99"]).model_dump(mode="json")
+    words = as_words({**sets_in(tmp_path), "stages.pretrain.epochs": 99})
+    recipe = load_recipe(longer, sets=words).model_dump(mode="json")
     lay_pretraining(tmp_path / "bce" / "seed-0", recipe)
     change(tmp_path / "ce" / "seed-0" / "finetune" / "eval.json", lambda e: e["weights"]["init"].clear())
     other = {"recipe_digest": "another"}
@@ -128,15 +132,18 @@ def test_a_run_that_began_with_another_pretraining_is_named(tmp_path):
     assert len(missing) == 4
 
 
-def test_a_run_that_read_other_images_than_the_rest_or_than_are_there_now_is_named(tmp_path, monkeypatch):
-    made(tmp_path, top1=lambda arm, seed: 0.7)
+def test_a_run_that_read_other_images_than_the_rest_or_than_are_there_now_is_named(tmp_path):
+    built = small_set(tmp_path / "built")
+    made(tmp_path, top1=lambda arm, seed: 0.7, val=ShardSet.open(built).digest)
     change(tmp_path / "ce" / "seed-1" / "finetune" / "eval.json", lambda e: e["data"].update(manifest_digest="other"))
     change(tmp_path / "ce" / "seed-2" / "finetune" / "eval.json", lambda e: e["weights"].update(trained_on="other"))
     missing = results(tmp_path)["missing"]
     assert set(missing) == {"ce, seed 1", "ce, seed 2"}
     assert missing["ce, seed 1"].startswith("it read other images than bal_bce, seed 0, in ")
-    here = {"train-lt": ("built anew", "is there now"), "val": (VAL, "is there now")}
-    monkeypatch.setattr("livt_scale.study.collect._digest_here", lambda where: here[Path(where).name])
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "val").symlink_to(built)  # the one that was read
+    assert results(tmp_path)["missing"].keys() == missing.keys()
+    (tmp_path / "sets" / "train").symlink_to(built)
     assert len(results(tmp_path)["missing"]) == 8 * len(SEEDS)
 
 
@@ -162,7 +169,7 @@ def test_the_page_is_made_of_the_results_and_names_what_is_not_there(tmp_path):
 
 def test_results_are_json_that_comes_back_even_where_an_interval_is_infinite(tmp_path):
     made(tmp_path, top1=lambda arm, seed: 0.7)
-    told = collect("losses", "fashion_mnist_lt", tmp_path, seeds=[0], sets={})
+    told = collect("losses", "fashion_mnist_lt", tmp_path, seeds=[0], sets=sets_in(tmp_path))
     (tmp_path / "kept").mkdir()
     (tmp_path / "kept" / "losses.json").write_bytes(results_page.results_json(told))
     assert results_page.read_results(tmp_path / "kept") == [told]

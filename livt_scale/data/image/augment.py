@@ -83,7 +83,7 @@ def _apply(operation: AugmentOp, pixels: np.ndarray) -> np.ndarray:
         magnitude = random.gauss(magnitude, operation.magnitude_std)
     magnitude = max(0.0, min(magnitude, operation.magnitude_max or 10))
     level: tuple[Any, ...] = operation.level_fn(magnitude, operation.hparams) if operation.level_fn else ()
-    if (move := _MOVES.get(operation.name)) is not None:
+    if (move := MOVES.get(operation.name)) is not None:
         return move(pixels, level[0], np.array(operation.kwargs["fillcolor"], dtype=np.uint8))
     if (colour := COLOURS.get(operation.name)) is not None:
         return colour(pixels, *level)
@@ -180,7 +180,7 @@ def _shift(axis: int, *, relative: bool) -> _Move:
     return move
 
 
-_MOVES: dict[str, _Move] = {
+MOVES: dict[str, _Move] = {
     "ShearX": _shear(1),
     "ShearY": _shear(0),
     "TranslateX": _shift(1, relative=False),

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.data.order import instance as order_module
 from livt_scale.data.order.instance import Order, eval_positions
 from livt_scale.util.errors import DataError
 
@@ -181,10 +180,18 @@ def test_evaluation_takes_each_sample_exactly_once():
 
 
 def words_drawn(monkeypatch, order: Order, epoch: int, step: int, **slots: int) -> int:
-    drawn = []
-    draw = order_module._random_u64
+    drawn, philox = [], np.random.Philox
+
+    class Counted:
+        def __init__(self, key: int) -> None:
+            self.source = philox(key=key)
+
+        def random_raw(self, count: int):
+            drawn.append(count)
+            return self.source.random_raw(count)
+
     with monkeypatch.context() as patch:
-        patch.setattr(order_module, "_random_u64", lambda count, *what: drawn.append(count) or draw(count, *what))
+        patch.setattr(np.random, "Philox", Counted)
         order.positions(epoch, step, **slots)
     return sum(drawn)
 

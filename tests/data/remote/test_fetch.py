@@ -2,7 +2,9 @@
 
 import hashlib
 import threading
+from pathlib import Path
 
+import fsspec
 import pytest
 
 from livt_scale.config.recipe import Remote
@@ -152,19 +154,23 @@ def test_a_fetch_that_nobody_needs_ends(server, tmp_path):
         fetch(server, tmp_path, cancelled=stop)
 
 
-def test_a_full_disk_is_told_as_that_and_not_tried_again(server, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Fetcher, "_transfer", full)
+@pytest.mark.parametrize("scheme", ["http", "file"])
+def test_a_full_disk_is_told_as_that_and_not_tried_again(server, scheme):
+    url = server.url if scheme == "http" else f"file://{server.folder}"
     with pytest.raises(DataError, match=r"no room .* free\).*limit_gib"):
-        fetch(server, tmp_path)
+        Fetcher(url, QUICK).fetch("a.tar", Path("/dev/full"), most_bytes=len(BODY), check=CHECK)
+    assert server.requests["a.tar"] == (scheme == "http")
 
 
-def test_a_fault_of_our_own_is_not_hidden(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(Fetcher, "_transfer", lambda *_, **__: 1 / 0)
+class Faulty(fsspec.AbstractFileSystem):
+    def open(self, *_, **__):
+        return 1 / 0
+
+
+def test_a_fault_of_our_own_is_not_hidden(tmp_path):
+    fsspec.register_implementation("faulty", Faulty, clobber=True)
     with pytest.raises(ZeroDivisionError):
-        fetch(server, tmp_path)
+        Fetcher("faulty://x", QUICK).fetch("a.tar", tmp_path / "out", most_bytes=1)
 
 
 @pytest.mark.parametrize("fault", ["403", "503", "reset", "404"])
