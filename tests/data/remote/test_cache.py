@@ -74,12 +74,10 @@ def server(tmp_path):
 def start(what, cache, server, *numbers, seed=0, rounds=1):
     infos = [info_of(n).model_dump_json() for n in numbers]
     arguments = [what, str(cache.folder), str(cache.limit), server.url, str(seed), str(rounds), *infos]
-    environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.data.remote.cache_users", *arguments],
         stdout=subprocess.PIPE,
         text=True,
-        env=environment,
     )
 
 
@@ -313,6 +311,7 @@ def test_a_link_under_a_files_name_is_not_followed(cache, tmp_path):
 
 def test_each_user_has_a_folder_of_their_own_by_default(tmp_path, monkeypatch):
     """Pain 6: two users on a node do not collide, and there is no named shared memory."""
+    monkeypatch.delenv("LIVT_CACHE_DIR")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
     before = set(Path("/dev/shm").iterdir())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -11,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from livt_scale.data.order.instance import eval_positions
-from livt_scale.data.remote import fetch, prefetch
+from livt_scale.data.remote import prefetch
 from livt_scale.data.remote.cache import GIB, ShardCache
 from livt_scale.data.remote.shards import held_bytes
 from livt_scale.data.shard_set import ShardSet
@@ -19,30 +17,9 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import evaluate
 from livt_scale.train.finetune import finetune_task
 from livt_scale.util.errors import DataError
-from tests.data.remote.flaky_server import FlakyServer
-from tests.data.tiny_sets import tiny_recipe, tiny_set
+from tests.data.tiny_sets import tiny_recipe
 
 BATCH = 4
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    return tiny_set(tmp_path_factory.mktemp("sets") / "local", num_samples=43, per_shard=4)
-
-
-@pytest.fixture(autouse=True)
-def _quick_and_clean(monkeypatch, tmp_path):
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.005)
-    for name in os.environ:
-        if "proxy" in name.lower():
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LIVT_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(local):
-    with FlakyServer(local.folder) as running:
-        yield running
 
 
 def least(local: ShardSet) -> int:

@@ -19,13 +19,6 @@ CHECK = matches(len(BODY), hashlib.sha256(BODY).hexdigest())
 QUICK = Remote(tries=4, connect_timeout_s=5, stall_timeout_s=5, deadline_s=60)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_WAIT_S", 0.001)
-    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def server(tmp_path):
     (tmp_path / "served").mkdir()

@@ -16,7 +16,6 @@ from livt_scale.config.recipe import Data, Remote
 from livt_scale.data.build.verify import verify
 from livt_scale.data.manifest import MANIFEST, ShardManifest
 from livt_scale.data.reader import read_sample
-from livt_scale.data.remote import fetch
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError, ManifestError, RemoteError
 from tests.data.remote.flaky_server import FlakyServer
@@ -24,15 +23,6 @@ from tests.data.tiny_sets import tiny_set
 from tests.small_sets import contents
 
 ODD = "a\n\x1b]0;x\x07 $(touch x) %2e%2e%2f\u202eé.tar"
-
-
-@pytest.fixture(autouse=True)
-def _quick_and_clean(monkeypatch, tmp_path):
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.005)
-    for name in os.environ:
-        if "proxy" in name.lower():
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LIVT_CACHE_DIR", str(tmp_path / "cache"))
 
 
 @pytest.fixture

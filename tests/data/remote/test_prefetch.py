@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pickle
 import random
 import re
@@ -22,37 +21,16 @@ from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Order
 from livt_scale.data.pipeline import to_webdataset
 from livt_scale.data.reader import read_sample
-from livt_scale.data.remote import fetch
 from livt_scale.data.remote.cache import GIB
 from livt_scale.data.remote.prefetch import shards_in_view
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError, ManifestError, RemoteError, UsageError
 from tests.data.remote.chaos_proxy import ChaosProxy
-from tests.data.remote.flaky_server import FAULTS, FlakyServer
+from tests.data.remote.flaky_server import FAULTS
 from tests.data.remote.real_servers import AWS, BUCKET, nginx, s3, upload
-from tests.data.tiny_sets import tiny_recipe, tiny_set
+from tests.data.tiny_sets import tiny_recipe
 
 SECRET = re.compile("pa55|s3cr3t")
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    return tiny_set(tmp_path_factory.mktemp("sets") / "local", num_samples=43, per_shard=4)
-
-
-@pytest.fixture(autouse=True)
-def _quick_and_clean(monkeypatch, tmp_path):
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.005)
-    for name in os.environ:
-        if "proxy" in name.lower() or name.startswith("AWS_"):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LIVT_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(local):
-    with FlakyServer(local.folder) as running:
-        yield running
 
 
 def recipe_for(where, **changes):

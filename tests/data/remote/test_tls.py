@@ -11,30 +11,14 @@ import time
 import pytest
 
 from livt_scale.config.recipe import Data, Remote
-from livt_scale.data.remote import fetch
 from livt_scale.data.remote.fetch import Fetcher
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import RemoteError
 from tests.data.remote.certificates import self_signed
 from tests.data.remote.flaky_server import FlakyServer
 from tests.data.remote.real_servers import AWS, s3
-from tests.data.tiny_sets import tiny_set
 
 QUICK = Remote(tries=8, connect_timeout_s=5, stall_timeout_s=5, deadline_s=60)
-TRUSTING = ("SSL_CERT_FILE", "SSL_CERT_DIR", "AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE")
-
-
-@pytest.fixture(autouse=True)
-def _clean(monkeypatch, tmp_path):
-    for name in os.environ:
-        if "proxy" in name.lower() or name.startswith("AWS_") or name in TRUSTING:
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("LIVT_CACHE_DIR", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def local(tmp_path_factory):
-    return tiny_set(tmp_path_factory.mktemp("sets") / "local", num_samples=9, per_shard=4)
 
 
 @pytest.fixture
@@ -100,7 +84,6 @@ def test_plain_http_on_a_port_of_tls_and_the_other_way_round_end_after_their_tri
 def test_an_s3_endpoint_with_an_untrusted_certificate_is_refused_and_aws_ca_bundle_helps(
     certificate, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(fetch, "FIRST_WAIT_S", 0.005)
     with s3(tmp_path, certificate=certificate) as port:
         for name, value in {**AWS, "AWS_ENDPOINT_URL": f"https://127.0.0.1:{port}"}.items():
             monkeypatch.setenv(name, value)
