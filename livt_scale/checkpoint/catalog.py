@@ -74,9 +74,15 @@ def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInf
 
 
 def best_of(manifests: Sequence[CheckpointManifest]) -> Position | None:
-    """The position with the highest score, the earliest where two are equal; None without scores."""
-    scored = [(m.score, m.position) for m in manifests if m.score is not None]
-    return min(scored, key=lambda pair: (-pair[0], pair[1]))[1] if scored else None
+    """The position with the highest score, the earliest where two are equal; None without scores.
+
+    Scores on different evaluation sets are not compared: only those on the set of the newest score count.
+    """
+    scored = [(m.score, m.position, m.facts.get("scored_on")) for m in manifests if m.score is not None]
+    if not scored:
+        return None
+    newest_set = max(scored, key=lambda each: each[1].step)[2]
+    return min((each for each in scored if each[2] == newest_set), key=lambda each: (-each[0], each[1]))[1]
 
 
 def verify(path: Path) -> list[str]:

@@ -86,10 +86,13 @@ class CheckpointManifest(_Part):
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", by_alias=True)
 
+    @property
+    def sha256(self) -> str:
+        """What the file's first field holds: it stands for every byte of the checkpoint."""
+        return hashlib.sha256(_spell({"sha256": "", **self.as_dict()})).hexdigest()
+
     def to_bytes(self) -> bytes:
-        body = self.as_dict()
-        digest = hashlib.sha256(_spell({"sha256": "", **body})).hexdigest()
-        return _spell({"sha256": digest, **body})
+        return _spell({"sha256": self.sha256, **self.as_dict()})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:

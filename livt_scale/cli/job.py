@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from livt_scale.cli.options import Allow
+
 app = typer.Typer(help="Decisions of a batch job, for slurm/job.sbatch.", no_args_is_help=True)
 
 
@@ -24,6 +26,7 @@ def next_(
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
     ] = None,
+    allow: Allow = None,
     when_stopped: Annotated[str, typer.Option(help="requeue, next or last: how a stage that stopped continues.")] = (
         "requeue"
     ),
@@ -43,6 +46,7 @@ def next_(
     from typing import cast, get_args
 
     from livt_scale.config.load import load_recipe
+    from livt_scale.config.run_place import absolute_run_dir
     from livt_scale.slurm.job import BatchJob, JobExit, next_action, parse_ended
     from livt_scale.slurm.script import WhenStopped
     from livt_scale.slurm.sites import JobKind
@@ -56,8 +60,9 @@ def next_(
         cast("JobKind", stage),
         loaded,
         str(recipe),
-        Path(os.path.abspath(loaded.run_dir or Path("runs") / loaded.name)),  # noqa: PTH100 - links stay links
+        absolute_run_dir(loaded.run_dir, name=loaded.name),
         tuple(sets or ()),
+        tuple(allow or ()),
         cast("WhenStopped", when_stopped),
         segment,
         segments,

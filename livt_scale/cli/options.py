@@ -12,10 +12,15 @@ RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe fil
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value (a.b=c). Repeatable.")
 ]
+Allow = Annotated[
+    list[str] | None,
+    typer.Option("--allow", metavar="FIELD", help="Accept a changed recipe field when resuming. Repeatable."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RunOrExport = Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory or an export.")]
 ExportFolder = Annotated[Path, typer.Option("--out", help="Folder to write the export to.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace what another run or command wrote there.")]
 EvaluationShards = Annotated[str | None, typer.Option("--data", help="Evaluation shards. Default: the run's data.val.")]
 WhichCheckpoint = Annotated[
     str | None,

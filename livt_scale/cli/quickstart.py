@@ -13,13 +13,13 @@ def quickstart(sets: Sets = None) -> None:
     """Train both stages on the shipped long-tailed images; print accuracy."""
     from livt_scale.config.load import load_recipe
     from livt_scale.evaluation.results import results_table
-    from livt_scale.train.run_dir import is_done
+    from livt_scale.train.compare_run import check_start
     from livt_scale.train.run_files import EVAL, read_eval
     from livt_scale.util.resources import shipped
 
     recipe = load_recipe(shipped("recipes/fashion_mnist_lt/quickstart.yaml"), sets=sets or [])
     run_dir = Path(recipe.run_dir or "")
-    if all(is_done(run_dir, stage) for stage in recipe.stage_names):
+    if not check_start(recipe, run_dir):
         typer.echo(f"This run is finished. To run it again, remove {run_dir}.")
     else:
         from livt_scale.train.run import train as run  # imports torch, which a finished run does not need

@@ -45,23 +45,24 @@ def submit(
 
     livt study submit studies/imagenet_lt/sizes.yaml --slurm --jobs 4
     """
-    from livt_scale.study.definition import load_study, points, runs
+    from livt_scale.study.definition import check_folder, load_study, points, runs
 
     loaded = load_study(study, folder=out)
     every = points(loaded)
     if dry_run:
         _tell_cost(loaded, runs(loaded), device=device, mfu=mfu, as_json=as_json)
         return
+    from livt_scale.study.local_runner import check_runs, check_starts, run_all
     from livt_scale.study.subsets import build_subsets
 
+    check_folder(loaded)
+    check_starts(runs(loaded), loaded.folder)
     for where in build_subsets(loaded, every):
         typer.echo(f"{where}: there", err=as_json)
     _write_command(loaded)
     if slurm:
         _submit_arrays(loaded, every, jobs=jobs, as_json=as_json)
         return
-    from livt_scale.study.local_runner import check_runs, run_all
-
     check_runs(runs(loaded), loaded.folder)
     outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
@@ -100,10 +101,11 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, mfu: float,
 
 def _write_command(loaded: LoadedStudy) -> None:
     """What was asked, kept beside the runs: the report says how its numbers came about."""
+    from livt_scale.study.definition import KEPT
     from livt_scale.util.atomic import write_atomic
 
     loaded.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(loaded.folder / "study.yaml", loaded.path.read_bytes())
+    write_atomic(loaded.folder / KEPT, loaded.path.read_bytes())
     write_atomic(loaded.folder / "command.txt", f"{shlex.join(['livt', *sys.argv[1:]])}\n".encode())
 
 

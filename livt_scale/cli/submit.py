@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import Allow
+
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.slurm.chain import ChainPlan
@@ -21,6 +23,7 @@ SETS_HELP = "Override a recipe value (a.b=c). Repeatable."
 def submit(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="One recipe, or several for an array.")],
     sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SETS_HELP)] = None,
+    allow: Allow = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan and scripts; write and submit nothing.")
     ] = False,
@@ -49,22 +52,22 @@ def submit(
     from livt_scale.util.errors import UsageError
 
     extra = ["slurm.code=checkout"] * follow_checkout + ["slurm.stage_in=true"] * stage_in
-    loaded = [load_recipe(recipe, sets=[*(sets or []), *extra]) for recipe in recipes]
+    loaded = [load_recipe(recipe, sets=[*(sets or []), *extra], to_start=True) for recipe in recipes]
     if len(loaded) > 1:
-        _submit_array(loaded, jobs=jobs, dry_run=dry_run, as_json=as_json)
+        _submit_array(loaded, jobs=jobs, allow=allow or (), dry_run=dry_run, as_json=as_json)
         return
     if jobs is not None:
         raise UsageError(
             "--jobs applies to several recipes, and there is one", remedy="leave it out, or give more recipes"
         )
-    _submit_one(loaded[0], dry_run=dry_run, as_json=as_json)
+    _submit_one(loaded[0], allow=allow or (), dry_run=dry_run, as_json=as_json)
 
 
-def _submit_one(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
+def _submit_one(recipe: Recipe, *, allow: Sequence[str], dry_run: bool, as_json: bool) -> None:
     from livt_scale.slurm import submit as chains  # reads cluster, run and shards
     from livt_scale.slurm.chain import dependency
 
-    prepared = chains.prepare(recipe)
+    prepared = chains.prepare(recipe, allow=allow)
     plan = prepared.plan
     if dry_run:
         code = chains.code_now(prepared)
@@ -85,12 +88,14 @@ def _submit_one(recipe: Recipe, *, dry_run: bool, as_json: bool) -> None:
         typer.echo(f"{chain['mode']}, because {chain['why']}; record: {prepared.run_dir / 'slurm' / 'chain.json'}")
 
 
-def _submit_array(recipes: list[Recipe], *, jobs: int | None, dry_run: bool, as_json: bool) -> None:
+def _submit_array(
+    recipes: list[Recipe], *, jobs: int | None, allow: Sequence[str], dry_run: bool, as_json: bool
+) -> None:
     from livt_scale.slurm import array
     from livt_scale.slurm.chain import ChainPlan
     from livt_scale.slurm.submit import code_now
 
-    prepared = array.prepare_array(recipes, max_parallel=jobs)
+    prepared = array.prepare_array(recipes, max_parallel=jobs, allow=allow)
     if not prepared.jobs:
         typer.echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
         return

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from livt_scale.cli.options import RecipeFile, Sets
+from livt_scale.cli.options import Allow, RecipeFile, Sets
 
 
 class StageName(StrEnum):
@@ -19,14 +19,7 @@ def train(
     recipe: RecipeFile,
     stage: Annotated[StageName | None, typer.Option(help="Run one stage. Default: every unfinished one.")] = None,
     sets: Sets = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--allow",
-            metavar="FIELD",
-            help="Accept a changed recipe field when resuming. Repeatable.",
-        ),
-    ] = None,
+    allow: Allow = None,
 ) -> None:
     """Train a recipe; resume from its newest checkpoint.
 

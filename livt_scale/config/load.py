@@ -3,6 +3,7 @@
     extends: ../base/livt.yaml      # or a list; a value of this file wins, part by part; `null` removes a stage
     extends: livt:base/livt         # a recipe that ships, from anywhere
     data: {train: shards/x/train}   # a relative path is looked for here, then beside and above the recipe file
+    run_dir: runs/a                 # relative to the working directory (`livt_scale.config.run_place`)
 
 Every value remembers where it was written (`Tree.origins`), so that a mistake in a base recipe is reported there.
 Reading the YAML itself, plain values alone and nothing ever executed, is `livt_scale.config.yaml`'s.
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from livt_scale.config import renamed
 from livt_scale.config.optimizers import OPTIMIZERS, OptimizerOptions
 from livt_scale.config.recipe import STAGES, Recipe
+from livt_scale.config.run_place import SAVED, absolute_run_dir, other_run, run_of_saved
 from livt_scale.config.sampling import SAMPLERS, Sampler
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
 from livt_scale.extensions import load_extensions
@@ -33,14 +35,15 @@ from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url, redacted
 
 
-def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = ()) -> Recipe:
+def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = (), to_start: bool = False) -> Recipe:
     """The recipe in `path` (or the shipped one that `livt:NAME` means), overridden by `sets` and checked.
 
-    sets: texts "a.b=c" as of --set, or values by dotted name. Raises RecipeError; UsageError for an unknown name, or
-    one of the `sets` that cannot be applied.
+    sets: texts "a.b=c" as of --set, or values by dotted name. to_start: a run of it is about to be started. Raises
+    RecipeError; UsageError for an unknown name, one of the `sets` that cannot be applied, and with `to_start` where the
+    run is known in another working directory.
     """
-    path = named(path, kind="recipes")
-    tree = _read(path, seen=())
+    by_name, path = is_name(path), named(path, kind="recipes")
+    tree = _read_whole(path)
     if isinstance(sets, Mapping):
         for name, value in sets.items():
             _apply_value(tree, name, value)
@@ -48,6 +51,8 @@ def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = (
         for text in sets:
             _apply_set(tree, text)
     recipe = _validate(tree, path)
+    if to_start and not by_name:  # livt:NAME is no file of the user's: it means the working directory
+        _refuse_second_run(recipe, path)
     return _resolve_paths(recipe, path)
 
 
@@ -56,7 +61,7 @@ def load_saved(path: Path) -> Recipe:
 
     Raises RecipeError.
     """
-    tree = _read(path, seen=())
+    tree = _read_whole(path)
     tree.values = renamed.translate(tree.values)
     return _resolve_paths(_validate(tree, path), path)
 
@@ -80,6 +85,14 @@ def to_yaml(recipe: Recipe) -> str:
 # --- files and `extends` ---
 
 
+def _read_whole(path: Path) -> Tree:
+    """The tree of `path` over its bases. The saved recipe of a run is of that folder, whatever it was once called."""
+    tree = _read(path, seen=())
+    if run := run_of_saved(path):
+        tree.values["run_dir"] = str(run)
+    return tree
+
+
 def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
     """The tree of `path` laid over the trees that it extends; `seen`: the files on the way here."""
     text, real = _text(path), path.resolve()
@@ -93,7 +106,10 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
         file = _base_file(path, base, where)
         if not file.is_file():
             raise RecipeError(f"{where}: extends {base}, but there is no such file", remedy=_near(file))
-        _lay_over(tree, _read(file, seen=(*seen, real)))
+        under = _read(file, seen=(*seen, real))
+        if run_of_saved(file):
+            under.values.pop("run_dir", None)  # another run, with the values of that one
+        _lay_over(tree, under)
     _lay_over(tree, own)
     return tree
 
@@ -349,17 +365,39 @@ def _all_fields(where: Where = ()) -> list[Where]:
     return [path for field in here for path in (field, *_all_fields(field))]
 
 
-# --- the data's folders ---
+# --- paths ---
 
 
 def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe with absolute paths: what is read is looked for, what is written is in the working directory."""
     data = {name: _find(getattr(recipe.data, name), path) for name in ("train", "val")}
-    run_dir = recipe.run_dir or str(Path("runs") / recipe.name)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=data), "run_dir": run_dir})
+    found = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update=data),
+            "run_dir": str(absolute_run_dir(recipe.run_dir, name=recipe.name)),
+        }
+    )
+    part = recipe.stages.finetune
+    if part is None or part.weights is None:
+        return found
+    stage = part.model_copy(update={"weights": _find(part.weights, path)})
+    return found.model_copy(update={"stages": recipe.stages.model_copy(update={"finetune": stage})})
+
+
+def _refuse_second_run(recipe: Recipe, path: Path) -> None:
+    """Raise UsageError where a relative run_dir is new here, and a run in the folder of the recipe or above it."""
+    other = other_run(recipe.run_dir, name=recipe.name, recipe=path)
+    if other is None:
+        return
+    here = absolute_run_dir(recipe.run_dir, name=recipe.name)
+    raise UsageError(
+        f"run_dir is relative to the working directory: {here} would be a second run beside {other}",
+        remedy=f"resume that one with {shown(other / SAVED)} as the recipe; for another run, set run_dir to {here}",
+    )
 
 
 def _find(location: str | None, recipe_path: Path) -> str | None:
-    """A relative folder as it is; or, if nothing is there, beside the recipe file or in a folder above it."""
+    """A relative path from here on; or, if nothing is there, from the recipe's folder or one above it on."""
     if location is None or is_url(location) or Path(location).is_absolute():
         return location
     for folder in (Path(), *recipe_path.resolve().parents):

@@ -137,5 +137,6 @@ def _sample_error(shard: str, offset: int, key: str, what: str) -> SampleError:
     folder = shard.rpartition("/")[0]
     return SampleError(
         f"shard {one_line(shard)}, byte {offset}, sample {key!r}: {what}",
-        remedy=f"`livt shards verify {one_line(folder)} --decode --quarantine` lists corrupt samples and excludes them",
+        remedy=f"`livt shards verify {one_line(folder)} --decode --quarantine` finds and excludes corrupt samples, "
+        "and --allow data.quarantine resumes the run",
     )

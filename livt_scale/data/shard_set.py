@@ -130,6 +130,11 @@ class ShardSet:
         """SHA-256 of manifest and quarantine: with seed, epoch and batch size, all that the order depends on."""
         return hashlib.sha256(self.manifest.to_bytes() + self.quarantined.tobytes()).hexdigest()
 
+    @cached_property
+    def manifest_digest(self) -> str:
+        """SHA-256 of the manifest: the same with a quarantine and without."""
+        return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
+
     def usable_to_sample(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions among the usable samples, int64 [n], to sample numbers [n]. The identity without a quarantine."""
         # usable samples before the k-th quarantined one: numbers 3, 4, 9 -> 3, 3, 7; position 3 is then number 5

@@ -22,6 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.errors import RunError, UsageError
 
@@ -262,7 +263,7 @@ def folders_to_measure(dirs: list[Path], recipe: Recipe | None) -> list[Path]:
         return dirs
     run_dir, cache = Path.cwd(), default_folder()
     if recipe is not None:
-        run_dir = Path(recipe.run_dir or Path("runs") / recipe.name)
+        run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
         cache = Path(recipe.data.cache.dir or cache)
     there = [
         next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir()) for folder in (run_dir, cache)

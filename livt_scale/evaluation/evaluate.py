@@ -175,17 +175,22 @@ def data_lineage(shards: ShardSet) -> dict[str, Any]:
 
 
 def weights_lineage(facts: dict[str, Any], *, step: int, epoch: int, checkpoint: str) -> dict[str, Any]:
-    """Which weights: the checkpoint's name, its position, the digest of what it learnt from, and how it began.
+    """Which weights: of which run, the checkpoint's name, its position, what it learnt from, and how it began.
 
-    `facts` are those of the checkpoint (`train.state.run_facts`).
+    `facts` are those of the checkpoint (`train.train_state.run_facts`). left_out: only where the training set had a
+    quarantine.
     """
+    left_out = facts.get("data", {}).get("left_out", {})
     return {
+        "run": facts.get("run", facts["recipe_digest"]),
         "stage": facts["stage"],
         "checkpoint": checkpoint,
         "position": {"epoch": epoch, "step": step},
         "recipe_digest": facts["recipe_digest"],
         "trained_on": facts["learnt_from"].get("data.manifest"),
         "init": facts.get("init"),
+        **({"scored_on": facts["scored_on"]} if facts.get("scored_on") else {}),
+        **({"left_out": left_out} if left_out.get("count") else {}),
     }
 
 

@@ -61,10 +61,12 @@ class PreparedArray:
         return Path(os.path.commonpath([run.run_dir.parent for run in self.runs]))
 
 
-def prepare_array(recipes: Sequence[Recipe], *, max_parallel: int | None = None) -> PreparedArray:
+def prepare_array(
+    recipes: Sequence[Recipe], *, max_parallel: int | None = None, allow: Sequence[str] = ()
+) -> PreparedArray:
     """Plan each run, and the arrays. Writes nothing. max_parallel None: all. UsageError: they do not fit together."""
     cluster = look_at_cluster()
-    prepared = [prepare(recipe, cluster=cluster) for recipe in recipes]
+    prepared = [prepare(recipe, cluster=cluster, allow=allow) for recipe in recipes]
     _check_apart(prepared)
     runs = tuple(run for run in prepared if run.plan.jobs)
     notes = [f"done already: {run.run_dir}" for run in prepared if not run.plan.jobs]

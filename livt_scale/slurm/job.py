@@ -78,6 +78,7 @@ class BatchJob:
     recipe_path: str
     run_dir: Path
     sets: tuple[str, ...] = ()
+    allow: tuple[str, ...] = ()  # fields that may have changed since the last checkpoint
     when_stopped: WhenStopped = "requeue"
     segment: int = 1
     segments: int = 1
@@ -182,7 +183,7 @@ def _step(job: BatchJob, name: str) -> JobStep:
     if name == "stage-in":
         return JobStep(name, tuple(srun.stage_in(job.stage, *kept)))
     if name == "train":
-        words = srun.train(job.stage, job.recipe_path, [*job.sets, *_staged_sets(job)])
+        words = srun.train(job.stage, job.recipe_path, [*job.sets, *_staged_sets(job)], allow=job.allow)
     else:
         words = srun.export() if name == "export" else srun.evaluate()
     variables = [*_stop_at(job), *(_meet_at(job) if name == "train" else [])]

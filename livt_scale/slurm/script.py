@@ -58,6 +58,7 @@ class ChainSettings:
     code_sha256: str  # of its SHA256SUMS; empty: it is not frozen
     slurm: Slurm  # the recipe's, with the nodes excluded that were found bad
     site: Site | None
+    allow: tuple[str, ...] = ()  # fields that may have changed since a checkpoint that is there
 
     @property
     def stage_in_dir(self) -> str | None:
@@ -172,6 +173,7 @@ def _own(job: JobPlan, chain: ChainSettings) -> list[str]:
         "stage-in-dir": chain.stage_in_dir if chain.slurm.stage_in else None,
     }
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
+    words += [f"--allow={field}" for field in chain.allow if job.job != "evaluate"]
     record = f"{chain.run_dir}/slurm/failed-{job.job}" if job.when_stopped != "requeue" else ""
     return [
         _array("job", (job.job, chain.recipe_path, *words)),

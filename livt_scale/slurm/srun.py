@@ -61,8 +61,9 @@ class Srun:
         words = (str(self.staged), stage, recipe_path, *set_options(sets))
         return [*self._on_each_node(), *options, *container, *command, *words]
 
-    def train(self, stage: str, recipe_path: str, sets: Iterable[str]) -> list[str]:
-        return [*self._srun(), *self._livt("train", recipe_path, "--stage", stage, *set_options(sets))]
+    def train(self, stage: str, recipe_path: str, sets: Iterable[str], *, allow: Iterable[str] = ()) -> list[str]:
+        options = [*set_options(sets), *(f"--allow={field}" for field in allow)]
+        return [*self._srun(), *self._livt("train", recipe_path, "--stage", stage, *options)]
 
     def export(self) -> list[str]:
         return [*self._srun("--nodes=1", "--ntasks=1", "--ntasks-per-node=1"), *self._livt("export", str(self.run_dir))]

@@ -22,11 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from livt_scale.config.load import load_saved
+from livt_scale.config.run_place import SAVED
 from livt_scale.slurm import processes, progress
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.commands import FAILS, JobState, Queue, look, seconds
 from livt_scale.slurm.progress import Record, RunPlan
 from livt_scale.slurm.submit import CHAIN, read_chain
+from livt_scale.train.compare_run import compare_run
+from livt_scale.train.resume_rules import describe
 from livt_scale.util.errors import LivtError
 
 State = Literal["pending", "running", "preempted", "failed", "stalled", "done"]
@@ -113,6 +117,7 @@ def look_at(run_dir: Path, *, queue: Queue | None = None) -> RunView:
         state, why = judge(records[name], of_it, signs, gave_up=_gave_up(run_dir, name))
         stages.append(StageView(name, state, why, records[name], plan.stages.get(name)))
         notes += records[name].damage
+    notes += _other_recipe(run_dir)
     shown = next((stage for stage in stages if stage.name == current), None)
     view = RunView(
         run_dir,
@@ -240,6 +245,14 @@ def _waits(job: ChainJob) -> str:
 def _began_after(job: ChainJob, since: float | None) -> bool:
     start = seconds(job.now.start)
     return since is not None and start is not None and start > since
+
+
+def _other_recipe(run_dir: Path) -> list[str]:
+    """Where the saved recipe, which the epochs shown are from, is not what the stages were trained by."""
+    with suppress(LivtError):
+        differences = compare_run(load_saved(run_dir / SAVED), run_dir, sets=False)
+        return [f"{SAVED} is not what {d.stage} was trained by: {describe(d.change)}" for d in differences]
+    return []
 
 
 def _gave_up(run_dir: Path, stage: str) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import secrets
 import sys
 import time
@@ -28,6 +27,7 @@ from typing import Any
 
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import Recipe
+from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.config.yaml import shown
 from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
@@ -37,6 +37,8 @@ from livt_scale.slurm.facts import ClusterFacts
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site, with_site
 from livt_scale.slurm.step_times import measure
+from livt_scale.train.compare_run import check_start
+from livt_scale.train.resume_rules import check_allowable
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
 from livt_scale.util.resources import shipped
@@ -54,6 +56,7 @@ class Prepared:
     run_dir: Path
     site: Site | None
     plan: ChainPlan
+    allow: tuple[str, ...] = ()
 
     @property
     def recipe_path(self) -> Path:
@@ -77,12 +80,14 @@ class ClusterLook:
     notes: tuple[str, ...] = ()
 
 
-def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None) -> Prepared:
+def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None, allow: Sequence[str] = ()) -> Prepared:
     """Look at site and run, and plan the jobs. Writes nothing. cluster: as seen a moment ago; None: it is asked.
 
-    Raises UsageError, ClusterError, RunError.
+    allow: fields that may have changed in mid-stage. Raises UsageError, ClusterError, RunError, CheckpointMismatch.
     """
-    run_dir = Path(os.path.abspath(recipe.run_dir or Path("runs") / recipe.name))  # noqa: PTH100 - links stay links
+    allowed = check_allowable(allow)
+    run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
+    check_start(recipe, run_dir, allow=allowed)
     site = load_site(recipe.slurm.site) if recipe.slurm.site else None
     recipe = recipe.model_copy(update={"run_dir": str(run_dir), "slurm": with_site(recipe.slurm, site)})
     if recipe.slurm.stage_in and is_url(recipe.data.train):
@@ -99,7 +104,7 @@ def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None) -> Prepared:
         place = getattr(recipe.data, name)
         if place and not is_url(place) and not (Path(place) / "manifest.json").is_file():
             plan.notes.append(f"data.{name}: there are no shards in {place}, seen from here; the nodes need them there")
-    return Prepared(recipe, run_dir, site, plan)
+    return Prepared(recipe, run_dir, site, plan, allowed)
 
 
 def look_at_cluster() -> ClusterLook:
@@ -138,6 +143,7 @@ def settings_of(prepared: Prepared, frozen: Frozen | None) -> ChainSettings:
         code_sha256=frozen.sha256 if frozen else "",
         slurm=excluding(recipe.slurm, read_bad_nodes(prepared.run_dir)),
         site=prepared.site,
+        allow=prepared.allow,
     )
 
 

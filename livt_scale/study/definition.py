@@ -58,6 +58,7 @@ ABOUT: dict[str, Stage] = {  # axes of one stage alone
 # runs that differ in these alone share one pretraining
 FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
 MAX_RUNS = 2000
+KEPT = "study.yaml"  # the file of the study, beside its runs
 
 
 class Axes(RecipePart):
@@ -199,6 +200,33 @@ def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
     )  # fmt: skip
     _check(loaded)
     return loaded
+
+
+def check_folder(loaded: LoadedStudy) -> None:
+    """Raise UsageError if another study is in the folder of this one, where a study leaves its file.
+
+    Likewise if the folder is relative, and it is not here but in the folder of the file or above it.
+    """
+    kept = loaded.folder / KEPT
+    if not kept.is_file():
+        above = () if loaded.folder.is_absolute() else loaded.path.resolve().parents
+        other = next((place for place in (f / loaded.folder for f in above) if (place / KEPT).is_file()), None)
+        if other is None:
+            return
+        raise UsageError(
+            f"the folder of the study is relative to the working directory: {shown(loaded.folder.absolute())} would be "
+            f"a second one beside {shown(other)}",
+            remedy=f"continue that one with --out {shown(other)}; for another one give an absolute --out",
+        )
+    try:
+        name = validated(parse(kept.read_text(encoding="utf-8"), kept), kept, Study).name
+    except (OSError, UnicodeDecodeError, UsageError):
+        name = "one that cannot be read"
+    if name != loaded.study.name:
+        raise UsageError(
+            f"{shown(loaded.folder)} holds another study ({name!r}), not {loaded.study.name!r}",
+            remedy="give another folder, as --out or in the file",
+        )
 
 
 def _check(loaded: LoadedStudy) -> None:

@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.study.runs import Run, in_order
+from livt_scale.train.compare_run import check_start
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ManifestError, Preempted
@@ -41,8 +42,15 @@ class Outcome:
     waited: list[str] = field(default_factory=list)
 
 
+def check_starts(runs: Sequence[Run], folder: Path) -> None:
+    """Raise what `check_start` raises if a run of another recipe is where one of `runs` would be."""
+    for run in runs:
+        check_start(run.load(folder), run.at(folder))
+
+
 def check_runs(runs: Sequence[Run], folder: Path) -> None:
     """Raise before anything is trained what would end each of the runs that are left: RecipeError, ManifestError."""
+    check_starts(runs, folder)
     seen: set[str] = set()
     for run in runs:
         recipe = run.load(folder)

@@ -38,12 +38,14 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         decay = part.layer_decay if recipe.model.is_vit and part.train == "all" else None
         return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, layer_decay=decay)
 
+    val = ShardSet.open(recipe.data.val, data=recipe.data) if recipe.data.val else None
     return StageTask(
         part,
         model,
         groups,
         _objective(recipe, part, train),
-        evaluate=_evaluator(recipe, train, world) if recipe.data.val else None,
+        evaluate=_evaluator(recipe, train, val, world) if val else None,
+        scored_on=val.digest if val else None,
         evaluate_every_epochs=part.eval_every_epochs,
         origin=origin,
         average=part.ema,
@@ -139,9 +141,8 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
     return objective
 
 
-def _evaluator(recipe: Recipe, train: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
-    assert recipe.data.val is not None
-    val, classes = ShardSet.open(recipe.data.val, data=recipe.data), TrainingClasses.of(train)
+def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
+    classes = TrainingClasses.of(train)
     check_room(val, recipe.data, world=world, train=train)  # now, not after the first epoch
 
     def run(strategy: Strategy) -> Evaluation:

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 
 from livt_scale import optim
 from livt_scale.checkpoint.manager import Tiers
-from livt_scale.checkpoint.manifest import step_name
+from livt_scale.checkpoint.manifest import read_manifest, step_name
 from livt_scale.config.recipe import Parallel, Recipe, Stage
+from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.data.loader import Batch, train_batches
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.shard_set import ShardSet
@@ -30,6 +31,7 @@ from livt_scale.train import run_dir as rundir
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.anomaly_policy import AnomalyPolicy
 from livt_scale.train.batch_plan import BatchPlan, plan_batches
+from livt_scale.train.compare_run import check_start
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.hooks import Evaluate, Pictures, Save, StopOnRequest
 from livt_scale.train.loop import Hook, Loop, StageTask
@@ -74,19 +76,33 @@ def train_together(
 ) -> None:
     """`train` in an existing process group: all ranks of `world` call it."""
     run_dir = run_dir_of(recipe)
+    # A command that is refused, or has nothing to do, changes nothing: not even the lock is taken for it.
+    left = _left_to_train(recipe, stages, run_dir, world=world, allow=allow)
+    if not left:
+        return
+    world.peers.on_rank0(lambda: check_installed(recipe.log))
+    _log.info("run directory: %s", run_dir)
     limit = world.peers.on_rank0(time_limit)
     with (
         cpu_cores.share_with_loader(world),
         _alone(run_dir, world),
         Preemption(limit if world.is_main else None) as preemption,
     ):
-        world.peers.on_rank0(lambda: check_installed(recipe.log))
-        world.peers.on_rank0(lambda: rundir.save_resolved(recipe, run_dir))
-        for name in stages:
-            if world.peers.on_rank0(partial(rundir.is_done, run_dir, name)):
-                _log.info("%s is done already in %s", name, run_dir)
-            else:
-                _StageRun(recipe.at(name), name, run_dir, world, preemption, allow, hooks).run()
+        world.peers.on_rank0(lambda: rundir.save_first(recipe, run_dir))
+        for name in _left_to_train(recipe, left, run_dir, world=world, allow=allow):
+            _StageRun(recipe, name, run_dir, world, preemption, allow, hooks).run()
+
+
+def _left_to_train(
+    recipe: Recipe, stages: Iterable[Stage], run_dir: Path, *, world: World, allow: tuple[str, ...]
+) -> list[Stage]:
+    """Those of `stages` that are not finished. Raises what `check_start` raises, on every rank."""
+    stages = tuple(stages)
+    unfinished = world.peers.on_rank0(lambda: check_start(recipe, run_dir, allow=allow))
+    for name in stages:
+        if name not in unfinished:
+            _log.info("%s is done already in %s", name, run_dir)
+    return [name for name in stages if name in unfinished]
 
 
 def _set_up_torch(parallel: Parallel) -> None:
@@ -98,7 +114,7 @@ def _set_up_torch(parallel: Parallel) -> None:
 
 
 def run_dir_of(recipe: Recipe) -> Path:
-    return Path(recipe.run_dir or Path("runs") / recipe.name)
+    return absolute_run_dir(recipe.run_dir, name=recipe.name)
 
 
 def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
@@ -120,15 +136,20 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
 
 @dataclass(frozen=True)
 class _StageRun:
-    """One stage of a run, on one rank. `recipe` is the one that the stage sees (`Recipe.at`)."""
+    """One stage of a run, on one rank. `whole`: the recipe of all stages."""
 
-    recipe: Recipe
+    whole: Recipe
     stage: Stage
     run_dir: Path
     world: World
     preemption: Preemption
     allow: tuple[str, ...]
     extra_hooks: Sequence[Hook]
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """As the stage sees it."""
+        return self.whole.at(self.stage)
 
     @property
     def folder(self) -> Path:
@@ -148,6 +169,7 @@ class _StageRun:
             checkpoints = Tiers(self.folder / "checkpoints", saving=recipe.checkpoint, world=world.peers)
             with checkpoints as saver, watchdog.errors_told():
                 resumed = state.resume(saver)
+                world.peers.on_rank0(lambda: rundir.save_resolved(self.whole, self.run_dir))  # it is accepted now
                 if state.step > schedule.total:  # possible only if --allow has made the stage shorter
                     raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
                 status.write("running", step=state.step, total_steps=schedule.total)
@@ -189,7 +211,9 @@ class _StageRun:
             self.recipe.parallel, task.model, task.groups, betas=task.part.betas, ema=task.average,
             make_optimizer=optim.optimizer_maker(task.part), world=self.world,
         )  # fmt: skip
-        facts = run_facts(self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin)
+        facts = run_facts(
+            self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin, scored_on=task.scored_on
+        )
         return TrainState(strategy, facts, anomalies=Anomalies(self.recipe.faults), allow=self.allow)
 
     def _hooks(
@@ -256,6 +280,7 @@ class _StageRun:
         end = loop.schedule.position(loop.schedule.total)
         checkpoint = step_name(end.step)
         weights = evaluation.weights_lineage(loop.state.facts, step=end.step, epoch=end.epoch, checkpoint=checkpoint)
+        weights["checkpoint_sha256"] = read_manifest(self.folder / "checkpoints" / checkpoint).sha256
         evaluation.write_eval(report, self.folder / "eval.json", weights=weights)
         plots.confusion(report, train_set.manifest.class_names, self.folder / "samples" / "confusion.png")
 

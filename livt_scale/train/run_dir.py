@@ -22,6 +22,7 @@ from typing import Any
 
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.config.run_place import LOCK, SAVED
 from livt_scale.train.run_files import STATUS, State, read_status, read_status_file
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
@@ -35,7 +36,7 @@ def hold(run_dir: Path) -> Iterator[None]:
     """Hold the lock of `run_dir` (made if need be). Raises RunBusyError that names the process that holds it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = file_lock(run_dir / ".lock")
+        lock = file_lock(run_dir / LOCK)
     except LockHeld as error:
         raise RunBusyError(
             f"{error.holder} works in {run_dir}", remedy=f"{error.remedy}; or set another run_dir"
@@ -47,15 +48,21 @@ def hold(run_dir: Path) -> Iterator[None]:
 
 
 def is_run(path: Path) -> bool:
-    return (path / "recipe.yaml").is_file() or any((path / stage).is_dir() for stage in STAGES)
+    return (path / SAVED).is_file() or any((path / stage).is_dir() for stage in STAGES)
 
 
 def save_resolved(recipe: Recipe, run_dir: Path) -> None:
-    """Write `recipe` as RUN/recipe.yaml. A continued run writes it again: harmless fields may have changed."""
+    """Write `recipe` as RUN/recipe.yaml. A resumed run writes it again: harmless fields may have changed."""
     text = to_yaml(recipe).encode()
-    path = run_dir / "recipe.yaml"
+    path = run_dir / SAVED
     if not path.exists() or path.read_bytes() != text:
         write_atomic(path, text)
+
+
+def save_first(recipe: Recipe, run_dir: Path) -> None:
+    """Write RUN/recipe.yaml if there is none: the recipe of a resumed run is not accepted yet."""
+    if not (run_dir / SAVED).exists():
+        save_resolved(recipe, run_dir)
 
 
 def is_done(run_dir: Path, stage: Stage) -> bool:

@@ -22,7 +22,7 @@ from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.train.anomalies import Anomalies
-from livt_scale.train.resume_rules import check_same, describe
+from livt_scale.train.resume_rules import check_same, data_facts, describe
 from livt_scale.util.errors import LivtError, Preempted, SaveFailed
 
 _log = logging.getLogger(__name__)
@@ -67,12 +67,24 @@ class TrainState:
         self.step = int(manifest["position"]["step"])
         self.sums = manifest["facts"].get("sums")
         self.anomalies.restore(manifest["facts"].get("anomalies"))
+        self.facts["run"] = theirs.get("run", theirs["recipe_digest"])
+        self._say_other_scores(theirs)
         lines = [describe(change) for change in changed]
         allowed = [*theirs.get("allowed", []), *({"after_step": self.step, "change": line} for line in lines)]
         if allowed:
             self.facts["allowed"] = allowed
         where = f" on the nodes ({found.path.parent})" if found.local else ""
         return f"{found.path.name}{where}" + (f", changed as allowed: {'; '.join(lines)}" if lines else "")
+
+    def _say_other_scores(self, theirs: dict[str, Any]) -> None:
+        ours, before = self.facts.get("scored_on"), theirs.get("scored_on")
+        if ours and before and ours != before:
+            _log.warning(
+                "data.val has changed (manifest %s before, %s now): scores on the two sets are not compared; the best "
+                "checkpoint is chosen among those from here on",
+                before[:12],
+                ours[:12],
+            )
 
     def stopped(self, saver: Tiers, *, why: str, total: int) -> LivtError:
         """The error that ends a run that was asked to stop, after its last save: a collective call.
@@ -125,19 +137,33 @@ class TrainState:
 
 
 def run_facts(
-    recipe: Recipe, stage: Stage, train: ShardSet, *, strategy: str, origin: dict[str, Any] | None
+    recipe: Recipe,
+    stage: Stage,
+    train: ShardSet,
+    *,
+    strategy: str,
+    origin: dict[str, Any] | None,
+    scored_on: str | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint records of the run that wrote it; `origin`: the lineage of its initial weights."""
+    """What a checkpoint records of the run that wrote it.
+
+    origin: the lineage of its initial weights. scored_on: the digest of the set that scores are of. `run` identifies
+    the run: the digest of what it began to learn from, which later changes that are allowed leave as it is.
+    """
     learnt = {**learnt_from(recipe, stage), "data.manifest": train.digest}
     if origin is not None:
         learnt["init"] = origin["recipe_digest"]
+    recipe_digest = digest(learnt)
     return {
         "stage": stage,
         "strategy": strategy,
         "init": origin,
         "recipe": recipe.model_dump(mode="json"),
         "learnt_from": learnt,
-        "recipe_digest": digest(learnt),
+        "recipe_digest": recipe_digest,
+        "run": recipe_digest,
+        "scored_on": scored_on,
+        "data": data_facts(train),
         "class_names": list(train.manifest.class_names),
         "class_counts": train.class_counts.tolist(),
     }

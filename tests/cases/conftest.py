@@ -121,13 +121,13 @@ def finished_run(train_tiny: Callable[..., Recipe], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="session")
 def interrupted_run(train_tiny: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped after 3 of the 8 steps of fine-tuning, and saved there. Read only: see `copy_of`."""
+    """A run that was evaluated after 4 of the 8 steps of fine-tuning, and stopped and saved after 5. Read only."""
     from livt_scale.train.loop import Hook, Loop, Step
     from livt_scale.util.errors import Preempted
 
     class Stop(Hook):
         def after_backward(self, loop: Loop, step: Step) -> None:
-            step.wants_stop |= step.number == 3
+            step.wants_stop |= step.number == 5
 
     run_dir = tmp_path_factory.mktemp("interrupted") / "runs" / "a"
     train_tiny(run_dir, stage="pretrain")

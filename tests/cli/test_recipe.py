@@ -87,7 +87,8 @@ def test_the_schema_knows_every_field_that_the_shipped_recipes_use(path):
 
 
 @pytest.mark.parametrize("size", ["vit_b16", "vit_l16", "vit_h14"])
-def test_the_resolved_paper_recipes_are_what_somebody_last_read(size, golden):
+def test_the_resolved_paper_recipes_are_what_somebody_last_read(size, golden, monkeypatch):
     """A changed default changes runs that never mention it: this shows it."""
+    monkeypatch.chdir(ROOT)
     shown = livt_recipe("show", str(ROOT / f"recipes/imagenet_lt/{size}.yaml")).stdout
     golden(f"recipes/imagenet_lt_{size}.yaml", shown.replace(str(ROOT), "ROOT"))

@@ -149,7 +149,7 @@ def test_set_reaches_every_part_and_one_stage_or_all():
     "folder", ["a: b #c", "2026", "1e-3", "true", "with space", "quo'te\"s", "[x]", "a=b", "ünï", "- x"]
 )
 def test_a_set_on_a_text_field_takes_the_text_as_it_stands(folder):
-    assert load_recipe(write(BASE), sets=[f"run_dir={folder}"]).run_dir == folder
+    assert load_recipe(write(BASE), sets=[f"run_dir={folder}"]).run_dir == str(Path.cwd() / folder)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_merge_keys_bring_in_what_a_part_has_not():
 def test_a_saved_recipe_reads_back_to_the_same_recipe(tmp_path_factory, name, lr, seed, ratio):
     stages = {"pretrain": {"base_lr": lr, "mask_ratio": ratio}, "finetune": {"loss": {"name": "ce"}}}
     recipe = Recipe.model_validate(
-        {"name": name, "seed": seed, "data": {"train": "/t"}, "run_dir": name, "stages": stages}
+        {"name": name, "seed": seed, "data": {"train": "/t"}, "run_dir": f"/{name}", "stages": stages}
     )
     path = tmp_path_factory.mktemp("r") / "recipe.yaml"
     save_recipe(recipe, path)
@@ -379,5 +379,5 @@ def test_a_relative_folder_is_looked_for_here_then_above_the_recipe():
 
 
 def test_the_run_directory_follows_from_the_name_unless_given():
-    assert load_recipe(write(BASE)).run_dir == "runs/r"
-    assert load_recipe(write(BASE), sets=["run_dir=elsewhere/x"]).run_dir == "elsewhere/x"
+    assert load_recipe(write(BASE)).run_dir == str(Path("runs/r").absolute())
+    assert load_recipe(write(BASE), sets=["run_dir=elsewhere/x"]).run_dir == str(Path("elsewhere/x").absolute())

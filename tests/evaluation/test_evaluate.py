@@ -194,7 +194,7 @@ def test_groups_come_from_the_training_set_of_the_recipe(shards: ShardSet, tmp_p
 def test_eval_json_holds_the_report_and_the_lineage_and_is_never_half(shards: ShardSet, tmp_path: Path) -> None:
     recipe = tiny_recipe(train=shards.folder)
     report = evaluate(a_model(), shards, recipe, world=World(), classes=CLASSES)
-    facts = {"stage": "finetune", "recipe_digest": "ab", "learnt_from": {"data.manifest": "cd"}}
+    facts = {"stage": "finetune", "recipe_digest": "ab", "run": "aa", "learnt_from": {"data.manifest": "cd"}}
     weights = evaluation.weights_lineage(facts, step=40, epoch=2, checkpoint="step-00000040")
     path = tmp_path / "a run's" / "finetune" / "eval.json"
     write_eval(report, path, weights=weights)
@@ -207,6 +207,7 @@ def test_eval_json_holds_the_report_and_the_lineage_and_is_never_half(shards: Sh
         "num_samples": 11,
     }
     assert saved["weights"] == {
+        "run": "aa",
         "stage": "finetune",
         "checkpoint": "step-00000040",
         "position": {"epoch": 2, "step": 40},
