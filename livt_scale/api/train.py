@@ -29,8 +29,8 @@ def train(
     the built-in ones.
 
     Under torchrun or srun every rank calls it. Progress goes to `logging` (loggers livt_scale.*). Raises RecipeError
-    and UsageError before anything is allocated or written, Preempted if a signal stopped it (it is saved: call it again), else
-    DataError, RunError or CheckpointError.
+    and UsageError before anything is allocated or written, Preempted if a signal stopped it (it is saved: call it
+    again), else DataError, RunError or CheckpointError.
     """
     loaded = load_recipe(recipe, sets=overrides, to_start=True)
     from livt_scale.train import run  # imports torch: after the recipe is known to be valid

@@ -87,12 +87,15 @@ class CheckpointManifest(_Part):
         return self.model_dump(mode="json", by_alias=True)
 
     @property
-    def sha256(self) -> str:
-        """What the file's first field holds: it stands for every byte of the checkpoint."""
-        return hashlib.sha256(_spell({"sha256": "", **self.as_dict()})).hexdigest()
+    def files_digest(self) -> str:
+        """SHA-256 of the names and digests of the files: it stands for every byte of them, and for no date."""
+        lines = sorted(f"{entry.sha256}  {entry.name}\n" for entry in self.files)
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def to_bytes(self) -> bytes:
-        return _spell({"sha256": self.sha256, **self.as_dict()})
+        body = self.as_dict()
+        digest = hashlib.sha256(_spell({"sha256": "", **body})).hexdigest()
+        return _spell({"sha256": digest, **body})
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from livt_scale.cli.options import AsJson, EvaluationShards, Weights, WeightsName, WhichCheckpoint
+from livt_scale.cli.options import AsJson, EvaluationShards, Force, Weights, WeightsName, WhichCheckpoint
 
 VIEWS_HELP = "Views of each image to average: 1 (centre crop), 2 (and its mirror image), 5 (crops) or 10 (both)."
 AVERAGE_HELP = "What to average over the views. Default: logits."
@@ -42,6 +42,7 @@ def eval_(
         Path | None, typer.Option("--save-logits", metavar="FILE", help="Write all logits, for later reports.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write the report to, as eval.json.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run, an export or saved logits.
@@ -59,7 +60,7 @@ def eval_(
     """
     from livt_scale.cli.evaluation import Wanted, evaluated, print_report
 
-    wanted = Wanted(tau, temperature, reports, gallery, save_logits, out)
+    wanted = Wanted(tau, temperature, reports, gallery, save_logits, out, force)
     typed = {"which": which, "batch": batch, "views": views, "average": average}
     typed["weights"] = None if weights is WeightsName.raw else weights.value
     run = {name: value for name, value in typed.items() if value is not None}

@@ -15,12 +15,16 @@ from livt_scale.distributed.world import detect, process_group
 from livt_scale.evaluation import adjust
 from livt_scale.evaluation.evaluate import BATCH, write_eval
 from livt_scale.evaluation.gallery import write_gallery
+from livt_scale.evaluation.gallery_page import MARK as GALLERY_MARK
 from livt_scale.evaluation.logits import load_outputs, save_outputs
+from livt_scale.evaluation.per_class import CSV_MARK
 from livt_scale.evaluation.report import EvalReport, make_report, write_reports
 from livt_scale.evaluation.results import accuracy_table, sweep_table
 from livt_scale.evaluation.tta import Views
-from livt_scale.export.timm import Evaluated, evaluate_path
-from livt_scale.util.errors import UsageError
+from livt_scale.export.timm import Evaluated, evaluate_path, run_of
+from livt_scale.train.run_files import read_eval
+from livt_scale.util.errors import LivtError, UsageError
+from livt_scale.util.outputs import check_output
 
 TIMEOUT_S = 1800  # ranks wait so long for the slowest
 
@@ -35,6 +39,7 @@ class Wanted:
     gallery: Path | None = None
     save_logits: Path | None = None
     out: Path | None = None
+    force: bool = False
 
     @property
     def needs_logits(self) -> bool:
@@ -54,6 +59,9 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
     """
     if wanted.tau is not None:
         adjust.parse_taus(wanted.tau)  # now, not after an hour
+    _check_outputs(wanted)
+    if wanted.out is not None and not wanted.force:
+        _refuse_other_report(wanted.out, path, which=run.get("which"))
     if path.is_file():
         return _of_file(path, data=data, run=run, wanted=wanted)
     views = Views(run.get("views", 1), run.get("average", "logits"))
@@ -72,6 +80,29 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
             world=world,
         )
     return _finish(result, data=data, wanted=wanted) if world.is_main else None
+
+
+def _check_outputs(wanted: Wanted) -> None:
+    """Raise UsageError if a file that is to be written is there, and not from this command."""
+    table = wanted.reports / "per_class.csv" if wanted.reports else None
+    files = ((wanted.out, b'"livt-eval"'), (wanted.save_logits, b"livt-logits"), (wanted.gallery, GALLERY_MARK))
+    for file, mark in (*files, (table, CSV_MARK)):
+        if file is not None:
+            check_output(file, marks=[mark], command="eval", force=wanted.force)
+
+
+def _refuse_other_report(out: Path, path: Path, *, which: str | None) -> None:
+    """Raise UsageError if `out` is the report on another run than `path`, a run or an export, is of."""
+    try:
+        there = read_eval(out)["weights"]["run"]
+        ours = run_of(path, which=which)
+    except (LivtError, LookupError, TypeError):  # nothing there, or damaged; what `path` lacks is said when it is read
+        return
+    if there != ours:
+        raise UsageError(
+            f"{out} is the report on another run ({str(there)[:12]})",
+            remedy="give another file, or --force to replace it",
+        )
 
 
 def _of_file(path: Path, *, data: str | None, run: dict[str, Any], wanted: Wanted) -> Done | None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from livt_scale.cli.options import AsJson, Weights, WeightsName, WhichCheckpoint
+from livt_scale.cli.options import AsJson, Force, Weights, WeightsName, WhichCheckpoint
 
 
 def export(
@@ -18,6 +18,7 @@ def export(
     layout: Annotated[str, typer.Option(help="File layout: timm, mae or hf.")] = "timm",
     stage: Annotated[str | None, typer.Option(help="pretrain or finetune. Default for mae and hf: pretrain.")] = None,
     weights: Weights = WeightsName.raw,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a run for timm, MAE's code or Hugging Face.
@@ -39,11 +40,11 @@ def export(
             )
         from livt_scale.export.mae_hf import export_as
 
-        written = export_as(run, target, layout=layout, stage=stage or "pretrain", which=which)
+        written = export_as(run, target, layout=layout, stage=stage or "pretrain", which=which, force=force)
         text = f"{written['file']}: {written['tensors']} tensors, {layout} layout"
         typer.echo(json.dumps(written) if as_json else text)
         return
-    info = export_run(run, target, which=which, weights=weights.value)
+    info = export_run(run, target, which=which, weights=weights.value, force=force)
     if as_json:
         typer.echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from livt_scale.cli.options import AsJson, RunOrExport, WhichCheckpoint
+from livt_scale.cli.options import AsJson, Force, RunOrExport, WhichCheckpoint
 
 
 def predict(
@@ -29,6 +29,7 @@ def predict(
         int | None, typer.Option("--workers", min=0, help="Decoding processes. Default: one per core, at most 8.")
     ] = None,
     which: WhichCheckpoint = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Classify every image in a folder; write a CSV.
@@ -40,12 +41,14 @@ def predict(
     from livt_scale.distributed.world import detect
     from livt_scale.evaluation.tta import Views
     from livt_scale.export.timm import open_trained
-    from livt_scale.posthoc.predict import Prediction
+    from livt_scale.posthoc.predict import CSV_MARK, Prediction
     from livt_scale.posthoc.predict import predict as run
     from livt_scale.util.errors import UsageError
+    from livt_scale.util.outputs import check_output
 
     if detect().world_size > 1:
         raise UsageError("livt predict runs in one process", remedy="start it without torchrun, one folder at a time")
+    check_output(out, marks=[CSV_MARK], command="predict", force=force)
     how = Prediction(top_k, tau, temperature, Views(views))
     summary = run(
         open_trained(path, which=which), folder, out, how=how, skip_bad=skip_bad, batch=batch, workers=workers

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.change import print_change
-from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, RunOrExport, WhichCheckpoint
+from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, RunOrExport, WhichCheckpoint
 
 
 def retrain(
@@ -21,6 +21,7 @@ def retrain(
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 512,
     lr: Annotated[float, typer.Option(min=1e-9, help="Initial learning rate per batch of 256.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the image order.")] = 0,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Retrain the head on class-balanced batches (cRT) and export it.
@@ -30,7 +31,7 @@ def retrain(
     from livt_scale.posthoc.crt import Settings, retrain_head
 
     settings = Settings(epochs=epochs, batch=batch, lr=lr, seed=seed)
-    result = retrain_head(source, out, train=train, data=data, which=which, settings=settings)
+    result = retrain_head(source, out, train=train, data=data, which=which, settings=settings, force=force)
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.change import print_change
-from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Weights, WeightsName
+from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, Weights, WeightsName
 
 
 def soup(
@@ -23,6 +23,7 @@ def soup(
     ] = False,
     data: EvaluationShards = None,
     weights: Weights = WeightsName.raw,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Average the weights of models fine-tuned from one start; export it.
@@ -34,7 +35,7 @@ def soup(
     from livt_scale.posthoc.soup import make_soup, read_members
 
     members = read_members(paths, all_checkpoints=all_checkpoints, weights=weights.value)
-    result = make_soup(members, out, method="greedy" if greedy else "uniform", data=data, run=paths[0])
+    result = make_soup(members, out, method="greedy" if greedy else "uniform", data=data, run=paths[0], force=force)
     if as_json:
         typer.echo(json.dumps(result))
         return

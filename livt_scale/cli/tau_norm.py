@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.change import print_change
-from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, RunOrExport, WhichCheckpoint
+from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, RunOrExport, WhichCheckpoint
 
 
 def tau_norm(
@@ -20,6 +20,7 @@ def tau_norm(
     keep_bias: Annotated[bool, typer.Option("--keep-bias", help="Keep the head's bias; the paper drops it.")] = False,
     data: EvaluationShards = None,
     which: WhichCheckpoint = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Divide the head's rows by their norm to the power tau and export it.
@@ -30,7 +31,7 @@ def tau_norm(
     """
     from livt_scale.posthoc.tau_norm import TAUS, tau_normalise
 
-    result = tau_normalise(source, out, taus=taus or TAUS, keep_bias=keep_bias, data=data, which=which)
+    result = tau_normalise(source, out, taus=taus or TAUS, keep_bias=keep_bias, data=data, which=which, force=force)
     if as_json:
         typer.echo(json.dumps(result))
         return

@@ -63,10 +63,11 @@ def check_place(run_dir: Path) -> None:
     real = run_dir.resolve()
     if real in (Path("/"), Path.home().resolve()) or _is_of_the_system(real):
         raise UsageError(f"run_dir is {run_dir}, which is not a folder for a run", remedy=remedy)
-    if not real.exists() or holds_run(real):
+    there = next(place for place in (real, *real.parents) if place.exists())
+    if not there.is_dir():
+        raise UsageError(f"run_dir is {run_dir}, and {there} is a file", remedy=remedy)
+    if there != real or holds_run(real):
         return
-    if not real.is_dir():
-        raise UsageError(f"run_dir is {run_dir}, which is a file", remedy=remedy)
     try:
         names = sorted(entry.name for entry in real.iterdir())
     except OSError as error:

@@ -1,5 +1,6 @@
 """The page of the gallery: a jinja2 template that is rendered with autoescape, and nothing else."""
 
+MARK = b"<title>The worst confusions</title>"  # in every page
 PAGE = """\
 <!DOCTYPE html>
 <html lang="en">

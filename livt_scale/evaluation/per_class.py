@@ -22,6 +22,8 @@ from livt_scale.longtail import shot_groups
 from livt_scale.metrics import TOP_K
 from livt_scale.util.atomic import write_atomic
 
+CSV_MARK = b"class,name,group,"  # how a file of ours starts
+
 
 @dataclass(frozen=True)
 class ClassRow:

@@ -30,14 +30,17 @@ LAYOUTS = ("timm", "mae", "hf")
 PTH = "checkpoint.pth"
 
 
-def export_as(run_dir: Path, out: Path, *, layout: str, stage: str, which: str | None = None) -> dict[str, Any]:
+def export_as(
+    run_dir: Path, out: Path, *, layout: str, stage: str, which: str | None = None, force: bool = False
+) -> dict[str, Any]:
     """Write the weights of `stage` of `run_dir` to the new folder `out` in `layout`, mae or hf; what was written.
 
+    These layouts do not say whose the weights are, so what is there is replaced only with `force`, if it is an export.
     Raises UsageError (no such layout or stage, one that the layout has no place for), ExportError, RunError.
     """
     _check(layout, stage, which)
-    if out.exists() or out.is_symlink():
-        raise ExportError(f"{out} is there already", remedy="give a new folder as --out")
+    if (out.exists() or out.is_symlink()) and not (force and _is_export(out)):
+        raise ExportError(f"{out} is there already", remedy="give a new folder as --out, or --force for an export")
     state, lineage, recipe = read_pretraining(run_dir) if stage == "pretrain" else _classifier(run_dir, which)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     num_bytes = sum(tensor.nbytes for tensor in state.values())
@@ -53,6 +56,12 @@ def export_as(run_dir: Path, out: Path, *, layout: str, stage: str, which: str |
             raise ExportError(f"what was written for {out} does not read back as the run's weights")
     file = PTH if layout == "mae" else SAFETENSORS
     return {"out": str(out), "file": str(out / file), "layout": layout, "tensors": len(state), "lineage": lineage}
+
+
+def _is_export(out: Path) -> bool:
+    """Whether `out` is a folder that holds the files of an export, in one layout or another, and no more."""
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    return bool(names) and names <= {PTH, SAFETENSORS, "config.json"}
 
 
 def hf_config(recipe: Recipe) -> dict[str, Any]:

@@ -8,12 +8,14 @@ where the weights come from (checkpoint, position, digest of what it learnt from
 weights give the same bytes.
 
 An export is written whole or not at all, and only after timm built it from the temporary folder and gave the logits
-of the live model. It replaces an older export; it never replaces a folder that holds anything else.
+of the live model. It replaces an older export of the same run; one of another run only with --force, and never a folder
+that holds anything else.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from livt_scale.checkpoint.io import sha256_of
+from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.config.load import load_saved
 from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
@@ -40,7 +43,7 @@ from livt_scale.extensions import load_extensions
 from livt_scale.models.classifier import AnyClassifier, build_classifier
 from livt_scale.models.layers import vit_args
 from livt_scale.models.resnet import use_small_stem
-from livt_scale.train.load_trained import Trained, Weights, load_trained
+from livt_scale.train.load_trained import Trained, Weights, load_trained, pick_checkpoint
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ExportError, UsageError
@@ -110,18 +113,21 @@ class ExportInfo(BaseModel):
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
 
 
-def export_run(run_dir: Path, out: Path, *, which: str | None = None, weights: Weights = "raw") -> ExportInfo:
-    """Write the classifier of `run_dir` to `out`; `which` checkpoint and `weights`: see `train.finished`.
+def export_run(
+    run_dir: Path, out: Path, *, which: str | None = None, weights: Weights = "raw", force: bool = False
+) -> ExportInfo:
+    """Write the classifier of `run_dir` to `out`; `which` checkpoint and `weights`: see `train.load_trained`.
 
-    Raises ExportError (`out` holds something else, no room), and what `load_trained` raises.
+    force: replace the export of another run. Raises ExportError (`out` holds something else, no room), and what
+    `load_trained` raises.
     """
     check_target(out)
-    return write_export(load_trained(run_dir, which=which, weights=weights), out)
+    return write_export(load_trained(run_dir, which=which, weights=weights), out, force=force)
 
 
-def write_export(trained: Trained, out: Path) -> ExportInfo:
-    """Write `trained` to `out`, whole or not at all; an export that stands there is replaced."""
-    check_target(out)
+def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportInfo:
+    """Write `trained` to `out`, whole or not at all. What is replaced there: see `check_target`."""
+    check_target(out, weights=trained.weights, force=force)
     tensors = {name: t.detach().cpu().contiguous() for name, t in trained.model.state_dict().items()}
     try:
         with new_folder(out.resolve()) as temporary:
@@ -137,8 +143,12 @@ def write_export(trained: Trained, out: Path) -> ExportInfo:
     return info
 
 
-def check_target(out: Path) -> None:
-    """Raise ExportError unless `out` may be written: nothing, an empty folder, or an export of ours and no more."""
+def check_target(out: Path, *, weights: Mapping[str, Any] | None = None, force: bool = False) -> None:
+    """Raise ExportError unless `out` may be written: nothing, an empty folder, or an export of ours and no more.
+
+    weights: the lineage of what is to be exported (None: not known yet). An export of another run, or by another
+    method, is replaced only with `force`.
+    """
     if out.is_symlink() and not out.exists():
         raise ExportError(f"{out} is a link that leads nowhere", remedy="remove it, or give another --out")
     if not out.exists():
@@ -150,6 +160,34 @@ def check_target(out: Path) -> None:
     if foreign or (inside and not is_export(out)):
         named = ", ".join(repr(name) for name in (foreign or inside)[:5])
         raise ExportError(f"{out} holds what is not an export ({named})", remedy="give a new folder as --out")
+    if inside and weights is not None and not force:
+        _refuse_other_export(out, weights)
+
+
+def _refuse_other_export(out: Path, weights: Mapping[str, Any]) -> None:
+    remedy = "give a new folder as --out, or --force to replace it"
+    try:
+        there = read_info(out).lineage
+    except ExportError as error:
+        raise ExportError(f"{out} holds an export that cannot be read: {error.message}", remedy=remedy) from None
+    if _identity(there) != _identity(weights):
+        run, method = _identity(there)
+        by = f" by {method}" if method else ""
+        raise ExportError(f"{out} holds another export: {there.get('checkpoint')} of run {run[:12]}{by}", remedy=remedy)
+
+
+def run_of(path: Path, *, which: str | None = None) -> str:
+    """What identifies the run that the weights in `path`, a run or an export, are of. Raises LivtError."""
+    if is_run(path):
+        facts = read_manifest(pick_checkpoint(path, which=which)).facts
+        return str(facts.get("run") or facts["recipe_digest"])
+    return _identity(read_info(path).lineage)[0]
+
+
+def _identity(lineage: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(the run that weights are of, the method that changed them after training; None: none did)."""
+    baseline = lineage.get("baseline") or {}
+    return str(lineage.get("run") or lineage.get("recipe_digest")), baseline.get("method")
 
 
 def is_export(path: Path) -> bool:

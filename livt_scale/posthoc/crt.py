@@ -82,6 +82,7 @@ def retrain_head(
     train: str | None = None,
     data: str | None = None,
     which: str | None = None,
+    force: bool = False,
     settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Export `source` (a run or an export) with a head trained again on `train` (None: the run's own training set).
@@ -92,6 +93,7 @@ def retrain_head(
     settings = settings or Settings()
     check_target(out)
     trained = open_trained(source, which=which)
+    check_target(out, weights={**trained.weights, "baseline": {"method": "crt"}}, force=force)
     folder = train or (None if is_export(source) else trained.recipe.data.train)
     if folder is None:
         raise UsageError(f"{source} is an export, which knows no training set", remedy="give its shards with --train")
@@ -104,7 +106,7 @@ def retrain_head(
         "method": "crt", **asdict(settings), "steps": steps, "sampling": "class_balanced", "loss": "ce",
         "trained_on": data_lineage(shards)["manifest_digest"],
     }  # fmt: skip
-    write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out)
+    write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out, force=force)
     return {"out": str(out), **made, **_compared(source, trained, head, data)}
 
 

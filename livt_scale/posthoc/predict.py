@@ -47,6 +47,7 @@ _log = logging.getLogger(__name__)
 MAX_WORKERS = 8
 MAX_SHOWN = 100  # bad images that the summary names; the CSV names all
 PROGRESS_S = 10.0
+CSV_MARK = b"file,error,number_1,"  # how a file of ours starts
 COLUMNS = ("number", "class", "probability")  # for each of the top k
 
 

@@ -93,14 +93,16 @@ def make_soup(
     method: Method = "uniform",
     data: str | None = None,
     run: Path | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Export the soup of `members`; `run`: whose evaluation set is taken where `data` is None.
 
     Returns each member's accuracy on the half that choices are made on, which stayed in, and on the other half top-1 of
     the best single member (`before`) and of the soup (`after`).
     """
-    check_target(out)
     first = members[0].trained
+    of_all = _run_of(members)
+    check_target(out, weights={"run": of_all, "baseline": {"method": f"{method} soup"}}, force=force)
     shards = features.held_out_set(first, run or members[0].path, data)
     alone = [features.model_outputs(member.trained.model, shards, first.recipe) for member in members]
     rows = half_rows(alone[0].labels.numpy())
@@ -117,7 +119,8 @@ def make_soup(
         for k, (member, score) in enumerate(zip(members, scores, strict=True))
     ]
     made = {"method": f"{method} soup", "members": table, "held_out": features.about_halves(shards, *rows)}
-    write_export(_lineage([members[k] for k in chosen], replace(first, model=model), made), out)
+    mixed = _lineage([members[k] for k in chosen], replace(first, model=model), made, run=of_all)
+    write_export(mixed, out, force=force)
     about = (first.classes, first.recipe)
     return {
         "out": str(out),
@@ -163,12 +166,18 @@ def _named(member: Ingredient) -> dict[str, Any]:
     return {"checkpoint": weights["checkpoint"], "recipe_digest": weights["recipe_digest"], "ema": "ema" in weights}
 
 
-def _lineage(members: Sequence[Ingredient], mixed: Trained, made: dict[str, Any]) -> Trained:
+def _run_of(members: Sequence[Ingredient]) -> str:
+    """What identifies a soup: the runs of all that it was chosen from."""
+    return digest({"runs": sorted({str(member.trained.weights.get("run")) for member in members})})
+
+
+def _lineage(members: Sequence[Ingredient], mixed: Trained, made: dict[str, Any], *, run: str) -> Trained:
     """What the members learnt from in common, and a digest of all that made the soup."""
     learnt = [member.trained.learnt_from for member in members]
     common = {k: v for k, v in learnt[0].items() if all(k in other and other[k] == v for other in learnt[1:])}
     weights = {
-        **mixed.weights,
+        **{name: value for name, value in mixed.weights.items() if name != "checkpoint_digest"},
+        "run": run,
         "checkpoint": f"soup of {len(members)}",
         "position": None,
         "recipe_digest": digest({"members": [_named(member) for member in members]}),

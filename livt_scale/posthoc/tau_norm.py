@@ -43,6 +43,7 @@ def tau_normalise(
     keep_bias: bool = False,
     data: str | None = None,
     which: str | None = None,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Export the classifier of `source` (a run or an export) with the τ of `taus` that is best on half of `data`.
 
@@ -52,6 +53,7 @@ def tau_normalise(
         raise UsageError(f"--tau {', '.join(map(str, taus)) or 'none'}: give numbers from 0 up")
     check_target(out)
     trained = open_trained(source, which=which)
+    check_target(out, weights={**trained.weights, "baseline": {"method": "tau-norm"}}, force=force)
     shards = features.held_out_set(trained, source, data)
     outputs = features.features(trained, shards)
     rows = half_rows(outputs.labels.numpy())
@@ -79,7 +81,7 @@ def tau_normalise(
             new_head.bias.zero_()
     halves = features.about_halves(shards, *rows)
     made = {"method": "tau-norm", "tau": best, "bias": "kept" if keep_bias else "dropped", "held_out": halves}
-    write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out)
+    write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out, force=force)
     return {
         "out": str(out),
         **made,

@@ -57,23 +57,24 @@ def check_start(recipe: Recipe, run_dir: Path, *, allow: Sequence[str] = ()) -> 
     differences = compare_run(recipe, run_dir)
     unfinished = unfinished_stages(recipe, run_dir)
 
-    # A finished stage cannot take a change over. But a field of both stages may change in the one that is not finished.
-    shared = {
-        d.change.path for d in differences if d.change.policy == "allow" and not d.change.path.startswith("stages.")
-    }
-    tolerated = shared if unfinished else set()
-    finished = [d for d in differences if d.finished and d.change.path not in tolerated]
+    for stage in unfinished:
+        of_it = [d for d in differences if d.stage == stage]
+        if of_it:
+            refuse_unallowed([d.change for d in of_it], of_it[0].where, allow=allow)
+
+    # A finished stage cannot take a change over, but a field of both stages may change for the one that is not finished
+    finished = [d for d in differences if d.finished and not (unfinished and _is_for_both(d.change))]
     if finished:
         told = "; ".join(f"{stage} has finished with {_values(finished, stage)}" for stage in _stages(finished))
         raise UsageError(
             f"{run_dir} was trained by another recipe: {told}",
             remedy="choose another run_dir, or set these fields back",
         )
-    for stage in unfinished:
-        of_it = [d for d in differences if d.stage == stage]
-        if of_it:
-            refuse_unallowed([d.change for d in of_it], of_it[0].where, allow=allow)
     return unfinished
+
+
+def _is_for_both(change: Change) -> bool:
+    return change.policy == "allow" and not change.path.startswith("stages.")
 
 
 def unfinished_stages(recipe: Recipe, run_dir: Path) -> tuple[Stage, ...]:

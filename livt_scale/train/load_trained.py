@@ -72,7 +72,7 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     load.load(path, collect(model), allow_unexpected=("optim.*", f"{AVERAGE}*"))
     position = manifest.position
     lineage = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)
-    lineage["checkpoint_sha256"] = manifest.sha256
+    lineage["checkpoint_digest"] = manifest.files_digest
     if weights == "ema":
         lineage["ema"] = _take_average(model, recipe, path)
     if isinstance(model, Classifier):

@@ -47,7 +47,7 @@ from livt_scale.train.telemetry.profiler import Profiler
 from livt_scale.train.telemetry.trackers import Trackers, check_installed, open_trackers
 from livt_scale.train.train_state import TrainState, run_facts
 from livt_scale.train.watchdog import Watchdog
-from livt_scale.util.errors import CheckpointMismatch, DataError, UsageError
+from livt_scale.util.errors import CheckpointMismatch, DataError, LivtError, UsageError
 
 _log = logging.getLogger(__name__)
 
@@ -97,8 +97,16 @@ def _left_to_train(
     recipe: Recipe, stages: Iterable[Stage], run_dir: Path, *, world: World, allow: tuple[str, ...]
 ) -> list[Stage]:
     """Those of `stages` that are not finished. Raises what `check_start` raises, on every rank."""
+
+    def check() -> tuple[Stage, ...]:
+        try:
+            return check_start(recipe, run_dir, allow=allow)
+        except LivtError:
+            rundir.check_free(run_dir)  # that another process trains there is the better reason
+            raise
+
     stages = tuple(stages)
-    unfinished = world.peers.on_rank0(lambda: check_start(recipe, run_dir, allow=allow))
+    unfinished = world.peers.on_rank0(check)
     for name in stages:
         if name not in unfinished:
             _log.info("%s is done already in %s", name, run_dir)
@@ -169,9 +177,9 @@ class _StageRun:
             checkpoints = Tiers(self.folder / "checkpoints", saving=recipe.checkpoint, world=world.peers)
             with checkpoints as saver, watchdog.errors_told():
                 resumed = state.resume(saver)
-                world.peers.on_rank0(lambda: rundir.save_resolved(self.whole, self.run_dir))  # it is accepted now
                 if state.step > schedule.total:  # possible only if --allow has made the stage shorter
                     raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
+                world.peers.on_rank0(lambda: rundir.save_resolved(self.whole, self.run_dir))  # it is accepted now
                 status.write("running", step=state.step, total_steps=schedule.total)
                 plan = _plan(recipe, self.stage, world)
                 self._announce(task, plan, state.strategy, resumed)
@@ -280,7 +288,7 @@ class _StageRun:
         end = loop.schedule.position(loop.schedule.total)
         checkpoint = step_name(end.step)
         weights = evaluation.weights_lineage(loop.state.facts, step=end.step, epoch=end.epoch, checkpoint=checkpoint)
-        weights["checkpoint_sha256"] = read_manifest(self.folder / "checkpoints" / checkpoint).sha256
+        weights["checkpoint_digest"] = read_manifest(self.folder / "checkpoints" / checkpoint).files_digest
         evaluation.write_eval(report, self.folder / "eval.json", weights=weights)
         plots.confusion(report, train_set.manifest.class_names, self.folder / "samples" / "confusion.png")
 

@@ -24,7 +24,7 @@ from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.config.run_place import LOCK, SAVED
 from livt_scale.train.run_files import STATUS, State, read_status, read_status_file
-from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
+from livt_scale.util.atomic import LockHeld, file_lock, lock_holder, write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
 
 MAX_HISTORY = 20  # earlier starts that status.json keeps
@@ -45,6 +45,13 @@ def hold(run_dir: Path) -> Iterator[None]:
         raise RunError(f"the run directory {run_dir} cannot be written: {error.strerror}") from error
     with lock:
         yield
+
+
+def check_free(run_dir: Path) -> None:
+    """Raise RunBusyError if a process is seen to work in `run_dir`. Writes nothing."""
+    holder = lock_holder(run_dir / LOCK)
+    if holder is not None:
+        raise RunBusyError(f"{holder} works in {run_dir}", remedy="wait for it, end it, or set another run_dir")
 
 
 def is_run(path: Path) -> bool:

@@ -192,6 +192,22 @@ def file_lock(path: Path, *, wait_s: float = 0.0, mode: int = 0o644, remove: boo
         pause_s = min(2 * pause_s, 0.1)
 
 
+def lock_holder(path: Path) -> str | None:
+    """Who holds the lock `path`; None: nobody, or it cannot be seen. Nothing is written, and no lock is kept."""
+    if _lock_kind() == "file":
+        return held_file.holder(path.with_name(path.name + HELD))
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        return _try_flock(handle, path)
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
+
+
 def lock_works(folder: Path) -> bool:
     """Whether files in `folder`, which exists, can be locked. Raises OSError where nothing can be written there."""
     path = _beside(folder / "lock")

@@ -43,6 +43,12 @@ def take(path: Path) -> str | None:
     return None if _create(path, _this_process()) else _name(_read(path))
 
 
+def holder(path: Path) -> str | None:
+    """Who holds `path`; None: nobody. Writes nothing."""
+    found = _read(path)
+    return None if not path.exists() or _has_ended(found) else _name(found)
+
+
 def _create(path: Path, content: dict[str, Any]) -> bool:
     try:
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)

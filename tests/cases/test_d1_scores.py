@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -65,15 +66,16 @@ def test_d1_best_starts_again_when_the_evaluation_set_changes_and_the_log_says_s
 def test_d1_scores_and_exports_name_run_checkpoint_and_evaluation_set(finished_run, tiny_shards, tmp_path):
     checkpoint = finished_run / "finetune" / "checkpoints" / "step-00000008"
     manifest = read_manifest(checkpoint)
-    stored = json.loads((checkpoint / "manifest.json").read_text())["sha256"]
+    sums = sorted(f"{sha256((checkpoint / f.name).read_bytes()).hexdigest()}  {f.name}\n" for f in manifest.files)
+    digest = sha256("".join(sums).encode()).hexdigest()
     report = json.loads((finished_run / "finetune" / "eval.json").read_text())
     assert report["data"]["manifest_digest"] == ShardSet.open(tiny_shards / "val").digest
     assert report["weights"]["run"] == manifest.facts["run"]
-    assert report["weights"]["checkpoint_sha256"] == manifest.sha256 == stored
+    assert report["weights"]["checkpoint_digest"] == digest
     export_run(finished_run, tmp_path / "export")
     lineage = read_info(tmp_path / "export").lineage
     assert lineage["run"] == manifest.facts["run"]
-    assert lineage["checkpoint_sha256"] == stored
+    assert lineage["checkpoint_digest"] == digest
     assert lineage["scored_on"] == report["data"]["manifest_digest"]
 
 

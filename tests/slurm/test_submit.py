@@ -224,8 +224,11 @@ def test_a_run_directory_with_a_backslash_is_refused_before_any_job(tmp_path, fa
 
 def test_a_place_where_nothing_can_be_written_is_told(tmp_path, fake):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ClusterError, match=r"run directory .*/file/run cannot be written"):
+    with pytest.raises(UsageError, match=r"run_dir is .*/file/run, and .*/file is a file"):
         submit(recipe(tmp_path, run_dir=str(tmp_path / "file" / "run")))
+    blocked = chains.alone(tmp_path / "file" / "run")
+    with pytest.raises(ClusterError, match=r"run directory .*/file/run cannot be written"), blocked:
+        pass
 
 
 # --- the command ---
