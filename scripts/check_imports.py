@@ -32,6 +32,7 @@ DEFERRED: dict[str, str] = {
     "losses/options.py": TORCH,
     "api/registration.py": TORCH,
     "api/train.py": TORCH,
+    "data/build/writer.py": "start-up: webdataset imports torch, and only writing a shard needs it",
     "data/image/augment.py": "start-up: timm takes seconds, and only RandAugment needs it",
     "data/remote/fetch.py": "start-up: fsspec and aiohttp take half a second, and only sets at a URL need them",
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",

@@ -62,6 +62,6 @@ def register_source_format(name: str) -> Callable[[FormatClass], FormatClass]:
 
     Its `open(name, root, class_names=…)` returns a `livt_scale.data.build.sources.Source`.
     """
-    from livt_scale.data.build.formats import SOURCE_FORMATS  # imports webdataset, and it torch
+    from livt_scale.data.build.formats import SOURCE_FORMATS
 
     return SOURCE_FORMATS.register(name)

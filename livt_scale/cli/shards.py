@@ -24,7 +24,7 @@ import typer
 from livt_scale.cli.shards_bench import bench
 
 if TYPE_CHECKING:
-    from livt_scale.data.build.builder import Progress
+    from livt_scale.data.build.scan import Progress
     from livt_scale.data.build.verify import Fault
 
 _log = logging.getLogger(__name__)
@@ -59,9 +59,17 @@ def build(
     ignore_expected: Annotated[
         bool, typer.Option("--ignore-expected", help="Build although counts differ from the published set.")
     ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out images that cannot be used; the manifest lists them.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Build sets again whose source images have changed.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode/--no-decode", help="Decode every image before the build, or read headers only.")
+    ] = True,
     workers: Workers = None,
 ) -> None:
     """Build shards from a spec; resume an interrupted build."""
+    from livt_scale.data.build.builder import BuildOptions
     from livt_scale.data.build.builder import build as build_shards
     from livt_scale.data.build.spec import load_spec
     from livt_scale.data.build.writer import Prepare
@@ -74,8 +82,9 @@ def build(
     loaded = load_spec(spec, overrides=source or (), prepare=prepare, ignore_expected=ignore_expected)
     # A shipped spec may be in a folder of the system; recipes look for its sets in shards/ here.
     out = out or (Path("shards") if is_name(spec) else loaded.folder) / loaded.build.name
+    options = BuildOptions(skip_bad=skip_bad, again=again, decode=decode, report=typer.echo)
     with _progress("images") as progress:
-        built = build_shards(loaded, out, workers=workers, progress=progress)
+        built = build_shards(loaded, out, options=options, workers=workers, progress=progress)
     for one in built:
         there = f" ({one.kept} were there)" if one.kept and one.made else ""
         state = f"{one.made} shards written{there}" if one.made else "finished already, nothing to do"
@@ -104,7 +113,7 @@ def verify(
         rows = [{"shard": f.shard, "key": f.key, "offset": f.offset, "what": f.what} for f in faults]
         typer.echo(json.dumps({"whole": not faults, "quarantined": quarantine, "faults": rows}, indent=1))
     else:
-        _tell_faults(folder, faults, quarantine=quarantine)
+        _print_faults(folder, faults, decode=decode, quarantine=quarantine)
     if faults and not quarantine:
         raise typer.Exit(1)
 
@@ -118,9 +127,9 @@ def index(
     workers: Workers = None,
 ) -> None:
     """Index existing WebDataset tars; they are not changed."""
-    from livt_scale.data.build.builder import index_tars
+    from livt_scale.data.build.indexing import class_names_in, index_tars
 
-    names = _lines(class_names) if class_names else None
+    names = class_names_in(class_names) if class_names else None
     with _progress("shards") as progress:
         shards = index_tars(folder, class_names=names, workers=workers, progress=progress)
     empty = [n for n, count in zip(shards.manifest.class_names, shards.manifest.class_counts, strict=True) if not count]
@@ -142,7 +151,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show counts, sizes, imbalance factor and a class histogram."""
-    from livt_scale.data.build.builder import info as shard_info
+    from livt_scale.data.inspect import info as shard_info
     from livt_scale.util.errors import UsageError
 
     if recipe is None and (stage or sets):
@@ -163,6 +172,8 @@ def info(
     typer.echo(f"imbalance factor  {'no image in a class' if factor is None else f'{factor:g}'}")
     if facts["quarantined"]:
         typer.echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
+    for line in _about_the_build(facts["source"]):
+        typer.echo(line)
     if recipe is not None:
         for line in _seen_table(facts["seen"]):
             typer.echo(line)
@@ -263,12 +274,27 @@ def histogram(names: list[str], counts: list[int]) -> list[str]:
     return rows
 
 
+def _about_the_build(source: dict[str, Any]) -> Iterator[str]:
+    """What the build left out, converted or found twice."""
+    if left_out := source.get("left_out"):
+        total = sum(row["count"] for row in left_out.values())
+        yield f"left out          {total}: {_counted(left_out)}"
+    if converted := source.get("converted"):
+        yield f"converted         {', '.join(f'{count} {what}' for what, count in converted.items())}"
+    if equal := source.get("equal_images"):
+        yield f"equal images      {_counted(equal)}"
+
+
+def _counted(rows: dict[str, Any]) -> str:
+    return ", ".join(f"{row['count']} {what}" for what, row in rows.items())
+
+
 def _by_class(facts: dict[str, Any]) -> str:
     lost = zip(facts["class_names"], facts["quarantined_by_class"], strict=True)
     return ", ".join(f"{count} of class {name}" for name, count in lost if count)
 
 
-def _tell_faults(folder: str, faults: list[Fault], *, quarantine: bool) -> None:
+def _print_faults(folder: str, faults: list[Fault], *, decode: bool, quarantine: bool) -> None:
     if not faults:
         typer.echo(f"{folder}: whole")
         return
@@ -276,21 +302,14 @@ def _tell_faults(folder: str, faults: list[Fault], *, quarantine: bool) -> None:
         typer.echo(str(fault))
     if len(faults) > MAX_FAULTS:
         typer.echo(f"… and {len(faults) - MAX_FAULTS} more (--json lists all)")
+    if not quarantine and all(fault.number is not None for fault in faults):
+        decode_too = " --decode" if decode else ""
+        typer.echo(f"to leave these samples out: livt shards verify {folder}{decode_too} --quarantine")
     if quarantine:
-        from livt_scale.data.build.builder import info as shard_info
+        from livt_scale.data.inspect import info as shard_info
 
         facts = shard_info(folder)
         typer.echo(f"in quarantine: {facts['quarantined']} samples: {_by_class(facts)}. Training leaves them out")
-
-
-def _lines(path: Path) -> list[str]:
-    from livt_scale.util.errors import UsageError
-
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise UsageError(f"{path} cannot be read: {said}", remedy="give a file with one class name a line") from error
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""What a rank would see, step by step, without reading an image: the loader's own order, keys from the index."""
+"""What a set holds and what a rank would see of it, without reading an image: manifest, index, the loader's order."""
 
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,33 @@ from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order, usable_labels
 from livt_scale.data.order.instance import Ints, Order, SampleOrder
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.longtail import imbalance_factor
 from livt_scale.util.errors import UsageError
+
+
+def info(folder: str | Path) -> dict[str, Any]:
+    """What a set holds, as plain values for printing or JSON."""
+    shards = ShardSet.open(folder)
+    manifest, counts = shards.manifest, shards.class_counts
+    lost = np.array(manifest.class_counts, dtype=np.int64) - counts
+    factor = imbalance_factor(counts)
+    return {
+        "name": manifest.name,
+        "samples": shards.num_samples,
+        "quarantined": len(shards.quarantine),
+        "bytes": sum(s.bytes for s in manifest.shards),
+        "shards": len(manifest.shards),
+        "image_types": manifest.image_types,
+        "classes": shards.num_classes,
+        "class_names": manifest.class_names,
+        "class_counts": counts.tolist(),
+        "quarantined_by_class": lost.tolist(),
+        "largest_class": int(counts.max()),
+        "smallest_class": int(counts.min()),
+        "imbalance_factor": factor if np.isfinite(factor) else None,
+        "seed": manifest.seed,
+        "source": manifest.source,
+    }
 
 
 def rank_samples(

@@ -35,7 +35,7 @@ def build_subsets(loaded: LoadedStudy, points: Iterable[Point]) -> list[Path]:
             f"{loaded.path}: shards.set is {name!r}, which {loaded.spec} has not",
             remedy=nearest(name, spec.build.sets),
         )
-    whole = spec.class_counts(name, spec.open_source(spec.build.sets[name].source))
+    whole = spec.class_counts(name, spec.open_part(name))
     for where, axes in wanted.items():
         counts = subset_counts(
             whole, fraction=axes.get("data_fraction", 1.0), imbalance=axes.get("imbalance_factor")

@@ -78,6 +78,18 @@ class SourceError(DataError):
     """
 
 
+class UnusableImage(SourceError):
+    """One raw image cannot become a sample. `reason`: one of few, by which such images are counted.
+
+    Occurs: `livt shards build` looks at the images of a source, or an image changes while shards are written.
+    What to do: repair or remove the image, or leave it out with `--skip-bad`.
+    """
+
+    def __init__(self, message: str, *, reason: str, remedy: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.reason = reason
+
+
 class ManifestError(DataError):
     """A manifest, index, list of keys or quarantine is missing, unreadable, or not what the shards are.
 

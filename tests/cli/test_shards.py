@@ -60,7 +60,10 @@ def test_verify_says_whole_or_names_shard_and_key(tmp_path):
     key = ShardSet.open(folder).keys(np.array([13]))[0]
     code, out, _ = livt("verify", folder, "--workers", 1)
     assert code == 1
-    assert out == f"all-000002.tar, offset 0, key '{key}': changed since it was written (CRC-32)\n"
+    assert out.splitlines() == [
+        f"all-000002.tar, offset 0, key '{key}': changed since it was written (CRC-32)",
+        f"to leave these samples out: livt shards verify {folder} --quarantine",
+    ]
     code, out, _ = livt("verify", folder, "--json", "--workers", 1)
     assert (code, [f["key"] for f in json.loads(out)["faults"]]) == (1, [key])
     code, out, _ = livt("verify", folder, "--quarantine", "--workers", 1)

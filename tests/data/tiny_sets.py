@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from livt_scale.config.recipe import Recipe
-from livt_scale.data.build.builder import index_tars
+from livt_scale.data.build.indexing import index_tars
 from livt_scale.data.shard_set import ShardSet
 
 HOSTILE = 'a set\'s "dir"\n$(touch x)'

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from livt_scale.config.load import load_recipe
-from livt_scale.data.build.builder import index_tars
+from livt_scale.data.build.indexing import index_tars
 from livt_scale.data.inspect import rank_samples
 from livt_scale.data.shard_set import ShardSet
 from tests.e2e.test_kill_and_resume import run_until_done_killing

@@ -1,40 +1,47 @@
-"""Make shard sets: `build` from raw images as a spec says, `index_tars` beside tars that others wrote; `info`.
+"""Make shard sets from raw images as a spec says.
 
-    raw images -> choice by the long-tail profile -> one shuffle by seed -> even cuts -> shards -> index -> manifest
+    raw images -> scan -> choice by the profile -> one shuffle by seed -> even cuts -> shards -> index -> manifest
 
-The shuffle happens once, when written, so that no block of a shard is of one class. Shards are written in parallel;
-their bytes do not depend on who writes them. A build that is killed is resumed by the same command: finished shards
-stay, and the result has the bytes of an uninterrupted build. Until the manifest exists, `build.json` says which build
-the folder belongs to.
+Every image is looked at before anything is written, and what cannot be used is reported in one table. The shuffle
+happens once, when written, so that no block of a shard is of one class. Shards are written in parallel; their bytes do
+not depend on who writes them. A build that is killed is resumed by the same command: finished shards stay, and the
+result has the bytes of an uninterrupted build. Until the manifest exists, `build.json` says which build the folder
+belongs to. A set that is finished is compared with its images: unchanged it is left as it is, changed it is an error
+until the build is asked for `again`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from livt_scale.data.build.record import RECORD, SourceRecord, changes
+from livt_scale.data.build.scan import SHOWN, Progress, Scan, by_reason, first_names, scan, table
+from livt_scale.data.build.set_plan import (
+    SetImages,
+    SetPlan,
+    check_same_classes,
+    plan_set,
+    spec_sha256,
+    with_equal_images,
+)
 from livt_scale.data.build.sources import Source
 from livt_scale.data.build.spec import Spec
-from livt_scale.data.build.tar import shown
-from livt_scale.data.build.writer import Prepare, Shard, ShardJob, make_shard, publish, scan_shard
-from livt_scale.data.manifest import FORMAT, MANIFEST, VERSION, ShardManifest
+from livt_scale.data.build.writer import Shard, ShardJob, make_shard, publish
+from livt_scale.data.manifest import INDEX, KEYS, MANIFEST, QUARANTINE, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.extensions import load_extensions
-from livt_scale.longtail import choose, imbalance_factor, shuffled
 from livt_scale.util.atomic import PREFIX, FileLock, LockHeld, file_lock, plain_disk_errors, write_atomic
-from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError
+from livt_scale.util.errors import DataError, SourceError, UsageError
+from livt_scale.util.outside import read_json
 from livt_scale.util.process_pool import in_processes, usable_cores
 
 BUILD = "build.json"
 LOCK = ".build.lock"
-Progress = Callable[[str, int, int, int], None]  # set, samples done, samples in all, bytes done
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -50,139 +57,261 @@ class Built:
 
 
 @dataclass(frozen=True)
-class SetPlan:
-    """Which image goes where: decided before anything is written."""
+class BuildOptions:
+    """How `build` goes about it; none of them changes what a set of good images holds."""
 
-    name: str
-    source: Source
-    class_counts: NDArray[np.int64]
-    order: NDArray[np.int64]  # images of the source, as they are written
-    cuts: NDArray[np.int64]  # [num_shards + 1] where in `order` each shard begins
-    facts: dict[str, Any]  # of the manifest: what it was made from
-    prepare: Prepare | None
-
-    def shard_name(self, shard: int) -> str:
-        return f"{self.name}-{shard:06d}.tar"
-
-    def part(self, shard: int) -> Source:
-        return self.source.part(self.order[self.cuts[shard] : self.cuts[shard + 1]])
-
-    @property
-    def num_shards(self) -> int:
-        return len(self.cuts) - 1
+    skip_bad: bool = False  # leave out what cannot be used, and record it; else it is an error
+    again: bool = False  # build a finished set again whose images have changed; else it is an error
+    decode: bool = True  # check each image down to its last pixel before anything is written; else its header
+    report: Report = lambda _: None  # takes each line of what was found
 
 
-def build(spec: Spec, out: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> list[Built]:
+DEFAULTS = BuildOptions()
+
+
+def build(
+    spec: Spec,
+    out: str | Path,
+    *,
+    options: BuildOptions = DEFAULTS,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> list[Built]:
     """Build every set of `spec`, each into its folder below `out`. Sets that are finished are left as they are.
 
-    Raises SourceError (raw images), DataError (a folder of something else, disk full). Shards that are finished are
-    kept whatever happens; a manifest is only there if all is.
+    Raises SourceError (raw images), DataError (a folder of something else, images that changed, a full disk) and
+    UsageError (`out` within a source). Shards that are finished are kept whatever happens; a manifest is only there
+    if all is.
     """
     out = Path(out)
-    done = {name: _finished(spec, name, out / name) for name in spec.build.sets}
-    if None not in done.values():
-        return [built for built in done.values() if built]
-    with plain_disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with _alone(out):
-        done = {name: _finished(spec, name, out / name) for name in spec.build.sets}
-        todo = [name for name, built in done.items() if built is None]
-        opened = {source: spec.open_source(source) for source in {spec.build.sets[name].source for name in todo}}
-        plans = [_plan(spec, name, opened[spec.build.sets[name].source]) for name in todo]
-        _same_classes(plans)
-        for plan in plans:
-            _claim(plan, out / plan.name)
-        for plan in plans:
-            done[plan.name] = _build_set(plan, out / plan.name, workers=workers or usable_cores(), progress=progress)
-    return [built for built in done.values() if built]
+    _check_outside(spec, out)
+    sources: dict[str, Source] = {}
+    states = {name: _state(spec, name, out / name, sources, options) for name in spec.build.sets}
+    _refuse_changed(states, options)
+    todo = [name for name, state in states.items() if state.built is None]
+    if todo:
+        workers = workers or usable_cores()
+        scans = {
+            source: scan(_opened(spec, source, sources), decode=options.decode, workers=workers, progress=progress)
+            for source in dict.fromkeys(spec.build.sets[name].source for name in todo)
+        }
+        _report_scans(list(scans.values()), options)
+        plans = _plans(spec, todo, scans, states, options.report)
+        with plain_disk_errors(out):
+            out.mkdir(parents=True, exist_ok=True)
+        with _alone(out):
+            for plan in plans:
+                _claim(plan, out / plan.name, again=states[plan.name].is_changed, report=options.report)
+            for plan in plans:
+                built = _build_set(plan, out / plan.name, workers=workers, progress=progress)
+                states[plan.name] = SetState(built)
+    return [state.built for state in states.values() if state.built]
 
 
-def _finished(spec: Spec, name: str, folder: Path) -> Built | None:
-    """What is there, if it is whole; None if there is work to do. Raises DataError if it is of another spec."""
+# --- what is there ---
+
+
+@dataclass(frozen=True)
+class SetState:
+    """One set before the build."""
+
+    built: Built | None = None  # None: there is work to do
+    record: SourceRecord | None = None  # of a finished set
+    problem: str = ""  # the images are no longer those that it was built from
+    is_changed: bool = False  # what is there is no part of the set to come
+
+
+def _state(spec: Spec, name: str, folder: Path, sources: dict[str, Source], options: BuildOptions) -> SetState:
+    """Raises DataError if the set in `folder` is of another spec, SourceError if its images cannot be listed."""
     if not (folder / MANIFEST).exists():
-        return None
+        return SetState()
     manifest = ShardManifest.read(folder)
-    if manifest.source.get("spec_sha256") != _spec_sha256(spec, name):
+    if manifest.source.get("spec_sha256") != spec_sha256(spec, name):
         raise DataError(
             f"{folder} holds the set {manifest.name!r}, built from another spec",
             remedy="choose another --out, or remove the folder first",
         )
+    record = SourceRecord.read(folder)
+    problem = _problem(spec, name, record, sources, folder) if record else ""
+    if record is None and not options.again:
+        options.report(f"{folder} has no {RECORD}: it is not compared with its images")
+    if problem or (options.again and record is None):
+        return SetState(problem=problem, is_changed=True)
     try:
         ShardSet.open(folder)
     except DataError:
-        return None  # a shard is gone: what is left is kept, and the set made whole again
+        return SetState()  # a shard is gone: what is left is kept, and the set made complete again
     num_bytes = sum(s.bytes for s in manifest.shards)
-    return Built(name, folder, manifest.num_samples, num_bytes, made=0, kept=len(manifest.shards))
+    return SetState(
+        Built(name, folder, manifest.num_samples, num_bytes, made=0, kept=len(manifest.shards)), record=record
+    )
 
 
-def _plan(spec: Spec, name: str, source: Source) -> SetPlan:
-    seed, part = spec.build.seed, spec.build.sets[name]
-    counts = spec.class_counts(name, source)
+def _problem(spec: Spec, name: str, record: SourceRecord, sources: dict[str, Source], folder: Path) -> str:
+    source = spec.build.sets[name].source
     try:
-        chosen = choose(source.labels, counts, seed=seed)
-    except DataError as error:
-        raise SourceError(f"set {name}, source {source.name}: {error.message}", remedy=error.remedy) from error
-    order = chosen[shuffled(len(chosen), seed=seed)]
-    num_shards = -(-len(order) // part.shard_samples)
-    cuts = np.arange(num_shards + 1) * len(order) // num_shards
-    plan = hashlib.sha256(cuts.tobytes())
-    for i in order:
-        plan.update(f"{source.key(i)} {source.label(i)}\n".encode())
-    facts = {
-        "spec": spec.neutral(name),
-        "spec_sha256": _spec_sha256(spec, name),
-        "plan_sha256": plan.hexdigest(),
-    }
-    return SetPlan(name, source, counts, order, cuts, {"name": name, "seed": seed, "source": facts}, part.prepare)
+        found = changes(record, _opened(spec, source, sources))
+    except SourceError as error:
+        raise SourceError(
+            f"{folder} is built, but its images (source {source}) cannot be compared with it: {error.message}",
+            remedy=f"{error.remedy}; the set itself can be used as it is",
+        ) from error
+    return f"{folder} is built, and the images of its source {source} have changed since: {found}" if found else ""
 
 
-def _spec_sha256(spec: Spec, name: str) -> str:
-    facts = [FORMAT, VERSION, spec.build.seed, spec.build.class_names, name, spec.neutral(name)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _opened(spec: Spec, source: str, sources: dict[str, Source]) -> Source:
+    if source not in sources:
+        sources[source] = spec.open_source(source)
+    return sources[source]
 
 
-def _same_classes(plans: list[SetPlan]) -> None:
-    for plan in plans[1:]:
-        first = plans[0]
-        if plan.source.class_names != first.source.class_names:
-            raise SourceError(
-                f"the sets {first.name} and {plan.name} have different classes "
-                f"({len(first.source.class_names)} and {len(plan.source.class_names)})",
-                remedy="give class_names in the spec, the same for all",
+def _refuse_changed(states: Mapping[str, SetState], options: BuildOptions) -> None:
+    problems = [state.problem for state in states.values() if state.problem]
+    for problem in problems:
+        options.report(problem)
+    if problems and not options.again:
+        more = f" (and {len(problems) - 1} more sets)" if len(problems) > 1 else ""
+        raise DataError(
+            f"{problems[0]}{more}",
+            remedy="--again builds the set from the images that are there now; or put them back as they were",
+        )
+
+
+def _check_outside(spec: Spec, out: Path) -> None:
+    """Raise UsageError where shards would become images of a source."""
+    there = out.resolve()
+    for name, source in spec.build.sources.items():
+        root = spec.root(name).resolve()
+        if source.format.reads_every_file and there.is_relative_to(root):
+            raise UsageError(
+                f"the shards would be written to {out}, which is inside the source {name} ({root}): "
+                "they would become images of a class",
+                remedy="choose a folder outside it: --out FOLDER",
             )
+    base = next(folder for folder in (there, *there.parents) if folder.exists())
+    if not base.is_dir():
+        raise DataError(f"{out}: cannot be written: Not a directory", remedy="choose a folder that you can write to")
 
 
-def _claim(plan: SetPlan, folder: Path) -> None:
-    """Mark `folder` as this plan's, and clear what a killed build left half-written. Raises DataError if it is not."""
+# --- what will be there ---
+
+
+def _report_scans(scans: Sequence[Scan], options: BuildOptions) -> None:
+    """Report what was found. Raises SourceError where images cannot be used and are not to be left out."""
+    for found in scans:
+        for line in _lines(found):
+            options.report(line)
+    bad = [found for found in scans if found.unusable]
+    if bad and not options.skip_bad:
+        raise SourceError(
+            f"{'; '.join(map(_in_short, bad))}. Nothing was written",
+            remedy="--skip-bad leaves these out and records them in the manifest; or repair or remove them",
+        )
+
+
+def _lines(found: Scan) -> Iterator[str]:
+    good, bad, others = len(found.usable), len(found.unusable), len(found.ignored)
+    yield (
+        f"source {found.source.name}: {good + bad + others:,} files: {good:,} images, "
+        f"{bad:,} that cannot be used, {others:,} passed over"
+    )
+    converted = [f"{count:>8,}  {what}" for what, count in found.converted(found.usable).items()]
+    for title, rows in {
+        "cannot be used": list(table(found.unusable)),
+        "converted": converted,
+        "passed over": list(table(found.ignored)),
+    }.items():
+        if rows:
+            yield f"{title}:"
+            yield from rows
+
+
+def _in_short(found: Scan) -> str:
+    reasons = by_reason(found.unusable)
+    first = "; ".join(f"{reason}: {first_names(names)}" for reason, names in list(reasons.items())[:SHOWN])
+    more = f"; and {len(reasons) - SHOWN} more reasons" if len(reasons) > SHOWN else ""
+    bad = len(found.unusable)
+    return f"source {found.source.name}: {bad:,} of {len(found.usable) + bad:,} images cannot be used ({first}{more})"
+
+
+def _plans(
+    spec: Spec, todo: Sequence[str], scans: Mapping[str, Scan], states: Mapping[str, SetState], report: Report
+) -> list[SetPlan]:
+    plans = [plan_set(spec, name, scans[spec.build.sets[name].source]) for name in todo]
+    check_same_classes(plans)
+    finished = [SetImages.of(name, spec.role(name), s.record) for name, s in states.items() if s.built and s.record]
+    plans, lines = with_equal_images(plans, finished)
+    for line in lines:
+        report(line)
+    return plans
+
+
+# --- doing it ---
+
+
+def _claim(plan: SetPlan, folder: Path, *, again: bool, report: Report) -> None:
+    """Mark `folder` as this plan's, and clear what is no part of it. Raises DataError if it is something else's."""
     with plain_disk_errors(folder / BUILD):
         folder.mkdir(exist_ok=True)
         there = sorted(p.name for p in folder.iterdir())
-    mark = json.dumps({"format": "livt-build", **plan.facts}, indent=1).encode()
-    if (folder / BUILD).is_file():
-        if (folder / BUILD).read_bytes() != mark:
+    mark = {"format": "livt-build", **plan.facts, "content_sha256": plan.content_sha256}
+    before = _mark_in(folder)
+    is_stale = again
+    if before is not None:
+        if not again and not _same_set(before, mark):
             raise DataError(
-                f"{folder} holds an unfinished build from another spec or other images",
+                f"{folder} holds an unfinished build from another spec",
                 remedy="choose another --out, or remove the folder first",
             )
-    elif (folder / MANIFEST).exists():
-        manifest = ShardManifest.read(folder)
-        if manifest.source != plan.facts["source"]:
+        if before != mark:
+            report(f"{plan.name}: the images or options are not those of the unfinished build: it starts again")
+            is_stale = True
+    elif (folder / MANIFEST).exists() and not again:
+        if ShardManifest.read(folder).source != plan.facts["source"]:
             raise DataError(
                 f"{folder} is incomplete, and the images now are not those it was built from",
-                remedy="choose another --out, or remove the folder first",
+                remedy="--again builds it from those that are there now; or choose another --out",
             )
-    elif left := [name for name in there if not name.startswith(PREFIX)]:
+        mark = {}  # the manifest says which build this is
+    elif not again and (left := [name for name in there if not name.startswith(PREFIX)]):
         raise DataError(
             f"{folder} holds files that no build put there: {', '.join(left[:3])}",
             remedy="choose another --out, or remove the folder first",
         )
-    else:
-        with plain_disk_errors(folder / BUILD):
-            write_atomic(folder / BUILD, mark)
-    with plain_disk_errors(folder):
-        for name in there:
-            if name.startswith(PREFIX):
+    with plain_disk_errors(folder / BUILD):
+        # Stale shards first, the mark of this build last: a kill in between leaves nothing that is taken for it.
+        for name in sorted(there, key=lambda name: name == MANIFEST):
+            if name.startswith(PREFIX) or (is_stale and _is_ours(plan, name)):
                 (folder / name).unlink()
+        if mark and before != mark:
+            write_atomic(folder / BUILD, json.dumps(mark, indent=1).encode())
+    if again and QUARANTINE in there:
+        report(f"{plan.name}: the quarantine named samples of the earlier build and is removed; verify the set again")
+
+
+def _mark_in(folder: Path) -> dict[str, object] | None:
+    if not (folder / BUILD).exists():
+        return None
+    try:
+        mark = read_json(folder / BUILD, "record")
+    except (OSError, ValueError):
+        return {}
+    return mark if isinstance(mark, dict) else {}
+
+
+def _same_set(before: Mapping[str, object], mark: Mapping[str, object]) -> bool:
+    """Whether two marks are of one set of one spec, if of other images."""
+
+    def spec_of(found: Mapping[str, object]) -> tuple[object, object]:
+        source = found.get("source")
+        return found.get("name"), source.get("spec_sha256") if isinstance(source, dict) else None
+
+    return spec_of(before) == spec_of(mark)
+
+
+def _is_ours(plan: SetPlan, name: str) -> bool:
+    is_shard = re.fullmatch(rf"{re.escape(plan.name)}-[0-9]{{6,}}\.tar", name)
+    return bool(is_shard) or name in (MANIFEST, INDEX, KEYS, QUARANTINE, RECORD)
 
 
 def _build_set(plan: SetPlan, folder: Path, *, workers: int, progress: Progress | None) -> Built:
@@ -199,6 +328,7 @@ def _build_set(plan: SetPlan, folder: Path, *, workers: int, progress: Progress 
         samples, num_bytes = samples + shard.info.samples, num_bytes + shard.info.bytes
         if progress:
             progress(plan.name, samples, len(plan.order), num_bytes)
+    plan.record().write(folder)
     publish(
         folder,
         [shards[k] for k in range(plan.num_shards)],
@@ -220,98 +350,3 @@ def _alone(folder: Path) -> FileLock:
         raise DataError(
             f"another process builds in {folder}: {error.holder}", remedy=f"{error.remedy}; or choose another --out"
         ) from None
-
-
-def index_tars(
-    folder: str | Path,
-    *,
-    class_names: list[str] | None = None,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> ShardSet:
-    """Make manifest, index and keys for the tars in `folder`, which stay as they are.
-
-    Raises ShardError and SampleError (shard, offset, key) for what cannot be a shard, DataError for a folder that was
-    built from a spec.
-    """
-    folder = Path(folder)
-    if (folder / MANIFEST).exists() and "spec_sha256" in ShardManifest.read(folder).source:
-        raise DataError(f"{folder} was built from a spec and has its manifest", remedy="there is nothing to do")
-    paths = _tars(folder)
-    shards: dict[int, Shard] = {}
-    num_bytes = 0
-    for number, shard in in_processes(scan_shard, paths, workers=workers or usable_cores(), num_jobs=len(paths)):
-        shards[number] = shard
-        num_bytes += shard.info.bytes
-        if progress:
-            progress(folder.name, len(shards), len(paths), num_bytes)
-    ordered = [shards[k] for k in range(len(paths))]
-    labels = np.concatenate([s.rows["label"] for s in ordered]).astype(np.int64)
-    names = class_names or [str(c) for c in range(int(labels.max(initial=-1)) + 1)]
-    _check_indexed(folder, ordered, num_classes=len(names))
-    publish(
-        folder,
-        ordered,
-        name=folder.resolve().name,
-        seed=None,
-        class_names=names,
-        class_counts=[int(n) for n in np.bincount(labels, minlength=len(names))],
-        source={"indexed": True},
-    )
-    return ShardSet.open(folder)
-
-
-def _tars(folder: Path) -> list[Path]:
-    remedy = "give the folder that holds the tars"
-    try:
-        paths = sorted(p for p in folder.iterdir() if p.name.endswith(".tar") and p.is_file())
-    except OSError as error:
-        raise ManifestError(f"{folder}: {error.strerror}", remedy=remedy) from error
-    if not paths:
-        raise ManifestError(f"{folder} holds no .tar", remedy=remedy)
-    return paths
-
-
-def _check_indexed(folder: Path, shards: list[Shard], *, num_classes: int) -> None:
-    """No key twice in the folder, and no label outside the classes."""
-    seen: dict[bytes, str] = {}
-    for shard in shards:
-        start = 0
-        for row in shard.rows:
-            key = shard.keys[start : int(row["key_end"])]
-            start = int(row["key_end"])
-            where = f"{shown(folder / shard.info.name)}, offset {row['start']}, key {key.decode()!r}"
-            if key in seen:
-                raise SampleError(
-                    f"{where}: the key is there twice, also in {seen[key]}", remedy="each sample needs a unique key"
-                )
-            if row["label"] >= num_classes:
-                raise SampleError(f"{where}: the label {row['label']} is outside the {num_classes} classes")
-            seen[key] = shard.info.name
-    if not seen:
-        raise SampleError(f"{folder}: there is no sample in its tars", remedy="a sample is key.jpg|png + key.cls")
-
-
-def info(folder: str | Path) -> dict[str, Any]:
-    """What a set holds, as plain values for printing or JSON."""
-    shards = ShardSet.open(folder)
-    manifest, counts = shards.manifest, shards.class_counts
-    lost = np.array(manifest.class_counts, dtype=np.int64) - counts
-    factor = imbalance_factor(counts)
-    return {
-        "name": manifest.name,
-        "samples": shards.num_samples,
-        "quarantined": len(shards.quarantine),
-        "bytes": sum(s.bytes for s in manifest.shards),
-        "shards": len(manifest.shards),
-        "image_types": manifest.image_types,
-        "classes": shards.num_classes,
-        "class_names": manifest.class_names,
-        "class_counts": counts.tolist(),
-        "quarantined_by_class": lost.tolist(),
-        "largest_class": int(counts.max()),
-        "smallest_class": int(counts.min()),
-        "imbalance_factor": factor if np.isfinite(factor) else None,
-        "seed": manifest.seed,
-        "source": manifest.source,
-    }

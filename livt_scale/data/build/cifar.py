@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from livt_scale.data.build.sources import Indices, Source, checked
+from livt_scale.data.build.sources import Indices, Source, Stamps, checked, stamps_of
 from livt_scale.util.errors import SourceError
 
 SIDE_PX = 32
@@ -36,25 +36,33 @@ class CifarSource(Source):
     files: tuple[Path, ...]
     record_bytes: int
     numbers: Indices  # of the images, over all files in their order
+    made_from_arrays: ClassVar[bool] = True
 
     def key(self, i: int) -> str:
         return f"{self.name}-{self.numbers[i]:06d}"
 
     def image(self, i: int) -> tuple[str, bytes]:
-        number = int(self.numbers[i])
-        for file in self.files:
-            records = _records(file, self.record_bytes)
-            if number < len(records):
-                break
-            number -= len(records)
         # [3, 32, 32] -> [32, 32, 3]
-        pixels = records[number, -PIXELS:].reshape(3, SIDE_PX, SIDE_PX).transpose(1, 2, 0)
+        pixels = np.frombuffer(self.raw(i), np.uint8).reshape(3, SIDE_PX, SIDE_PX).transpose(1, 2, 0)
         png = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(pixels)).save(png, "png", optimize=True)
         return "png", png.getvalue()
 
     def part(self, indices: Indices) -> Self:
         return replace(self, labels=self.labels[indices], numbers=self.numbers[indices])
+
+    def raw(self, i: int) -> bytes:
+        number = int(self.numbers[i])
+        for file in self.files:
+            records = _records(file, self.record_bytes)
+            if number < len(records):
+                break
+            number -= len(records)
+        return records[number, -PIXELS:].tobytes()
+
+    def stamps(self) -> Stamps | None:
+        files = stamps_of(self.files)
+        return np.repeat([[files[:, 0].sum(), files[:, 1].max()]], len(self), axis=0)  # one that changed is all
 
 
 def open_cifar(

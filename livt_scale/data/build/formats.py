@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from livt_scale.data.build import cifar, inaturalist, sources
+from livt_scale.data.build import cifar, folder, idx, inaturalist, sources
 from livt_scale.data.build.sources import Source
 from livt_scale.util.registry import Registry
 
@@ -36,6 +36,7 @@ class SourceFormat(SpecPart, ABC):
     """The options of one format, and how to open the source that they describe."""
 
     root: str
+    reads_every_file: ClassVar[bool] = False  # below root: shards there would become images of a class
 
     @abstractmethod
     def open(self, name: str, root: Path, *, class_names: tuple[str, ...] | None) -> Source:
@@ -49,8 +50,10 @@ SOURCE_FORMATS: Registry[type[SourceFormat]] = Registry("source format")
 class Folder(SourceFormat):
     """root/CLASS/**/image."""
 
+    reads_every_file: ClassVar[bool] = True
+
     def open(self, name: str, root: Path, *, class_names: tuple[str, ...] | None) -> Source:
-        return sources.open_folder(name, root, class_names=class_names)
+        return folder.open_folder(name, root, class_names=class_names)
 
 
 @SOURCE_FORMATS.register("list")
@@ -71,7 +74,7 @@ class Idx(SourceFormat):
     labels: str
 
     def open(self, name: str, root: Path, *, class_names: tuple[str, ...] | None) -> Source:
-        return sources.open_idx(name, root / self.images, labels=root / self.labels, class_names=class_names)
+        return idx.open_idx(name, root / self.images, labels=root / self.labels, class_names=class_names)
 
 
 @SOURCE_FORMATS.register("inaturalist")

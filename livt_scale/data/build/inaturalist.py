@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from livt_scale.data.build.sources import FileSource, below_root, check_all_there, checked
+from livt_scale.data.build.sources import FileSource, below_root, check_all_there, file_source
 from livt_scale.data.build.tar import MAX_CLASSES
 from livt_scale.util.errors import SourceError
 
@@ -65,9 +65,7 @@ def open_inaturalist(
         order = np.array(sorted(range(len(names)), key=str), dtype=np.int64)
         classes = np.argsort(order)[classes]
         names = tuple(str(c) for c in order)
-    source = FileSource(name, class_names or names, classes, root, tuple(paths))
-    check_all_there(source)
-    return checked(source)
+    return check_all_there(file_source(name, class_names or names, classes, root, paths))
 
 
 def _parse(path: Path) -> dict[str, Any]:

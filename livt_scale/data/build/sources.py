@@ -1,45 +1,45 @@
 """Labelled images as people have them, all seen as one thing: a `Source` with labels, keys and image bytes.
 
-    image folder   root/CLASS/**/*.jpg                    classes: the folders, by name
+    image folder   root/CLASS/**/image                    classes: the folders, by name (folder.py)
     list file      "path label" lines, paths below root   as ImageNet-LT and Places-LT publish
-    IDX            images and labels, .gz or not          as MNIST and Fashion-MNIST publish; they become grey PNGs
     tars           WebDataset tars below root             key.jpg|jpeg|png + key.cls
+    other formats  idx.py, cifar.py, inaturalist.py
 
-Opening a source reads names and labels, not images, so errors in them come before a shard is written.
-Image bytes are passed on as they are, under the type that they are and not the one that their name claims.
+Opening a source reads names and labels, not images, so errors in them come before a shard is written. Images are
+checked by scan.py and brought into the form of shards by stored.py; what decides is their contents, not their name.
 A source is a small picklable value once `part` has cut it down to the images that one process reads.
 """
 
 from __future__ import annotations
 
-import gzip
+import errno
 import hashlib
-import io
 import os
 import posixpath
 import re
-import stat
-import zlib
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import ClassVar, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from livt_scale.data.build.stored import stored
 from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, is_key, read_tar, shown
-from livt_scale.util.errors import SourceError
+from livt_scale.util.errors import SourceError, UnusableImage
+from livt_scale.util.outside import Kind, RefusedFile, read_checked
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
-OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".ppm")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
+OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".pbm", ".pgm", ".pnm", ".ppm")
 MAX_KEY_BYTES = 94  # with ".jpeg" or ".cls" it fits the 100 bytes of a tar header's name
-_MAX_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
 _MISSING_SHOWN = 3  # files that a complaint names
 _UNSAFE = re.compile(r"[^A-Za-z0-9_/-]")
 Indices = NDArray[np.int64]
+Stamps = NDArray[np.int64]
+LeftOut = tuple[str, str]  # path below the root, reason
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,23 @@ class Source(ABC):
     def part(self, indices: Indices) -> Self:
         """The images `indices` alone, numbered from 0 again."""
 
+    made_from_arrays: ClassVar[bool] = False  # by us, so that there is no image file to check
+
+    def place(self, i: int) -> str:
+        """Where image i is, for people: its path below the root, or else its key. Unique in this source."""
+        return self.key(i)
+
+    def raw(self, i: int) -> bytes:
+        """The bytes that decide image i, before any conversion. Raises SourceError."""
+        return self.image(i)[1]
+
+    def stamps(self) -> Stamps | None:
+        """[n, 2] Size (bytes) and mtime (ns) of the file that each image is in, −1 where it cannot be asked.
+
+        None: unknown; whether an image has changed then shows only by reading it.
+        """
+        return None
+
 
 S = TypeVar("S", bound=Source)
 
@@ -78,45 +95,42 @@ class FileSource(Source):
 
     root: Path
     paths: tuple[str, ...]  # below root
+    same_stem: frozenset[str] = frozenset()  # those that differ from another by their ending alone: it is in their key
+    unusable: tuple[LeftOut, ...] = ()  # images that the folder holds and that no class can have
+    ignored: tuple[LeftOut, ...] = ()  # files that are not taken for images
 
     def key(self, i: int) -> str:
-        folder, slash, name = self.paths[i].rpartition("/")
-        return shard_key(folder + slash + (name.rpartition(".")[0] or name))
+        path = self.paths[i]
+        return shard_key(path if path in self.same_stem else stem(path))
 
     def image(self, i: int) -> tuple[str, bytes]:
+        return _stored(self.raw(i), shown(self.root / self.paths[i]))
+
+    def part(self, indices: Indices) -> Self:
+        paths = tuple(self.paths[i] for i in indices)
+        same_stem = self.same_stem and self.same_stem.intersection(paths)
+        return replace(self, labels=self.labels[indices], paths=paths, same_stem=same_stem, unusable=(), ignored=())
+
+    def place(self, i: int) -> str:
+        return self.paths[i]
+
+    def raw(self, i: int) -> bytes:
         path = self.root / self.paths[i]
+        remedy = "put it back, or take it off the list"
         try:
-            found = path.stat()
-            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SAMPLE_BYTES:  # a pipe would never end
-                raise SourceError(f"{path}: no file of at most {MAX_SAMPLE_BYTES:,} bytes", remedy="take it away")
-            data = path.read_bytes()
+            return read_checked(path, "image", max_bytes=MAX_SAMPLE_BYTES)
+        except RefusedFile as error:
+            reason = f"more than {MAX_SAMPLE_BYTES:,} bytes" if error.errno == errno.EFBIG else "not a regular file"
+            raise UnusableImage(f"{shown(path)}: {error.strerror}", reason=reason) from error
+        except FileNotFoundError as error:
+            reason = "a link to nothing" if path.is_symlink() else "missing"
+            raise UnusableImage(f"there is no image {shown(path)}", reason=reason, remedy=remedy) from error
         except OSError as error:
-            raise SourceError(
-                f"{path}: the image cannot be read: {error.strerror}", remedy="put it back, or take it off the list"
-            ) from error
-        return _image_type(data, str(path)), data
+            reason = f"cannot be read: {error.strerror}"
+            raise UnusableImage(f"{shown(path)}: the image {reason}", reason=reason, remedy=remedy) from error
 
-    def part(self, indices: Indices) -> Self:
-        return replace(self, labels=self.labels[indices], paths=tuple(self.paths[i] for i in indices))
-
-
-@dataclass(frozen=True)
-class IdxSource(Source):
-    """Grey images of one size in one file of the IDX format, labels in another."""
-
-    images: Path
-    numbers: Indices  # of the images, in the file
-
-    def key(self, i: int) -> str:
-        return f"{self.name}-{self.numbers[i]:06d}"
-
-    def image(self, i: int) -> tuple[str, bytes]:
-        png = io.BytesIO()
-        Image.fromarray(_read_idx(self.images)[self.numbers[i]]).save(png, "png", optimize=True)
-        return "png", png.getvalue()
-
-    def part(self, indices: Indices) -> Self:
-        return replace(self, labels=self.labels[indices], numbers=self.numbers[indices])
+    def stamps(self) -> Stamps | None:
+        return stamps_of(self.root / path for path in self.paths)
 
 
 @dataclass(frozen=True)
@@ -131,72 +145,76 @@ class TarSource(Source):
         return key if len(key.encode()) <= MAX_KEY_BYTES else shard_key(key)
 
     def image(self, i: int) -> tuple[str, bytes]:
-        number, sample = self.samples[i]
-        try:
-            with self.tars[number].open("rb") as file:
-                file.seek(sample.data_start)
-                data = file.read(sample.data_size)
-        except OSError as error:
-            raise SourceError(f"{self.tars[number]} cannot be read: {error.strerror}") from error
-        return _image_type(data, f"{shown(self.tars[number])}, offset {sample.start}, key {sample.key!r}"), data
+        return _stored(self.raw(i), self.place(i))
 
     def part(self, indices: Indices) -> Self:
         return replace(self, labels=self.labels[indices], samples=tuple(self.samples[i] for i in indices))
 
+    def place(self, i: int) -> str:
+        number, sample = self.samples[i]
+        return f"{self.tars[number].name}, offset {sample.start}, key {sample.key!r}"
 
-def open_folder(name: str, root: Path, *, class_names: tuple[str, ...] | None = None) -> FileSource:
-    """root/CLASS/**/image. Without `class_names`, the classes are the folders in the order of their names."""
-    folders = sorted(e.name for e in _listed(root) if e.is_dir() and not e.name.startswith("."))
-    if not folders:
-        raise SourceError(f"{root} holds no folders", remedy="a folder source has one folder a class, images in it")
-    unknown = sorted(set(folders) - set(class_names or folders))
-    if unknown:
-        raise SourceError(f"{root / unknown[0]} is no class of class_names", remedy="add it there, or move it away")
-    classes = class_names or tuple(folders)
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, folder in enumerate(classes):
-        found = _images_below(root, folder) if folder in folders else []
-        paths += found
-        labels += [label] * len(found)
-    return checked(FileSource(name, classes, np.array(labels, dtype=np.int64), root, tuple(paths)))
+    def raw(self, i: int) -> bytes:
+        number, sample = self.samples[i]
+        try:
+            with self.tars[number].open("rb") as file:
+                file.seek(sample.data_start)
+                return file.read(sample.data_size)
+        except OSError as error:
+            raise SourceError(f"{shown(self.tars[number])} cannot be read: {error.strerror}") from error
+
+    def stamps(self) -> Stamps | None:
+        return stamps_of(self.tars)[[number for number, _ in self.samples]]
 
 
 def open_list(name: str, root: Path, *, list_file: Path, class_names: tuple[str, ...] | None = None) -> FileSource:
     """Lines `path label`; the path is below `root` and may hold spaces. Each image must be there."""
     paths: list[str] = []
     labels: list[int] = []
-    for number, line in enumerate(_text(list_file).split("\n"), start=1):
+    for number, line in enumerate(
+        text_of(list_file, "list", remedy="give a list file of `path label` lines").split("\n"), 1
+    ):
         if not line.strip():
             continue
-        path, label = _list_line(line.rstrip("\r"), f"{list_file}, line {number}")
+        path, label = _list_line(line, f"{list_file}, line {number}")
         paths.append(path)
         labels.append(label)
-    source = FileSource(name, _names(class_names, labels), np.array(labels, dtype=np.int64), root, tuple(paths))
-    check_all_there(source)
-    return checked(source)
+    return check_all_there(file_source(name, numbered_names(class_names, labels), labels, root, paths))
 
 
-def open_idx(name: str, images: Path, *, labels: Path, class_names: tuple[str, ...] | None = None) -> IdxSource:
-    """IDX images [n, height, width] and labels [n], unsigned bytes, gzipped or not."""
-    pixels, targets = _read_idx(images), _read_idx(labels)
-    if pixels.ndim != 3 or targets.ndim != 1 or len(pixels) != len(targets):
-        raise SourceError(
-            f"{images} has the shape {list(pixels.shape)} and {labels} {list(targets.shape)}",
-            remedy="give images [n, height, width] and as many labels [n]",
+def file_source(
+    name: str,
+    class_names: tuple[str, ...],
+    labels: Sequence[int] | NDArray[np.int64],
+    root: Path,
+    paths: Sequence[str],
+    *,
+    unusable: Sequence[LeftOut] = (),
+    ignored: Sequence[LeftOut] = (),
+) -> FileSource:
+    """The images `paths` [n] below `root`, each of the class labels[i]. Raises SourceError."""
+    return checked(
+        FileSource(
+            name,
+            class_names,
+            np.array(labels, dtype=np.int64),
+            root,
+            tuple(paths),
+            same_stem=sharing_stem(paths),
+            unusable=tuple(unusable),
+            ignored=tuple(ignored),
         )
-    wide = targets.astype(np.int64)
-    return checked(IdxSource(name, _names(class_names, wide), wide, images, np.arange(len(wide), dtype=np.int64)))
+    )
 
 
 def open_tars(name: str, root: Path, *, class_names: tuple[str, ...] | None = None) -> TarSource:
     """Every *.tar in `root`, by name. Raises ShardError and SampleError for what is wrong in them."""
-    tars = tuple(sorted(root / e.name for e in _listed(root) if e.name.endswith(".tar") and e.is_file()))
+    tars = tuple(sorted(root / e.name for e in listed(root) if e.name.endswith(".tar") and e.is_file()))
     if not tars:
         raise SourceError(f"{root} holds no .tar", remedy="give the folder that holds them")
     samples = tuple((number, sample) for number, tar in enumerate(tars) for sample in read_tar(tar))
     labels = np.array([sample.label for _, sample in samples], dtype=np.int64)
-    return checked(TarSource(name, _names(class_names, labels), labels, tars, samples))
+    return checked(TarSource(name, numbered_names(class_names, labels), labels, tars, samples))
 
 
 def shard_key(name: str) -> str:
@@ -211,8 +229,37 @@ def shard_key(name: str) -> str:
     return f"{key[: MAX_KEY_BYTES - len(mark) - 1]}~{mark}"  # no other key holds a ~
 
 
+def stem(path: str) -> str:
+    """`path` without its ending: a/b.v2.png -> a/b.v2."""
+    folder, slash, name = path.rpartition("/")
+    return folder + slash + (name.rpartition(".")[0] or name)
+
+
+def sharing_stem(paths: Sequence[str]) -> frozenset[str]:
+    """Those of `paths` that are alike without their ending: a.jpg beside a.png. A path that is there twice is not."""
+    counts = Counter(stem(path) for path in set(paths))
+    several = {name for name, count in counts.items() if count > 1}
+    return frozenset(path for path in paths if stem(path) in several) if several else frozenset()
+
+
+def stamps_of(files: Iterable[Path]) -> Stamps:
+    """[n, 2] Size (bytes) and mtime (ns) of each file, −1 where it cannot be asked."""
+    return np.array([_stamp(file) for file in files], dtype=np.int64).reshape(-1, 2)
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
 def checked(source: S) -> S:
-    """What every source must be: labels within the classes, no class without an image, no key twice."""
+    """What every source must be: labels within the classes, an image, no key twice.
+
+    A class may have no image here: whether a set can do without it depends on the set (builder.py).
+    """
     num_classes = len(source.class_names)
     outside = np.flatnonzero((source.labels < 0) | (source.labels >= num_classes))
     if len(outside):
@@ -222,11 +269,8 @@ def checked(source: S) -> S:
             f"outside the {num_classes} classes 0 to {num_classes - 1}",
             remedy="correct the label, or give a name for each class in class_names",
         )
-    counts = np.bincount(source.labels, minlength=num_classes)
-    empty = np.flatnonzero(counts == 0)
-    if len(empty) or not num_classes:
-        which = f"class {empty[0]} ({source.class_names[empty[0]]!r}) has no image" if len(empty) else "no images"
-        raise SourceError(f"source {source.name}: {which}", remedy="give it images, or leave the class out")
+    if not len(source):
+        raise SourceError(f"source {source.name}: no images", remedy="give the folder or the list that has them")
     seen: dict[str, int] = {}
     for i in range(len(source)):
         key = source.key(i)
@@ -238,12 +282,12 @@ def checked(source: S) -> S:
         if seen.setdefault(key, i) != i:
             raise SourceError(
                 f"source {source.name}: the key {key!r} is there twice (images {seen[key]} and {i})",
-                remedy="each image needs a unique path, also without its ending",
+                remedy="list each image once",
             )
     return source
 
 
-def _names(class_names: tuple[str, ...] | None, labels: list[int] | NDArray[np.int64]) -> tuple[str, ...]:
+def numbered_names(class_names: tuple[str, ...] | None, labels: list[int] | NDArray[np.int64]) -> tuple[str, ...]:
     if class_names is not None:
         return class_names
     largest = int(max(labels, default=-1))
@@ -252,39 +296,20 @@ def _names(class_names: tuple[str, ...] | None, labels: list[int] | NDArray[np.i
     return tuple(str(c) for c in range(largest + 1))
 
 
-def _image_type(data: bytes, where: str) -> str:
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    raise SourceError(f"{where}: neither a JPEG nor a PNG image", remedy="convert it, or leave it out")
+def _stored(data: bytes, where: str) -> tuple[str, bytes]:
+    try:
+        return stored(data)
+    except UnusableImage as error:
+        raise UnusableImage(f"{where}: {error.message}", reason=error.reason, remedy=error.remedy) from error
 
 
-def _listed(folder: Path) -> list[os.DirEntry[str]]:
+def listed(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in `folder`. Raises SourceError."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
         raise SourceError(f"{folder}: {error.strerror}", remedy="give the folder that holds the data") from error
-
-
-def _images_below(root: Path, folder: str) -> list[str]:
-    """Paths below root of all images in root/folder, at any depth, by name. A folder may be a link, those in it not."""
-    found: list[str] = []
-    open_folders = [folder]
-    while open_folders:
-        here = open_folders.pop()
-        for entry in _listed(root / here):
-            ending = Path(entry.name).suffix.lower()
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                open_folders.append(f"{here}/{entry.name}")
-            elif ending in IMAGE_ENDINGS:
-                found.append(f"{here}/{entry.name}")
-            elif ending in OTHER_IMAGE_ENDINGS:
-                raise SourceError(f"{entry.path}: not a JPEG or PNG image", remedy="convert it, or move it away")
-    return sorted(found)
 
 
 def _list_line(line: str, where: str) -> tuple[str, int]:
@@ -311,7 +336,7 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def check_all_there(source: FileSource) -> None:
+def check_all_there(source: FileSource) -> FileSource:
     """Each path of a list is a file: asked folder by folder, since asking for each of a million is slow on a server.
 
     Raises SourceError with the first missing ones, and how many there are.
@@ -322,7 +347,7 @@ def check_all_there(source: FileSource) -> None:
         folder, _, name = path.rpartition("/")
         if folder not in inside:
             try:
-                inside[folder] = {e.name for e in _listed(source.root / folder)}
+                inside[folder] = {e.name for e in listed(source.root / folder)}
             except SourceError:
                 inside[folder] = set()
         if name not in inside[folder]:
@@ -335,46 +360,14 @@ def check_all_there(source: FileSource) -> None:
             f"there is no image {first}{all_of_them}",
             remedy="put them there, or give the right root (--source NAME=FOLDER)",
         )
+    return source
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path, kind: Kind, *, remedy: str) -> str:
+    """The text file `path` in UTF-8, with or without a byte order mark, lines ended by \\n. Raises SourceError."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = read_checked(path, kind).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise SourceError(f"{path} cannot be read: {said}", remedy="give a list file of `path label` lines") from error
-
-
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """The array in an IDX file, kept between calls for as long as the file is the same."""
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise SourceError(
-            f"{path}: {error.strerror}", remedy="install or copy the data set, or give its folder: --source NAME=FOLDER"
-        ) from error
-    return _parse_idx(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=4)
-def _parse_idx(path: Path, _mtime_ns: int, _size: int) -> NDArray[np.uint8]:
-    """The array in an IDX file: two zero bytes, type 8 (unsigned byte), number of dims, dims as big-endian u4, data."""
-    remedy = "get it again from where it came"
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            with gzip.open(io.BytesIO(data)) as file:
-                data = file.read(_MAX_IDX_BYTES + 1)  # a gigabyte of zeros takes a megabyte
-        if len(data) > _MAX_IDX_BYTES:
-            raise SourceError(f"{path}: more than {_MAX_IDX_BYTES:,} bytes", remedy="make a folder of images of it")
-    except (OSError, EOFError, zlib.error) as error:
-        raise SourceError(f"{path} cannot be read: {error}", remedy=remedy) from error
-    if len(data) < 4 or data[:3] != b"\x00\x00\x08" or len(data) < 4 + 4 * data[3]:
-        raise SourceError(f"{path} is not an IDX file of unsigned bytes", remedy=remedy)
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", count=data[3], offset=4))
-    begin, size = 4 + 4 * data[3], int(np.prod([int(n) for n in shape], dtype=object))
-    if len(data) - begin != size:
-        raise SourceError(
-            f"{path}: {len(data) - begin:,} bytes of data, its header {shape} says {size:,}", remedy=remedy
-        )
-    return np.frombuffer(data, np.uint8, offset=begin).reshape(shape)
+        what = getattr(error, "strerror", None) or "not text in UTF-8"
+        raise SourceError(f"{shown(path)} cannot be read: {what}", remedy=remedy) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")

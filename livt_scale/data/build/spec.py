@@ -7,8 +7,9 @@
       train-lt: {source: train, exponential: {n0: 1000, imbalance: 100}}
       train-balanced: {source: train, balanced: {like: train-lt}}       # as many images, the classes alike
 
-A set without exponential, counts or balanced takes every image. Relative paths are looked for below `root`, and a
-relative `root` or counts file beside the spec.
+A set without exponential, counts or balanced takes every image. A source with `split` is two: its sets of the role
+evaluation have the part that is held out, those of the role training the rest. Relative paths are looked for below
+`root`, and a relative `root` or counts file beside the spec.
 """
 
 from __future__ import annotations
@@ -17,14 +18,24 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, create_model, model_validator
+from numpy.typing import NDArray
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from livt_scale.config.yaml import Tree, parse, validated
 from livt_scale.data.build.formats import SOURCE_FORMATS, SourceFormat, SpecPart
 from livt_scale.data.build.sources import Source, checked
+from livt_scale.data.build.split import Split, held_out
 from livt_scale.data.build.writer import Prepare
 from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
@@ -34,18 +45,23 @@ from livt_scale.util.resources import named
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
 
 
+Role = Literal["training", "evaluation"]
+
+
 class SourceSpec(SpecPart):
     """Where labelled images come from: one of the registered formats. `build_spec_model` gives it a field for each."""
 
+    split: Split | None = Field(None, description="a part of each class for evaluation, the rest for training")
+
     @model_validator(mode="after")
     def _one_format(self) -> Self:
-        _exactly_one(self, tuple(type(self).model_fields), at_least=1)
+        _exactly_one(self, tuple(name for name in type(self).model_fields if name != "split"), at_least=1)
         return self
 
     @property
     def format(self) -> SourceFormat:
         """The options of the format that is given."""
-        given: SourceFormat = next(part for _, part in self if part is not None)
+        given: SourceFormat = next(part for _, part in self if isinstance(part, SourceFormat))
         return given
 
 
@@ -95,6 +111,9 @@ class SetSpec(SpecPart):
     """One set: a folder of shards."""
 
     source: PlainName
+    role: Role | None = Field(
+        None, description="None: training for the first set and those with a profile, else evaluation"
+    )
     exponential: Exponential | None = None
     counts: CountsProfile | None = None
     balanced: Balanced | None = None
@@ -127,6 +146,11 @@ class BuildSpec(SpecPart):
                     f"sets.{name}.source is {part.source!r}, which is not one of the sources: "
                     + nearest(part.source, self.sources)
                 )
+            if self.sources[part.source].split and part.role is None:
+                raise ValueError(
+                    f"sources.{part.source} is split, so sets.{name} needs a role: "
+                    "training (the rest) or evaluation (the held-out part)"
+                )
             like = part.balanced and part.balanced.like
             if like and (like not in self.sets or like == name):
                 others = [other for other in self.sets if other != name]
@@ -135,7 +159,33 @@ class BuildSpec(SpecPart):
                 raise ValueError(
                     f"sets.{name}.balanced.like is {like!r}, itself balanced: give the set that it is like"
                 )
+        return self._both_parts_are_used()
+
+    def _both_parts_are_used(self) -> Self:
+        for source, options in self.sources.items():
+            roles = {part.role for part in self.sets.values() if part.source == source}
+            if options.split and len(roles) == 1:
+                missing = "evaluation" if "training" in roles else "training"
+                raise ValueError(f"sources.{source} is split, but there is no set of it with the role {missing}")
         return self
+
+    @field_validator("class_names")
+    @classmethod
+    def _names_are_names(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and (problem := problem_of_names(names)):
+            raise ValueError(problem)
+        return names
+
+
+def problem_of_names(names: Sequence[str]) -> str:
+    """What is wrong with these names of classes; "": nothing."""
+    seen: dict[str, int] = {}
+    for number, name in enumerate(names):
+        if not name.strip():
+            return f"the name of class {number} is blank"
+        if seen.setdefault(name, number) != number:
+            return f"the classes {seen[name]} and {number} have the same name, {name!r}"
+    return ""
 
 
 def build_spec_model() -> type[BuildSpec]:
@@ -155,7 +205,30 @@ class Spec(SpecPart):
         """The source `name`, its files looked at and its labels read. Raises SourceError."""
         part = self.build.sources[name].format
         classes = tuple(self.build.class_names) if self.build.class_names is not None else None
-        return checked(part.open(name, self.folder / Path(part.root).expanduser(), class_names=classes))
+        return checked(part.open(name, self.root(name), class_names=classes))
+
+    def root(self, name: str) -> Path:
+        """The folder of the source `name`."""
+        return self.folder / Path(self.build.sources[name].format.root).expanduser()
+
+    def role(self, name: str) -> Role:
+        """Whether the set `name` is for training or for evaluation."""
+        part = self.build.sets[name]
+        has_profile = bool(part.exponential or part.counts or part.balanced)
+        is_first = name == next(iter(self.build.sets))
+        return part.role or ("training" if has_profile or is_first else "evaluation")
+
+    def part_for(self, name: str, source: Source) -> NDArray[np.int64]:
+        """Which images of `source` the set `name` may have: all, or its part of a source that is split."""
+        split = self.build.sources[self.build.sets[name].source].split
+        if split is None:
+            return np.arange(len(source))
+        return np.flatnonzero(held_out(source, split) == (self.role(name) == "evaluation"))
+
+    def open_part(self, name: str) -> Source:
+        """The images that the set `name` is drawn from, unchecked. Raises SourceError."""
+        source = self.open_source(self.build.sets[name].source)
+        return source.part(self.part_for(name, source))
 
     def class_counts(self, name: str, source: Source) -> Counts:
         """[C] Images of each class in the set `name`, drawn from `source`. Raises SourceError: not what is expected."""
@@ -190,8 +263,11 @@ class Spec(SpecPart):
             return np.full(num_classes, part.balanced.per_class, dtype=np.int64)
         if part.balanced and part.balanced.like:
             twin = self.build.sets[part.balanced.like]
-            other = source if twin.source == part.source else self.open_source(twin.source)
-            return balanced_counts(int(self._profile_counts(part.balanced.like, other).sum()), num_classes)
+            like = part.balanced.like
+            is_split = self.build.sources[twin.source].split is not None
+            alike = twin.source == part.source and (not is_split or self.role(like) == self.role(name))
+            other = source if alike else self.open_part(like)
+            return balanced_counts(int(self._profile_counts(like, other).sum()), num_classes)
         if part.balanced:
             return balanced_counts(part.balanced.total or 0, num_classes)
         return available
@@ -218,8 +294,9 @@ class Spec(SpecPart):
         """What of the spec decides what the set `name` holds: no folders, so that it can be built elsewhere."""
         part = self.build.sets[name]
         source = self.build.sources[part.source].model_dump(exclude_none=True)
-        for fields in source.values():
-            fields.pop("root")
+        for field, options in source.items():
+            if field != "split":
+                options.pop("root")
         facts: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True, exclude={"expected"})}
         if part.balanced and part.balanced.like:
             facts["like"] = self.neutral(part.balanced.like)
@@ -276,7 +353,7 @@ def _override(tree: Tree, text: str) -> None:
     field = field or "root"
     parts = known[source] if isinstance(known[source], dict) else {}
     for kind, fields in parts.items():
-        if isinstance(fields, dict):
+        if isinstance(fields, dict) and kind != "split":
             # a path on the command line is relative to where the command is given, not to the spec
             fields[field] = str(Path(value).resolve()) if field == "root" or "/" in value else value
             tree.origins[("sources", source, kind, field)] = f"--source {name}"

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from webdataset.tariterators import base_plus_ext
-
 from livt_scale.util.errors import SampleError, ShardError
 
 BLOCK = 512
@@ -226,6 +224,7 @@ def _check_end(file: BinaryIO, position: int) -> None:
 
 
 IMAGE_TYPES = ("jpeg", "jpg", "png")
+_KEY_AND_TYPE = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")  # webdataset's base_plus_ext
 _METADATA = re.compile(r"__[^/]*__($|/)")  # what webdataset's tar_file_iterator skips
 MAX_CLASSES = 1_000_000  # ImageNet-21k has 21,841; counts and names of all of them are kept in memory
 MAX_SAMPLE_BYTES = (
@@ -270,7 +269,7 @@ def read_tar(path: Path) -> Iterator[TarSample]:
 
 def is_key(key: str) -> bool:
     """Whether webdataset reads `key`.jpg in a tar as the sample `key`."""
-    return base_plus_ext(f"{key}.jpg") == (key, "jpg") and not _METADATA.match(f"{key}.jpg")
+    return _key_and_type(f"{key}.jpg") == (key, "jpg")
 
 
 Part = tuple[str, str, TarMember]  # key, type, place in the tar
@@ -279,9 +278,17 @@ Part = tuple[str, str, TarMember]  # key, type, place in the tar
 def _named(found: Iterable[TarMember]) -> Iterator[Part]:
     """The members that webdataset reads, with key and type by its own rule."""
     for member in found:
-        key, kind = base_plus_ext(member.name)
-        if key is not None and not _METADATA.match(member.name):
-            yield key, kind.lower(), member
+        if named := _key_and_type(member.name):
+            yield named[0], named[1].lower(), member
+
+
+def _key_and_type(name: str) -> tuple[str, str] | None:
+    """("a/b", "seg.png") of the member a/b.seg.png, by webdataset's rule; None: a member that it passes over.
+
+    Written out here because importing webdataset imports torch; the tests compare the two.
+    """
+    found = _KEY_AND_TYPE.match(name)
+    return (found[1], found[2]) if found and not _METADATA.match(name) else None
 
 
 def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part]]]:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from webdataset.writer import TarWriter
 
 from livt_scale.data.build.sources import Source
+from livt_scale.data.build.stored import jpeg_bytes
 from livt_scale.data.build.tar import BLOCK, IMAGE_TYPES, read_tar
 from livt_scale.data.image.decode import BadImage, decode, open_image
 from livt_scale.data.manifest import INDEX, INDEX_DTYPE, KEYS, MANIFEST, FileInfo, ShardInfo, ShardManifest
@@ -50,15 +49,7 @@ def prepared(image_type: str, data: bytes, prepare: Prepare) -> tuple[str, bytes
         return image_type, data
     width, height = (round(side * prepare.resize_shorter / shorter) for side in (image.width, image.height))
     pixels = np.asarray(Image.fromarray(image.pixels()).resize((width, height), Image.Resampling.BICUBIC))
-    is_grey = bool((pixels[:, :, :1] == pixels[:, :, 1:]).all())
-    small: bytes = simplejpeg.encode_jpeg(
-        np.ascontiguousarray(pixels[:, :, :1] if is_grey else pixels),
-        quality=prepare.quality,
-        colorspace="GRAY" if is_grey else "RGB",
-        colorsubsampling="Gray" if is_grey else "420",
-        fastdct=False,
-    )
-    return "jpg", small
+    return "jpg", jpeg_bytes(pixels, quality=prepare.quality, subsampling="420")
 
 
 @dataclass(frozen=True)
@@ -157,6 +148,8 @@ def _same_samples(shard: Shard, source: Source) -> bool:
 
 
 def _write(job: ShardJob) -> None:
+    from webdataset.writer import TarWriter
+
     source = job.source
     with plain_disk_errors(job.path), new_file(job.path) as file:
         with TarWriter(file, encoder=False, user="", group="", mode=0o644, mtime=0) as writer:

@@ -40,8 +40,16 @@ _ONLY_SURPLUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before mark
 _BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # Pillow's name for the bytes: another each time
 
 
+DOES_NOT_DECODE = "does not decode: cut, damaged, or of a rare kind"
+TOO_LARGE = "more pixels than are read"
+
+
 class BadImage(ValueError):
     """These bytes are no image that can be used; the message says why. The caller knows shard and key."""
+
+    def __init__(self, message: str, *, reason: str = DOES_NOT_DECODE) -> None:
+        super().__init__(message)
+        self.reason = reason  # one of few: images are counted by it
 
 
 class EncodedImage(Protocol):
@@ -79,9 +87,12 @@ class Workspace:
         return self._memory
 
 
-def open_image(data: bytes, *, channels: int) -> EncodedImage:
-    """Read the header. `channels`: 1 (grey, luma of ITU-R 601) or 3 (RGB). Raises BadImage."""
-    return _JpegImage(data, channels) if data[:2] == b"\xff\xd8" else _PillowImage(data, channels)
+def open_image(data: bytes, *, channels: int, formats: tuple[str, ...] = FORMATS) -> EncodedImage:
+    """Read the header. `channels`: 1 (grey, luma of ITU-R 601) or 3 (RGB). Raises BadImage.
+
+    formats: what Pillow may read, beside JPEG.
+    """
+    return _JpegImage(data, channels) if data[:2] == b"\xff\xd8" else _PillowImage(data, channels, formats)
 
 
 def decode(data: bytes, *, channels: int = 3) -> Pixels:
@@ -197,7 +208,7 @@ def _jpeg_facts(data: bytes) -> tuple[int, int, str]:
 class _PillowImage:
     shrinks = False
 
-    def __init__(self, data: bytes, channels: int) -> None:
+    def __init__(self, data: bytes, channels: int, formats: tuple[str, ...]) -> None:
         self._channels = channels
         self._orientation = 1
         try:
@@ -210,7 +221,7 @@ class _PillowImage:
             with warnings.catch_warnings():  # oddities of metadata are nothing, a bomb is an error, whatever is set
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                self._image = Image.open(io.BytesIO(data), formats=FORMATS)
+                self._image = Image.open(io.BytesIO(data), formats=formats)
                 if self._image.format == "WEBP":
                     self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
         except BadImage:
@@ -219,6 +230,7 @@ class _PillowImage:
             raise BadImage(f"not an image that can be read: {_said(error)}") from error
         width, height = self._image.size
         _check_size(height, width)
+        _check_values(self._image)
         self.height, self.width = (width, height) if self._orientation in (5, 6, 7, 8) else (height, width)
 
     def pixels(
@@ -260,9 +272,20 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
+def _check_values(image: Image.Image) -> None:
+    """16 bits have a rule (the upper eight); for 32 bits, floats and colour spaces beyond inks there is none."""
+    is_wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
+    if is_wide or image.mode in ("LAB", "HSV"):
+        what = "values of 32 bits" if is_wide else f"colours of the space {image.mode}"
+        raise BadImage(f"{what} have no rule that makes them colours of 8 bits", reason=f"{what} are not read")
+
+
 def _check_size(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise BadImage(f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        raise BadImage(
+            f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}",
+            reason=f"{TOO_LARGE} ({MAX_PIXELS:,})",
+        )
     if not height * width:
         raise BadImage(f"its header promises {width} x {height} pixels: none")
 

@@ -13,9 +13,11 @@ import pytest
 import webdataset
 from PIL import Image
 
-from livt_scale.data.build.builder import BUILD, build, index_tars, info
+from livt_scale.data.build.builder import BUILD, BuildOptions, build
+from livt_scale.data.build.indexing import index_tars
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.build.verify import verify
+from livt_scale.data.inspect import info
 from livt_scale.data.manifest import MANIFEST, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import shuffled
@@ -80,8 +82,12 @@ def test_building_again_does_nothing_and_another_spec_is_refused(spec, tmp_path)
     build(spec, out, workers=1)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
     assert [(b.made, b.kept) for b in build(spec, out, workers=1)] == [(0, 3), (0, 1)]
-    (tmp_path / "raw" / "images.gz").unlink()  # the raw images are not even looked at
-    assert [b.made for b in build(spec, out, workers=1)] == [0, 0]
+    images = tmp_path / "raw" / "images.gz"
+    images.rename(tmp_path / "raw" / "elsewhere.gz")
+    with pytest.raises(SourceError, match=r"images\.gz: No such file") as error:
+        build(spec, out, workers=1)
+    assert "can be used as it is" in error.value.remedy
+    (tmp_path / "raw" / "elsewhere.gz").rename(images)
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
     other = load_spec(write_idx_spec(tmp_path, LABELS, sets=SETS.replace("n0: 30", "n0: 20")))
     with pytest.raises(DataError, match="built from another spec"):
@@ -115,7 +121,9 @@ def _mark(spec, tmp_path: Path) -> bytes:
     """The build.json of a build of `lt` in tmp_path/failed that was stopped after a shard."""
     marks = []
 
-    def fail(*_):
+    def fail(what, *_):
+        if what == "scan of raw":
+            return
         marks.append((tmp_path / "failed" / "lt" / BUILD).read_bytes())
         raise KeyboardInterrupt
 
@@ -125,10 +133,17 @@ def _mark(spec, tmp_path: Path) -> bytes:
     return marks[0]
 
 
-def test_an_unfinished_build_of_other_images_is_refused(spec, tmp_path):
+def test_an_unfinished_build_of_other_images_starts_again_and_one_of_another_spec_is_refused(spec, tmp_path):
     _mark(spec, tmp_path)
     write_idx_spec(tmp_path, LABELS[::-1], sets=SETS)
-    with pytest.raises(DataError, match="unfinished build from another spec or other images"):
+    lines: list[str] = []
+    build(spec, tmp_path / "failed", options=BuildOptions(report=lines.append), workers=1)
+    assert any(line.startswith("lt: the images or options are not those of the unfinished build") for line in lines)
+    build(spec, tmp_path / "fresh", workers=1)
+    assert contents(tmp_path / "failed") == contents(tmp_path / "fresh")
+    (tmp_path / "failed" / "lt" / MANIFEST).unlink()
+    (tmp_path / "failed" / "lt" / BUILD).write_text('{"format": "livt-build", "name": "lt", "source": {}}')
+    with pytest.raises(DataError, match="unfinished build from another spec"):
         build(spec, tmp_path / "failed", workers=1)
 
 
@@ -178,14 +193,14 @@ def test_two_builds_of_one_folder_do_not_meet(spec, tmp_path):
     assert not (tmp_path / "out" / ".build.lock").exists()
 
 
-def test_an_unreadable_image_stops_the_build_and_leaves_no_manifest(tmp_path):
+def test_an_unreadable_image_stops_the_build_before_anything_is_written(tmp_path):
     root = write_image_folder(tmp_path / "raw", {"a": 20, "b": 20})
     (root / "b" / "0007.png").write_bytes(b"<html>404</html>")
     path = tmp_path / "spec.yaml"
     path.write_text("name: x\nsources: {raw: {folder: {root: raw}}}\nsets: {all: {source: raw, shard_samples: 10}}\n")
-    with pytest.raises(SourceError, match=r"b/0007\.png: neither a JPEG nor a PNG"):
-        build(load_spec(path), tmp_path / "out", workers=2)
-    assert not (tmp_path / "out" / "all" / MANIFEST).exists()
+    with pytest.raises(SourceError, match=r"1 of 40 images cannot be used \(not an image: b/0007\.png\)"):
+        build(load_spec(path), tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
     (root / "b" / "0007.png").write_bytes(encoded(27))
     assert build(load_spec(path), tmp_path / "out", workers=1)[0].num_samples == 40
 

@@ -12,7 +12,7 @@ from PIL import Image
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.cifar import open_cifar
 from livt_scale.data.build.inaturalist import open_inaturalist
-from livt_scale.data.build.spec import check_expected, load_spec
+from livt_scale.data.build.spec import check_published_counts, load_spec
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.longtail import class_counts_exponential
 from livt_scale.util.errors import SourceError
@@ -172,20 +172,20 @@ def test_a_label_outside_the_classes_is_named(tmp_path):
 
 def test_another_number_of_images_of_a_class_is_named_with_both_numbers():
     known = np.array([5, 3, 2])
-    check_expected("train", known, images=10, classes=3, known=known)
+    check_published_counts("train", known, images=10, classes=3, known=known)
     with pytest.raises(SourceError, match=r"1 of 3 classes differ \(class 1: 4 instead of 3\)"):
-        check_expected("train", np.array([5, 4, 2]), images=10, classes=3, known=known)
+        check_published_counts("train", np.array([5, 4, 2]), images=10, classes=3, known=known)
     with pytest.raises(SourceError, match="the same numbers in another order"):
-        check_expected("train", np.array([3, 5, 2]), images=10, classes=3, known=known)
+        check_published_counts("train", np.array([3, 5, 2]), images=10, classes=3, known=known)
     with pytest.raises(SourceError, match="4 classes, the published set 3"):
-        check_expected("train", np.array([5, 3, 2, 1]), images=10, classes=3, known=None)
+        check_published_counts("train", np.array([5, 3, 2, 1]), images=10, classes=3, known=None)
     with pytest.raises(SourceError, match="11 images, the published set 10"):
-        check_expected("train", np.array([5, 4, 2]), images=10, classes=3)
-    check_expected("val", np.array([3, 3, 3]), images=9, classes=3, smallest=3, largest=3)
+        check_published_counts("train", np.array([5, 4, 2]), images=10, classes=3)
+    check_published_counts("val", np.array([3, 3, 3]), images=9, classes=3, smallest=3, largest=3)
     with pytest.raises(SourceError, match="its largest class, 1, has 4 of them and the published one's 3"):
-        check_expected("val", np.array([2, 4, 3]), images=9, classes=3, smallest=3, largest=3)
+        check_published_counts("val", np.array([2, 4, 3]), images=9, classes=3, smallest=3, largest=3)
     with pytest.raises(SourceError, match="its smallest class, 0, has 2"):
-        check_expected("val", np.array([2, 4, 3]), images=9, classes=3, smallest=3, largest=4)
+        check_published_counts("val", np.array([2, 4, 3]), images=9, classes=3, smallest=3, largest=4)
 
 
 @pytest.mark.parametrize(
@@ -341,8 +341,8 @@ def test_a_build_that_is_stopped_goes_on_to_the_same_bytes(inat, tmp_path, kind)
     spec.write_text(f"name: some\nsources: {{raw: {{{source}}}}}\nsets: {{all: {{source: raw, shard_samples: 2}}}}\n")
     (whole,) = build(load_spec(spec), tmp_path / "whole", workers=1)
 
-    def stop(_name, samples, *_):
-        if samples >= 4:
+    def stop(name, samples, *_):
+        if name == "all" and samples >= 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.data.build.builder import index_tars, info
+from livt_scale.data.build.indexing import index_tars
 from livt_scale.data.build.verify import verify
+from livt_scale.data.inspect import info
 from livt_scale.data.manifest import INDEX, KEYS, MANIFEST, QUARANTINE
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, ManifestError
