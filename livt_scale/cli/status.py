@@ -52,7 +52,8 @@ def status(
     slurm, views = _AskedNowAndThen(), []
     try:
         while True:
-            views = slurm.look([place] if single else [p for p in sorted(place.iterdir()) if is_run(p)])
+            places = [place] if single else [p for p in sorted(place.iterdir()) if is_run(p)]
+            views = slurm.look(places, brief=not single and not as_json)
             if not views and run is not None:
                 raise UsageError(f"{place} is no run directory, and holds none", remedy="one holds recipe.yaml")
             text = _as_json(views, single=single) if as_json else _as_text(views, single=single, place=place)
@@ -74,14 +75,14 @@ class _AskedNowAndThen:
         self._asked = -math.inf
         self._queues: dict[Path, Queue] = {}
 
-    def look(self, places: list[Path]) -> list[RunView]:
+    def look(self, places: list[Path], *, brief: bool = False) -> list[RunView]:
         from livt_scale.slurm.commands import look
         from livt_scale.slurm.status import chain_of, look_at
 
         if time.monotonic() - self._asked >= ASK_SLURM_EVERY_S or any(place not in self._queues for place in places):
             self._queues = dict(zip(places, look([chain_of(place)[0] for place in places]), strict=True))
             self._asked = time.monotonic()
-        return [look_at(place, queue=self._queues[place]) for place in places]
+        return [look_at(place, queue=self._queues[place], brief=brief) for place in places]
 
 
 def _put(text: str, *, clear: bool) -> None:

@@ -17,6 +17,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+try:  # 10 times faster; there where PyYAML was built with libyaml, as its wheels are
+    from yaml import CSafeLoader as YamlLoader
+except ImportError:
+    from yaml import SafeLoader as YamlLoader  # type: ignore[assignment]
+
 from livt_scale.checkpoint.catalog import damages
 from livt_scale.checkpoint.manifest import MANIFEST, step_of
 from livt_scale.config.recipe import STAGES
@@ -39,10 +44,12 @@ from livt_scale.train.run_files import (
 from livt_scale.util.errors import RunError
 
 MEASURED_LINES = 50  # of metrics.jsonl: what a step takes now, and not a week ago
+BRIEF_BYTES = 2**14  # that hold about as many
 MIN_FRESH_S = 60.0
 FRESH_BEATS = 4  # heartbeats that may be missed before a run counts as silent
 HEARTBEAT_S = 5.0  # where recipe.yaml does not say
 MAX_RANKS = 65536
+MAX_DEPTH = 100  # of a recipe; libyaml's loader calls itself for each level, and would overflow the C stack
 
 Line = TypeVar("Line")
 
@@ -136,7 +143,7 @@ def read_plan(run_dir: Path) -> tuple[RunPlan, list[str]]:
     if path is None:
         return RunPlan(run_dir.name, there), []
     try:
-        tree = translate(yaml.safe_load(path.read_text(encoding="utf-8", errors="replace")))
+        tree = translate(_tree(path.read_text(encoding="utf-8", errors="replace")))
         parts = {stage: part for stage in STAGES if isinstance(part := tree["stages"].get(stage), dict)}
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         return RunPlan(run_dir.name, there), [f"{path} cannot be read: {_first_line(error)}"]
@@ -149,20 +156,33 @@ def read_plan(run_dir: Path) -> tuple[RunPlan, list[str]]:
     return RunPlan(_text(tree.get("name")) or run_dir.name, epochs or there, fresh_s, evaluates), []
 
 
+def _tree(text: str) -> Any:
+    """What the YAML `text` holds. Raises yaml.YAMLError, ValueError."""
+    depth = 0
+    for event in yaml.parse(text, Loader=YamlLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+    return yaml.load(text, Loader=YamlLoader)
+
+
 def _recipes(run_dir: Path) -> Iterable[Path]:
     """The resolved one; before the first start, the one that was submitted."""
     yield run_dir / "recipe.yaml"
     yield run_dir / "slurm" / "recipe.yaml"
 
 
-def read_record(run_dir: Path, stage: str) -> Record:
-    """What `stage` has written. Raises nothing: what cannot be read is in `damage`."""
+def read_record(run_dir: Path, stage: str, *, brief: bool = False) -> Record:
+    """What `stage` has written. Raises nothing: what cannot be read is in `damage`. brief: few lines of metrics."""
     folder, record = run_dir / stage, Record(stage)
     try:
         record.status = read_status(run_dir, stage) or StageStatus()
     except RunError as error:
         record.damage.append(error.message)
-    record.lines = _undamaged(folder / METRICS, lambda path: read_metrics(path, tail=True), damage=record.damage)
+    tail_bytes = BRIEF_BYTES if brief else None
+    record.lines = _undamaged(
+        folder / METRICS, lambda path: read_metrics(path, tail=True, tail_bytes=tail_bytes), damage=record.damage
+    )
     record.anomalies = _undamaged(folder / ANOMALIES, read_anomalies, damage=record.damage)
     record.beats = _beats(folder, since=record.since if record.state == "running" else None)
     record.saved = _newest(folder / "checkpoints", damage=record.damage)

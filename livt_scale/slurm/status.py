@@ -95,8 +95,11 @@ class RunView:
         return next((stage for stage in self.stages if stage.name == self.stage), None)
 
 
-def look_at(run_dir: Path, *, queue: Queue | None = None) -> RunView:
-    """The run in `run_dir`. queue: what Slurm reported a moment ago; None: it is asked. Raises nothing."""
+def look_at(run_dir: Path, *, queue: Queue | None = None, brief: bool = False) -> RunView:
+    """The run in `run_dir`. queue: what Slurm reported a moment ago; None: it is asked. Raises nothing.
+
+    brief: as much as a line shows, for many runs.
+    """
     plan, notes = progress.read_plan(run_dir)
     chain, wrong = chain_of(run_dir)
     notes += wrong
@@ -106,7 +109,7 @@ def look_at(run_dir: Path, *, queue: Queue | None = None) -> RunView:
     jobs = [_job(entry, queue) for entry in submitted]
     notes += queue.notes
     names = [*plan.stages, *([LAST] if any(job.stage == LAST for job in jobs) else [])]
-    records = {name: progress.read_record(run_dir, name) for name in names}
+    records = {name: progress.read_record(run_dir, name, brief=brief) for name in names}
     if LAST in records:
         records[LAST] = _evaluation(run_dir, plan, after=records.get("finetune"))
     current = next((name for name in names if records[name].state != "done"), names[-1] if names else "")

@@ -111,21 +111,23 @@ def read_status_file(path: Path) -> StageStatus | None:
     return cast(StageStatus, known)
 
 
-def read_metrics(path: Path, *, tail: bool = False, strict: bool = False) -> Lines[MetricsLine]:
-    """The lines of a metrics.jsonl; with `tail` those in its last TAIL_BYTES. See `_read_lines` for errors."""
-    return _read_lines(path, _metrics_line, tail=tail, strict=strict)
+def read_metrics(
+    path: Path, *, tail: bool = False, tail_bytes: int | None = None, strict: bool = False
+) -> Lines[MetricsLine]:
+    """The lines of a metrics.jsonl; with `tail` those in its last `tail_bytes`. See `_read_lines` for errors."""
+    return _read_lines(path, _metrics_line, tail_bytes=(tail_bytes or TAIL_BYTES) if tail else None, strict=strict)
 
 
 def read_evaluations(path: Path) -> list[EvaluationLine]:
     """The lines of an evaluations.jsonl; none if there is no such file. Raises RunError for a damaged line."""
     if not path.exists():
         return []
-    return _read_lines(path, _evaluation_line, tail=False, strict=True).lines
+    return _read_lines(path, _evaluation_line, tail_bytes=None, strict=True).lines
 
 
 def read_anomalies(path: Path) -> Lines[dict[str, Any]]:
     """The last lines of an anomalies.jsonl; each has an integer `step`."""
-    return _read_lines(path, lambda entry: {**entry, "step": _step(entry)}, tail=True, strict=False)
+    return _read_lines(path, lambda entry: {**entry, "step": _step(entry)}, tail_bytes=TAIL_BYTES, strict=False)
 
 
 def read_eval(path: Path) -> dict[str, Any]:
@@ -184,18 +186,20 @@ def _required(entry: dict[str, Any], name: str) -> float:
     return float(value)
 
 
-def _read_lines(path: Path, parse: Callable[[dict[str, Any]], Line], *, tail: bool, strict: bool) -> Lines[Line]:
-    """`parse` of each line that it accepts. Raises RunError if the file cannot be read.
+def _read_lines(
+    path: Path, parse: Callable[[dict[str, Any]], Line], *, tail_bytes: int | None, strict: bool
+) -> Lines[Line]:
+    """`parse` of each line that it accepts, or of those in the last `tail_bytes`. RunError: the file cannot be read.
 
     strict: a missing file, a damaged line, and a file whose only line is incomplete are errors too.
     """
-    end = _read_end(path, max_bytes=TAIL_BYTES if tail else MAX_LINES_BYTES)
+    end = _read_end(path, max_bytes=tail_bytes or MAX_LINES_BYTES)
     if end is None:
         if strict:
             raise RunError(f"there is no {path}")
         return Lines([])
     raw, cut = end
-    if cut and not tail:
+    if cut and tail_bytes is None:
         raise RunError(f"{path} has more than {MAX_LINES_BYTES / 2**20:.0f} MiB and is not read")
     texts = raw.split(b"\n")
     lines, damaged = [], 0

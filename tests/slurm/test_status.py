@@ -254,6 +254,22 @@ def test_fields_of_another_kind_are_no_error(run, name, value):
     assert status.look_at(run.dir).stage == "pretrain"
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, "- " * 200_000, "a: {" * 150])
+def test_a_recipe_that_is_nested_too_deep_is_reported(run, text):
+    """libyaml's loader would end the process: it calls itself for each level."""
+    (run.dir / "recipe.yaml").write_text(text)
+    notes = status.look_at(run.dir).notes
+    assert any("recipe.yaml cannot be read: it is nested more than 100 deep" in note for note in notes)
+
+
+def test_a_brief_look_reads_the_end_of_the_metrics_alone(run):
+    run.status("running", step=100, total_steps=60_000)
+    run.metrics(*[1.0] * 2000)
+    brief, whole = (status.look_at(run.dir, brief=brief).current.record for brief in (True, False))
+    assert len(brief.lines) < 200 < len(whole.lines)
+    assert brief.to_finish_s == whole.to_finish_s
+
+
 def test_a_half_line_of_metrics_is_not_damage(run):
     run.metrics(1.0, None, 0.5)
     path = run.dir / "pretrain" / "metrics.jsonl"
