@@ -7,6 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,11 +25,11 @@ OVER_AFTER_S = 5.0  # -f ends when the run is over and nothing has been added fo
 
 
 def logs(
-    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Run directories.")],
     stage: Annotated[str | None, typer.Option("--stage", help="pretrain, finetune or evaluate; else the last.")] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=0, help="What this rank printed and recorded.")] = None,
     follow: Annotated[
-        bool, typer.Option("--follow", "-f", help="Go on as the log grows, until the run is over.")
+        bool, typer.Option("--follow", "-f", help="Print what is added to the logs, until the runs are over.")
     ] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=0, help="How many lines of each file.")] = 40,
 ) -> None:
@@ -36,17 +38,53 @@ def logs(
     livt logs runs/try --stage pretrain -n 100
 
     livt logs runs/try --rank 3
+
+    livt logs runs/study-* -f
     """
     from livt_scale.slurm.progress import is_run
+    from livt_scale.util.errors import UsageError
+
+    runs = list(dict.fromkeys(runs))
+    for run in runs:
+        if not is_run(run):
+            raise UsageError(f"{run} is not a run directory", remedy="one holds recipe.yaml, or slurm/chain.json")
+    with ExitStack() as files:
+        grows = []
+        for run in runs:
+            if len(runs) > 1:
+                _say(f"==== {run}")
+            try:
+                log = _show(run, stage, rank=rank, lines=lines, files=files)
+            except UsageError as error:  # of several, the others are shown
+                if len(runs) == 1:
+                    raise
+                _say(f"== {error}")
+                continue
+            grows += [log] if log is not None else []
+        if follow and rank is None and grows:
+            _follow(grows)
+
+
+@dataclass
+class _Growing:
+    """An open log, read to its end so far."""
+
+    run: Path
+    path: Path
+    handle: int
+    decoder: codecs.IncrementalDecoder
+    over: bool = False
+
+
+def _show(run: Path, stage: str | None, *, rank: int | None, lines: int, files: ExitStack) -> _Growing | None:
+    """Print what there is of one run; its newest log, which may grow."""
     from livt_scale.slurm.status import look_at
     from livt_scale.util.errors import UsageError, nearest
 
-    if not is_run(run):
-        raise UsageError(f"{run} is not a run directory", remedy="one holds recipe.yaml, or slurm/chain.json")
     view = look_at(run)
     names = [each.name for each in view.stages]
     if stage is not None and stage not in names:
-        raise UsageError(f"this run has no stage {stage!r}", remedy=nearest(stage, names))
+        raise UsageError(f"{run} has no stage {stage!r}", remedy=nearest(stage, names))
     chosen = next((each for each in view.stages if each.name == (stage or _last_started(view))), None)
     if chosen is None:
         raise UsageError(f"nothing of {run} was started", remedy=f"livt status {run}")
@@ -54,18 +92,17 @@ def logs(
     _say(f"== {chosen.name}: {chosen.state}" + (f", {chosen.why}" if chosen.why else ""))
     if rank is not None:
         _rank(view, chosen, rank, lines=lines, job=job)
-        return
+        return None
     _failures(view, chosen, lines=lines)
     if job is None:
         _no_log(view, chosen)
-        return
+        return None
     path = run / job.log
     _say(f"== job {job.id}: {path}")
-    with path.open("rb") as file:
-        for line in _tail(file.fileno(), lines):
-            _say(line)
-        if follow:
-            _follow(run, file.fileno())
+    handle = files.enter_context(path.open("rb")).fileno()
+    for line in _tail(handle, lines):
+        _say(line)
+    return _Growing(run, path, handle, codecs.getincrementaldecoder("utf-8")(errors="replace"))
 
 
 def _last_started(view: RunView) -> str:
@@ -146,25 +183,32 @@ def _head(path: Path, count: int) -> None:
             _say(line.rstrip("\n"))
 
 
-def _follow(run: Path, handle: int) -> None:
+def _follow(logs: list[_Growing]) -> None:
+    """Print what is added to the logs, until the runs are over and nothing comes any more."""
+    shown = logs[-1]
     try:
-        for text in _grown(run, handle):
+        for log, text in _grown(logs):
+            if log is not shown:
+                _say(f"== {log.path}")
+                shown = log
             _say(text, end="")
     except KeyboardInterrupt:
         return  # how one leaves it
 
 
-def _grown(run: Path, handle: int) -> Iterator[str]:
-    """What is added to the file, until the run is over and nothing comes any more."""
+def _grown(logs: list[_Growing]) -> Iterator[tuple[_Growing, str]]:
     from livt_scale.slurm.status import look_at
 
-    quiet, decoder = time.monotonic(), codecs.getincrementaldecoder("utf-8")(errors="replace")
+    quiet = time.monotonic()
     while True:
-        while part := os.read(handle, 2**16):
-            quiet = time.monotonic()
-            yield decoder.decode(part)
+        for log in logs:
+            while part := os.read(log.handle, 2**16):
+                quiet = time.monotonic()
+                yield log, log.decoder.decode(part)
         if time.monotonic() - quiet > OVER_AFTER_S:
-            if look_at(run).state not in ("running", "pending"):
+            for log in logs:
+                log.over = log.over or look_at(log.run).state not in ("running", "pending")
+            if all(log.over for log in logs):
                 return
             quiet = time.monotonic()
         time.sleep(POLL_S)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from livt_scale.slurm.chain import ChainPlan
     from livt_scale.slurm.script import JobPlan
 
+WEEK_S = 7 * 24 * 3600.0
+EXIT_INTERRUPTED = 130  # as a shell gives it for SIGINT
 SETS_HELP = "Override a recipe value (a.b=c). Repeatable."
 
 
@@ -36,6 +38,10 @@ def submit(
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="With several recipes: runs in parallel in each stage.")
     ] = None,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait until the runs are over; exit with 0, 1 failed or 85 preempted.")
+    ] = False,
+    wait_s: Annotated[float, typer.Option("--wait-s", min=0.0, help="How long --wait waits at most.")] = WEEK_S,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
     """Submit a run to Slurm as a chain of jobs that restarts itself.
@@ -47,23 +53,42 @@ def submit(
     livt submit RECIPE --dry-run
 
     livt submit RECIPE RECIPE RECIPE --jobs 2
+
+    livt submit RECIPE --wait
     """
     from livt_scale.config.load import load_recipe
     from livt_scale.util.errors import UsageError
 
     extra = ["slurm.code=checkout"] * follow_checkout + ["slurm.stage_in=true"] * stage_in
     loaded = [load_recipe(recipe, sets=[*(sets or []), *extra], to_start=True) for recipe in recipes]
-    if len(loaded) > 1:
-        _submit_array(loaded, jobs=jobs, allow=allow or (), dry_run=dry_run, as_json=as_json)
-        return
-    if jobs is not None:
+    if jobs is not None and len(loaded) == 1:
         raise UsageError(
             "--jobs applies to several recipes, and there is one", remedy="leave it out, or give more recipes"
         )
-    _submit_one(loaded[0], allow=allow or (), dry_run=dry_run, as_json=as_json)
+    if wait and dry_run:
+        raise UsageError("--dry-run submits nothing that --wait could wait for", remedy="leave one of them out")
+    if len(loaded) > 1:
+        runs = _submit_array(loaded, jobs=jobs, allow=allow or (), dry_run=dry_run, as_json=as_json)
+    else:
+        runs = _submit_one(loaded[0], allow=allow or (), dry_run=dry_run, as_json=as_json)
+    if wait and runs:
+        _wait(runs, wait_s=wait_s)
 
 
-def _submit_one(recipe: Recipe, *, allow: Sequence[str], dry_run: bool, as_json: bool) -> None:
+def _wait(runs: list[Path], *, wait_s: float) -> None:
+    """Exit with the code of the runs."""
+    from livt_scale.slurm.wait import wait as wait_for
+
+    try:
+        code = wait_for(runs, wait_s=wait_s, say=lambda text: typer.echo(text, err=True))
+    except KeyboardInterrupt:
+        typer.echo("no longer waiting; the jobs continue: livt status, livt cancel", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    raise typer.Exit(code)
+
+
+def _submit_one(recipe: Recipe, *, allow: Sequence[str], dry_run: bool, as_json: bool) -> list[Path]:
+    """The run directory, if it has jobs now."""
     from livt_scale.slurm import submit as chains  # reads cluster, run and shards
     from livt_scale.slurm.chain import dependency
 
@@ -75,22 +100,24 @@ def _submit_one(recipe: Recipe, *, allow: Sequence[str], dry_run: bool, as_json:
         _print_dry_run(
             plan.jobs, texts, [dependency(plan.jobs, k) for k in range(len(plan.jobs))], plan, as_json=as_json
         )
-        return
+        return []
     if not plan.jobs:
         typer.echo(json.dumps({"jobs": []}) if as_json else f"This run is done: {prepared.run_dir}")
-        return
+        return []
     chain = chains.submit(prepared)
     if as_json:
         typer.echo(json.dumps(chain))
-        return
+        return [prepared.run_dir]
     _print_chain(chain, plan.notes)
     if not chain.get("joined"):
         typer.echo(f"{chain['mode']}, because {chain['why']}; record: {prepared.run_dir / 'slurm' / 'chain.json'}")
+    return [prepared.run_dir]
 
 
 def _submit_array(
     recipes: list[Recipe], *, jobs: int | None, allow: Sequence[str], dry_run: bool, as_json: bool
-) -> None:
+) -> list[Path]:
+    """The run directories that have jobs now."""
     from livt_scale.slurm import array
     from livt_scale.slurm.chain import ChainPlan
     from livt_scale.slurm.submit import code_now
@@ -98,22 +125,23 @@ def _submit_array(
     prepared = array.prepare_array(recipes, max_parallel=jobs, allow=allow)
     if not prepared.jobs:
         typer.echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
-        return
+        return []
     if dry_run:
         code = code_now(prepared.runs[0])
         texts = array.array_scripts(prepared, code.frozen_in(prepared.parent) if code else None)
         after = [("aftercorr", k - 1) if k else None for k in range(len(prepared.jobs))]
         plan = ChainPlan("requeue", prepared.why, notes=prepared.notes)
         _print_dry_run(prepared.jobs, texts, after, plan, as_json=as_json)
-        return
-    told = array.submit_array(prepared)
+        return []
+    told, runs = array.submit_array(prepared), [run.run_dir for run in prepared.runs]
     if as_json:
         typer.echo(json.dumps(told))
-        return
+        return runs
     _print_chain(told, prepared.notes)
     if not told.get("joined"):
-        runs = f"{len(told['runs'])} runs, at most {told['max_parallel']} in parallel in each stage"
-        typer.echo(f"{runs}; scripts and logs: {told['folder']}")
+        bounded = f"{len(runs)} runs, at most {told['max_parallel']} in parallel in each stage"
+        typer.echo(f"{bounded}; scripts and logs: {told['folder']}")
+    return runs
 
 
 def _print_chain(chain: dict[str, Any], notes: Sequence[str]) -> None:

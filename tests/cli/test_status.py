@@ -19,7 +19,7 @@ from livt_scale.cli.status import sparkline
 from livt_scale.slurm import cancel
 from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import LivtError, UsageError
-from tests.slurm.made_runs import MadeRun, ended, ended_pid, row
+from tests.slurm.made_runs import CHAIN_NAME, MadeRun, ended, ended_pid, row
 from tests.slurm.replayed_slurm import ReplayedSlurm
 from tests.whole_runs import Livt
 
@@ -325,6 +325,45 @@ def test_cancel_of_what_is_over_does_nothing(run, fake):
     assert [call[0] for call in fake.calls] == ["squeue"]
 
 
+def test_cancel_asks_all_runs_before_it_waits_for_any_and_one_that_cannot_be_ended_stops_no_other(tmp_path, fake):
+    runs = [MadeRun(tmp_path / "runs" / name) for name in "abcd"]
+    first, second = sleeper(), sleeper()
+    try:
+        runs[0].status("running", pid=first.pid)
+        runs[1].status("running", pid=first.pid, host="gpu07")
+        runs[2].status("running", pid=second.pid)
+        out = livt("cancel", *(run.dir for run in runs), "--wait-s", "30")
+        assert {first.wait(timeout=10), second.wait(timeout=10)} == {-signal.SIGUSR2}
+        assert f"{runs[0].dir}: SIGUSR2 to process {first.pid}: " in out.stdout
+        assert f"{runs[1].dir}: pretrain runs as process {first.pid} on gpu07" in out.stderr
+        assert f"{runs[2].dir}: pretrain: not saved at the end" in out.stdout
+        assert f"nothing of {runs[3].dir} runs" in out.stdout
+        assert out.exit_code == 1
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.wait()
+
+
+def test_cancel_of_several_runs_asks_slurm_once_at_each_look(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(cancel, "POLL_S", 0.01)
+    fake_user(fake)
+    runs = [MadeRun(tmp_path / "runs" / name) for name in "ab"]
+    for number, run in enumerate(runs):
+        run.status("running")
+        run.chain((f"1{number}", "pretrain"), chain=f"livt {number}")
+    rows = [row(f"1{n}", "RUNNING").replace(CHAIN_NAME, f"livt {n}") for n in range(2)]
+    fake.squeue(*rows)
+    fake.says("scancel", on={"11": {"squeue": rows[0] + "\n"}})
+    out = livt("cancel", *(run.dir for run in runs), "--wait-s", "0.2")
+    assert f"{runs[0].dir}: job 10 still runs 0 s after it was asked to stop" in out.stderr
+    assert f"{runs[1].dir}: pretrain: not saved" in out.stdout
+    asked = [call for call in fake.calls if call[:2] == ["scancel", "--signal=USR2"]]
+    looks = [number for number, call in enumerate(fake.calls) if call[0] == "squeue"]
+    assert [call[-1] for call in asked] == ["10", "11"]
+    assert fake.calls.index(asked[1]) < looks[2], "both are asked before the first is waited for"
+
+
 # --- livt logs ---
 
 
@@ -359,6 +398,45 @@ def test_logs_of_a_local_run_say_where_to_look(run):
     told = livt("logs", run.dir).stdout
     assert f"it was not submitted by livt submit, process {os.getpid()} on " in told
     assert str(run.dir / "pretrain" / "metrics.jsonl") in told
+
+
+def test_logs_of_several_runs_are_shown_one_after_the_other(tmp_path, fake):
+    runs = [MadeRun(tmp_path / "runs" / name) for name in "abc"]
+    for run in runs[:2]:
+        run.chain(("14", "pretrain"))
+        run.status("failed", why="x")
+        (run.dir / "slurm" / "logs").mkdir()
+        (run.dir / "slurm" / "logs" / "pretrain-14.log").write_text(f"of {run.dir.name}\n")
+    told = livt("logs", *(run.dir for run in runs)).stdout.splitlines()
+    heads = [line for line in told if line.startswith("==== ")]
+    assert heads == [f"==== {run.dir}" for run in runs]
+    assert [line for line in told if line.startswith("of ")] == ["of a", "of b"]
+    assert isinstance(livt("logs", runs[0].dir, tmp_path).exception, UsageError)
+
+
+def test_logs_of_several_runs_are_followed_with_the_name_of_the_one_that_grew(tmp_path, fake, monkeypatch):
+    monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
+    runs = [MadeRun(tmp_path / "runs" / name) for name in "ab"]
+    paths = [run.dir / "slurm" / "logs" / "pretrain-14.log" for run in runs]
+    for run, path in zip(runs, paths, strict=True):
+        run.chain(("14", "pretrain"))
+        run.status("running")
+        path.parent.mkdir()
+        path.write_text("old\n")
+    late = [(0, "one\n"), (1, "two\n"), (1, "three\n"), (0, "four\n")]
+
+    def passes(_s: float) -> None:
+        if not late:
+            for run in runs:
+                run.status("failed", why="x")
+            return
+        number, text = late.pop(0)
+        with paths[number].open("a") as file:
+            file.write(text)
+
+    pauses(logs, monkeypatch, passes)
+    told = livt("logs", *(run.dir for run in runs), "-f").stdout.splitlines()
+    assert told[-7:] == [f"== {paths[0]}", "one", f"== {paths[1]}", "two", "three", f"== {paths[0]}", "four"]
 
 
 def test_logs_follow_what_is_added_until_the_run_is_over(run, fake, monkeypatch):
