@@ -13,6 +13,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from PIL import Image
@@ -53,6 +54,8 @@ def load(
     Raises UsageError (neither a run nor an export; a value out of range), RunError (fine-tuning has not finished),
     ExportError, CheckpointDamaged and CheckpointMismatch: every byte of the weights is checked.
     """
+    if weights not in get_args(Weights):
+        raise UsageError(f"weights is {weights!r}", remedy="give raw or ema")
     trained = open_trained(Path(path), which=checkpoint, weights=weights)
     return Predictor(trained, tau=tau, temperature=temperature, device=device)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Stage
+from livt_scale.util.errors import UsageError
 
 if TYPE_CHECKING:
     from livt_scale.train.loop import Hook
@@ -33,7 +34,19 @@ def train(
     again), else DataError, RunError or CheckpointError.
     """
     loaded = load_recipe(recipe, sets=overrides, to_start=True)
-    from livt_scale.train import run  # imports torch: after the recipe is known to be valid
+    import torch  # takes seconds: after the recipe is known to be valid
 
-    run.train(loaded, stage=stage, allow=allow, hooks=hooks)
+    from livt_scale.train import run
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise UsageError(
+            "torch.distributed has a process group already, and training makes its own",
+            remedy="call livt.train before init_process_group, or after destroy_process_group",
+        )
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    try:
+        run.train(loaded, stage=stage, allow=allow, hooks=hooks)
+    finally:  # the recipe sets both for the process (parallel.threads, parallel.deterministic)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
     return run.run_dir_of(loaded)

@@ -320,12 +320,12 @@ def open_trained(path: Path, *, which: str | None = None, weights: Weights = "ra
         )
     if which is not None:
         raise UsageError(
-            f"--checkpoint {which}: {path} is an export, it holds one set of weights", remedy="leave --checkpoint out"
+            f"checkpoint {which!r}: {path} is an export and has one set of weights", remedy="leave checkpoint out"
         )
     if weights != "raw":
         raise UsageError(
-            f"--weights {weights}: {path} is an export, it holds one set of weights",
-            remedy="leave --weights out, and give it when exporting",
+            f"weights {weights!r}: {path} is an export and has one set of weights",
+            remedy="leave weights out, and choose them when exporting",
         )
     model, info = load_export(path)
     classes = TrainingClasses(info.class_names, info.class_counts, where=str(path))

@@ -85,7 +85,7 @@ def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str,
     part = recipe.stages.finetune
     if part is None or part.ema is None:
         raise UsageError(
-            f"--weights ema: {path} holds no average of the weights",
+            f"weights 'ema': {path} has no average of the weights",
             remedy="train with stages.finetune.ema, as --set 'stages.finetune.ema={decay: 0.999}', or give raw",
         )
     wanted = {f"{AVERAGE}{name}": p.detach() for name, p in model.named_parameters()}
@@ -101,7 +101,7 @@ def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
         raise UsageError(f"{run_dir} is not a run directory", remedy="it would hold recipe.yaml and finetune/")
     if which is not None and which not in NAMED and not which.isdecimal():
         raise UsageError(
-            f"--checkpoint {which}: no checkpoint is called that", remedy="give best, newest or a step number"
+            f"checkpoint {which!r}: no checkpoint has that name", remedy="give best, newest or a step number"
         )
     found = load.list_checkpoints(run_dir / "finetune" / "checkpoints", quick=True)
     if which == "newest":
@@ -115,13 +115,13 @@ def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
     if not chosen:
         what = "fine-tuning has not ended" if which is None else f"there is no fine-tuning checkpoint {which!r}"
         remedy = "finish it with `livt train`" + (
-            ", or give --checkpoint newest" if any(c.whole for c in found) else ""
+            ", or choose checkpoint newest" if any(c.whole for c in found) else ""
         )
         raise RunError(f"{what} in {run_dir}: {_what_is_there(run_dir)}", remedy=remedy)
     if not chosen[-1].whole:
         raise CheckpointDamaged(
             f"{chosen[-1].path} is damaged: {chosen[-1].why}",
-            remedy="put the file back, give another one with --checkpoint, or remove the folder and train on",
+            remedy="put the file back, choose another checkpoint, or remove the folder and train on",
         )
     return chosen[-1].path
 

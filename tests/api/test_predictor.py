@@ -97,8 +97,9 @@ def test_what_is_no_run_and_no_export_no_image_and_no_value_is_an_error(runs, ph
     with pytest.raises(RunError, match="fine-tuning has not ended"):
         livt.load(tmp_path / "half")
     livt.load(tmp_path / "half", checkpoint="newest")
-    with pytest.raises(UsageError, match=r"^temperature is 0"):
-        livt.load(runs / "export", temperature=0.0)
+    for argument, value in (("temperature", 0.0), ("weights", "emma"), ("checkpoint", "best"), ("checkpoint", "first")):
+        with pytest.raises(UsageError, match=f"^{argument} "):
+            livt.load(runs / ("run" if value == "first" else "export"), **{argument: value})
 
     predictor = livt.load(runs / "export")
     (tmp_path / "text.png").write_text("no image")
@@ -125,7 +126,11 @@ def test_training_returns_the_run_directory_and_takes_values_by_name(tmp_path):
         "stages.finetune.global_batch": 1024,
         "data.val": None,
     }
-    run = livt.train("recipes/fashion_mnist_lt/quickstart.yaml", overrides=overrides)
+    threads = torch.get_num_threads()
+    run = livt.train(
+        "recipes/fashion_mnist_lt/quickstart.yaml", overrides=overrides | {"parallel.threads": threads + 1}
+    )
+    assert torch.get_num_threads() == threads
     assert run == tmp_path / "run"
     assert livt.load(run).class_names[0] == "t-shirt"
 

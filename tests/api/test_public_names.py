@@ -34,7 +34,7 @@ def test_the_page_lists_every_public_name_and_nothing_else():
 
 def test_the_three_lists_of_names_agree():
     tree = ast.parse((ROOT / "livt_scale" / "__init__.py").read_text(encoding="utf-8"))
-    [block] = [node for node in tree.body if isinstance(node, ast.If)]  # if TYPE_CHECKING
+    block = next(node for node in tree.body if isinstance(node, ast.If))  # if TYPE_CHECKING
     typed = {
         (alias.asname, f"{node.module}.{alias.name}")
         for node in block.body

@@ -128,7 +128,7 @@ def test_unfinished_fine_tuning_is_an_error_that_says_what_is_there(tmp_path: Pa
     (tmp_path / "pretrain").mkdir()
     (tmp_path / "pretrain" / "status.json").write_text('{"state": "done", "step": 900, "total_steps": 900}')
     with pytest.raises(
-        RunError, match=r"not ended.*pretrain: done at step 900 of 900.*step-00000040.*--checkpoint newest"
+        RunError, match=r"not ended.*pretrain: done at step 900 of 900.*step-00000040.*choose checkpoint newest"
     ):
         export.export_run(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
