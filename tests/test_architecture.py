@@ -16,7 +16,7 @@ import yaml
 
 import livt_scale
 from livt_scale.cli import main
-from livt_scale.config.load import _all_fields
+from livt_scale.config.fields import all_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted(p for folder in ("livt_scale", "scripts", "benchmarks") for p in (ROOT / folder).rglob("*.py"))
@@ -160,7 +160,7 @@ def test_the_names_that_scripts_rely_on_are_there():
     commands += [f"recipe {words}" for words in ("show", "check", "schema")]
     assert {words: problem_in(f"livt {words}") for words in commands if problem_in(f"livt {words}")} == {}
     assert (ROOT / "recipes/fashion_mnist_lt/quickstart.yaml").is_file()
-    fields = {".".join(path) for path in _all_fields()}
+    fields = {".".join(path) for path in all_fields()}
     assert fields >= {"run_dir", "seed", "stages.pretrain.epochs", "stages.finetune.loss.name", "parallel.strategy"}
     assert fields >= {"parallel.precision", "checkpoint.every_steps", "checkpoint.mode", "data.train", "data.val"}
     assert fields >= {f"stages.{s}.{f}" for s in ("pretrain", "finetune") for f in ("global_batch", "micro_batch")}
@@ -259,7 +259,7 @@ def options_problem(command, words):
     unknown = [w for w in words if w.startswith("-") and w.split("=")[0] not in known]
     if unknown:
         return f"no option {unknown}"
-    fields = {".".join(path) for path in _all_fields()}
+    fields = {".".join(path) for path in all_fields()}
     sets = [value.split("=", 1)[0] for flag, value in itertools.pairwise(words) if flag == "--set"]
     wrong = [s for s in sets if s.replace("*", "finetune") not in fields and s != "…"]
     if wrong:
@@ -293,7 +293,7 @@ def test_the_documents_do_show_commands_and_a_wrong_one_would_be_found():
 
 
 def test_recipes_in_yaml_blocks_of_documents_have_fields_that_exist():
-    fields = {".".join(path) for path in _all_fields()} | {"extends"}
+    fields = {".".join(path) for path in all_fields()} | {"extends"}
     for path in DOCUMENTS:
         for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             tree = yaml.safe_load(block)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,7 +37,15 @@ from livt_scale.cli import (
     tau_norm,
     train,
 )
-from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, LauncherError, LivtError, UsageError
+from livt_scale.util.errors import (
+    EXIT_FAILED,
+    EXIT_PREEMPTED,
+    EXIT_USAGE,
+    LauncherError,
+    LivtError,
+    UsageError,
+    nearest,
+)
 from livt_scale.util.log import line, to_stderr
 
 EPILOG = """
@@ -126,23 +135,24 @@ app.add_typer(job.app, name="job", hidden=True)
 
 LAUNCHERS = ("accelerate", "accelerate-launch")
 RENAMED_OPTIONS = {"--at-once": "--jobs", "--from": "--checkpoint"}
-
-
-def _refuse_old_options(words: Sequence[str]) -> None:
-    """Raise UsageError, with the new name, for an option that was renamed."""
-    for word in words:
-        if word == "--":
-            return
-        name = word.partition("=")[0]
-        if name in RENAMED_OPTIONS:
-            raise UsageError(f"there is no option {name}", remedy=f"it is now called {RENAMED_OPTIONS[name]}")
+# typer brings click's classes along under a private name
+CLICK_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def main() -> None:
     """Run the command line; an expected error becomes one line on stderr and an exit code, not a traceback."""
     try:
-        _refuse_old_options(sys.argv[1:])
-        app(prog_name="livt")
+        code = app(prog_name="livt", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except CLICK_ERROR as error:
+        if type(error).__name__ != "NoSuchOption":
+            error.show()
+            sys.exit(error.exit_code)
+        _print_error(unknown_option(error, sys.argv[1:]), "error")
+        sys.exit(EXIT_USAGE)
+    except typer.Abort:
+        print("Aborted!", file=sys.stderr)
+        sys.exit(EXIT_FAILED)
     except LivtError as error:
         _print_error(error, "stopped" if error.exit_code == EXIT_PREEMPTED else "error")
         if isinstance(error, LauncherError):
@@ -169,6 +179,34 @@ def _end_launcher() -> None:
         )  # python accelerate launch …, python -m accelerate.commands.launch
         if parent and any(Path(w).name in LAUNCHERS or w.startswith("accelerate.commands") for w in words):
             parent.terminate()
+
+
+def unknown_option(error: Any, words: Sequence[str]) -> UsageError:
+    """What to say of click's NoSuchOption: its new name, the --set of a recipe's field, or the nearest option."""
+    from livt_scale.config.fields import fields_called
+
+    option, context = str(error.option_name), error.ctx
+    message = f"{context.command_path} has no option {option}"
+    if option in RENAMED_OPTIONS:
+        return UsageError(message, remedy=f"it is now called {RENAMED_OPTIONS[option]}")
+    known = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
+    fields = fields_called(option.lstrip("-").replace("-", "_")) if "--set" in known else []
+    if fields:
+        value = _value_of(option, words)
+        return UsageError(
+            message, remedy=f"it is a field of the recipe: {' or '.join(f'--set {name}={value}' for name in fields)}"
+        )
+    return UsageError(message, remedy=nearest(option, [*known, "--help"]))
+
+
+def _value_of(option: str, words: Sequence[str]) -> str:
+    """What was given for `option`; VALUE: nothing."""
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        if word == option and not following.startswith("-"):
+            return shlex.quote(following)
+        if word.startswith(f"{option}="):
+            return shlex.quote(word.removeprefix(f"{option}="))
+    return "VALUE"
 
 
 def _print_error(error: Exception, kind: str) -> None:

@@ -13,23 +13,19 @@ from __future__ import annotations
 
 import json
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from livt_scale.config import renamed
-from livt_scale.config.optimizers import OPTIMIZERS, OptimizerOptions
+from livt_scale.config.fields import dotted, fields_at, hint, types_at
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.run_place import SAVED, absolute_run_dir, other_run, run_of_saved
-from livt_scale.config.sampling import SAMPLERS, Sampler
 from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
 from livt_scale.extensions import load_extensions
-from livt_scale.losses import LOSSES, LossOptions
-from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION, Options
+from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
 from livt_scale.util.errors import RecipeError, UsageError, nearest
 from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url, redacted
@@ -223,7 +219,7 @@ def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
 
 def _set_value(where: list[str], raw: str, text: str) -> Any:
     """`raw` as YAML; but as it stands where the recipe wants text: a path may hold `: `, `#` or look like a number."""
-    if str in _types_at(where) and raw not in ("null", "~"):
+    if str in types_at(where) and raw not in ("null", "~"):
         return raw
     try:
         return parse_value(raw)
@@ -249,14 +245,6 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
 
 # --- checking, and telling what is wrong ---
 
-# parts whose fields follow from their name
-_OPEN_PARTS: dict[type[BaseModel] | None, Mapping[str, type[Options]]] = {
-    LossOptions: LOSSES,
-    Sampler: SAMPLERS,
-    OptimizerOptions: OPTIMIZERS,
-}
-_PLAIN_WORDS = {"a valid boolean": "true or false", "a valid array": "a list", "a valid string": "text"}
-
 
 def _validate(tree: Tree, path: Path) -> Recipe:
     load_extensions()
@@ -271,7 +259,7 @@ def _validate(tree: Tree, path: Path) -> Recipe:
 def _explain(error: Any, tree: Tree, path: Path) -> str:
     """One line of one mistake: where it was written, the field, what is wrong, what would be right."""
     where: Where = tuple(error["loc"])
-    name, given = _dotted(where), _shown(error["input"])
+    name, given = dotted(where), _shown(error["input"])
     if error["type"] == "value_error":  # a rule over a whole part: its message starts with the field
         said = str(error["ctx"]["error"])
         field = (*where, *said.split(" ", 1)[0].split("."))
@@ -279,7 +267,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
         return f"{tree.origin_of(field if field in tree.origins else where, default=shown(path))}: {prefix}{said}"
     origin = tree.origin_of(where, default=shown(path))
     if error["type"] == "extra_forbidden":
-        return f"{origin}: there is no field {name}: {renamed.hint(name) or _hint(where)}"
+        return f"{origin}: there is no field {name}: {renamed.hint(name) or hint(where)}"
     if error["type"] == UNKNOWN_OPTION:
         return f"{origin}: there is no field {name}: {error['ctx']['hint']}"
     if error["type"] == UNKNOWN_NAME:
@@ -294,7 +282,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     if error["type"] in ("model_type", "model_attributes_type"):
         if not where:
             return f"{origin}: a recipe is a mapping of names to values, not {given}"
-        fields = ", ".join(_fields_at(where))
+        fields = ", ".join(fields_at(where))
         return f"{origin}: {name} is {given}, but it is a part with fields of its own: {fields}"
     said = error["msg"].removeprefix("Input ")
     for theirs, ours in (
@@ -306,10 +294,6 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     return f"{origin}: {name} is {given}: {said[0].lower()}{said[1:]}"
 
 
-def _dotted(where: Where) -> str:
-    return ".".join(map(str, where)) or "recipe"
-
-
 def _shown(value: Any) -> str:
     text = redacted(_plain(value))
     return text if len(text) <= 80 else f"{text[:77]}…"
@@ -317,52 +301,6 @@ def _shown(value: Any) -> str:
 
 def _plain(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
-
-
-def _hint(where: Where) -> str:
-    """The nearest field of the same part; else the places where a field of this very name stands; else all fields."""
-    name, fields = str(where[-1]), _fields_at(where[:-1])
-    said = nearest(name, fields)
-    elsewhere = [_dotted(path) for path in _all_fields() if path[-1] == name]
-    if not said.startswith("did you mean") and elsewhere:
-        return f"did you mean {' or '.join(repr(e) for e in elsewhere)}?"
-    return said
-
-
-def _fields_at(where: Where) -> list[str]:
-    """The fields that a part of the recipe has: `stages.pretrain` -> epochs, …; none for a plain value."""
-    part = _part_at(where)
-    models = _OPEN_PARTS[part].values() if part in _OPEN_PARTS else [part] if part else []
-    return list(dict.fromkeys(field for model in models for field in model.model_fields))
-
-
-def _part_at(where: Sequence[str | int]) -> type[BaseModel] | None:
-    part: type[BaseModel] | None = Recipe
-    for key in where:
-        if part is None or key not in part.model_fields:
-            return None
-        options = _options(part.model_fields[str(key)].annotation)
-        part = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
-    return part
-
-
-def _types_at(where: Sequence[str]) -> tuple[Any, ...]:
-    """What a field may be, as Python types: (str, NoneType) for `data.val`; nothing for a field that is not there."""
-    part = _part_at(where[:-1])
-    return _options(part.model_fields[where[-1]].annotation) if part and where[-1] in part.model_fields else ()
-
-
-def _options(annotation: Any) -> tuple[Any, ...]:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return tuple(o for a in typing.get_args(annotation) for o in _options(a))
-    if typing.get_origin(annotation) is typing.Annotated:
-        return _options(typing.get_args(annotation)[0])
-    return (annotation,)
-
-
-def _all_fields(where: Where = ()) -> list[Where]:
-    here = [(*where, name) for name in _fields_at(where)]
-    return [path for field in here for path in (field, *_all_fields(field))]
 
 
 # --- paths ---

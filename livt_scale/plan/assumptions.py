@@ -106,7 +106,7 @@ def accelerator(name: str) -> Accelerator:
         return _from_file(Path(name))
     if name not in DEVICES:
         raise UsageError(
-            f"no device is called {name!r}", remedy=f"{nearest(name, DEVICES)} A YAML file describes others"
+            f"no device is called {name!r}", remedy=f"{nearest(name, DEVICES)}; a YAML file describes others"
         )
     device = DEVICES[name]
     link, network, gpus, power = _PLACES[name]

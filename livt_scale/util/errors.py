@@ -6,8 +6,9 @@ docs/errors.md of them, with the tree. A class elsewhere that derives from one o
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
+
+from livt_scale.util.names import SHOWN_BESIDE_A_GUESS, closest, listed
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -256,7 +257,11 @@ class InstallationError(LivtError):
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """A hint for a misspelt name: "did you mean 'epochs'?", else the list of valid names."""
+    """A hint for a wrong name: "did you mean 'vit_b'? Valid names: …"; without a likely one, the valid names alone."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"valid names: {', '.join(names)}"
+    valid = f"alid names: {', '.join(names)}"
+    guesses = closest(name, names)
+    if not guesses:
+        return f"v{valid}"
+    guess = f"did you mean {listed(guesses)}?"
+    return f"{guess} V{valid}" if len(guesses) < len(names) <= SHOWN_BESIDE_A_GUESS else guess

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from livt_scale.config.load import _all_fields, load_recipe, save_recipe, to_yaml
+from livt_scale.config.fields import all_fields
+from livt_scale.config.load import load_recipe, save_recipe, to_yaml
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.yaml import dump
 from livt_scale.losses import LOSSES
@@ -349,7 +350,7 @@ def test_any_misspelt_field_anywhere_is_refused(tmp_path_factory, data):
         (*LOSS, "name"),
         (*LOSS, "tau"),
     }
-    where = data.draw(st.sampled_from([path for path in _all_fields() if path not in absent]))
+    where = data.draw(st.sampled_from([path for path in all_fields() if path not in absent]))
     part = tree
     for key in where[:-1]:
         part = part[key]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from livt_scale.cli import main as cli
-from livt_scale.config.load import _all_fields, from_saved, load_recipe, load_saved
+from livt_scale.config.fields import all_fields
+from livt_scale.config.load import from_saved, load_recipe, load_saved
 from livt_scale.config.renamed import REMOVED, RENAMED, Removed, translate
 from livt_scale.train.resume_rules import check_same
 from livt_scale.util.errors import CheckpointMismatch, RecipeError
@@ -39,7 +40,7 @@ def test_an_old_name_is_refused_with_the_new_one_where_it_was_written(tmp_path, 
 
 
 def test_the_tables_name_fields_that_are_gone_and_fields_that_exist():
-    fields = {".".join(path) for path in _all_fields()}
+    fields = {".".join(path) for path in all_fields()}
     assert set(RENAMED.values()) <= fields
     assert not fields & (RENAMED.keys() | REMOVED.keys())
 
@@ -96,7 +97,7 @@ def test_an_old_option_is_wrong_usage_that_names_the_new_one(words, monkeypatch,
         cli.main()
     assert caught.value.code == 2
     old = words[-1].partition("=")[0] if "=" in words[-1] else words[-2]
-    assert f"there is no option {old}. It is now called {cli.RENAMED_OPTIONS[old]}" in capsys.readouterr().err
+    assert f"has no option {old}. It is now called {cli.RENAMED_OPTIONS[old]}" in capsys.readouterr().err
 
 
 RESOLVED = json.loads((SAVED / "resolved.json").read_text())  # what losses and optimizers got, and margins for COUNTS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from livt_scale.config.load import _all_fields
+from livt_scale.config.fields import all_fields
 from livt_scale.config.recipe import Recipe, learnt_from
 from livt_scale.config.resume import Change, allowable, resume_of
 from livt_scale.train.resume_rules import check_allowable, check_same
@@ -31,7 +31,7 @@ def facts(stage: str = "pretrain", **fields: object) -> dict:
 
 
 def test_every_field_that_can_be_allowed_is_one_of_the_recipe_and_decides_what_is_learnt():
-    assert {".".join(path) for path in _all_fields()} >= set(allowable(Recipe))
+    assert {".".join(path) for path in all_fields()} >= set(allowable(Recipe))
     learnt = learnt_from(Recipe.model_validate(BASE), "pretrain") | learnt_from(Recipe.model_validate(BASE), "finetune")
     resnet = BASE | {"model": {"size": "resnet18"}, "stages": {"finetune": {"init": "scratch", "layer_decay": 1.0}}}
     of_resnet = learnt_from(Recipe.model_validate(resnet), "finetune")

@@ -33,6 +33,9 @@ def test_an_unknown_name_gets_the_nearest():
     with pytest.raises(UsageError) as caught:
         sizes.find("smal")
     assert (caught.value.message, caught.value.remedy) == ("unknown size 'smal'", "did you mean 'small'?")
+    sizes.register("large", 2)
+    with pytest.raises(UsageError, match="Did you mean 'small'\\? Valid names: large, small"):
+        sizes.find("smal")
 
 
 def test_a_name_that_is_taken_is_refused_with_both_places(tmp_path):
