@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -36,52 +37,33 @@ from livt_scale.data.remote.shards import RemoteShards
 from livt_scale.util.errors import ManifestError, ShardError
 from livt_scale.util.urls import below, is_url
 
+MAX_SIZES = 1000  # shards whose sizes are compared where the samples are not read yet: a network answers in ms
+
 
 @dataclass(frozen=True)
-class ShardSet:
-    """The shards of one folder, opened for reading by `ShardSet.open`. Pickling stores the location and reopens it."""
+class SetFacts:
+    """What manifest and quarantine tell of a set. Reading them costs the same for any number of samples."""
 
     folder: Path  # of a set at a URL: the cache's folder, where its index has another name
     manifest: ShardManifest
-    index: np.ndarray  # [num_samples + quarantined] of INDEX_DTYPE, mapped
     quarantine: tuple[Quarantined, ...]  # by number
     remote: RemoteShards | None = None  # where shards are fetched from; None: they are in `folder`
 
     @classmethod
-    def open(cls, folder: str | Path, *, data: Data | None = None) -> Self:
-        """Open `folder`, or the set at a URL with the settings of `data` (None: the defaults), in O(shards).
+    def read(cls, location: str | Path, *, data: Data | None = None) -> SetFacts:
+        """Those of the folder or URL `location`; its files must be there, index and samples are not looked at.
 
-        Raises ManifestError (no folder, no manifest, another version, an index of the wrong size), ShardError (a shard
-        that is missing or of the wrong size) and, for a URL, RemoteError.
+        Of more than MAX_SIZES shards the names are compared, and the sizes of some. Raises as `ShardSet.open`.
         """
-        if isinstance(folder, str) and is_url(folder):
-            return cls._open_remote(RemoteShards.at(folder, data))
-        folder = Path(folder)
-        manifest = ShardManifest.read(folder)
-        for info in (*manifest.shards, manifest.index, manifest.keys):
-            _check_size(folder, info)
-        opened = cls(folder, manifest, _map_index(folder / manifest.index.name, manifest), ())
-        quarantine = read_quarantine(opened)
-        return cls(folder, manifest, opened.index, quarantine)
-
-    @classmethod
-    def _open_remote(cls, remote: RemoteShards, manifest: ShardManifest | None = None) -> Self:
-        """`manifest`: already known if another process has opened the set."""
-        manifest = manifest or remote.manifest()
-        for info in (manifest.index, manifest.keys):
-            remote.keep(info)
-        cache = remote.cache
-        opened = cls(cache.folder, manifest, _map_index(cache.path(manifest.index), manifest), (), remote)
-        listed = remote.quarantine()
-        if listed is None:
-            return opened
-        quarantine = check_quarantine(opened, listed, below(remote.url, QUARANTINE))
-        return cls(opened.folder, manifest, opened.index, quarantine, remote)
-
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapped array would be pickled as a copy of the full index
-        if self.remote:
-            return type(self)._open_remote, (self.remote, self.manifest)
-        return type(self).open, (self.folder,)
+        if isinstance(location, str) and is_url(location):
+            remote = RemoteShards.at(location, data)
+            manifest, listed, place = remote.manifest(), remote.quarantine(), below(location, QUARANTINE)
+        else:
+            remote, folder = None, Path(location)
+            manifest, listed, place = ShardManifest.read(folder), _quarantine_bytes(folder), str(folder / QUARANTINE)
+            _check_files(folder, manifest)
+        quarantine = parse_quarantine(listed, manifest, where=str(location), path=place) if listed is not None else ()
+        return SetFacts(remote.cache.folder if remote else Path(location), manifest, quarantine, remote)
 
     @property
     def where(self) -> str:
@@ -135,6 +117,51 @@ class ShardSet:
         """SHA-256 of the manifest: the same with a quarantine and without."""
         return hashlib.sha256(self.manifest.to_bytes()).hexdigest()
 
+    def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """[n] The shard that contains each sample number."""
+        return np.searchsorted(self.first, samples, side="right") - 1
+
+
+@dataclass(frozen=True)
+class ShardSet(SetFacts):
+    """The shards of one folder, opened for reading by `ShardSet.open`. Pickling stores the location and reopens it."""
+
+    index: np.ndarray = field(kw_only=True)  # [num_samples + quarantined] of INDEX_DTYPE, mapped
+
+    @classmethod
+    def open(cls, folder: str | Path, *, data: Data | None = None) -> Self:
+        """Open `folder`, or the set at a URL with the settings of `data` (None: the defaults), in O(shards).
+
+        Raises ManifestError (no folder, no manifest, another version, an index of the wrong size), ShardError (a shard
+        that is missing or of the wrong size) and, for a URL, RemoteError.
+        """
+        if isinstance(folder, str) and is_url(folder):
+            return cls._open_remote(RemoteShards.at(folder, data))
+        folder = Path(folder)
+        manifest = ShardManifest.read(folder)
+        for info in (*manifest.shards, manifest.index, manifest.keys):
+            _check_size(folder, info)
+        opened = cls(folder, manifest, (), index=_map_index(folder / manifest.index.name, manifest))
+        return replace(opened, quarantine=read_quarantine(opened))
+
+    @classmethod
+    def _open_remote(cls, remote: RemoteShards, manifest: ShardManifest | None = None) -> Self:
+        """`manifest`: already known if another process has opened the set."""
+        manifest = manifest or remote.manifest()
+        for info in (manifest.index, manifest.keys):
+            remote.keep(info)
+        cache = remote.cache
+        opened = cls(cache.folder, manifest, (), remote, index=_map_index(cache.path(manifest.index), manifest))
+        listed = remote.quarantine()
+        if listed is None:
+            return opened
+        return replace(opened, quarantine=check_quarantine(opened, listed, below(remote.url, QUARANTINE)))
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a mapped array would be pickled as a copy of the full index
+        if self.remote:
+            return type(self)._open_remote, (self.remote, self.manifest)
+        return type(self).open, (self.folder,)
+
     def usable_to_sample(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions among the usable samples, int64 [n], to sample numbers [n]. The identity without a quarantine."""
         # usable samples before the k-th quarantined one: numbers 3, 4, 9 -> 3, 3, 7; position 3 is then number 5
@@ -144,10 +171,6 @@ class ShardSet:
     def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """[n] The class of each sample number."""
         return self.index["label"][samples].astype(np.int64)
-
-    def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[n] The shard that contains each sample number."""
-        return np.searchsorted(self.first, samples, side="right") - 1
 
     def impossible_rows(self, rows: np.ndarray, shard: NDArray[np.int64]) -> NDArray[np.int64]:
         """Which of the index rows `rows` [n], for samples in the shards `shard` [n], are impossible.
@@ -229,21 +252,46 @@ def _map_index(path: Path, manifest: ShardManifest) -> np.ndarray:
     return index
 
 
+def _check_files(folder: Path, manifest: ShardManifest) -> None:
+    """Raise ManifestError or ShardError for a file that is missing, or has another size where sizes are compared."""
+    shards = manifest.shards
+    step = -(-len(shards) // MAX_SIZES) or 1
+    if step > 1:
+        there = set(os.listdir(folder))
+        missing = next((info for info in shards if info.name not in there), None)
+        if missing is not None:
+            _check_size(folder, missing)
+    for info in (*shards[::step], manifest.index, manifest.keys):
+        _check_size(folder, info)
+
+
 def read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
     """The samples in quarantine.json, by number; none without the file. Raises ManifestError if it does not match."""
-    path = shards.folder / QUARANTINE
+    raw = _quarantine_bytes(shards.folder)
+    return () if raw is None else check_quarantine(shards, raw, str(shards.folder / QUARANTINE))
+
+
+def _quarantine_bytes(folder: Path) -> bytes | None:
     try:
-        raw = path.read_bytes()
+        return (folder / QUARANTINE).read_bytes()
     except FileNotFoundError:
-        return ()
+        return None
     except OSError as error:
-        raise ManifestError(f"{path} cannot be read: {error.strerror}") from error
-    return check_quarantine(shards, raw, str(path))
+        raise ManifestError(f"{folder / QUARANTINE} cannot be read: {error.strerror}") from error
 
 
 def check_quarantine(shards: ShardSet, raw: bytes, path: str) -> tuple[Quarantined, ...]:
     """The samples in the bytes `raw` of the quarantine file `path`. Raises ManifestError if they do not match."""
-    remedy = f"recreate it with `livt shards verify {shards.where} --decode --quarantine`"
+    listed = parse_quarantine(raw, shards.manifest, where=shards.where, path=path)
+    for q in listed:
+        if (shards._key(q.number), int(shards.index["label"][q.number])) != (q.key, q.label):
+            raise _foreign(q, path, shards.where)
+    return listed
+
+
+def parse_quarantine(raw: bytes, manifest: ShardManifest, *, where: str, path: str) -> tuple[Quarantined, ...]:
+    """The samples in `raw`, compared with the manifest alone; `check_quarantine` compares with the index too."""
+    remedy = _RECREATE.format(where)
     try:
         listed = Quarantine.model_validate_json(raw, strict=True).samples
     except ValidationError as error:
@@ -252,7 +300,15 @@ def check_quarantine(shards: ShardSet, raw: bytes, path: str) -> tuple[Quarantin
     if any(b <= a for a, b in itertools.pairwise(numbers)):
         raise ManifestError(f"{path}: its samples are not in ascending order", remedy=remedy)
     for q in listed:
-        known = q.number < shards.manifest.num_samples
-        if not known or (shards._key(q.number), int(shards.index["label"][q.number])) != (q.key, q.label):
-            raise ManifestError(f"{path}: sample {q.number} is not {q.key!r}: made for other shards", remedy=remedy)
+        if q.number >= manifest.num_samples or q.label >= len(manifest.class_names):
+            raise _foreign(q, path, where)
     return tuple(listed)
+
+
+_RECREATE = "recreate it with `livt shards verify {} --decode --quarantine`"
+
+
+def _foreign(q: Quarantined, path: str, where: str) -> ManifestError:
+    return ManifestError(
+        f"{path}: sample {q.number} is not {q.key!r}: made for other shards", remedy=_RECREATE.format(where)
+    )

@@ -62,7 +62,7 @@ def test_an_opened_set_knows_its_samples(tmp_path):
 @given(num_samples=st.integers(1, 40), data=st.data())
 def test_positions_skip_the_quarantined_samples_and_no_others(num_samples, data):
     lost = sorted(data.draw(st.sets(st.integers(0, num_samples - 1))))
-    shards = ShardSet(Path(), None, None, ())
+    shards = ShardSet(Path(), None, (), index=None)
     shards.__dict__["quarantined"] = np.array(lost, dtype=np.int64)
     usable = [n for n in range(num_samples) if n not in lost]
     assert shards.usable_to_sample(np.arange(len(usable))).tolist() == usable

@@ -153,7 +153,9 @@ def _check_shards(
     folder: Path, manifest: ShardManifest, *, decode: bool, workers: int, progress: Progress | None
 ) -> list[Fault]:
     index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
-    whole = ShardSet(folder, manifest, index, ())  # not opened: that would stop at the first shard that is missing
+    whole = ShardSet(
+        folder, manifest, (), index=index
+    )  # not opened: that would stop at the first shard that is missing
     impossible = whole.impossible_rows(index, whole.shard_of(np.arange(len(index))))
     if len(impossible):
         return [Fault(INDEX, None, None, f"an impossible row for sample {k}: {index[k].tolist()}") for k in impossible]
@@ -255,7 +257,7 @@ def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fa
             remedy="copy the set again, or build it again",
         )
     index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
-    listed = {} if decoded else {q.number: q for q in read_quarantine(ShardSet(folder, manifest, index, ()))}
+    listed = {} if decoded else {q.number: q for q in read_quarantine(ShardSet(folder, manifest, (), index=index))}
     for fault in faults:
         label = int(index["label"][fault.number])
         entry = {"number": fault.number, "key": fault.key, "shard": fault.shard, "class": label, "reason": fault.what}
