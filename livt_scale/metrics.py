@@ -85,17 +85,25 @@ class Tally:
         """What to add up over ranks, in place (`all_reduce` with SUM): int64, of the same shape on each rank."""
         return [self._sums]
 
-    def report(self, class_counts: npt.ArrayLike, *, many_over: int, few_under: int) -> dict[str, Any]:
+    def report(
+        self,
+        class_counts: npt.ArrayLike,
+        *,
+        many_over: int,
+        few_under: int,
+        group_counts: npt.ArrayLike | None = None,
+    ) -> dict[str, Any]:
         """The figures as plain JSON types, fractions of 1; None where there was no image.
 
-        `class_counts`: training images of each class, which decide its group. `all` is the mean over images;
-        `mean_class` and the groups are means over classes, which on a balanced set is the same. `confusion[true]
-        [predicted]` counts images; None above 1000 classes.
+        `class_counts`: training images of each class, which decide its group unless `group_counts` does. `all` is the
+        mean over images; `mean_class` and the groups are means over classes, which on a balanced set is the same.
+        `confusion[true][predicted]` counts images; None above 1000 classes.
         """
         sums = {name: view.cpu().numpy() for name, view in self._views().items()}
         counts = np.asarray(class_counts, dtype=np.int64)
         assert len(counts) == self.num_classes, (len(counts), self.num_classes)
-        groups = shot_groups(counts, many_over=many_over, few_under=few_under)
+        grouped_by = counts if group_counts is None else group_counts
+        groups = shot_groups(grouped_by, many_over=many_over, few_under=few_under)
         num_images = int(sums["images"].sum())
         return {
             "num_samples": num_images,

@@ -47,6 +47,12 @@ class Data(RecipePart):
     few_under: Annotated[PositiveInt, ALLOW] = Field(
         20, description="few-shot: classes with fewer training images than this"
     )
+    group_counts: Annotated[str | None, FREE] = Field(
+        None,
+        min_length=1,
+        description="images of each class that make it many, medium or few: a JSON list, a set of shards, or "
+        "livt:NAME; None: those of data.train",
+    )
     workers: Annotated[NonNegativeInt | Literal["auto"], FREE] = Field(
         2, description="loader processes a rank; 0 decodes in the training process; auto: measured at the start"
     )
@@ -62,7 +68,7 @@ class Data(RecipePart):
 
     @model_validator(mode="after")
     def _urls_hold_no_secret(self) -> Self:
-        for name in ("train", "val"):
+        for name in ("train", "val", "group_counts"):
             location = getattr(self, name)
             problem = url_problem(location) if location and is_url(location) else None
             if problem:  # the URL itself is not repeated: it may hold a password

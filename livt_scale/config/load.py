@@ -308,7 +308,7 @@ def _plain(value: Any) -> str:
 
 def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
     """The recipe with absolute paths: what is read is looked for, what is written is in the working directory."""
-    data = {name: _find(getattr(recipe.data, name), path) for name in ("train", "val")}
+    data = {name: _find(getattr(recipe.data, name), path) for name in ("train", "val", "group_counts")}
     found = recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update=data),
@@ -336,7 +336,7 @@ def _refuse_second_run(recipe: Recipe, path: Path) -> None:
 
 def _find(location: str | None, recipe_path: Path) -> str | None:
     """A relative path from here on; or, if nothing is there, from the recipe's folder or one above it on."""
-    if location is None or is_url(location) or Path(location).is_absolute():
+    if location is None or is_url(location) or is_name(location) or Path(location).is_absolute():
         return location
     for folder in (Path(), *recipe_path.resolve().parents):
         if (folder / location).exists():

@@ -9,15 +9,14 @@ shard of the weights. The counts are summed once at the end. So the score does n
 padding sampler, or with means of batch means, it would). The sum must give the set's number of samples, or it is an
 error.
 
-Groups come from the counts of the *training* set; the classes of both sets must be the same, in the same order. The
-report says which data and which weights it is about.
+Groups come from the counts of the *training* set, or those that data.group_counts names; the classes of both sets must
+be the same, in the same order. The report says which data and which weights it is about.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +25,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from livt_scale.config.recipe import Data, Recipe
+from livt_scale.data.classes import TrainingClasses, check_same_classes
 from livt_scale.data.loader import evaluation_batches
 from livt_scale.data.num_workers import max_workers
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.remote.prefetch import check_evaluation_room
 from livt_scale.data.settings import ImageSettings
-from livt_scale.data.shard_set import ShardSet
+from livt_scale.data.shard_set import SetFacts, ShardSet
 from livt_scale.distributed import precision as precisions
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.tta import Views
 from livt_scale.metrics import Tally
 from livt_scale.util.atomic import write_atomic
-from livt_scale.util.errors import DataError, RunError
+from livt_scale.util.errors import RunError
 
 FORMAT = "livt-eval"
 VERSION = 1
 BATCH = 64  # the same everywhere, so that a run, its log and its export agree to the last digit
-
-
-@dataclass(frozen=True)
-class TrainingClasses:
-    """What the model was trained to tell apart, and from how many images of each."""
-
-    names: tuple[str, ...]
-    counts: tuple[int, ...]  # usable images; the groups and the loss prior come from them
-    where: str  # for messages: the folder, or the export that says so
-
-    @classmethod
-    def of(cls, shards: ShardSet) -> TrainingClasses:
-        counts = tuple(int(n) for n in shards.class_counts)
-        return cls(tuple(shards.manifest.class_names), counts, shards.where)
 
 
 def evaluate(
@@ -76,9 +62,10 @@ def evaluate(
     gets this rank's logits, float [B, C] on the CPU, in the order of the set (`train.outputs`). The model is left in
     the mode it was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
     """
+    data = recipe.data
     return evaluate_images(
         model, shards, ImageSettings.of_recipe(recipe), precision=recipe.parallel.precision, device=world.device,
-        world=world, classes=classes or TrainingClasses.of(ShardSet.open(recipe.data.train, data=recipe.data)),
+        world=world, classes=classes or TrainingClasses.of(SetFacts.read(data.train, data=data), data),
         batch=batch, views=views, keep=keep,
     )  # fmt: skip
 
@@ -130,30 +117,11 @@ def evaluate_images(
         for sums in tally.tensors():
             dist.all_reduce(sums)
     groups = {"many_over": settings.data.many_over, "few_under": settings.data.few_under}
-    report = tally.report(classes.counts, **groups)
+    report = tally.report(classes.counts, **groups, group_counts=classes.group_counts)
     if report["num_samples"] != shards.num_samples:
         raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
     facts = {"precision": precision, "views": views.facts(), "data": data_lineage(shards)}
     return {**report, **facts}
-
-
-def check_same_classes(shards: ShardSet, classes: TrainingClasses) -> None:
-    """Raise DataError where there is nothing to evaluate, or the classes are not `classes`, in that order."""
-    names = tuple(shards.manifest.class_names)
-    if not shards.num_samples:
-        raise DataError(f"{shards.where} holds no usable sample to evaluate on", remedy="give another set")
-    if names == classes.names:
-        return
-    if sorted(names) == sorted(classes.names):
-        first = next(k for k, pair in enumerate(zip(names, classes.names, strict=True)) if pair[0] != pair[1])
-        what = f"the same names in another order: class {first} is {names[first]!r} against {classes.names[first]!r}"
-    else:
-        extra, lacking = _some(set(names) - set(classes.names)), _some(set(classes.names) - set(names))
-        what = f"{len(names)} against {len(classes.names)}; only in the first: {extra}; only in the second: {lacking}"
-    raise DataError(
-        f"{shards.where} and {classes.where} do not have the same classes: {what}",
-        remedy="build the evaluation set from the same list of classes as the training set",
-    )
 
 
 def check_room(
@@ -239,8 +207,3 @@ def _plain(model: nn.Module, device: torch.device, precision: str) -> Callable[[
         return logits
 
     return infer
-
-
-def _some(names: Sequence[str] | set[str]) -> str:
-    shown = ", ".join(repr(n) for n in sorted(names)[:5])
-    return f"{shown}{', …' if len(names) > 5 else ''}" or "none"

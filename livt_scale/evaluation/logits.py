@@ -45,6 +45,7 @@ class About:
     loss: str  # that the model was trained with
     logit_scale: float  # what that loss multiplied the logits by
     facts: dict[str, Any]  # of eval.json what is not counted from the logits: precision, views, data, weights
+    group_counts: tuple[int, ...] | None = None  # images that decide the groups; None: class_counts do
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,10 @@ class Outputs:
         tally = Tally(len(self.about.class_names))
         for logits, labels in zip(self.logits.split(CHUNK), self.labels.split(CHUNK), strict=True):
             tally.update((logits if shift is None else logits + shift) * scale, labels)
-        figures = tally.report(self.counts, many_over=self.about.many_over, few_under=self.about.few_under)
+        about = self.about
+        figures = tally.report(
+            self.counts, many_over=about.many_over, few_under=about.few_under, group_counts=about.group_counts
+        )
         return {**figures, **self.about.facts}
 
 
@@ -125,6 +129,7 @@ def load_outputs(path: Path) -> Outputs:
         if (head.pop("format"), head.pop("version")) != (FORMAT, VERSION):
             raise ValueError("it is of another format or version")
         head |= {name: tuple(head[name]) for name in ("class_names", "class_counts")}
+        head["group_counts"] = tuple(head["group_counts"]) if head.get("group_counts") is not None else None
         about = About(**head)
         keys = tuple(json.loads(tensors["keys"].numpy().tobytes()))
         _check_fit(tensors, keys, about)
@@ -163,11 +168,12 @@ def _check_fit(tensors: dict[str, Tensor], keys: tuple[str, ...], about: About) 
     num_classes = len(about.class_names)
     if not all(isinstance(text, str) for text in (*keys, *about.class_names, about.loss)):
         raise ValueError("keys, class_names and loss must be text")
-    if not all(isinstance(n, int) and n >= 0 for n in (*about.class_counts, about.many_over, about.few_under)):
+    groups = about.class_counts if about.group_counts is None else about.group_counts
+    if not all(isinstance(n, int) and n >= 0 for n in (*about.class_counts, *groups, about.many_over, about.few_under)):
         raise ValueError("class_counts and thresholds must be numbers of images")
     if not isinstance(about.logit_scale, int | float) or not 0 < about.logit_scale < float("inf"):
         raise ValueError(f"logit_scale is {about.logit_scale!r}")
-    if len(about.class_counts) != num_classes or not isinstance(about.facts, dict):
+    if len(about.class_counts) != num_classes or len(groups) != num_classes or not isinstance(about.facts, dict):
         raise ValueError(f"{len(about.class_counts)} class_counts for {num_classes} class_names")
     if logits.shape != (len(keys), num_classes) or labels.shape != (len(keys),) or not num_classes or not keys:
         shapes = f"logits {list(logits.shape)}, labels {list(labels.shape)}"

@@ -69,7 +69,8 @@ def class_rows(outputs: Outputs) -> list[ClassRow]:
     """A row for each class, by number."""
     about, labels, found = outputs.about, outputs.labels.numpy(), predictions(outputs)
     num = len(about.class_names)
-    groups = shot_groups(about.class_counts, many_over=about.many_over, few_under=about.few_under)
+    grouped_by = about.class_counts if about.group_counts is None else about.group_counts
+    groups = shot_groups(grouped_by, many_over=about.many_over, few_under=about.few_under)
     group_of = {int(c): name for name, classes in groups.items() for c in classes}
     images, given = np.bincount(labels, minlength=num), np.bincount(found.classes, minlength=num)
     right = np.bincount(labels[found.classes == labels], minlength=num)

@@ -33,10 +33,11 @@ from livt_scale.config.load import load_saved
 from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.image.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
-from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, evaluate
+from livt_scale.evaluation.evaluate import BATCH, evaluate
 from livt_scale.evaluation.logits import About, Outputs, gather
 from livt_scale.evaluation.tta import Views
 from livt_scale.extensions import load_extensions
@@ -90,6 +91,7 @@ class ExportInfo(BaseModel):
     model: Model
     class_names: tuple[str, ...]
     class_counts: tuple[NonNegativeInt, ...]  # of the training set, without its quarantine
+    group_counts: tuple[NonNegativeInt, ...] | None = None  # of what decides the groups; None: class_counts do
     mean: tuple[float, ...]  # of the pixels in [0, 1]
     std: tuple[float, ...]
     many_over: int
@@ -101,8 +103,10 @@ class ExportInfo(BaseModel):
 
     @model_validator(mode="after")
     def _every_class_has_a_count(self) -> Self:
-        if len(self.class_names) != len(self.class_counts):
-            raise ValueError(f"{len(self.class_names)} class_names for {len(self.class_counts)} class_counts")
+        for name in ("class_counts", "group_counts"):
+            counts = getattr(self, name)
+            if counts is not None and len(self.class_names) != len(counts):
+                raise ValueError(f"{len(self.class_names)} class_names for {len(counts)} {name}")
         return self
 
     def recipe(self, folder: Path) -> Recipe:
@@ -328,7 +332,7 @@ def open_trained(path: Path, *, which: str | None = None, weights: Weights = "ra
             remedy="leave weights out, and choose them when exporting",
         )
     model, info = load_export(path)
-    classes = TrainingClasses(info.class_names, info.class_counts, where=str(path))
+    classes = TrainingClasses(info.class_names, info.class_counts, where=str(path), group_counts=info.group_counts)
     lineage = dict(info.lineage)
     learnt_from = lineage.pop("learnt_from", {})
     return Trained(model, info.recipe(path), classes, lineage, learnt_from)
@@ -378,6 +382,7 @@ def _about(trained: Trained, report: dict[str, Any]) -> About:
     return About(
         class_names=trained.classes.names,
         class_counts=trained.classes.counts,
+        group_counts=trained.classes.group_counts,
         many_over=data.many_over,
         few_under=data.few_under,
         loss=finetune.loss.name,
@@ -402,6 +407,7 @@ def _info(trained: Trained, weights: Path) -> ExportInfo:
         model=recipe.model,
         class_names=trained.classes.names,
         class_counts=trained.classes.counts,
+        group_counts=trained.classes.group_counts,
         mean=recipe.data.mean,
         std=recipe.data.std,
         many_over=recipe.data.many_over,

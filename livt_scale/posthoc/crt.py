@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from livt_scale import optim
 from livt_scale.config.sampling import ClassBalanced
+from livt_scale.data.classes import check_same_classes
 from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.evaluation.evaluate import check_same_classes, data_lineage
+from livt_scale.evaluation.evaluate import data_lineage
 from livt_scale.export.timm import check_target, is_export, open_trained, write_export
 from livt_scale.losses import make_loss
 from livt_scale.losses.formulas import soft_targets

@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from livt_scale.config.recipe import Recipe
+from livt_scale.data.classes import TrainingClasses, check_same_classes
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
-from livt_scale.evaluation.evaluate import BATCH, TrainingClasses, check_same_classes, data_lineage
+from livt_scale.evaluation.evaluate import BATCH, data_lineage
 from livt_scale.evaluation.holdout import SEED
 from livt_scale.export.timm import evaluation_set, is_export
 from livt_scale.metrics import Tally
@@ -78,7 +79,9 @@ def figures(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Re
     tally = Tally(len(classes.names))
     tally.update(logits, labels)
     data = recipe.data
-    return tally.report(classes.counts, many_over=data.many_over, few_under=data.few_under)
+    return tally.report(
+        classes.counts, many_over=data.many_over, few_under=data.few_under, group_counts=classes.group_counts
+    )
 
 
 def mean_class_accuracy(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Recipe) -> float:

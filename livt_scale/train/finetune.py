@@ -13,12 +13,13 @@ from livt_scale import optim
 from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import Batch, images_and_targets
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import WithEma
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
-from livt_scale.evaluation.evaluate import TrainingClasses, check_room, evaluate, weights_lineage
+from livt_scale.evaluation.evaluate import check_room, evaluate, weights_lineage
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.train.loop import Evaluation, StageTask
 from livt_scale.train.run_dir import is_done, is_run
@@ -142,7 +143,7 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
 
 
 def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
-    classes = TrainingClasses.of(train)
+    classes = TrainingClasses.of(train, recipe.data)
     check_room(val, recipe.data, world=world, train=train)  # now, not after the first epoch
 
     def run(strategy: Strategy) -> Evaluation:

@@ -21,8 +21,9 @@ from pydantic import ValidationError
 from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.distributed.state_dict import AVERAGE, collect
-from livt_scale.evaluation.evaluate import TrainingClasses, weights_lineage
+from livt_scale.evaluation.evaluate import weights_lineage
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier
 from livt_scale.train.run_dir import is_run
 from livt_scale.train.run_files import read_status
@@ -60,7 +61,13 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     facts = manifest.facts
     try:
         recipe = from_saved(facts["recipe"])
-        classes = TrainingClasses(tuple(facts["class_names"]), tuple(facts["class_counts"]), where=str(path))
+        groups = facts.get("group_counts")
+        classes = TrainingClasses(
+            tuple(facts["class_names"]),
+            tuple(facts["class_counts"]),
+            where=str(path),
+            group_counts=None if groups is None else tuple(groups),
+        )
     except (KeyError, TypeError, ValidationError) as error:
         raise CheckpointMismatch(
             f"{path} does not say what was trained: {error!r}", remedy="was it written by another livt_scale?"

@@ -19,6 +19,7 @@ from livt_scale.checkpoint.load import Position, agreed_damages
 from livt_scale.checkpoint.manager import Found, Tiers
 from livt_scale.checkpoint.manifest import step_name
 from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.train.anomalies import Anomalies
@@ -166,6 +167,7 @@ def run_facts(
         "data": data_facts(train),
         "class_names": list(train.manifest.class_names),
         "class_counts": train.class_counts.tolist(),
+        "group_counts": None if stage == "pretrain" else TrainingClasses.of(train, recipe.data).group_counts,
     }
 
 

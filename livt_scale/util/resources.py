@@ -19,8 +19,11 @@ from livt_scale.util.errors import InstallationError, UsageError, nearest
 
 PREFIX = "livt:"
 MARKER = "recipes/base/livt.yaml"  # a folder named recipes beside the package may be somebody else's
-Kind = Literal["recipes", "shards", "studies"]
-SINGULAR: dict[Kind, str] = {"recipes": "recipe", "shards": "shard spec", "studies": "study"}
+Kind = Literal["recipes", "shards", "studies", "counts"]
+SINGULAR: dict[Kind, str] = {
+    "recipes": "recipe", "shards": "shard spec", "studies": "study", "counts": "list of class counts",
+}  # fmt: skip
+COUNTS = "shards/counts"  # JSON; the other kinds are YAML, in a folder named as the kind
 
 
 def root() -> Path:
@@ -54,16 +57,21 @@ def named(path: str | Path, *, kind: Kind) -> Path:
     """The shipped file that `livt:NAME` means; any other `path` as it is. Raises UsageError: no such name."""
     if not is_name(path):
         return Path(path)
-    name = str(path).removeprefix(PREFIX).removesuffix(".yaml")
+    folder, ending = _place(kind)
+    name = str(path).removeprefix(PREFIX).removesuffix(ending)
     names = names_of(kind)
     if name not in names:
         raise UsageError(f"{PREFIX}{name} is not a shipped {SINGULAR[kind]}", remedy=nearest(name, names))
-    return root() / kind / f"{name}.yaml"
+    return folder / f"{name}{ending}"
 
 
 def names_of(kind: Kind) -> list[str]:
     """Every NAME of `livt:NAME`, sorted."""
-    folder = root() / kind
-    return sorted(
-        str(path.relative_to(folder).with_suffix("")) for path in [*folder.glob("*.yaml"), *folder.glob("*/*.yaml")]
-    )
+    folder, ending = _place(kind)
+    found = [*folder.glob(f"*{ending}"), *folder.glob(f"*/*{ending}")]
+    return sorted(str(path.relative_to(folder).with_suffix("")) for path in found)
+
+
+def _place(kind: Kind) -> tuple[Path, str]:
+    """The folder of the files of a kind, and how their names end."""
+    return (root() / COUNTS, ".json") if kind == "counts" else (root() / kind, ".yaml")
