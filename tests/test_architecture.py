@@ -154,6 +154,11 @@ def test_help_comes_without_torch(arguments):
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
+def test_the_check_before_a_run_needs_no_torch():
+    result = run_python("import sys, livt_scale.train.preflight\nprint('torch' in sys.modules)")
+    assert result.stdout == "False\n", result.stderr
+
+
 def test_the_names_that_scripts_rely_on_are_there():
     commands = ["quickstart", "train", "eval", "export", "predict", "doctor", "ckpt ls", "ckpt verify", "ckpt convert"]
     commands += [f"shards {words}" for words in ("build", "verify", "index", "info", "trace")]

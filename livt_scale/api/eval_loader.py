@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from livt_scale.api.arguments import ImageShape, checked, pixel_data
 from livt_scale.config.data import Data
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import evaluation_batches, normalise
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.settings import ImageSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.precision import LOW
 from livt_scale.distributed.world import joined
-from livt_scale.evaluation.evaluate import TrainingClasses, evaluate_images
+from livt_scale.evaluation.evaluate import evaluate_images
 from livt_scale.util.errors import UsageError
 
 

@@ -67,7 +67,7 @@ def check(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="Recipe files.")],
     *,
     sets: Sets = None,
-    data: Annotated[bool, typer.Option("--data", help="Also open the shards of each recipe.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Also check data, weights, disk and lock.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Validate recipes.
@@ -99,7 +99,9 @@ def check_one(path: Path, *, sets: list[str], data: bool) -> dict[str, Any]:
         result["summary"] = summary(recipe)
         result["notes"] = [] if data else _missing_data(recipe)
         if data:
-            _open_data(recipe)
+            from livt_scale.train.preflight import check_run, refuse
+
+            refuse(check_run(recipe, stages=recipe.stage_names))
     except LivtError as error:
         result.update(exit_code=error.exit_code, errors=str(error).splitlines())
     return result
@@ -165,14 +167,6 @@ def _missing_data(recipe: Recipe) -> list[str]:
         for name, folder in folders.items()
         if folder and "://" not in folder and not (Path(folder) / "manifest.json").is_file()
     ]
-
-
-def _open_data(recipe: Recipe) -> None:
-    from livt_scale.data.shard_set import ShardSet
-
-    for folder in (recipe.data.train, recipe.data.val):
-        if folder:
-            ShardSet.open(folder, data=recipe.data)
 
 
 def _print_result(result: dict[str, Any]) -> None:

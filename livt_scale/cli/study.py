@@ -52,18 +52,18 @@ def submit(
     if dry_run:
         _tell_cost(loaded, runs(loaded), device=device, mfu=mfu, as_json=as_json)
         return
-    from livt_scale.study.local_runner import check_runs, check_starts, run_all
-    from livt_scale.study.subsets import build_subsets
+    from livt_scale.study.local_runner import check_runs, run_all
+    from livt_scale.study.subsets import build_subsets, wanted_subsets
 
     check_folder(loaded)
-    check_starts(runs(loaded), loaded.folder)
+    check_runs(runs(loaded), loaded.folder, to_build=list(wanted_subsets(loaded, every)))
     for where in build_subsets(loaded, every):
         typer.echo(f"{where}: there", err=as_json)
+    check_runs(runs(loaded), loaded.folder)
     _write_command(loaded)
     if slurm:
         _submit_arrays(loaded, every, jobs=jobs, as_json=as_json)
         return
-    check_runs(runs(loaded), loaded.folder)
     outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
     if as_json:

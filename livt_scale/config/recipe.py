@@ -2,10 +2,10 @@
 
 A default stands in its part and nowhere else. Unless a description says otherwise it is the paper's (LiVT, arXiv
 2212.02015, table of hyper-parameters for ImageNet-LT; MAE, arXiv 2111.06377, table 8). `None` means "derived",
-and the description says from what. What the recipe alone decides is checked here; what needs the world size is
-checked by `livt_scale.train.batch_plan`. The parts: `livt_scale.config.data`, `recipe_model`, `recipe_stages`; how the
-work is done (`parallel`, `checkpoint`, `faults`, `log`) is `livt_scale.config.runtime`'s, `slurm` is
-`livt_scale.config.slurm`'s; reading YAML, `extends:` and `--set` is `livt_scale.config.load`'s.
+and the description says from what. What the recipe alone decides is checked here; what needs data, disk or the world
+size by `livt_scale.train.preflight`. The parts: `livt_scale.config.data`, `model`, `stages`; how the work is done
+(`parallel`, `checkpoint`, `faults`, `log`) is `livt_scale.config.runtime`'s, `slurm` is `livt_scale.config.slurm`'s;
+reading YAML, `extends:` and `--set` is `livt_scale.config.load`'s.
 """
 
 from __future__ import annotations

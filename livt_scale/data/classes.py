@@ -10,7 +10,6 @@ The names decide which sets go together, and their order does too: a label is a 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from livt_scale.config.data import Data
 from livt_scale.data.manifest import MANIFEST
 from livt_scale.data.shard_set import SetFacts
 from livt_scale.util.errors import DataError
+from livt_scale.util.outside import read_json
 from livt_scale.util.resources import named
 from livt_scale.util.urls import is_url
 
@@ -32,10 +32,10 @@ class TrainingClasses:
     group_counts: tuple[int, ...] | None = None  # None: `counts` decide the groups
 
     @classmethod
-    def of(cls, train: SetFacts, data: Data) -> TrainingClasses:
+    def of(cls, train: SetFacts, data: Data | None = None) -> TrainingClasses:
         """Those of the set `train`. Raises DataError, UsageError for what data.group_counts names."""
         classes = cls(tuple(train.manifest.class_names), tuple(int(n) for n in train.class_counts), train.where)
-        groups = read_group_counts(data, classes) if data.group_counts else None
+        groups = read_group_counts(data, classes) if data and data.group_counts else None
         return cls(classes.names, classes.counts, classes.where, groups)
 
     @property
@@ -81,10 +81,12 @@ def read_group_counts(data: Data, classes: TrainingClasses) -> tuple[int, ...]:
 def _listed_counts(path: Path) -> tuple[int, ...]:
     remedy = "give a JSON file with a list of whole numbers, a folder of shards, or livt:NAME for a shipped list"
     try:
-        counts = json.loads(path.read_bytes())
+        counts = read_json(path, "counts")
     except FileNotFoundError:
         raise DataError(f"there is no {path}", remedy=remedy) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise DataError(f"the counts in {path} cannot be read: {error.strerror}", remedy=remedy) from error
+    except ValueError as error:
         raise DataError(f"the counts in {path} cannot be read: {error}", remedy=remedy) from error
     if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
         raise DataError(f"{path} is not a list of whole numbers from 0 up", remedy=remedy)

@@ -257,7 +257,8 @@ def _check_files(folder: Path, manifest: ShardManifest) -> None:
     shards = manifest.shards
     step = -(-len(shards) // MAX_SIZES) or 1
     if step > 1:
-        there = set(os.listdir(folder))
+        with os.scandir(folder) as entries:
+            there = {entry.name for entry in entries}
         missing = next((info for info in shards if info.name not in there), None)
         if missing is not None:
             _check_size(folder, missing)

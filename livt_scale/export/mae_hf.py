@@ -24,7 +24,7 @@ from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import ExportError, UsageError, nearest
 from livt_scale.weights.importer import open_weights
 from livt_scale.weights.layouts import to_hf
-from livt_scale.weights.read_files import SAFETENSORS
+from livt_scale.weights.locate import SAFETENSORS
 
 LAYOUTS = ("timm", "mae", "hf")
 PTH = "checkpoint.pth"

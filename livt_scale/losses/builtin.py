@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
-from livt_scale.losses.options import LOSSES, Counts, Criterion, LossOptions, formulas, two_classes
+from livt_scale.losses.options import LOSSES, Counts, Criterion, LossOptions, formulas
 
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -73,9 +73,9 @@ class BalancedBinaryCrossEntropy(LossOptions):
     name: Literal["bal_bce"] = "bal_bce"
     tau: NonNegativeFloat = Field(1.0, description="strength of the margin (default: LiVT, which uses 1 to 1.05)")
     link: ClassVar[Literal["softmax", "sigmoid"]] = "sigmoid"
+    no_single_class: ClassVar[str] = "its share is 1 and its margin infinite"
 
     def build(self, counts: Counts) -> Criterion:
-        two_classes(counts, name="bal_bce", why="its share is 1 and its margin infinite")
         others = counts.sum() - counts
         # log π - log(1 - π) without either: 1 - π loses all digits where one class is nearly everything
         margin = self.tau * (np.log(counts) - np.log(others))
@@ -125,13 +125,13 @@ class LargeMargin(LossOptions):
     name: Literal["ldam"] = "ldam"
     max_margin: NonNegativeFloat = Field(0.5, description="margin of the smallest class (default: the paper)")
     scale: PositiveFloat = Field(30.0, description="what logits are multiplied by (default: the paper's code)")
+    no_single_class: ClassVar[str] = "there is none to keep a margin from"
 
     @property
     def logit_scale(self) -> float:
         return self.scale
 
     def build(self, counts: Counts) -> Criterion:
-        two_classes(counts, name="ldam", why="there is none to keep a margin from")
         f = formulas()
         return f.Loss("ldam", f.large_margin(self.scale), self.max_margin * (counts.min() / counts) ** 0.25)
 

@@ -36,6 +36,7 @@ class LossOptions(Options):
     refuses_because: ClassVar[str] = ""
     # softmax: one choice among the classes; sigmoid: a yes or no for each. Decides how logits are adjusted afterwards
     link: ClassVar[Literal["softmax", "sigmoid"]] = "softmax"
+    no_single_class: ClassVar[str] = ""  # why it cannot be built for a single class; empty: it can
 
     @property
     def logit_scale(self) -> float:
@@ -47,8 +48,18 @@ class LossOptions(Options):
         raise NotImplementedError(f"{type(self).__name__}.build")
 
     def criterion(self, class_counts: Sequence[int] | npt.ArrayLike) -> Criterion:
-        """(logits [B, C], soft targets [B, C]) -> scalar. Raises DataError for a class without images."""
-        return self.build(checked_counts(class_counts))
+        """(logits [B, C], soft targets [B, C]) -> scalar. Raises DataError as `check_counts`."""
+        return self.build(self.check_counts(class_counts))
+
+    def check_counts(self, class_counts: Sequence[int] | npt.ArrayLike) -> Counts:
+        """Class counts as float64 [C]. Raises DataError where the loss has no value for them; needs no torch."""
+        counts = checked_counts(class_counts)
+        if len(counts) == 1 and self.no_single_class:
+            raise DataError(
+                f"{self.name} with a single class: {self.no_single_class}",
+                remedy="use a set of two classes or more, or the loss bce",
+            )
+        return counts
 
 
 LOSSES: Registry[type[LossOptions]] = Registry("loss")
@@ -71,14 +82,6 @@ def checked_counts(class_counts: Sequence[int] | npt.ArrayLike) -> Counts:
                 remedy="every class needs at least one image: leave the class out, or add images of it",
             )
     return counts
-
-
-def two_classes(counts: Counts, *, name: str, why: str) -> None:
-    """Raise DataError for a single class."""
-    if len(counts) == 1:
-        raise DataError(
-            f"{name} with a single class: {why}", remedy="use a set of two classes or more, or the loss bce"
-        )
 
 
 def formulas() -> Any:

@@ -21,7 +21,6 @@ from livt_scale.slurm.facts import ClusterFacts, PartitionFacts, QosFacts
 from livt_scale.slurm.script import JobPlan
 from livt_scale.slurm.sites import JobKind, Resources, Site, field_of_time, partition_of, resources_for
 from livt_scale.slurm.step_times import Measured
-from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.preempt import lead
 from livt_scale.util.errors import UsageError, nearest
 
@@ -78,7 +77,6 @@ def plan_chain(
     if site and site.needs_account and not slurm.account:
         raise UsageError("slurm.account is not given, and this site needs one", remedy="--set slurm.account=NAME")
     for stage in stages:
-        _check_batch(recipe, stage, resources[stage])
         plan.notes += check_times(slurm, stage, resources[stage], measured[stage])
         segments = 1
         if mode == "segments":
@@ -259,10 +257,3 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) 
     if count > MAX_SEGMENTS:
         raise UsageError(f"{stage}: {how}: more than {MAX_SEGMENTS}", remedy="ask for longer jobs or more nodes")
     return count, how
-
-
-def _check_batch(recipe: Recipe, stage: Stage, asked: Resources) -> None:
-    """The global batch has to divide over the ranks: checked here, not when the job starts."""
-    part = recipe.stage(stage)
-    pairs = stage == "finetune" and recipe.stages.finetune is not None and recipe.stages.finetune.mixes
-    plan_batches(part.global_batch, part.micro_batch, world_size=asked.world_size, pairs=pairs)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.config.load import to_yaml
-from livt_scale.config.recipe import Recipe
+from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.config.yaml import shown
 from livt_scale.slurm import commands, inherited
@@ -39,6 +39,7 @@ from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, rend
 from livt_scale.slurm.sites import Site, load_site, with_site
 from livt_scale.slurm.step_times import measure
 from livt_scale.train.compare_run import check_start
+from livt_scale.train.preflight import check_run, is_absent, refuse
 from livt_scale.train.resume_rules import check_allowable
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
@@ -101,11 +102,19 @@ def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None, allow: Sequen
     for node in read_bad_nodes(run_dir):
         then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"
         plan.notes.append(f"node {node.name} was bad at {node.at} ({node.why}): {then}; see RUN/{BAD_NODES}")
-    for name in ("train", "val"):
-        place = getattr(recipe.data, name)
-        if place and not is_url(place) and not (Path(place) / "manifest.json").is_file():
-            plan.notes.append(f"data.{name}: there are no shards in {place}, seen from here; the nodes need them there")
+    plan.notes += _impossible(recipe, plan)
     return Prepared(recipe, run_dir, site, plan, allowed)
+
+
+def _impossible(recipe: Recipe, plan: ChainPlan) -> list[str]:
+    """Raise RecipeError for a run that cannot start. Returns notes on what is not seen from here."""
+    sizes: dict[Stage, int] = {job.job: job.resources.world_size for job in plan.jobs if job.job in STAGES}
+    problems = check_run(recipe, stages=list(sizes), world_sizes=sizes) if sizes else []
+    unseen = [problem for problem in problems if problem.absent] if is_absent(recipe.data.train) else []
+    refuse(problem for problem in problems if problem not in unseen)
+    return [
+        f"{problem.field}: there is no {problem.where}, seen from here; the nodes need it there" for problem in unseen
+    ]
 
 
 def look_at_cluster() -> ClusterLook:

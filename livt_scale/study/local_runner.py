@@ -14,18 +14,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from livt_scale.data.shard_set import ShardSet
 from livt_scale.study.runs import Run, in_order
 from livt_scale.train.compare_run import check_start
+from livt_scale.train.preflight import KnownSets, Problem, check_run, refuse
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder
-from livt_scale.util.errors import ManifestError, Preempted
+from livt_scale.util.errors import Preempted
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
@@ -48,23 +48,20 @@ def check_starts(runs: Sequence[Run], folder: Path) -> None:
         check_start(run.load(folder), run.at(folder))
 
 
-def check_runs(runs: Sequence[Run], folder: Path) -> None:
-    """Raise before anything is trained what would end each of the runs that are left: RecipeError, ManifestError."""
+def check_runs(runs: Sequence[Run], folder: Path, *, to_build: Collection[Path] = ()) -> None:
+    """Raise RecipeError, before anything is written, for all that keeps the runs that are left from starting.
+
+    to_build: training sets that are built before the runs start, and are looked at then.
+    """
     check_starts(runs, folder)
-    seen: set[str] = set()
+    known, later = KnownSets(), {str(path.absolute()) for path in to_build}
+    problems: list[Problem] = []
     for run in runs:
-        recipe = run.load(folder)
-        for shards in (recipe.data.train, recipe.data.val):
-            if not shards or shards in seen or is_done(run.at(folder), run.stage):
-                continue
-            seen.add(shards)
-            try:
-                ShardSet.open(shards, data=recipe.data)
-            except ManifestError as error:
-                spec = Path(shards).parent.with_suffix(".yaml")  # as the shipped specs and their sets are named
-                if Path(shards).exists() or not spec.is_file():
-                    raise
-                raise ManifestError(error.message, remedy=f"make it: livt shards build {spec}") from error
+        if is_done(run.at(folder), run.stage):
+            continue
+        found = check_run(run.load(folder), stages=[run.stage], known=known)
+        problems += [problem for problem in found if not (problem.absent and problem.where in later)]
+    refuse(problems)
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1) -> Outcome:

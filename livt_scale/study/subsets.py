@@ -20,13 +20,15 @@ from livt_scale.study.definition import LoadedStudy, Point
 from livt_scale.util.errors import UsageError, nearest
 
 
+def wanted_subsets(loaded: LoadedStudy, points: Iterable[Point]) -> dict[Path, Mapping[str, Any]]:
+    """The folders of those sets, each with the axes' values that it is for."""
+    found = {loaded.subset(point.axes): point.axes for point in points}
+    return {where: axes for where, axes in found.items() if where is not None}
+
+
 def build_subsets(loaded: LoadedStudy, points: Iterable[Point]) -> list[Path]:
     """The training sets that `points` want and the recipe does not name. Raises UsageError, SourceError."""
-    wanted: dict[Path, Mapping[str, Any]] = {}
-    for point in points:
-        where = loaded.subset(point.axes)
-        if where is not None:
-            wanted[where] = point.axes
+    wanted = wanted_subsets(loaded, points)
     if not wanted or loaded.spec is None or loaded.study.shards is None:
         return []
     spec, name = load_spec(loaded.spec), loaded.study.shards.set

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.util.errors import UsageError
 
 
@@ -32,6 +33,12 @@ class BatchPlan:
             f"global batch {self.global_batch} = {self.world_size} ranks x {self.accumulation} micro-batches "
             f"x {self.micro_batch} images"
         )
+
+
+def stage_batches(recipe: Recipe, stage: Stage, *, world_size: int) -> BatchPlan:
+    """The batches of `stage` on `world_size` ranks. Raises UsageError where they cannot be equal."""
+    part = recipe.stage(stage)
+    return plan_batches(part.global_batch, part.micro_batch, world_size=world_size, pairs=part.mixes)
 
 
 def plan_batches(global_batch: int, micro_batch: int, *, world_size: int, pairs: bool) -> BatchPlan:

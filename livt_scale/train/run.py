@@ -30,12 +30,13 @@ from livt_scale.evaluation import plots
 from livt_scale.train import run_dir as rundir
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.anomaly_policy import AnomalyPolicy
-from livt_scale.train.batch_plan import BatchPlan, plan_batches
+from livt_scale.train.batch_plan import BatchPlan, stage_batches
 from livt_scale.train.compare_run import check_start
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.hooks import Evaluate, Pictures, Save, StopOnRequest
 from livt_scale.train.loop import Hook, Loop, StageTask
 from livt_scale.train.preempt import Preemption, time_limit
+from livt_scale.train.preflight import check_run, refuse
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.replica_check import ReplicaCheck
 from livt_scale.train.resume_rules import check_allowable
@@ -63,8 +64,6 @@ def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = 
     if stage is not None and stage not in recipe.stage_names:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
-    for name in recipe.stage_names:
-        _plan(recipe, name, world)  # a batch that cannot be divided is an error before anything is allocated
     _set_up_torch(recipe.parallel)
     stages = (stage,) if stage else recipe.stage_names
     with process_group(world, timeout_s=recipe.parallel.timeout_s):
@@ -80,6 +79,8 @@ def train_together(
     left = _left_to_train(recipe, stages, run_dir, world=world, allow=allow)
     if not left:
         return
+    sizes = dict.fromkeys(left, world.world_size)
+    world.peers.on_rank0(lambda: refuse(check_run(recipe, stages=left, world_sizes=sizes)))
     world.peers.on_rank0(lambda: check_installed(recipe.log))
     _log.info("run directory: %s", run_dir)
     limit = world.peers.on_rank0(time_limit)
@@ -181,7 +182,7 @@ class _StageRun:
                     raise CheckpointMismatch(f"{resumed}: the stage would end at step {schedule.total}, before it")
                 world.peers.on_rank0(lambda: rundir.save_resolved(self.whole, self.run_dir))  # it is accepted now
                 status.write("running", step=state.step, total_steps=schedule.total)
-                plan = _plan(recipe, self.stage, world)
+                plan = stage_batches(recipe, self.stage, world_size=world.world_size)
                 self._announce(task, plan, state.strategy, resumed)
 
                 log = self._metrics_log(state, train_set)
@@ -302,12 +303,6 @@ class _StageRun:
             _log.info("%s: batch norm sees one rank's micro-batch: the result depends on the number of ranks", stage)
         if resumed:
             _log.info("%s: resumed from %s", stage, resumed)
-
-
-def _plan(recipe: Recipe, stage: Stage, world: World) -> BatchPlan:
-    part = recipe.stage(stage)
-    pairs = stage == "finetune" and recipe.stages.finetune is not None and recipe.stages.finetune.mixes
-    return plan_batches(part.global_batch, part.micro_batch, world_size=world.world_size, pairs=pairs)
 
 
 class _alone:

@@ -27,7 +27,8 @@ from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import UsageError, WeightsError, nearest
 from livt_scale.weights.adapt import Taken, adapt, compare
 from livt_scale.weights.layouts import LAYOUTS, Layout, detect, infer_model, to_ours
-from livt_scale.weights.read_files import SAFETENSORS, find_file, read_state
+from livt_scale.weights.locate import SAFETENSORS, find_file
+from livt_scale.weights.read_files import read_state
 
 INFO = "weights.json"
 

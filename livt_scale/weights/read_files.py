@@ -20,25 +20,8 @@ from torch import Tensor
 from livt_scale.checkpoint.foreign.pickles import read_pickle
 from livt_scale.util.errors import CheckpointDamaged, WeightsError
 
-SAFETENSORS = "model.safetensors"
-IN_FOLDER = (SAFETENSORS, "pytorch_model.bin", "checkpoint.pth")
-PICKLED = (".pth", ".pt", ".bin", ".ckpt", ".tar")
 WRAPPED_IN = ("model", "state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.")
-
-
-def find_file(path: Path) -> Path:
-    """The file of weights that `path` is, or that lies in the folder `path`. Raises WeightsError."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise WeightsError(f"there is no {path}", remedy="give a file of weights, or a folder that holds one")
-    for name in IN_FOLDER:
-        if (path / name).is_file():
-            return path / name
-    split = sorted(p.name for p in path.glob("*.index.json"))
-    why = f"its weights are split over files ({split[0]})" if split else f"it holds none of {', '.join(IN_FOLDER)}"
-    raise WeightsError(f"{path}: {why}", remedy="give one file of weights")
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -48,13 +31,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """
     if path.suffix == ".safetensors":
         found, beside = _read_safetensors(path), tuple[str, ...]()
-    elif path.suffix in PICKLED:
-        found, beside = _read_pickled(path)
     else:
-        raise WeightsError(
-            f"{path}: {path.suffix or 'a file without suffix'} is no known kind of weights",
-            remedy=f"take .safetensors, or one of {', '.join(PICKLED)}",
-        )
+        found, beside = _read_pickled(path)
     state: dict[str, Tensor] = {}
     for name, tensor in found.items():
         if not (tensor.is_floating_point() and tensor.layout == torch.strided):

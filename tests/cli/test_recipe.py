@@ -54,8 +54,8 @@ def test_check_notes_data_that_are_not_here_and_data_makes_it_an_error(tmp_path)
     noted = check_one(Path(VIT_B), sets=sets, data=False)
     assert (noted["exit_code"], len(noted["notes"])) == (0, 2)
     needed = check_one(Path(VIT_B), sets=sets, data=True)
-    assert needed["exit_code"] == 1
-    assert "none" in needed["errors"][0]
+    assert needed["exit_code"] == 2
+    assert [error.partition(":")[0] for error in needed["errors"]] == ["data.train", "data.val"]
     assert check_one(Path(VIT_B), sets=["data.train=s3://b/t", "data.val=null"], data=False)["notes"] == []
 
 

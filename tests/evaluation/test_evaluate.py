@@ -20,13 +20,14 @@ from torch.distributed.fsdp import fully_shard
 from livt_scale.api.eval_loader import EvalLoader
 from livt_scale.api.eval_loader import evaluate as plain_evaluate
 from livt_scale.config.recipe import Parallel, Recipe
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World, process_group
 from livt_scale.distributed.wrap import make_strategy
 from livt_scale.evaluation import evaluate as evaluation
-from livt_scale.evaluation.evaluate import TrainingClasses, evaluate, write_eval
+from livt_scale.evaluation.evaluate import evaluate, write_eval
 from livt_scale.util.errors import DataError, RunError, SampleError
 from tests import warm
 from tests.tiny_run import tiny_recipe, tiny_shards

@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.loader import eval_batches
 from livt_scale.data.settings import ImageSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World, process_group
-from livt_scale.evaluation.evaluate import TrainingClasses, evaluate
+from livt_scale.evaluation.evaluate import evaluate
 from livt_scale.evaluation.logits import About, gather
 from livt_scale.evaluation.tta import NUMBERS, Views
 from livt_scale.util.errors import RunError, UsageError

@@ -144,11 +144,6 @@ def test_a_profile_that_says_other_than_the_cluster_is_told():
     assert not any("this cluster" in note for note in lost)
 
 
-def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job():
-    with pytest.raises(UsageError, match="4096"):
-        plan(recipe(nodes=3, tasks_per_node=1))
-
-
 # --- the mode ---
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.slurm import submit as chains
-from livt_scale.util.errors import ClusterError, UsageError
+from livt_scale.util.errors import ClusterError, RecipeError, UsageError
 from tests.slurm.fake_slurm import FakeSlurm
 
 REPO = Path(__file__).resolve().parents[2]
@@ -229,6 +229,12 @@ def test_a_place_where_nothing_can_be_written_is_told(tmp_path, fake):
     blocked = chains.alone(tmp_path / "file" / "run")
     with pytest.raises(ClusterError, match=r"run directory .*/file/run cannot be written"), blocked:
         pass
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job(tmp_path, fake):
+    with pytest.raises(RecipeError, match=r"stages\.pretrain\.global_batch: a global batch of 4096"):
+        submit(recipe(tmp_path, slurm={"nodes": 3, "tasks_per_node": 1}))
+    assert fake.calls("sbatch") == []
 
 
 # --- the command ---

@@ -235,7 +235,8 @@ def _check_quarantine(folder: Path, manifest: ShardManifest) -> list[Fault]:
     path = folder / QUARANTINE
     try:
         read_checked(path, "quarantine")
-        read_quarantine(ShardSet(folder, manifest, np.load(folder / INDEX, mmap_mode="r", allow_pickle=False), ()))
+        index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+        read_quarantine(ShardSet(folder, manifest, (), index=index))
     except FileNotFoundError:
         return []
     except OSError as error:

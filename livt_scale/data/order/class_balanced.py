@@ -172,7 +172,7 @@ class ClassOrder:
         """[C] The shares of an epoch, added up class by class."""
         if epoch != self._up_to_memo[0]:
             shares = np.asarray(self._shares(self.counts, min(1.0, epoch / self._epochs)), dtype=np.float64)
-            _check_shares(shares, self.counts, epoch)
+            check_shares(shares, self.counts, epoch)
             self._up_to_memo = (epoch, np.cumsum(shares))
         return self._up_to_memo[1]
 
@@ -219,7 +219,7 @@ class Repeated:
         return positions[lanes - low], views[lanes - low] * self.views + within // wide
 
 
-def _check_shares(shares: npt.NDArray[np.float64], counts: Ints, epoch: int) -> None:
+def check_shares(shares: npt.NDArray[np.float64], counts: Ints, epoch: int) -> None:
     """A sampler from outside the package may give anything."""
     shape = np.shape(shares)
     if shape != counts.shape:

@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from livt_scale.config.recipe import Recipe, Stage, StagePart
-from livt_scale.data.order.class_balanced import ClassOrder, Repeated
+from livt_scale.data.order.class_balanced import ClassOrder, Repeated, check_shares
 from livt_scale.data.order.instance import Ints, Order, SampleOrder
 from livt_scale.data.settings import TrainSettings
-from livt_scale.data.shard_set import ShardSet
+from livt_scale.data.shard_set import SetFacts, ShardSet
 from livt_scale.util.errors import DataError, LivtError
 
 
@@ -36,14 +36,25 @@ def training_order(shards: ShardSet, settings: TrainSettings) -> SampleOrder:
     )
 
 
+def check_order(shards: SetFacts, recipe: Recipe, stage: Stage) -> None:
+    """Raise DataError where `shards` gives `stage` no order. Reads no label, whatever the sampling."""
+    part, data = recipe.stage(stage), recipe.data
+    _check_fits(part, shards.num_samples)
+    if part.sampling.each_image_once:
+        _instance_order(part, shards.usable_per_shard, seed=0, lane_groups=data.lane_groups, window=data.shuffle_window)
+    else:
+        check_shares(np.asarray(part.sampling.shares(shards.class_counts, 0.0)), shards.class_counts, epoch=0)
+
+
 def planned_steps(recipe: Recipe, stage: Stage) -> int | None:
     """Optimizer steps of the stage, by recipe and manifest; None if the shards cannot be read from this machine."""
     try:
-        shards = ShardSet.open(recipe.data.train, data=recipe.data)
-        order = stage_order(shards, recipe, stage)
+        shards = SetFacts.read(recipe.data.train, data=recipe.data)
+        check_order(shards, recipe, stage)
     except (LivtError, OSError):
         return None
-    return recipe.stage(stage).epochs * order.steps_per_epoch
+    part = recipe.stage(stage)
+    return part.epochs * (shards.num_samples // part.global_batch)
 
 
 def usable_labels(shards: ShardSet) -> Ints:
@@ -65,24 +76,35 @@ def order_for(
     Raises DataError if an epoch does not fill one global batch.
     """
     num_samples = int(np.sum(np.asarray(samples_per_shard, dtype=np.int64)))
-    steps, paired = num_samples // part.global_batch, part.mixes
-    unit = part.repeats * (2 if paired and part.repeats > 1 else 1)
-    if not steps:
-        largest = num_samples // unit * unit
-        raise DataError(
-            f"the set has {num_samples} samples, fewer than one global batch of {part.global_batch}",
-            remedy=f"set global_batch to at most {largest}" if largest else "add samples, or lower repeats",
-        )
-    batch = part.global_batch // part.repeats
+    _check_fits(part, num_samples)
+    steps, batch = num_samples // part.global_batch, part.global_batch // part.repeats
     base: SampleOrder
     if part.sampling.each_image_once:
-        if lane_groups is not None and part.global_batch % lane_groups == 0 and batch % lane_groups:
-            raise DataError(
-                f"data.lane_groups is {lane_groups} and does not divide the {batch} samples of a global batch of "
-                f"{part.global_batch} with {part.repeats} views each",
-                remedy="remove it, or choose a divisor",
-            )
-        base = Order(samples_per_shard, batch, seed=seed, lane_groups=lane_groups, window=window)
+        base = _instance_order(part, samples_per_shard, seed=seed, lane_groups=lane_groups, window=window)
     else:
         base = ClassOrder(labels(), batch, seed=seed, steps=steps, epochs=part.epochs, shares=part.sampling.shares)
-    return base if part.repeats == 1 else Repeated(base, part.repeats, steps=steps, paired=paired)
+    return base if part.repeats == 1 else Repeated(base, part.repeats, steps=steps, paired=part.mixes)
+
+
+def _check_fits(part: StagePart, num_samples: int) -> None:
+    if num_samples >= part.global_batch:
+        return
+    unit = part.repeats * (2 if part.mixes and part.repeats > 1 else 1)
+    largest = num_samples // unit * unit
+    raise DataError(
+        f"the set has {num_samples} samples, fewer than one global batch of {part.global_batch}",
+        remedy=f"set global_batch to at most {largest}" if largest else "add samples, or lower repeats",
+    )
+
+
+def _instance_order(
+    part: StagePart, samples_per_shard: npt.ArrayLike, *, seed: int, lane_groups: int | None, window: int
+) -> Order:
+    batch = part.global_batch // part.repeats
+    if lane_groups is not None and part.global_batch % lane_groups == 0 and batch % lane_groups:
+        raise DataError(
+            f"data.lane_groups is {lane_groups} and does not divide the {batch} samples of a global batch of "
+            f"{part.global_batch} with {part.repeats} views each",
+            remedy="remove it, or choose a divisor",
+        )
+    return Order(samples_per_shard, batch, seed=seed, lane_groups=lane_groups, window=window)
