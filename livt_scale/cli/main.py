@@ -94,7 +94,9 @@ def _options(
         ),
     ] = False,
     # The launchers of DeepSpeed and of older torch write it before the command, beside the variable LOCAL_RANK.
-    _local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = 0,
+    _local_rank: Annotated[
+        int, typer.Option("--local_rank", "--local-rank", hidden=True, help="What launchers add; no effect.")
+    ] = 0,
 ) -> None:
     global _debug
     _debug = debug
