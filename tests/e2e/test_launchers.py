@@ -89,12 +89,32 @@ def test_torchrun_starts_the_ranks_again_after_one_was_killed_and_the_run_goes_o
     assert_same_weights(run, by_torchrun)
 
 
+CONFIG = """\
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_CPU
+use_cpu: true
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+mixed_precision: 'no'
+main_training_function: main
+"""
+
+
 @pytest.mark.slow
-def test_one_process_that_was_meant_to_be_two_is_refused(livt, tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes=2", "--num_machines=1"]
-    launcher += ["--mixed_precision=no", "--dynamo_backend=no"]
+@pytest.mark.parametrize("by", ["option", "config file"])
+def test_one_process_that_was_meant_to_be_two_is_refused(livt, tmp_path, by):
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    if by == "option":
+        launcher += ["--cpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    else:
+        (tmp_path / "config.yaml").write_text(CONFIG)
+        launcher += [f"--config_file={tmp_path / 'config.yaml'}"]
     with launched(livt, launcher, tmp_path / "run") as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert "accelerate launch --cpu starts one process" in said
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last.startswith("livt: error: accelerate launch starts one process")
+    assert "use_cpu: true" in last
     assert not (tmp_path / "run").exists()
