@@ -1,6 +1,7 @@
 """A training loop of your own: shards to accuracy by group, without a recipe.
 
-python examples/own_loop.py --epochs 5
+python examples/own_loop.py
+python examples/own_loop.py --epochs 30 --lr 2e-3 --warmup-epochs 3      # as the quickstart fine-tunes
 """
 
 import argparse
@@ -14,6 +15,7 @@ parser.add_argument("--train", default="shards/fashion-mnist-lt/train-lt")
 parser.add_argument("--val", default="shards/fashion-mnist-lt/val")
 parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--lr", type=float, default=1e-3)
+parser.add_argument("--warmup-epochs", type=float, help="warm up, then half a cosine; by default a constant rate")
 parser.add_argument("--steps", type=int, help="stop each epoch after this many steps, to try it out")
 options = parser.parse_args()
 torch.manual_seed(0)
@@ -29,11 +31,17 @@ model = livt.build_classifier(
 )
 loss = livt.losses.make("bal_bce", shards.class_counts)
 groups = livt.optim.param_groups(model, lr=options.lr, weight_decay=0.05, layer_decay=0.75)
-optimizer = torch.optim.AdamW(groups)
+optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.99))
+schedule = {
+    "steps_per_epoch": loader.steps_per_epoch, "epochs": options.epochs, "warmup_epochs": options.warmup_epochs,
+    "peak_lr": options.lr, "min_lr": 1e-6,
+}  # fmt: skip
 
 for epoch in range(options.epochs):
     total, steps = 0.0, options.steps or loader.steps_per_epoch
-    for _, (images, targets) in zip(range(steps), loader.epoch(epoch)):  # noqa: B905
+    for step, (images, targets) in zip(range(steps), loader.epoch(epoch)):  # noqa: B905
+        if options.warmup_epochs is not None:
+            livt.optim.set_lr(optimizer, livt.optim.lr_at(epoch * loader.steps_per_epoch + step, **schedule))
         value = loss(model(images), targets)
         value.backward()
         optimizer.step()
