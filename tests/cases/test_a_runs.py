@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from livt_scale.config.load import load_recipe
 from livt_scale.config.run_place import check_place
+from livt_scale.slurm.srun import Srun
 from livt_scale.slurm.status import look_at
-from livt_scale.slurm.submit import prepare
+from livt_scale.slurm.submit import prepare, scripts
 from livt_scale.study.local_runner import check_starts
 from livt_scale.study.runs import Run, as_words
 from livt_scale.train.compare_run import check_start, compare_run
@@ -76,6 +77,20 @@ def test_a1_submit_and_study_make_the_same_comparison(finished_run, tiny_recipe)
     with pytest.raises(UsageError, match="finetune has finished with"):
         check_starts([Run("a", tiny_recipe, OTHER)], finished_run.parent)
     assert state_of(finished_run) == before
+
+
+def test_a2_submit_passes_an_allowed_change_on_to_its_jobs(interrupted_run, tiny_recipe):
+    recipe = load_recipe(tiny_recipe, sets=["stages.finetune.epochs=3", f"run_dir={interrupted_run}"])
+    with pytest.raises(CheckpointMismatch, match=r"stages\.finetune\.epochs"):
+        prepare(recipe)
+    prepared = prepare(recipe, allow=["stages.finetune.epochs"])
+    texts = dict(zip([job.job for job in prepared.plan.jobs], scripts(prepared, None), strict=True))
+    assert {job: "--allow=stages.finetune.epochs" in text for job, text in texts.items()} == {
+        "finetune": True,
+        "evaluate": False,
+    }
+    words = Srun(recipe, interrupted_run, Path(), {}).train("finetune", "r.yaml", [], allow=["stages.finetune.epochs"])
+    assert words[-1] == "--allow=stages.finetune.epochs"
 
 
 def test_a1_status_names_a_saved_recipe_that_is_not_what_was_trained(finished_run, copy_of):
