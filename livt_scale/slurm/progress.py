@@ -169,7 +169,7 @@ def _tree(text: str) -> Any:
 def _recipes(run_dir: Path) -> Iterable[Path]:
     """The resolved one; before the first start, the one that was submitted."""
     yield run_dir / "recipe.yaml"
-    yield run_dir / "slurm" / "recipe.yaml"
+    yield run_dir / "slurm" / "submitted.yaml"
 
 
 def read_record(run_dir: Path, stage: str, *, brief: bool = False) -> Record:

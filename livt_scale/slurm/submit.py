@@ -4,7 +4,7 @@
     RUN/slurm/scripts/        the batch scripts, as they were submitted
     RUN/slurm/logs/           JOB-ID.log, added to by each restart
     RUN/slurm/starts-STAGE.json, failed-STAGE   what the jobs record (`livt_scale.slurm.job`)
-    RUN/slurm/recipe.yaml     what the jobs train
+    RUN/slurm/submitted.yaml     what the jobs train
     RUN/code/                 what the jobs run from (`livt_scale.slurm.code_snapshot`)
 
 chain.json is written before the first job and after each one, so that a submission that is killed leaves no job that
@@ -62,8 +62,8 @@ class Prepared:
 
     @property
     def recipe_path(self) -> Path:
-        """Of the file that the jobs read."""
-        return self.run_dir / "slurm" / "recipe.yaml"
+        """Of the file that the jobs read. Not recipe.yaml: beside a lock, that is the saved recipe of a run."""
+        return self.run_dir / "slurm" / "submitted.yaml"
 
     @cached_property
     def recipe_bytes(self) -> bytes:

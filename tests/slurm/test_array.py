@@ -52,7 +52,7 @@ def test_one_array_a_stage_each_element_after_its_own_and_a_bounded_number_at_on
         chain = read_chain(Path(of.run_dir))
         assert [job["id"] for job in chain["jobs"]] == [f"{n}_{k}" for n in (101, 102, 103)]
         assert chain["jobs"][1]["dependency"] == f"aftercorr:101_{k}"
-        assert (Path(of.run_dir) / "slurm" / "recipe.yaml").is_file()
+        assert (Path(of.run_dir) / "slurm" / "submitted.yaml").is_file()
         assert chain["code"]["folder"] == str(next((tmp_path / "runs" / "code").iterdir()))  # one for all
         assert Path(chain["jobs"][0]["log"]).parent == Path(told["folder"]) / "slurm" / "logs"
 
@@ -62,13 +62,13 @@ def test_an_element_trains_its_own_recipe_into_its_own_folder(tmp_path, fake, el
     names = ["plain", HOSTILE[2].replace("/", "_"), HOSTILE[4].replace("/", "_")]
     recipes = [recipe(tmp_path, name, slurm={"code": "checkout", "check_nodes": "no"}) for name in names]
     for each in recipes:
-        write_recipe(each, Path(each.run_dir) / "slurm" / "recipe.yaml")
+        write_recipe(each, Path(each.run_dir) / "slurm" / "submitted.yaml")
     (pretrain, *_) = array_scripts(prepare_array(recipes), None)
     done, calls = run_script(tmp_path, pretrain, environ={"SLURM_ARRAY_TASK_ID": str(element)})
     assert done.returncode == 0, done.stderr
     (call,) = calls
     run = tmp_path / "runs" / names[element]
-    assert call["words"][-3:] == [str(run / "slurm" / "recipe.yaml"), "--stage", "pretrain"]
+    assert call["words"][-3:] == [str(run / "slurm" / "submitted.yaml"), "--stage", "pretrain"]
     assert (run / "slurm" / "starts-pretrain.json").is_file()
     assert not list(tmp_path.rglob("pwned"))
 

@@ -208,7 +208,7 @@ def frozen(tmp_path, script):
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     code = freeze(read_code(package), tmp_path / "run it's")
-    path = script.run / "slurm" / "recipe.yaml"
+    path = script.run / "slurm" / "submitted.yaml"
     path.write_text("name: x\n")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     files = {"code": str(code.folder), "code_sha256": code.sha256}
@@ -223,15 +223,15 @@ def test_code_that_is_as_it_was_submitted_runs_and_comes_first_in_the_path(scrip
     assert script.calls("path") == [f"path {frozen['code']}:/elsewhere"]
 
 
-@pytest.mark.parametrize("name", ["livt_scale/__init__.py", "SHA256SUMS", "recipe.yaml"])
+@pytest.mark.parametrize("name", ["livt_scale/__init__.py", "SHA256SUMS", "submitted.yaml"])
 @pytest.mark.parametrize("how", ["changed", "gone"])
 def test_code_or_a_recipe_that_was_changed_since_is_refused_before_any_of_it_runs(script, frozen, name, how):
-    path = Path(frozen["recipe_path"] if name == "recipe.yaml" else f"{frozen['code']}/{name}")
+    path = Path(frozen["recipe_path"] if name == "submitted.yaml" else f"{frozen['code']}/{name}")
     path.chmod(0o644)
     path.unlink() if how == "gone" else path.write_text(path.read_text() + "\n# edited\n")
     code, log = script(**frozen, when_stopped="next")
     assert code == 1
-    what = "is not the recipe that was submitted" if name == "recipe.yaml" else "is not what was submitted"
+    what = "is not the recipe that was submitted" if name == "submitted.yaml" else "is not what was submitted"
     assert what in log
     assert what in script.failure.read_text()
     assert script.calls() == []

@@ -54,7 +54,7 @@ def settings(of, site=None, **changed):
     code = "/shared/runs/a run/code/0123456789abcdef"
     known = ChainSettings(
         recipe=of,
-        recipe_path=f"{of.run_dir}/slurm/recipe.yaml",
+        recipe_path=f"{of.run_dir}/slurm/submitted.yaml",
         recipe_sha256="fedcba9876543210" * 4,
         run_dir=of.run_dir,
         work_dir="/home/me/livt scale",
@@ -110,7 +110,7 @@ def test_the_scripts_of_each_kind_of_cluster(golden, kind):
         lines = [line for line in head.splitlines() if line.startswith("#SBATCH")]
         environ = {"SLURM_JOB_NUM_NODES": f"{job.resources.nodes}", "SLURM_GPUS_ON_NODE": "1"}
         srun = Srun(of, Path(of.run_dir), Path("/shared/runs/a run/code/0123"), environ)
-        step = srun.export() if job.job == "evaluate" else srun.train(job.job, f"{of.run_dir}/slurm/recipe.yaml", [])
+        step = srun.export() if job.job == "evaluate" else srun.train(job.job, f"{of.run_dir}/slurm/submitted.yaml", [])
         step = [word.replace(sys.executable, "/home/me/livt scale/.venv/bin/python") for word in step]
         heads += [f"# ===== {job.name} =====", *lines, head.partition("# --- settings")[2].partition("\n")[2]]
         heads += [f"# its step: {shlex.join(step)}", ""]

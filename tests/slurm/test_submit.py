@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe
 from livt_scale.slurm import submit as chains
 from livt_scale.util.errors import ClusterError, RecipeError, UsageError
@@ -85,7 +86,7 @@ def test_the_record_names_each_job_its_script_and_its_log(tmp_path, fake):
         assert job["log"].endswith(f"-{job['id']}.log")
         assert job["submitted_at"]
     assert (run / "slurm" / "logs").is_dir()
-    assert (run / "slurm" / "recipe.yaml").is_file()
+    assert load_recipe(run / "slurm" / "submitted.yaml").run_dir == of.run_dir
     assert Path(chain["code"]["folder"]).parent == run / "code"
     assert json.loads((run / "slurm" / "git.json").read_text()) == chain["code"]["git"]
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 OWN_FAULTS = """\
   export FAULTS="${5%/run/slurm/*}/faults"
-  shift 3"""  # the recipe is FOLDER/run/slurm/recipe.yaml
+  shift 3"""  # the recipe is FOLDER/run/slurm/submitted.yaml
 
 
 @pytest.fixture
