@@ -86,7 +86,7 @@ def test_c1_images_behind_links_and_of_any_ending_are_used_and_what_is_not_is_li
     assert {"a/linked/0002", "a/file", "a/x", "a/without%20an%20ending", "a/deep/er/z"} < set(
         keys(tmp_path / "out" / "train")
     )
-    assert lines[0] == "source raw: 28 files: 26 images, 1 that cannot be used, 1 passed over"
+    assert lines[0] == "source raw: 28 found: 26 images, 1 that cannot be used, 1 passed over"
     assert lines[-1].split() == ["1", "not", "an", "image", "by", "name", "and", "contents", "a/notes.txt"]
 
 

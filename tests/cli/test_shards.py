@@ -93,6 +93,16 @@ def test_info_shows_counts_and_json_has_the_same(tmp_path):
     assert (facts["class_counts"], facts["imbalance_factor"]) == ([12, 6, 2], 6)
 
 
+def test_info_needs_no_torch(tmp_path):
+    code = (
+        "import sys\nfrom livt_scale.cli.main import app\n"
+        f"app(['shards', 'info', {str(small_set(tmp_path))!r}], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'webdataset') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_the_histogram_shows_head_and_tail_of_many_classes():
     lines = histogram([f"class {c}" for c in range(1000)], list(range(1000, 0, -1)))
     assert len(lines) == 20

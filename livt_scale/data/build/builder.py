@@ -212,7 +212,7 @@ def _report_scans(scans: Sequence[Scan], options: BuildOptions) -> None:
 def _lines(found: Scan) -> Iterator[str]:
     good, bad, others = len(found.usable), len(found.unusable), len(found.ignored)
     yield (
-        f"source {found.source.name}: {good + bad + others:,} files: {good:,} images, "
+        f"source {found.source.name}: {good + bad + others:,} found: {good:,} images, "
         f"{bad:,} that cannot be used, {others:,} passed over"
     )
     converted = [f"{count:>8,}  {what}" for what, count in found.converted(found.usable).items()]
