@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from livt_scale.config.load import load_recipe
 from tests import warm
@@ -27,14 +28,26 @@ def test_each_is_short_and_is_listed_with_the_api():
         assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_LINES, path.name
 
 
-def test_the_program_of_the_page_runs(capsys):
+def program_of_the_page():
     page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
-    program = re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
-    names = {}
+    return re.search(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_the_program_of_the_page_runs(capsys):
+    names, program = {}, program_of_the_page()
     shorter = program.replace("range(5)", "range(1)").replace("loader.epoch(epoch)", "loader.epoch(epoch, step=34)")
     exec(shorter, names)
     assert capsys.readouterr().out.startswith("{'all': 0.")
     assert names["epoch"] == 0
+
+
+@pytest.mark.slow  # half a minute of CPU
+def test_the_program_of_the_page_learns():
+    names = {}
+    torch.manual_seed(0)
+    exec(program_of_the_page(), names)
+    top1 = names["livt"].evaluate(names["model"], names["val"], names["shards"])["top1"]
+    assert top1["all"] > 0.3  # of ten classes
 
 
 def test_a_loop_of_ones_own():

@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 import livt_scale as livt
+from livt_scale.util.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 SUBMODULES = {"losses": ["make", "make_loss"], "optim": ["param_groups", "lr_at", "set_lr"]}
+TAKEN = "a_name_that_is_taken"
+BOTH_PLACES = rf"{Path(__file__).name}, line \d+: .* registered, by .*{Path(__file__).name}, line \d+"
 PUBLIC = sorted(
     {*livt.__all__, *(f"{m}.{name}" for m, names in SUBMODULES.items() for name in names)} - set(SUBMODULES)
 )
@@ -81,6 +84,44 @@ def test_train_stays_the_function_when_the_package_of_that_name_is_imported():
 
     assert livt_scale.train is livt.train is train
     assert sys.modules["livt_scale.train"] is not train
+
+
+@pytest.mark.parametrize(
+    ("register", "thing"),
+    [
+        (livt.register_loss, livt.LossOptions),
+        (livt.register_sampler, livt.Sampler),
+        (livt.register_optimizer, livt.OptimizerOptions),
+        (livt.register_source_format, livt.SourceFormat),
+    ],
+)
+def test_a_name_that_is_registered_twice_is_an_error_with_both_places(register, thing):
+    assert register(TAKEN)(thing) is thing
+    try:
+        with pytest.raises(UsageError, match=BOTH_PLACES):
+            register(TAKEN)(thing)
+    finally:
+        next(registry for registry in registries() if TAKEN in registry).remove(TAKEN)
+
+
+def test_a_model_size_that_is_registered_twice_is_one_too():
+    dims = livt.ViTDims(width=8, depth=1, heads=1, patch_px=4)
+    assert livt.register_model_size(TAKEN, dims) is dims
+    try:
+        with pytest.raises(UsageError, match=BOTH_PLACES):
+            livt.register_model_size(TAKEN, dims)
+    finally:
+        registries()[-1].remove(TAKEN)
+
+
+def registries():
+    from livt_scale.config.model import MODEL_SIZES
+    from livt_scale.config.optimizers import OPTIMIZERS
+    from livt_scale.config.sampling import SAMPLERS
+    from livt_scale.data.build.formats import SOURCE_FORMATS
+    from livt_scale.losses import LOSSES
+
+    return LOSSES, SAMPLERS, OPTIMIZERS, SOURCE_FORMATS, MODEL_SIZES
 
 
 def test_a_name_that_does_not_exist_is_an_attribute_error():
