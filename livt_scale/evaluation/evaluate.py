@@ -38,7 +38,7 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.tta import Views
 from livt_scale.metrics import Tally
 from livt_scale.util.atomic import write_atomic
-from livt_scale.util.errors import RunError
+from livt_scale.util.errors import RunError, UsageError
 
 FORMAT = "livt-eval"
 VERSION = 1
@@ -100,6 +100,7 @@ def evaluate_images(
         nonlocal owed
         logits = infer(images)
         owed -= 1
+        _check_logits(logits, (len(images), shards.num_classes))
         return logits
 
     error: Exception | None = None
@@ -122,6 +123,15 @@ def evaluate_images(
         raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
     facts = {"precision": precision, "views": views.facts(), "data": data_lineage(shards)}
     return {**report, **facts}
+
+
+def _check_logits(logits: Any, shape: tuple[int, int]) -> None:
+    if not isinstance(logits, Tensor) or logits.shape != shape:
+        found = list(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise UsageError(
+            f"the model returns {found}, and logits of this set are {list(shape)}",
+            remedy="evaluate a classifier of these classes",
+        )
 
 
 def check_room(

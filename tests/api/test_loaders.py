@@ -234,6 +234,9 @@ def test_the_report_is_that_of_livt_eval(val):
     for arguments, name in (({"few_under": 200}, "few_under"), ({"precision": "fp8"}, "precision")):
         with pytest.raises(UsageError, match=f"^{name}"):
             livt.evaluate(model, loader, val, **arguments)
+    for wrong in (torch.nn.Flatten(), torch.nn.LSTM(32, 3)):
+        with pytest.raises(UsageError, match="the model returns"):
+            livt.evaluate(torch.nn.Sequential(torch.nn.Flatten(0, 2), wrong), loader, val)
     other = livt.ShardSet.open("shards/fashion-mnist-lt/train-lt")
     with pytest.raises(DataError, match="do not have the same classes"):
         livt.evaluate(model, loader, other)
