@@ -74,7 +74,7 @@ class SourceRecord:
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
-        """The record in `folder`; None: there is none. Raises DataError for a damaged one."""
+        """The record in `folder`, or None without one. Raises DataError for a damaged one."""
         path = folder / RECORD
         if not path.exists():
             return None

@@ -128,7 +128,7 @@ class SetSpec(SpecPart):
 
 
 class BuildSpec(SpecPart):
-    """The whole file."""
+    """All that a spec file has."""
 
     name: PlainName
     seed: NonNegativeInt = Field(0, description="of the choice of images and of their order")

@@ -88,7 +88,7 @@ def make_shard(job: ShardJob) -> Shard:
 
 
 def scan_shard(path: Path) -> Shard:
-    """Read through a whole shard. Raises ShardError and SampleError."""
+    """Read a shard from its beginning to its end. Raises ShardError and SampleError."""
     samples = list(read_tar(path))
     rows = np.zeros(len(samples), dtype=INDEX_DTYPE)
     digest = hashlib.sha256()
