@@ -9,7 +9,6 @@ An image file is decoded and cut as in evaluation, so a picture of a shard gets 
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from livt_scale.data.build.tar import MAX_SAMPLE_BYTES
 from livt_scale.data.image.decode import BadImage, pillow_pixels
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.loader import normalise
@@ -30,7 +28,7 @@ from livt_scale.evaluation.adjust import adjust
 from livt_scale.export.timm import open_trained
 from livt_scale.train.load_trained import Trained, Weights
 from livt_scale.util.errors import SampleError, UsageError
-from livt_scale.util.urls import one_line
+from livt_scale.util.outside import RefusedFile, read_checked
 
 AnyImage = str | Path | Image.Image | Tensor
 
@@ -111,9 +109,9 @@ class ImageTransform:
         try:
             self._cut.crops(read_image_file(path), slots)
         except BadImage as error:
-            raise SampleError(f"{one_line(str(path))}: {error}", remedy="give an image file") from error
+            raise SampleError(f"{path}: {error}", remedy="give an image file") from error
         except OSError as error:
-            raise SampleError(f"{one_line(str(path))} cannot be read: {error.strerror}") from error
+            raise SampleError(f"{path} cannot be read: {error.strerror}") from error
 
 
 class Predictor:
@@ -179,7 +177,7 @@ def most_likely(probabilities: Tensor, k: int) -> list[list[tuple[int, float]]]:
 
 def read_image_file(path: Path) -> bytes:
     """The bytes of a file of bounded size. Raises OSError, and BadImage for anything else, such as a pipe."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_SAMPLE_BYTES:  # a pipe would never end
-        raise BadImage(f"no file of at most {MAX_SAMPLE_BYTES:,} bytes")
-    return path.read_bytes()
+    try:
+        return read_checked(path, "image")
+    except RefusedFile as error:
+        raise BadImage(error.strerror or "") from error

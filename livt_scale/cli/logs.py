@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from livt_scale.cli.status import clean
+from livt_scale.util.outside import open_checked
 
 if TYPE_CHECKING:
     from livt_scale.slurm.status import ChainJob, RunView, StageView
@@ -99,7 +100,7 @@ def _show(run: Path, stage: str | None, *, rank: int | None, lines: int, files: 
         return None
     path = run / job.log
     _say(f"== job {job.id}: {path}")
-    handle = files.enter_context(path.open("rb")).fileno()
+    handle = files.enter_context(open_checked(path, "log")).fileno()
     for line in _tail(handle, lines):
         _say(line)
     return _Growing(run, path, handle, codecs.getincrementaldecoder("utf-8")(errors="replace"))
@@ -142,7 +143,7 @@ def _rank(view: RunView, stage: StageView, rank: int, *, lines: int, job: ChainJ
         _head(stacks, lines)
     if job is not None:
         path = view.run_dir / job.log
-        with path.open("rb") as file:
+        with open_checked(path, "log") as file:
             named = [line for line in _tail(file.fileno(), sys.maxsize) if f"rank {rank}:" in line]
         _say(f"== lines of rank {rank} in {path} (all ranks print to it; most lines do not say whose they are)")
         for line in named[-lines:] if lines else []:
@@ -178,9 +179,9 @@ def _tail(handle: int, count: int) -> list[str]:
 
 
 def _head(path: Path, count: int) -> None:
-    with path.open(errors="replace") as file:
+    with open_checked(path, "log") as file:
         for _, line in zip(range(count), file, strict=False):
-            _say(line.rstrip("\n"))
+            _say(line.decode(errors="replace").rstrip("\n"))
 
 
 def _follow(logs: list[_Growing]) -> None:

@@ -47,6 +47,7 @@ from livt_scale.util.errors import (
     nearest,
 )
 from livt_scale.util.log import line, to_stderr
+from livt_scale.util.text import escaped
 
 EPILOG = """
 Examples:
@@ -214,7 +215,7 @@ def _value_of(option: str, words: Sequence[str]) -> str:
 def _print_error(error: Exception, kind: str) -> None:
     if _debug:
         traceback.print_exc()
-    print(line(kind, str(error)), file=sys.stderr, flush=True)
+    print(line(kind, escaped(error, keep="\n")), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

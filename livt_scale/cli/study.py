@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from livt_scale.util.errors import EXIT_FAILED
+from livt_scale.util.outside import read_checked, read_note
 
 if TYPE_CHECKING:
     from livt_scale.study.definition import LoadedStudy, Point
@@ -105,7 +106,7 @@ def _write_command(loaded: LoadedStudy) -> None:
     from livt_scale.util.atomic import write_atomic
 
     loaded.folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(loaded.folder / KEPT, loaded.path.read_bytes())
+    write_atomic(loaded.folder / KEPT, read_checked(loaded.path, "study"))
     write_atomic(loaded.folder / "command.txt", f"{shlex.join(['livt', *sys.argv[1:]])}\n".encode())
 
 
@@ -177,7 +178,7 @@ def _collected(loaded: LoadedStudy, *, fit: bool = False) -> dict[str, Any]:
     from livt_scale.util.atomic import write_atomic
 
     kept = loaded.folder / "command.txt"
-    command = kept.read_text(encoding="utf-8").strip() if kept.is_file() else ""
+    command = read_note(kept) if kept.is_file() else ""
     table = collect_study(loaded, command=command)
     if fit:
         table["fits"] = fit_table(table, measures=loaded.study.measures)

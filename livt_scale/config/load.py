@@ -20,15 +20,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from livt_scale.config import renamed
+from livt_scale.config.extends import forget_below, read_tree
 from livt_scale.config.fields import dotted, fields_at, hint, types_at
 from livt_scale.config.recipe import STAGES, Recipe
-from livt_scale.config.run_place import SAVED, absolute_run_dir, other_run, run_of_saved
-from livt_scale.config.yaml import Tree, Where, dump, parse, parse_value, shown
+from livt_scale.config.run_place import SAVED, absolute_run_dir, other_run
+from livt_scale.config.yaml import MAX_DEPTH, Tree, Where, dump, mistakes_in, parse_value, shown_value
 from livt_scale.extensions import load_extensions
 from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
 from livt_scale.util.errors import RecipeError, UsageError, nearest
 from livt_scale.util.resources import is_name, named
-from livt_scale.util.urls import is_url, redacted
+from livt_scale.util.urls import is_url
 
 
 def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = (), to_start: bool = False) -> Recipe:
@@ -39,7 +40,7 @@ def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = (
     run is known in another working directory.
     """
     by_name, path = is_name(path), named(path, kind="recipes")
-    tree = _read_whole(path)
+    tree = read_tree(path)
     if isinstance(sets, Mapping):
         for name, value in sets.items():
             _apply_value(tree, name, value)
@@ -57,7 +58,7 @@ def load_saved(path: Path) -> Recipe:
 
     Raises RecipeError.
     """
-    tree = _read_whole(path)
+    tree = read_tree(path)
     tree.values = renamed.translate(tree.values)
     return _resolve_paths(_validate(tree, path), path)
 
@@ -76,100 +77,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def to_yaml(recipe: Recipe) -> str:
     """The whole recipe, defaults and all; `load_recipe` reads it back to the same values."""
     return dump(recipe.model_dump(mode="json"))
-
-
-# --- files and `extends` ---
-
-
-def _read_whole(path: Path) -> Tree:
-    """The tree of `path` over its bases. The saved recipe of a run is of that folder, whatever it was once called."""
-    tree = _read(path, seen=())
-    if run := run_of_saved(path):
-        tree.values["run_dir"] = str(run)
-    return tree
-
-
-def _read(path: Path, *, seen: tuple[Path, ...]) -> Tree:
-    """The tree of `path` laid over the trees that it extends; `seen`: the files on the way here."""
-    text, real = _text(path), path.resolve()
-    if real in seen:
-        chain = " -> ".join(p.name for p in (*seen[seen.index(real) :], real))
-        raise RecipeError(f"{shown(path)}: `extends` goes round in a circle: {chain}", remedy="take one of them out")
-    own = parse(text, path)
-    where = own.origins.get(("extends",), shown(path))
-    tree = Tree()
-    for base in _bases(own.values.pop("extends", []), where):
-        file = _base_file(path, base, where)
-        if not file.is_file():
-            raise RecipeError(f"{where}: extends {base}, but there is no such file", remedy=_near(file))
-        under = _read(file, seen=(*seen, real))
-        if run_of_saved(file):
-            under.values.pop("run_dir", None)  # another run, with the values of that one
-        _lay_over(tree, under)
-    _lay_over(tree, own)
-    return tree
-
-
-def _bases(extends: Any, where: str) -> list[str]:
-    bases = [extends] if isinstance(extends, str) else extends
-    if not isinstance(bases, list) or not all(isinstance(b, str) and b and "\0" not in b for b in bases):
-        raise RecipeError(
-            f"{where}: extends is {extends!r}", remedy="give the path of a recipe file, or a list of them"
-        )
-    return bases
-
-
-def _base_file(path: Path, base: str, where: str) -> Path:
-    if not is_name(base):
-        return _beside(path, base)
-    try:
-        return named(base, kind="recipes")
-    except UsageError as error:
-        raise RecipeError(f"{where}: extends: {error.message}", remedy=error.remedy) from None
-
-
-def _beside(path: Path, base: str) -> Path:
-    """`base` as seen from `path`, without `..` on the way where that is the same file (a link may lead elsewhere)."""
-    direct = path.parent / base
-    short = Path(os.path.normpath(direct))
-    return short if short.resolve() == direct.resolve() else direct
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise RecipeError(f"there is no recipe {shown(path)}", remedy=_near(path)) from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{shown(path)} is not a recipe: not a text file in UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        said = getattr(error, "strerror", None) or error
-        raise RecipeError(f"the recipe {shown(path)} cannot be read: {said}") from error
-
-
-def _near(path: Path) -> str:
-    options = [str(p) for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-    return nearest(str(path), options) if options else "give the path of a YAML file, such as recipes/SET/SIZE.yaml"
-
-
-def _lay_over(base: Tree, over: Tree) -> None:
-    """Put `over` on `base` in place: parts are joined name by name, anything else is replaced."""
-
-    def laid(under: Any, top: Any, where: Where) -> Any:
-        if isinstance(under, dict) and isinstance(top, dict):
-            return {**under, **{key: laid(under.get(key), value, (*where, key)) for key, value in top.items()}}
-        _forget_below(base, where)
-        return top
-
-    base.values = laid(base.values, over.values, ())
-    base.origins.update(over.origins)
-
-
-def _forget_below(tree: Tree, where: Where) -> None:
-    """A value is replaced: what stood in it is written nowhere any more."""
-    depth = len(where)
-    for path in [p for p in tree.origins if len(p) > depth and p[:depth] == where]:
-        del tree.origins[path]
 
 
 # --- `--set` ---
@@ -229,6 +136,8 @@ def _set_value(where: list[str], raw: str, text: str) -> Any:
 
 
 def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
+    if len(keys) > MAX_DEPTH:
+        raise UsageError(f"{origin[:50]}…: a name of {len(keys):,} parts", remedy="no field has more than 4")
     node = tree.values
     for depth, key in enumerate(keys[:-1], start=1):
         child = node.get(key)
@@ -236,10 +145,10 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
             child = node[key] = {}
             tree.origins[tuple(keys[:depth])] = origin
         if not isinstance(child, dict):
-            raise UsageError(f"{origin}: {'.'.join(keys[:depth])} is {child!r}, a value: it has no parts")
+            raise UsageError(f"{origin}: {'.'.join(keys[:depth])} is {shown_value(child)}, a value: it has no parts")
         node = child
     node[keys[-1]] = value
-    _forget_below(tree, tuple(keys))
+    forget_below(tree, {tuple(keys)})
     tree.origins[tuple(keys)] = origin
 
 
@@ -252,20 +161,20 @@ def _validate(tree: Tree, path: Path) -> Recipe:
         # by way of JSON: strict (no "12" or true for 12), yet a list is a tuple
         return Recipe.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
-        lines = [_explain(e, tree, path) for e in error.errors(include_url=False)]
-        raise RecipeError("\n".join(dict.fromkeys(lines))) from None
+        lines = [_explain(e, tree, path) for e in mistakes_in(error)]
+        raise RecipeError(list(dict.fromkeys(lines))) from None
 
 
 def _explain(error: Any, tree: Tree, path: Path) -> str:
     """One line of one mistake: where it was written, the field, what is wrong, what would be right."""
     where: Where = tuple(error["loc"])
-    name, given = dotted(where), _shown(error["input"])
+    name, given = dotted(where), shown_value(error["input"])
     if error["type"] == "value_error":  # a rule over a whole part: its message starts with the field
         said = str(error["ctx"]["error"])
         field = (*where, *said.split(" ", 1)[0].split("."))
         prefix = f"{name}." if where else ""
-        return f"{tree.origin_of(field if field in tree.origins else where, default=shown(path))}: {prefix}{said}"
-    origin = tree.origin_of(where, default=shown(path))
+        return f"{tree.origin_of(field if field in tree.origins else where, default=str(path))}: {prefix}{said}"
+    origin = tree.origin_of(where, default=str(path))
     if error["type"] == "extra_forbidden":
         return f"{origin}: there is no field {name}: {renamed.hint(name) or hint(where)}"
     if error["type"] == UNKNOWN_OPTION:
@@ -277,8 +186,8 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     if error["type"] == "literal_error":
         names = [n.strip().strip("'") for n in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
         return f"{origin}: {name} is {given}: {nearest(str(error['input']), names)}"
-    if error["type"] == "json_invalid":  # the one text that YAML or a shell can hold and JSON cannot
-        raise UsageError(f"{shown(path)}: a value or a name is not UTF-8 text")
+    if error["type"] == "json_invalid":  # the one text that a shell can hold and JSON cannot
+        raise UsageError(f"{path}: a value or a name is not UTF-8 text")
     if error["type"] in ("model_type", "model_attributes_type"):
         if not where:
             return f"{origin}: a recipe is a mapping of names to values, not {given}"
@@ -292,15 +201,6 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     ):
         said = said.replace(theirs, ours)
     return f"{origin}: {name} is {given}: {said[0].lower()}{said[1:]}"
-
-
-def _shown(value: Any) -> str:
-    text = redacted(_plain(value))
-    return text if len(text) <= 80 else f"{text[:77]}…"
-
-
-def _plain(value: Any) -> str:
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 # --- paths ---
@@ -330,7 +230,7 @@ def _refuse_second_run(recipe: Recipe, path: Path) -> None:
     here = absolute_run_dir(recipe.run_dir, name=recipe.name)
     raise UsageError(
         f"run_dir is relative to the working directory: {here} would be a second run beside {other}",
-        remedy=f"resume that one with {shown(other / SAVED)} as the recipe; for another run, set run_dir to {here}",
+        remedy=f"resume that one with {other / SAVED} as the recipe; for another run, set run_dir to {here}",
     )
 
 

@@ -25,9 +25,12 @@ from pydantic import BaseModel, ValidationError
 
 from livt_scale.util.choices import UNKNOWN_OPTION
 from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.urls import redacted
 
 Where = tuple[str | int, ...]  # a path into the tree: ("stages", "pretrain", "epochs")
 MAX_VALUES = 10_000
+MAX_MISTAKES = 20  # in one error
+MAX_DEPTH = 32  # of lists and parts in each other
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {  # in this order: the first that fits
@@ -53,7 +56,24 @@ class Tree:
 
 
 class _Loader(yaml.SafeLoader):
+    """Stops at the first value too many or too deep: PyYAML reads 30,000 values a second."""
+
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - yaml's own name; filled below
+    _depth = _num_nodes = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self._depth += 1
+        self._num_nodes += 1
+        if self._depth > MAX_DEPTH:
+            raise self._refused(f"lists or parts in each other, more than {MAX_DEPTH} deep")
+        if self._num_nodes > 2 * MAX_VALUES:  # a name and its value are two
+            raise self._refused(f"the file has more than {MAX_VALUES} values")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def _refused(self, problem: str) -> yaml.YAMLError:
+        return yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -73,7 +93,7 @@ def dump(values: dict[str, Any]) -> str:
 
 def parse(text: str, path: Path) -> Tree:
     """The mapping in `text`, the content of the file `path`, with the line of each value. Raises RecipeError."""
-    file = shown(path)
+    file = str(path)
     node = _compose(text, file)
     if node is None:
         raise RecipeError(f"{file} is empty", remedy="it should be a mapping of names to values")
@@ -81,11 +101,6 @@ def parse(text: str, path: Path) -> Tree:
         raise RecipeError(f"{file}, line {node.start_mark.line + 1}: the file is not a mapping of names to values")
     reader = _Reader(file)
     return Tree(reader.read(node, ()), reader.origins)
-
-
-def shown(path: Path) -> str:
-    """The path as a message shows it: on one line, whatever is in its name."""
-    return str(path) if str(path).isprintable() else repr(str(path))
 
 
 def parse_value(text: str) -> Any:
@@ -103,8 +118,6 @@ def _compose(text: str, file: str) -> yaml.Node | None:
         place = f"{file}, line {mark.line + 1}" if mark and file else file
         said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
         raise RecipeError(f"{place}: not YAML: {said}" if place else f"not YAML: {said}") from error
-    except RecursionError as error:
-        raise RecipeError(f"{file}: lists or parts in each other without end") from error
 
 
 class _Reader:
@@ -148,6 +161,7 @@ class _Reader:
                 merged = {**self._merged(value_node, where), **merged}  # of two `<<` the first wins
                 continue
             key = key_node.value
+            self._check_text(key, key_node, where)
             if key in own:
                 raise self._error(key_node, (*where, key), "is given twice", remedy="keep one")
             self.origins[(*where, key)] = self._place(key_node)
@@ -172,6 +186,7 @@ class _Reader:
     def _scalar(self, node: yaml.ScalarNode, where: Where) -> Any:
         kind, text = node.tag.removeprefix(_TAG), node.value
         if kind in ("str", "merge"):  # `<<` where a value stands is just text
+            self._check_text(text, node, where)
             return text
         if kind not in _SCALARS or not _SCALARS[kind].fullmatch(text):  # `!!int x` and every foreign tag
             raise self._refused(node, where)
@@ -183,6 +198,10 @@ class _Reader:
         if number is None:
             raise self._error(node, where, f"is {text[:40]}", remedy="give a finite number")
         return number
+
+    def _check_text(self, text: str, node: yaml.Node, where: Where) -> None:
+        if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
+            raise self._error(node, where, "contains a NUL or half a character (a lone surrogate)")
 
     def _refused(self, node: yaml.Node, where: Where) -> RecipeError:
         tag = f"!!{node.tag.removeprefix(_TAG)}" if node.tag.startswith(_TAG) else node.tag
@@ -207,6 +226,12 @@ def _number(text: str, kind: str) -> int | float | None:
     return number if math.isfinite(number) else None
 
 
+def shown_value(value: Any) -> str:
+    """A value as an error shows it: as YAML has it, short, and without what a URL in it may give away."""
+    text = redacted("null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value))
+    return text if len(text) <= 80 else f"{text[:77]}…"
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -218,14 +243,19 @@ def validated(tree: Tree, path: Path, model: type[M], *, strict: bool = True) ->
     try:
         return model.model_validate_json(json.dumps(tree.values), strict=strict)
     except ValidationError as error:
-        lines = [_explain(each, tree, path, model) for each in error.errors(include_url=False)]
-        raise UsageError("\n".join(dict.fromkeys(lines))) from None
+        lines = [_explain(each, tree, path, model) for each in mistakes_in(error)]
+        raise UsageError(list(dict.fromkeys(lines))) from None
+
+
+def mistakes_in(error: ValidationError) -> list[Any]:
+    """What pydantic found wrong, of thousands the first: explaining each of them takes milliseconds."""
+    return error.errors(include_url=False)[:MAX_MISTAKES]
 
 
 def _explain(error: Any, tree: Tree, path: Path, model: type[BaseModel]) -> str:
     where = tuple(k for k in error["loc"] if k != "[key]")
-    named = ".".join(map(str, where)) or "the file"
-    origin = tree.origin_of(where, default=shown(path))
+    named, given = ".".join(map(str, where)) or "the file", shown_value(error["input"])
+    origin = tree.origin_of(where, default=str(path))
     if error["type"] == "extra_forbidden":
         return f"{origin}: there is no field {named}: {nearest(str(where[-1]), _fields_at(where[:-1], model))}"
     if error["type"] == UNKNOWN_OPTION:
@@ -239,8 +269,8 @@ def _explain(error: Any, tree: Tree, path: Path, model: type[BaseModel]) -> str:
     if error["type"] == "string_pattern_mismatch" and "A-Za-z0-9" in error["ctx"]["pattern"]:
         return f"{origin}: {named}: a name is made of letters, digits, _ and -, at most 64"
     if error["type"] == "model_type":
-        return f"{origin}: {named} is {error['input']!r}, but it has fields: {', '.join(_fields_at(where, model))}"
-    return f"{origin}: {named} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+        return f"{origin}: {named} is {given}, but it has fields: {', '.join(_fields_at(where, model))}"
+    return f"{origin}: {named} is {given}: {error['msg'][0].lower()}{error['msg'][1:]}"
 
 
 def _fields_at(where: tuple[Any, ...], model: type[BaseModel]) -> list[str]:

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from livt_scale.util.errors import ManifestError
+from livt_scale.util.outside import first_mistake, parse_json, read_checked
 
 FORMAT = "livt-shards"
 VERSION = 1
@@ -103,15 +104,15 @@ class ShardManifest(_ManifestPart):
         """The manifest in `folder`. Raises ManifestError, also if a single byte of it has changed."""
         path = folder / MANIFEST
         try:
-            raw = path.read_bytes()
+            raw = read_checked(path, "manifest")
         except OSError as error:
             raise _no_manifest(folder, error) from error
         damaged = "copy the file again from its origin, or rebuild the set"
         try:
-            body = dict(json.loads(raw))
+            body = dict(parse_json(raw))
             body.pop("digest", None)
             found = (body.get("format"), body.get("version"))
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError) as error:
             raise ManifestError(f"{path}: not a manifest of shards: {error}", remedy=damaged) from error
         if found != (FORMAT, VERSION):
             raise ManifestError(
@@ -121,9 +122,7 @@ class ShardManifest(_ManifestPart):
         try:
             manifest = cls.model_validate(body)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            where = ".".join(map(str, first["loc"])) or "manifest"
-            raise ManifestError(f"{path}: {where}: {first['msg']}", remedy=damaged) from None
+            raise ManifestError(f"{path}: {first_mistake(error)}", remedy=damaged) from None
         if not _own_digest_matches(raw):
             raise ManifestError(f"{path}: the digest does not match: the file was changed", remedy=damaged)
         return manifest

@@ -20,7 +20,7 @@ from livt_scale.data.order.instance import Ints
 from livt_scale.data.remote.cache import closing_fd
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import ManifestError, SampleError, ShardError
-from livt_scale.util.urls import one_line
+from livt_scale.util.outside import open_fd
 
 MAX_OPEN_SHARDS = 128  # files a process keeps open; a set may have thousands
 
@@ -65,8 +65,7 @@ class SampleReader:
         names = shards.keys(samples) if keys is None else keys
         for k in shards.impossible_rows(rows, in_shard):
             raise ManifestError(
-                f"{one_line(shards.where)}: the index has an impossible row for sample {names[k]!r}: "
-                f"{rows[k].tolist()}",
+                f"{shards.where}: the index has an impossible row for sample {names[k]!r}: {rows[k].tolist()}",
                 remedy="copy the index again, or recreate it",
             )
         for row, shard, key in zip(rows.tolist(), in_shard.tolist(), names, strict=True):
@@ -105,12 +104,12 @@ class SampleReader:
                 block = os.pread(self._file(shard, path), nbytes, start)
         except OSError as error:
             raise ShardError(
-                f"shard {one_line(path)} cannot be read at byte {start} (sample {key!r}): {error.strerror}",
+                f"shard {path} cannot be read at byte {start} (sample {key!r}): {error.strerror}",
                 remedy="check the disk or the mount, then run the same command: it resumes from the last checkpoint",
             ) from error
         if len(block) < nbytes:
             raise ShardError(
-                f"shard {one_line(path)} is truncated: sample {key!r} is at bytes {start} to {start + nbytes}, "
+                f"shard {path} is truncated: sample {key!r} is at bytes {start} to {start + nbytes}, "
                 f"the file ends at {start + len(block)}",
                 remedy="copy it again, or rebuild the set",
             )
@@ -122,7 +121,7 @@ class SampleReader:
             return self._files[shard]
         while len(self._files) >= self._max_open:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._files[shard] = open_fd(path, "shard")
         return self._files[shard]
 
 
@@ -136,7 +135,7 @@ def read_sample(shards: ShardSet, sample: int) -> tuple[bytes, int, str]:
 def _sample_error(shard: str, offset: int, key: str, what: str) -> SampleError:
     folder = shard.rpartition("/")[0]
     return SampleError(
-        f"shard {one_line(shard)}, byte {offset}, sample {key!r}: {what}",
-        remedy=f"`livt shards verify {one_line(folder)} --decode --quarantine` finds and excludes corrupt samples, "
+        f"shard {shard}, byte {offset}, sample {key!r}: {what}",
+        remedy=f"`livt shards verify {folder} --decode --quarantine` finds and excludes corrupt samples, "
         "and --allow data.quarantine resumes the run",
     )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
+import stat
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,8 @@ from livt_scale.data.manifest import (
 )
 from livt_scale.data.remote.shards import RemoteShards
 from livt_scale.util.errors import ManifestError, ShardError
+from livt_scale.util.outside import first_mistake, open_checked, parse_json, read_checked
+from livt_scale.util.text import first_line
 from livt_scale.util.urls import below, is_url
 
 MAX_SIZES = 1000  # shards whose sizes are compared where the samples are not read yet: a network answers in ms
@@ -141,7 +144,7 @@ class ShardSet(SetFacts):
         manifest = ShardManifest.read(folder)
         for info in (*manifest.shards, manifest.index, manifest.keys):
             _check_size(folder, info)
-        opened = cls(folder, manifest, (), index=_map_index(folder / manifest.index.name, manifest))
+        opened = cls(folder, manifest, (), index=map_index(folder / manifest.index.name, manifest))
         return replace(opened, quarantine=read_quarantine(opened))
 
     @classmethod
@@ -151,7 +154,7 @@ class ShardSet(SetFacts):
         for info in (manifest.index, manifest.keys):
             remote.keep(info)
         cache = remote.cache
-        opened = cls(cache.folder, manifest, (), remote, index=_map_index(cache.path(manifest.index), manifest))
+        opened = cls(cache.folder, manifest, (), remote, index=map_index(cache.path(manifest.index), manifest))
         listed = remote.quarantine()
         if listed is None:
             return opened
@@ -221,16 +224,20 @@ class ShardSet(SetFacts):
         path = self.remote.cache.path(keys) if self.remote else self.folder / keys.name
         if not self.manifest.keys.bytes:  # an empty file cannot be mapped
             return np.zeros(0, dtype=np.uint8)
-        return np.memmap(path, dtype=np.uint8, mode="r")
+        with open_checked(path, "keys") as file:
+            return np.memmap(file, dtype=np.uint8, mode="r")
 
 
 def _check_size(folder: Path, info: FileInfo) -> None:
     error = ShardError if isinstance(info, ShardInfo) else ManifestError
     path = folder / info.name
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except OSError as cause:
         raise error(f"{path} is missing", remedy="copy it again, or rebuild the set") from cause
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path} is not a regular file", remedy="copy it again, or rebuild the set")
+    size = found.st_size
     if size != info.bytes:
         raise error(
             f"{path} has {size:,} bytes, but the manifest says {info.bytes:,}",
@@ -238,12 +245,14 @@ def _check_size(folder: Path, info: FileInfo) -> None:
         )
 
 
-def _map_index(path: Path, manifest: ShardManifest) -> np.ndarray:
+def map_index(path: Path, manifest: ShardManifest) -> np.ndarray:
+    """The rows of the index `path`, mapped. Raises ManifestError where they are not those of `manifest`."""
     remedy = f"copy it again, or recreate it with `livt shards index {path.parent}`"
     try:
-        index = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open_checked(path, "index"):
+            index = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # a header is parsed as Python literals: damaged, it fails in many ways
-        raise ManifestError(f"{path}: not an index: {error}", remedy=remedy) from error
+        raise ManifestError(f"{path}: not an index: {first_line(error)}", remedy=remedy) from error
     if index.dtype != INDEX_DTYPE or index.shape != (manifest.num_samples,):
         raise ManifestError(
             f"{path}: {index.shape} rows of {index.dtype}, but the manifest has {manifest.num_samples} index rows",
@@ -274,7 +283,7 @@ def read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
 
 def _quarantine_bytes(folder: Path) -> bytes | None:
     try:
-        return (folder / QUARANTINE).read_bytes()
+        return read_checked(folder / QUARANTINE, "quarantine")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -294,9 +303,11 @@ def parse_quarantine(raw: bytes, manifest: ShardManifest, *, where: str, path: s
     """The samples in `raw`, compared with the manifest alone; `check_quarantine` compares with the index too."""
     remedy = _RECREATE.format(where)
     try:
-        listed = Quarantine.model_validate_json(raw, strict=True).samples
+        listed = Quarantine.model_validate(parse_json(raw)).samples
     except ValidationError as error:
-        raise ManifestError(f"{path}: {error.errors(include_url=False)[0]['msg']}", remedy=remedy) from None
+        raise ManifestError(f"{path}: {first_mistake(error)}", remedy=remedy) from None
+    except ValueError as error:
+        raise ManifestError(f"{path}: {error}", remedy=remedy) from None
     numbers = [q.number for q in listed]
     if any(b <= a for a, b in itertools.pairwise(numbers)):
         raise ManifestError(f"{path}: its samples are not in ascending order", remedy=remedy)

@@ -13,9 +13,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
-from livt_scale.config.yaml import parse, parse_value, shown, validated
+from livt_scale.config.yaml import parse, parse_value, validated
 from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.util.errors import UsageError, nearest
+from livt_scale.util.outside import read_text
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -124,9 +125,9 @@ def accelerator(name: str) -> Accelerator:
 
 def _from_file(path: Path) -> Accelerator:
     try:
-        tree = parse(path.read_text(encoding="utf-8"), path)
-    except OSError as error:
-        raise UsageError(f"the device file {shown(path)} cannot be read: {error.strerror}") from error
+        tree = parse(read_text(path, "profile"), path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the device file {path} cannot be read: {error}") from error
     return validated(tree, path, Accelerator, strict=False)
 
 

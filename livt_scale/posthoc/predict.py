@@ -41,7 +41,6 @@ from livt_scale.evaluation.tta import Views
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_file
 from livt_scale.util.errors import DataError, SampleError
-from livt_scale.util.urls import one_line
 
 _log = logging.getLogger(__name__)
 MAX_WORKERS = 8
@@ -91,7 +90,7 @@ def predict(
     predictor = Predictor(trained, tau=how.tau, temperature=how.temperature)
     files, others = images_below(folder)
     if not files:
-        raise DataError(f"there is no image below {one_line(str(folder))}", remedy="give the folder that holds them")
+        raise DataError(f"there is no image below {folder}", remedy="give the folder that holds them")
     names, counts, bad, sure = predictor.class_names, Counter[int](), list[dict[str, str]](), 0.0
     rows = _rows(predictor, trained.recipe, folder, files, how=how, batch=batch, workers=workers)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +103,7 @@ def predict(
                 bad.append({"file": row.file, "error": row.error})
                 if not skip_bad:
                     raise SampleError(
-                        f"{one_line(str(folder / row.file))}: {row.error}",
+                        f"{folder / row.file}: {row.error}",
                         remedy="take it away, or give --skip-bad to have it in the CSV with its error",
                     )
             else:
@@ -136,7 +135,7 @@ def images_below(folder: Path) -> tuple[list[str], int]:
     """
 
     def refuse(error: OSError) -> None:
-        where = one_line(os.fsdecode(error.filename or folder))
+        where = os.fsdecode(error.filename or folder)
         raise DataError(f"{where}: {error.strerror}", remedy="give a folder of images") from error
 
     found, others = [], 0

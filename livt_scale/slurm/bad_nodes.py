@@ -16,6 +16,7 @@ from pathlib import Path
 
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm import commands
+from livt_scale.util.outside import read_checked, read_note
 
 BAD_NODES = "slurm/bad-nodes"
 
@@ -33,7 +34,7 @@ class BadNode:
 def read_bad_nodes(run_dir: Path) -> list[BadNode]:
     """What was found so far, the newest finding of each node; damaged lines are skipped."""
     try:
-        text = (run_dir / BAD_NODES).read_text(errors="replace")
+        text = read_checked(run_dir / BAD_NODES, "status").decode(errors="replace")
     except OSError:
         return []
     rows = [line.split("\t", 3) for line in text.splitlines()]
@@ -63,7 +64,7 @@ def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> A
     nodes, bad = names.split(), []
     for node in nodes:
         try:
-            answer = (folder / node).read_text(errors="replace")
+            answer = read_note(folder / node)
         except OSError:
             answer = f"no answer within {check_min} min; see above"
         why = "; ".join(answer.split("\n")).strip("; ")

@@ -22,6 +22,7 @@ from pathlib import Path
 import livt_scale
 from livt_scale.util.atomic import new_folder, write_atomic
 from livt_scale.util.errors import ClusterError
+from livt_scale.util.outside import read_checked
 
 PACKAGE = Path(livt_scale.__file__).resolve().parent
 SUMS = "SHA256SUMS"
@@ -91,7 +92,7 @@ def freeze(code: Code, folder: Path) -> Frozen:
 
 
 def _holds(path: Path, data: bytes) -> bool:
-    return path.is_file() and path.read_bytes() == data
+    return path.is_file() and read_checked(path, "record") == data
 
 
 def check_running_code(environ: Mapping[str, str] = os.environ) -> None:

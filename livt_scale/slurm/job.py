@@ -39,6 +39,7 @@ from livt_scale.slurm.srun import Srun
 from livt_scale.train.run_files import read_status
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, RunError
+from livt_scale.util.outside import read_json, read_note
 
 CLEAN_UP = "clean-up"
 KILLED_BY_SIGNAL = (128 + 12, 128 + 15)  # SIGUSR2, SIGTERM: srun gives this for a task that does not handle them yet
@@ -150,7 +151,7 @@ def _begin(job: BatchJob) -> JobExit | None:
     job.folder.mkdir(parents=True, exist_ok=True)
     record = job.folder / f"failed-{job.stage}"
     if job.when_stopped != "requeue" and record.exists():
-        reason = record.read_text(errors="replace").strip()
+        reason = read_note(record)
         log(f"{job.stage} failed in an earlier segment, so this one does not start: {reason}")
         return JobExit(EXIT_FAILED)
     return None if job.stage == "evaluate" else _count_start(job)
@@ -369,7 +370,7 @@ def _status(job: BatchJob) -> dict[str, Any]:
 
 def _last_start(job: BatchJob) -> dict[str, Any] | None:
     with suppress(OSError, ValueError):
-        start = json.loads((job.folder / f"starts-{job.stage}.json").read_bytes())
+        start = read_json(job.folder / f"starts-{job.stage}.json", "record")
         return start if isinstance(start, dict) else None
     return None
 

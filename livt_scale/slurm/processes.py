@@ -12,6 +12,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+from livt_scale.util.outside import open_checked
+
 SLACK_S = 2.0  # btime has whole seconds, and moves when a clock is set
 
 
@@ -54,8 +56,8 @@ def command_of(pid: int) -> str:
 def lock_is_held(run_dir: Path) -> bool:
     """Whether a process of this host works in the run. The lock is only looked at: taking it could refuse a start."""
     try:
-        with (run_dir / ".lock").open(errors="replace") as file:
-            found = re.fullmatch(r"process (\d{1,10}) on (\S+)\s*", file.read(300))
+        with open_checked(run_dir / ".lock", "note") as file:
+            found = re.fullmatch(r"process (\d{1,10}) on (\S+)\s*", file.read(300).decode(errors="replace"))
             told = os.fstat(file.fileno())
     except OSError:
         return False

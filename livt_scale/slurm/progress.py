@@ -42,6 +42,7 @@ from livt_scale.train.run_files import (
     read_status,
 )
 from livt_scale.util.errors import RunError
+from livt_scale.util.outside import read_checked
 
 MEASURED_LINES = 50  # of metrics.jsonl: what a step takes now, and not a week ago
 BRIEF_BYTES = 2**14  # that hold about as many
@@ -143,7 +144,7 @@ def read_plan(run_dir: Path) -> tuple[RunPlan, list[str]]:
     if path is None:
         return RunPlan(run_dir.name, there), []
     try:
-        tree = translate(_tree(path.read_text(encoding="utf-8", errors="replace")))
+        tree = translate(_tree(read_checked(path, "recipe").decode(errors="replace")))
         parts = {stage: part for stage in STAGES if isinstance(part := tree["stages"].get(stage), dict)}
     except (OSError, yaml.YAMLError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         return RunPlan(run_dir.name, there), [f"{path} cannot be read: {_first_line(error)}"]

@@ -29,8 +29,9 @@ from livt_scale.config.slurm import (
     Word,
     leave_the_chain_its_options,
 )
-from livt_scale.config.yaml import parse, shown, validated
+from livt_scale.config.yaml import parse, validated
 from livt_scale.util.errors import UsageError, nearest
+from livt_scale.util.outside import read_text
 from livt_scale.util.resources import shipped
 
 UNLIMITED_MIN = 24 * 60  # of a job, if neither the recipe nor a profile sets it
@@ -121,10 +122,14 @@ def load_site(name: str, *, folder: Path | None = None) -> Site:
     """The profile NAME, or the one at a path (with a slash or .yaml). Raises UsageError: what is wrong and where."""
     folder = folder or shipped("slurm/sites")
     path = Path(name) if "/" in name or name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
-    if not path.is_file():
+    if not path.exists():
         known = [p.stem for p in folder.glob("*.yaml")]
-        raise UsageError(f"there is no site profile {shown(path)}", remedy=nearest(name, known) if known else "")
-    return validated(parse(path.read_text(encoding="utf-8"), path), path, Site)
+        raise UsageError(f"there is no site profile {path}", remedy=nearest(name, known) if known else "")
+    try:
+        text = read_text(path, "profile")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the site profile {path} cannot be read: {error}") from error
+    return validated(parse(text, path), path, Site)
 
 
 def with_site(slurm: Slurm, site: Site | None) -> Slurm:

@@ -23,8 +23,9 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.slurm.code_snapshot import check_running_code
-from livt_scale.util.atomic import file_lock, new_file, plain_disk_errors
+from livt_scale.util.atomic import file_lock, new_file, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, LivtError, ShardError, UsageError
+from livt_scale.util.outside import open_checked, read_checked, read_note
 from livt_scale.util.urls import is_url
 
 CHUNK = 1 << 22
@@ -40,7 +41,7 @@ def stage_in(recipe: Recipe, target: Path, *, stage: str) -> int:
     """
     with _one_at_a_time(target), plain_disk_errors(target):
         complete = target / COMPLETE
-        if complete.is_file() and complete.read_text() == this_start():
+        if complete.is_file() and read_note(complete) == this_start():
             return 0
         copied = _copy_all(recipe, target, stage=stage)
         complete.write_text(this_start())
@@ -88,7 +89,7 @@ def copy_set(source: Path, target: Path, manifest: ShardManifest) -> None:
         digest = hashlib.sha256()
         with (
             plain_disk_errors(target / info.name, needed=info.bytes),
-            (source / info.name).open("rb") as file,
+            open_checked(source / info.name, "shard") as file,
             new_file(target / info.name) as copy,
         ):
             while data := file.read(CHUNK):
@@ -98,9 +99,9 @@ def copy_set(source: Path, target: Path, manifest: ShardManifest) -> None:
                 raise ShardError(
                     f"{source / info.name} is not what the manifest says (SHA-256)", remedy="see livt shards verify"
                 )
-    for name in (QUARANTINE, MANIFEST):
-        if (source / name).exists():
-            shutil.copyfile(source / name, target / name)
+    if (source / QUARANTINE).exists():
+        write_atomic(target / QUARANTINE, read_checked(source / QUARANTINE, "quarantine"))
+    write_atomic(target / MANIFEST, read_checked(source / MANIFEST, "manifest"))
 
 
 def _files(manifest: ShardManifest) -> list[FileInfo]:

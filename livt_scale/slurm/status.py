@@ -32,6 +32,7 @@ from livt_scale.slurm.submit import CHAIN, read_chain
 from livt_scale.train.compare_run import compare_run
 from livt_scale.train.resume_rules import describe
 from livt_scale.util.errors import LivtError
+from livt_scale.util.outside import read_note
 
 State = Literal["pending", "running", "preempted", "failed", "stalled", "done"]
 LAST = "evaluate"  # the chain's last job, which is no stage of the recipe
@@ -261,7 +262,7 @@ def _other_recipe(run_dir: Path) -> list[str]:
 def _gave_up(run_dir: Path, stage: str) -> str:
     """What a job has recorded for later segments: why the stage does not continue."""
     try:
-        return (run_dir / "slurm" / f"failed-{stage}").read_text(errors="replace").strip()[:2000] or "it has failed"
+        return read_note(run_dir / "slurm" / f"failed-{stage}")[:2000] or "it has failed"
     except OSError:
         return ""
 

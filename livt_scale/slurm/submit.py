@@ -29,7 +29,6 @@ from typing import Any
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.config.run_place import absolute_run_dir
-from livt_scale.config.yaml import shown
 from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.slurm.chain import ChainPlan, dependency, plan_chain
@@ -43,6 +42,7 @@ from livt_scale.train.preflight import check_run, is_absent, refuse
 from livt_scale.train.resume_rules import check_allowable
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
+from livt_scale.util.outside import read_json
 from livt_scale.util.resources import shipped
 from livt_scale.util.urls import is_url
 
@@ -197,14 +197,12 @@ def start_over(prepared: Prepared) -> None:
 def read_chain(run_dir: Path) -> dict[str, Any] | None:
     """RUN/slurm/chain.json; None where nothing was submitted. Raises ClusterError where it cannot be read."""
     try:
-        chain: dict[str, Any] = json.loads((run_dir / CHAIN).read_bytes())
+        chain: dict[str, Any] = read_json(run_dir / CHAIN, "record")
         chain["chain"], chain["jobs"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ClusterError(
-            f"{shown(run_dir / CHAIN)} cannot be read: {error}", remedy="see squeue, then remove it"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ClusterError(f"{run_dir / CHAIN} cannot be read: {error}", remedy="see squeue, then remove it") from error
     return chain
 
 
@@ -308,7 +306,7 @@ def _join(chain: dict[str, Any], waiting: dict[str, str], runs: str, run_dir: Pa
         return {**chain, "joined": waiting}
     raise ClusterError(
         f"this run's jobs of {chain.get('submitted_at')} are still in the queue ({told}), with other code or another "
-        f"recipe: {shown(run_dir)}",
+        f"recipe: {run_dir}",
         remedy=f"end them first (scancel {' '.join(waiting)}), or set another run_dir",
     )
 
@@ -336,11 +334,11 @@ def alone(run_dir: Path) -> Iterator[None]:
         lock = file_lock(run_dir / "slurm" / ".lock")
     except LockHeld as error:
         raise ClusterError(
-            f"another livt submit is at work in {shown(run_dir)}: {error.holder}", remedy=error.remedy
+            f"another livt submit is at work in {run_dir}: {error.holder}", remedy=error.remedy
         ) from None
     except OSError as error:
         raise ClusterError(
-            f"the run directory {shown(run_dir)} cannot be written: {error.strerror}",
+            f"the run directory {run_dir} cannot be written: {error.strerror}",
             remedy="set run_dir to a folder that all nodes can write to",
         ) from error
     with lock:

@@ -28,13 +28,14 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.model import MODEL_SIZES
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.runtime import RecipePart
-from livt_scale.config.yaml import parse, shown, validated
+from livt_scale.config.yaml import parse, validated
 from livt_scale.data.build.spec import PlainName
 from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES
 from livt_scale.study.claims import loss_sets
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.errors import UsageError, nearest
+from livt_scale.util.outside import read_text
 from livt_scale.util.resources import named
 
 Sets = dict[str, JsonValue]
@@ -183,12 +184,12 @@ def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
     """
     path = named(path, kind="studies")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path, "study")
+    except (OSError, ValueError) as error:
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        said = getattr(error, "strerror", None) or error
         raise UsageError(
-            f"the study {shown(path)} cannot be read: {said}", remedy=nearest(str(path), near) if near else ""
+            f"the study {path} cannot be read: {said}", remedy=nearest(str(path), near) if near else ""
         ) from error
     load_extensions()
     tree = parse(text, path)
@@ -214,17 +215,17 @@ def check_folder(loaded: LoadedStudy) -> None:
         if other is None:
             return
         raise UsageError(
-            f"the folder of the study is relative to the working directory: {shown(loaded.folder.absolute())} would be "
-            f"a second one beside {shown(other)}",
-            remedy=f"continue that one with --out {shown(other)}; for another one give an absolute --out",
+            f"the folder of the study is relative to the working directory: {loaded.folder.absolute()} would be "
+            f"a second one beside {other}",
+            remedy=f"continue that one with --out {other}; for another one give an absolute --out",
         )
     try:
-        name = validated(parse(kept.read_text(encoding="utf-8"), kept), kept, Study).name
-    except (OSError, UnicodeDecodeError, UsageError):
+        name = validated(parse(read_text(kept, "study"), kept), kept, Study).name
+    except (OSError, ValueError, UsageError):
         name = "one that cannot be read"
     if name != loaded.study.name:
         raise UsageError(
-            f"{shown(loaded.folder)} holds another study ({name!r}), not {loaded.study.name!r}",
+            f"{loaded.folder} holds another study ({name!r}), not {loaded.study.name!r}",
             remedy="give another folder, as --out or in the file",
         )
 
@@ -235,11 +236,11 @@ def _check(loaded: LoadedStudy) -> None:
         try:
             recipe = loaded.load(point.sets)
         except UsageError as error:
-            raise UsageError(f"{shown(loaded.path)}: {point.name}: {error.message}", remedy=error.remedy) from None
+            raise UsageError(f"{loaded.path}: {point.name}: {error.message}", remedy=error.remedy) from None
         for stage in loaded.study.stages:
             if stage not in recipe.stage_names:
                 raise UsageError(
-                    f"{shown(loaded.path)}: {shown(loaded.recipe)} has no stage {stage}",
+                    f"{loaded.path}: {loaded.recipe} has no stage {stage}",
                     remedy=f"set stages: [{', '.join(recipe.stage_names)}]",
                 )
 
@@ -250,7 +251,7 @@ def points(loaded: LoadedStudy) -> list[Point]:
     order = [name for name in dict.fromkeys(("seed", *AXES)) if name in given]
     number = math.prod(map(len, given.values()))
     if number > MAX_RUNS:
-        raise UsageError(f"{shown(loaded.path)}: {number} combinations", remedy=f"at most {MAX_RUNS}; vary less")
+        raise UsageError(f"{loaded.path}: {number} combinations", remedy=f"at most {MAX_RUNS}; vary less")
     found: list[Point] = []
     shared: dict[tuple[Any, ...], str] = {}
     for combination in product(*(given[name] for name in order)):

@@ -26,9 +26,11 @@ from livt_scale.train.preflight import KnownSets, Problem, check_run, refuse
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import Preempted
+from livt_scale.util.outside import open_checked
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
+TAIL_BYTES = 2**16  # of a log, for its last line
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # as `livt train` takes them
 POLL_S = 0.2
 
@@ -134,7 +136,9 @@ def _ended(run: Run, process: subprocess.Popen[bytes], began: float, *, folder: 
         outcome.done.append(run.name)
         _log.info("%s: done in %.0f s", run.name, took)
     else:
-        last = log.read_text(errors="replace").strip().splitlines()[-1:]
+        with open_checked(log, "log") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            last = file.read(TAIL_BYTES).decode(errors="replace").strip().splitlines()[-1:]
         why = f"exit code {process.returncode}: {''.join(last)[:300]} (log: {log})"
         outcome.failed[run.name] = why
         _log.warning("%s: failed, %s", run.name, why)

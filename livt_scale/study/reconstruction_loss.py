@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from livt_scale.models.mae import build_mae
 from livt_scale.train.finetune import final_pretraining, read_pretraining
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import RunError
+from livt_scale.util.outside import read_checked, read_json
 
 BATCH = 250
 
@@ -28,10 +30,10 @@ BATCH = 250
 def reconstruction_loss(run_dir: Path) -> float:
     """Mean over the recipe's data.val, float64, of the run's final pretraining. Raises RunError: it has not ended."""
     checkpoint = final_pretraining(run_dir)
-    digest = hashlib.sha256((checkpoint / MANIFEST).read_bytes()).hexdigest()
+    digest = hashlib.sha256(read_checked(checkpoint / MANIFEST, "checkpoint manifest")).hexdigest()
     kept = run_dir / "pretrain" / "reconstruction.json"
-    if kept.is_file():
-        told = json.loads(kept.read_bytes())
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is measured again
+        told = read_json(kept, "record")
         if told.get("checkpoint") == digest:
             return float(told["loss"])
     loss = _measure(run_dir)

@@ -12,6 +12,7 @@ from livt_scale.study.claims import CLAIMS, SETTINGS
 from livt_scale.study.collect import FORMAT, VERSION
 from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS
 from livt_scale.util.errors import DataError
+from livt_scale.util.outside import read_json
 
 COLUMNS = {
     "top1_all": "all", "top1_many": "many", "top1_medium": "medium", "top1_few": "few",
@@ -131,9 +132,9 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     found = []
     for file in sorted(folder.glob("*.json")):
         try:
-            result = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{file} is not JSON: {error}", remedy="collect it again: livt reproduce") from error
+            result = read_json(file, "record")
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read: {error}", remedy="collect it again: livt reproduce") from error
         told = result if isinstance(result, dict) else {}
         known = (told.get("claim"), told.get("on")) in places
         if (told.get("format"), told.get("version")) != (FORMAT, VERSION) or not known:

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from livt_scale.util.outside import read_json
+
 State = Literal["running", "done", "stopped", "failed", "peer_lost"]
 FOLDER = "heartbeats"
 
@@ -79,7 +81,7 @@ def read(folder: Path, *, world_size: int) -> list[Heartbeat]:
     beats = []
     for rank in range(world_size):
         with suppress(OSError, ValueError, TypeError):
-            beats.append(Heartbeat(**json.loads((folder / FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8"))))
+            beats.append(Heartbeat(**read_json(folder / FOLDER / f"rank-{rank}.json", "status")))
     return beats
 
 

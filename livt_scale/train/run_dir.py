@@ -26,6 +26,7 @@ from livt_scale.config.run_place import LOCK, SAVED
 from livt_scale.train.run_files import STATUS, State, read_status, read_status_file
 from livt_scale.util.atomic import LockHeld, file_lock, lock_holder, write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
+from livt_scale.util.outside import read_checked
 
 MAX_HISTORY = 20  # earlier starts that status.json keeps
 MAX_WHY = 400  # characters of why each of them ended
@@ -62,7 +63,7 @@ def save_resolved(recipe: Recipe, run_dir: Path) -> None:
     """Write `recipe` as RUN/recipe.yaml. A resumed run writes it again: harmless fields may have changed."""
     text = to_yaml(recipe).encode()
     path = run_dir / SAVED
-    if not path.exists() or path.read_bytes() != text:
+    if not path.exists() or read_checked(path, "recipe") != text:
         write_atomic(path, text)
 
 

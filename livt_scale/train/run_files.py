@@ -13,7 +13,6 @@ is skipped, a field of the wrong kind counts as missing, and sizes are bounded. 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable
@@ -23,6 +22,8 @@ from typing import Any, Generic, Literal, TypedDict, TypeGuard, TypeVar, cast
 
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import RunError
+from livt_scale.util.outside import open_checked, parse_json, read_checked
+from livt_scale.util.text import first_line
 
 State = Literal["running", "preempted", "failed", "done"]
 STATUS, METRICS, EVALUATIONS, ANOMALIES = "status.json", "metrics.jsonl", "evaluations.jsonl", "anomalies.jsonl"
@@ -144,11 +145,11 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in read_checked(path, "lines").splitlines(keepends=True):
         try:
-            if not line.endswith(b"\n") or _step(_object(json.loads(line))) > step:
+            if not line.endswith(b"\n") or _step(_object(parse_json(line))) > step:
                 break
-        except (ValueError, RecursionError):
+        except ValueError:
             break
         kept.append(line)
     write_atomic(path, b"".join(kept))
@@ -207,11 +208,11 @@ def _read_lines(
         if not text.strip():
             continue
         try:
-            lines.append(parse(_object(json.loads(text))))
-        except (ValueError, RecursionError) as error:
+            lines.append(parse(_object(parse_json(text))))
+        except ValueError as error:
             incomplete = number == len(texts)  # being written, or cut by a kill
             if strict and not (incomplete and lines):
-                raise RunError(f"{path}, line {number} cannot be read: {_first_line(error)}") from error
+                raise RunError(f"{path}, line {number} cannot be read: {first_line(error)}") from error
             damaged += not incomplete
     return Lines(lines, damaged)
 
@@ -219,14 +220,14 @@ def _read_lines(
 def _read_end(path: Path, *, max_bytes: int) -> tuple[bytes, bool] | None:
     """(the last `max_bytes` of a file, whether that cuts it); None if there is no such file."""
     try:
-        with path.open("rb") as file:
+        with open_checked(path, "log") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(size - max_bytes, 0))
             return file.read(max_bytes), size > max_bytes
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}") from error
+        raise RunError(f"{path} cannot be read: {error.strerror}", remedy="remove it") from error
 
 
 def _read_object(path: Path, *, max_bytes: int, remedy: str) -> dict[str, Any] | None:
@@ -238,16 +239,12 @@ def _read_object(path: Path, *, max_bytes: int, remedy: str) -> dict[str, Any] |
     if cut:
         raise RunError(f"{path} cannot be read: it has more than {max_bytes / 2**20:.0f} MiB", remedy=remedy)
     try:
-        return _object(json.loads(raw))
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {_first_line(error)}", remedy=remedy) from error
+        return _object(parse_json(raw))
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {first_line(error)}", remedy=remedy) from error
 
 
 def _object(value: object) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -33,6 +33,7 @@ from typing import BinaryIO
 from livt_scale.util import held_file
 from livt_scale.util.errors import DataError, LivtError, UsageError
 from livt_scale.util.log import ANNOUNCE_AFTER_S, EVERY_RANK
+from livt_scale.util.outside import check_regular
 
 _log = logging.getLogger(__name__)
 
@@ -228,8 +229,10 @@ def _lock_kind() -> str:
 
 def _flock(path: Path, *, mode: int) -> int | str:
     """The descriptor of the locked file; else who holds it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+    # O_NONBLOCK: a named pipe in its place is refused, instead of being waited for
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
     try:
+        check_regular(handle, path)
         holder = _try_flock(handle, path)
         if holder is None:
             with suppress(OSError):  # a full disk costs the name, not the lock

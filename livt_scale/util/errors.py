@@ -6,13 +6,15 @@ docs/errors.md of them, with the tree. A class elsewhere that derives from one o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from livt_scale.util.names import SHOWN_BESIDE_A_GUESS, closest, listed
+from livt_scale.util.text import escaped
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_PREEMPTED = 85  # the batch script requeues on this one alone
+MAX_CHARS = 4000  # of a line: a name can have a million
 
 
 class LivtError(Exception):
@@ -24,10 +26,12 @@ class LivtError(Exception):
 
     exit_code = EXIT_FAILED
 
-    def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.remedy = remedy
+    def __init__(self, message: str | Sequence[str], *, remedy: str = "") -> None:
+        # A newline in one message comes from a name; several messages, one line each, are a list.
+        lines = [message] if isinstance(message, str) else message
+        self.message = "\n".join(_bounded(line) for line in lines)
+        self.remedy = _bounded(remedy)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}. {self.remedy[:1].upper()}{self.remedy[1:]}" if self.remedy else self.message
@@ -254,6 +258,11 @@ class InstallationError(LivtError):
     Occurs: a shipped recipe, set, script or profile is looked up in an incomplete installation.
     What to do: install the package again, or restore the files by `git checkout`.
     """
+
+
+def _bounded(line: str) -> str:
+    line = escaped(line)
+    return line if len(line) <= MAX_CHARS else f"{line[:MAX_CHARS]} …"
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -18,6 +18,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from livt_scale.util.text import escaped
+
 _log = logging.getLogger(__name__)
 
 ROOT = "livt_scale"
@@ -66,8 +68,19 @@ def to_stderr(*, debug: bool = False) -> Iterator[None]:
         logger.level, logger.propagate = before
 
 
+class OneLine(logging.Formatter):
+    """A message is one line: a newline or an escape sequence in it came from a name, and is escaped."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return escaped(super().formatMessage(record))
+
+
 class RankHandler(logging.Handler):
     """Lines on stderr: below WARNING from rank 0 alone, the others with their rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(OneLine())
 
     def filter(self, record: logging.LogRecord) -> bool:
         wanted = record.levelno >= logging.WARNING or getattr(record, "every_rank", False) or rank_of_process()[0] == 0

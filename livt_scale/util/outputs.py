@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from livt_scale.util.errors import UsageError
+from livt_scale.util.outside import open_checked
 
 HEAD_BYTES = 4096
 
@@ -25,7 +26,7 @@ def check_output(path: Path, *, marks: Sequence[bytes], command: str, force: boo
     if force or not path.exists():  # a link that leads nowhere is replaced
         return
     try:
-        with path.open("rb") as file:
+        with open_checked(path, "log") as file:
             head = file.read(HEAD_BYTES)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}", remedy="give another file") from error

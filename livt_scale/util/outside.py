@@ -18,8 +18,9 @@ import json
 import os
 import re
 import stat
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from livt_scale.util.text import escaped
 
@@ -98,7 +99,7 @@ class RefusedFile(OSError):
         return f"{escaped(self.filename)}: {self.strerror}"
 
 
-def open_checked(path: Path, kind: Kind, *, max_bytes: int | None = None) -> BinaryIO:
+def open_checked(path: Path, kind: Kind, *, max_bytes: int | None = None) -> BufferedReader:
     """Open `path` for reading. Raises OSError, RefusedFile where it is not a file of at most MAX_BYTES of its kind."""
     return os.fdopen(open_fd(path, kind, max_bytes=max_bytes), "rb")
 

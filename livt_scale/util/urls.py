@@ -50,11 +50,6 @@ def below(url: str, name: str) -> str:
     return f"{scheme}://{place.rstrip('/')}/{name}"
 
 
-def one_line(name: str) -> str:
-    """The name of a file that somebody else gave it: quoted where a newline or an escape sequence is in it."""
-    return name if name.isprintable() else repr(name)
-
-
 def redacted(text: str) -> str:
     """`text` by somebody else with all URLs in it less user, password, query and fragment."""
     return _URL.sub(lambda m: m[1] + m[2] + ("?…" if m[3] else ""), text)

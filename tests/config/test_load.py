@@ -105,9 +105,14 @@ def test_a_base_used_twice_is_no_circle_but_a_circle_is_told_with_its_files():
     assert "circle" in refusal("extends: self.yaml\n", name="self.yaml")
 
 
-@pytest.mark.parametrize("bases", ["7", "{a: b}", "[1]", "['']", '"a\\0b"', "null"])
+@pytest.mark.parametrize("bases", ["7", "{a: b}", "[1]", "['']", "null"])
 def test_extends_that_is_no_path_is_refused_with_its_line(bases):
-    assert f"a.yaml, line 2: extends is" in refusal(f"seed: 1\nextends: {bases}\n{BASE}")  # noqa: F541
+    assert "a.yaml, line 2: extends is" in refusal(f"seed: 1\nextends: {bases}\n{BASE}")
+
+
+def test_text_that_can_be_no_name_is_refused_with_its_line():
+    assert "a.yaml, line 2: extends contains a NUL" in refusal(f'seed: 1\nextends: "a\\0b"\n{BASE}')
+    assert "a.yaml, line 1: seed contains a NUL or half a character" in refusal(f'seed: "\\ud800"\n{BASE}')
 
 
 def test_a_missing_base_is_told_where_it_is_named_with_the_nearest_file():
@@ -205,7 +210,7 @@ def test_every_mistake_is_told_at_once_each_on_a_line():
         ("a: b: c\n", "line 1: not YAML"),
         ("name: a\x01b\n", "not YAML"),
         (f"{BASE}---\n{BASE}", "not YAML"),
-        ("[" * 3000, "without end"),
+        ("[" * 3000, "more than 32 deep"),
         (BASE + "seed: 1\nseed: 2\n", "line 7: seed is given twice"),
         (BASE + "    epochs: 91\n", "line 6: stages.pretrain.epochs is given twice"),
         (BASE + "[1]: x\n", "line 6: the file has a list or a part for a name"),
@@ -236,7 +241,7 @@ def test_a_mistake_is_told_by_field_file_and_line(text, said):
 
 def test_a_file_that_is_no_text_or_not_there_is_told():
     Path("b.yaml").write_bytes(b"\x80\x81")
-    for path, said in [("b.yaml", "not a text file"), ("a.yml", "there is no recipe"), (".", "cannot be read")]:
+    for path, said in [("b.yaml", "not text in UTF-8"), ("a.yml", "there is no recipe"), (".", "cannot be read")]:
         with pytest.raises(RecipeError, match=said):
             load_recipe(path)
     with pytest.raises(RecipeError, match=r"Did you mean 'b\.yaml'"):

@@ -22,6 +22,7 @@ from PIL import Image
 
 from livt_scale.data.build.sources import Indices, Source, Stamps, checked, stamps_of
 from livt_scale.util.errors import SourceError
+from livt_scale.util.outside import read_checked
 
 SIDE_PX = 32
 PIXELS = 3 * SIDE_PX**2
@@ -98,16 +99,18 @@ def _records(path: Path, record_bytes: int) -> NDArray[np.uint8]:
         raise SourceError(
             f"{path}: {error.strerror}", remedy="unpack the binary version, or give its folder: --source NAME=FOLDER"
         ) from error
-    if found.st_size > MAX_BYTES:
-        raise SourceError(f"{path}: more than {MAX_BYTES:,} bytes", remedy="give the files of CIFAR's binary version")
-    if not found.st_size or found.st_size % record_bytes:
-        raise SourceError(
-            f"{path} has {found.st_size:,} bytes, no multiple of a record's {record_bytes:,}: cut, or another set's",
-            remedy="get it again from where it came; CIFAR-10 has records of 3,073 bytes, CIFAR-100 of 3,074",
-        )
-    return _read(path, record_bytes, found.st_mtime_ns)
+    try:
+        return _read(path, record_bytes, found.st_mtime_ns)
+    except OSError as error:
+        raise SourceError(f"{path}: {error.strerror}", remedy="give the files of CIFAR's binary version") from error
 
 
 @lru_cache(maxsize=8)
 def _read(path: Path, record_bytes: int, _mtime_ns: int) -> NDArray[np.uint8]:
-    return np.fromfile(path, dtype=np.uint8).reshape(-1, record_bytes)
+    data = read_checked(path, "IDX file", max_bytes=MAX_BYTES)
+    if not data or len(data) % record_bytes:
+        raise SourceError(
+            f"{path} has {len(data):,} bytes, no multiple of a record's {record_bytes:,}: cut, or another set's",
+            remedy="get it again from where it came; CIFAR-10 has records of 3,073 bytes, CIFAR-100 of 3,074",
+        )
+    return np.frombuffer(data, dtype=np.uint8).reshape(-1, record_bytes)

@@ -19,9 +19,9 @@ from livt_scale.data.build.sources import (
     listed,
 )
 from livt_scale.data.build.stored import image_kind
-from livt_scale.data.build.tar import shown
 from livt_scale.util.errors import SourceError
 from livt_scale.util.outside import open_checked
+from livt_scale.util.text import escaped
 
 HIDDEN = "hidden"
 NO_IMAGE = "not an image by name and contents"
@@ -40,7 +40,7 @@ def open_folder(name: str, root: Path, *, class_names: tuple[str, ...] | None = 
     unknown = sorted(set(folders) - set(class_names or folders))
     if unknown:
         raise SourceError(
-            f"{shown(root / unknown[0])} is no class of class_names", remedy="add it there, or move it away"
+            f"{escaped(root / unknown[0])} is no class of class_names", remedy="add it there, or move it away"
         )
     classes = class_names or tuple(folders)
     walk = _Walk(root)

@@ -21,6 +21,7 @@ from PIL import Image
 
 from livt_scale.data.build.sources import Indices, Source, Stamps, checked, numbered_names, stamps_of
 from livt_scale.util.errors import SourceError
+from livt_scale.util.outside import read_checked
 
 _MAX_IDX_BYTES = 1 << 31  # it is kept in memory; EMNIST, the largest known, has 640 MB
 
@@ -81,7 +82,7 @@ def _parse_idx(path: Path, _mtime_ns: int, _size: int) -> NDArray[np.uint8]:
     """The array in an IDX file: two zero bytes, type 8 (unsigned byte), number of dims, dims as big-endian u4, data."""
     remedy = "get it again from where it came"
     try:
-        data = path.read_bytes()
+        data = read_checked(path, "IDX file")
         if data.startswith(b"\x1f\x8b"):
             with gzip.open(io.BytesIO(data)) as file:
                 data = file.read(_MAX_IDX_BYTES + 1)  # a gigabyte of zeros takes a megabyte

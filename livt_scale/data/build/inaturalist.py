@@ -12,7 +12,6 @@ name outside the root) is an error before a shard is written.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ import numpy as np
 from livt_scale.data.build.sources import FileSource, below_root, check_all_there, file_source
 from livt_scale.data.build.tar import MAX_CLASSES
 from livt_scale.util.errors import SourceError
-
-MAX_JSON_BYTES = 1 << 30  # read whole; iNaturalist 2018's has 0.12 GB, 2021's 0.4
+from livt_scale.util.outside import read_json
 
 
 def open_inaturalist(
@@ -70,14 +68,12 @@ def open_inaturalist(
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise SourceError(f"{path}: more than {MAX_JSON_BYTES:,} bytes", remedy="make a list file of it")
-        tree = json.loads(path.read_bytes())
+        tree = read_json(path, "annotations")
     except OSError as error:
         remedy = "unpack the annotations, or give their folder: --source NAME=FOLDER"
         raise SourceError(f"{path} cannot be read: {error.strerror}", remedy=remedy) from error
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path} is not JSON: {error}", remedy="get it again from where it came") from error
+    except ValueError as error:
+        raise SourceError(f"{path} cannot be read: {error}", remedy="get it again from where it came") from error
     if not isinstance(tree, dict):
         raise SourceError(f"{path} holds no images and annotations", remedy="give the file of a labelled split")
     return tree

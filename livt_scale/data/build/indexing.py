@@ -8,12 +8,12 @@ import numpy as np
 
 from livt_scale.data.build.scan import Progress
 from livt_scale.data.build.sources import text_of
-from livt_scale.data.build.tar import shown
 from livt_scale.data.build.writer import Shard, publish, scan_shard
 from livt_scale.data.manifest import MANIFEST, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError, UsageError
 from livt_scale.util.process_pool import in_processes, usable_cores
+from livt_scale.util.text import escaped
 
 
 def index_tars(
@@ -74,7 +74,7 @@ def _check_indexed(folder: Path, shards: list[Shard], *, num_classes: int) -> No
         for row in shard.rows:
             key = shard.keys[start : int(row["key_end"])]
             start = int(row["key_end"])
-            where = f"{shown(folder / shard.info.name)}, offset {row['start']}, key {key.decode()!r}"
+            where = f"{escaped(folder / shard.info.name)}, offset {row['start']}, key {key.decode()!r}"
             if key in seen:
                 raise SampleError(
                     f"{where}: the key is there twice, also in {seen[key]}", remedy="each sample needs a unique key"
@@ -95,7 +95,7 @@ def class_names_in(path: Path) -> list[str]:
         raise UsageError(error.message, remedy=error.remedy) from error
     seen: dict[str, int] = {}
     for number, name in enumerate(names, start=1):
-        where = f"{shown(path)}, line {number}"
+        where = f"{escaped(path)}, line {number}"
         if not name:
             raise UsageError(f"{where} is blank", remedy=remedy)
         if seen.setdefault(name, number) != number:

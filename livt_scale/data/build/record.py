@@ -29,7 +29,7 @@ from livt_scale.data.build.sources import Source, Stamps
 from livt_scale.util.atomic import plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, SourceError
 from livt_scale.util.outside import open_checked
-from livt_scale.util.urls import one_line
+from livt_scale.util.text import escaped
 
 RECORD = "sources.tsv.gz"
 FORMAT = "livt-sources"
@@ -142,19 +142,19 @@ def changes(then: SourceRecord, now: Source) -> Changes:
         place = now.place(i)
         row = row_of.pop(place, None)
         if row is None:
-            added.append(one_line(place))
+            added.append(escaped(place))
         elif then.class_names[then.labels[row]] != now.class_names[now.label(i)]:
-            moved.append(one_line(place))
+            moved.append(escaped(place))
         elif (stamps is None or not np.array_equal(stamps[i], then.stamps[row])) and _is_other(now, i, then, row):
-            replaced.append(one_line(place))
+            replaced.append(escaped(place))
     before, after = set(then.class_names), set(now.class_names)
     return Changes(
         added=added,
-        removed=[one_line(place) for place in row_of],
+        removed=[escaped(place) for place in row_of],
         replaced=replaced,
         moved_to_another_class=moved,
-        classes_added=[one_line(name) for name in now.class_names if name not in before],
-        classes_removed=[one_line(name) for name in then.class_names if name not in after],
+        classes_added=[escaped(name) for name in now.class_names if name not in before],
+        classes_removed=[escaped(name) for name in then.class_names if name not in after],
     )
 
 

@@ -24,7 +24,7 @@ from livt_scale.data.image.decode import Workspace
 from livt_scale.extensions import load_extensions
 from livt_scale.util.errors import SourceError
 from livt_scale.util.process_pool import in_processes
-from livt_scale.util.urls import one_line
+from livt_scale.util.text import escaped
 
 CHUNK = 256  # images of a job
 DIGEST = np.dtype("V16")
@@ -126,7 +126,7 @@ def by_reason(left_out: Sequence[LeftOut]) -> dict[str, list[str]]:
     """Names by reason, the reason with the most names first."""
     names: dict[str, list[str]] = defaultdict(list)
     for name, reason in left_out:
-        names[reason].append(one_line(name))
+        names[reason].append(escaped(name))
     return dict(sorted(names.items(), key=lambda item: (-len(item[1]), item[0])))
 
 

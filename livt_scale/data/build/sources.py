@@ -28,9 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from livt_scale.data.build.stored import stored
-from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, is_key, read_tar, shown
+from livt_scale.data.build.tar import MAX_CLASSES, MAX_SAMPLE_BYTES, TarSample, is_key, read_tar
 from livt_scale.util.errors import SourceError, UnusableImage
-from livt_scale.util.outside import Kind, RefusedFile, read_checked
+from livt_scale.util.outside import Kind, RefusedFile, open_checked, read_checked
+from livt_scale.util.text import escaped
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
 OTHER_IMAGE_ENDINGS = (".bmp", ".gif", ".tif", ".tiff", ".webp", ".heic", ".pbm", ".pgm", ".pnm", ".ppm")
@@ -104,7 +105,7 @@ class FileSource(Source):
         return shard_key(path if path in self.same_stem else stem(path))
 
     def image(self, i: int) -> tuple[str, bytes]:
-        return _stored(self.raw(i), shown(self.root / self.paths[i]))
+        return _stored(self.raw(i), escaped(self.root / self.paths[i]))
 
     def part(self, indices: Indices) -> Self:
         paths = tuple(self.paths[i] for i in indices)
@@ -121,13 +122,13 @@ class FileSource(Source):
             return read_checked(path, "image", max_bytes=MAX_SAMPLE_BYTES)
         except RefusedFile as error:
             reason = f"more than {MAX_SAMPLE_BYTES:,} bytes" if error.errno == errno.EFBIG else "not a regular file"
-            raise UnusableImage(f"{shown(path)}: {error.strerror}", reason=reason) from error
+            raise UnusableImage(f"{escaped(path)}: {error.strerror}", reason=reason) from error
         except FileNotFoundError as error:
             reason = "a link to nothing" if path.is_symlink() else "missing"
-            raise UnusableImage(f"there is no image {shown(path)}", reason=reason, remedy=remedy) from error
+            raise UnusableImage(f"there is no image {escaped(path)}", reason=reason, remedy=remedy) from error
         except OSError as error:
             reason = f"cannot be read: {error.strerror}"
-            raise UnusableImage(f"{shown(path)}: the image {reason}", reason=reason, remedy=remedy) from error
+            raise UnusableImage(f"{escaped(path)}: the image {reason}", reason=reason, remedy=remedy) from error
 
     def stamps(self) -> Stamps | None:
         return stamps_of(self.root / path for path in self.paths)
@@ -157,11 +158,11 @@ class TarSource(Source):
     def raw(self, i: int) -> bytes:
         number, sample = self.samples[i]
         try:
-            with self.tars[number].open("rb") as file:
+            with open_checked(self.tars[number], "shard") as file:
                 file.seek(sample.data_start)
                 return file.read(sample.data_size)
         except OSError as error:
-            raise SourceError(f"{shown(self.tars[number])} cannot be read: {error.strerror}") from error
+            raise SourceError(f"{escaped(self.tars[number])} cannot be read: {error.strerror}") from error
 
     def stamps(self) -> Stamps | None:
         return stamps_of(self.tars)[[number for number, _ in self.samples]]
@@ -353,7 +354,7 @@ def check_all_there(source: FileSource) -> FileSource:
         if name not in inside[folder]:
             missing.append(path)
     if missing:
-        first = ", ".join(shown(source.root / path) for path in missing[:_MISSING_SHOWN])
+        first = ", ".join(escaped(source.root / path) for path in missing[:_MISSING_SHOWN])
         all_of_them = f" and {len(missing) - _MISSING_SHOWN:,} more" if len(missing) > _MISSING_SHOWN else ""
         raise SourceError(
             f"source {source.name}: of {len(source):,} images {len(missing):,} are missing: "
@@ -369,5 +370,5 @@ def text_of(path: Path, kind: Kind, *, remedy: str) -> str:
         text = read_checked(path, kind).decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         what = getattr(error, "strerror", None) or "not text in UTF-8"
-        raise SourceError(f"{shown(path)} cannot be read: {what}", remedy=remedy) from error
+        raise SourceError(f"{escaped(path)} cannot be read: {what}", remedy=remedy) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")

@@ -15,7 +15,6 @@ evaluation have the part that is held out, those of the role training the rest. 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -40,6 +39,7 @@ from livt_scale.data.build.writer import Prepare
 from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
+from livt_scale.util.outside import read_checked, read_json, read_text
 from livt_scale.util.resources import named
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
@@ -278,8 +278,8 @@ class Spec(SpecPart):
         if part.file:
             where = str(self.folder / part.file)
             try:
-                values = json.loads((self.folder / part.file).read_bytes())
-            except (OSError, ValueError, RecursionError) as error:
+                values = read_json(self.folder / part.file, "counts")
+            except (OSError, ValueError) as error:
                 raise SourceError(f"{where}: the counts cannot be read: {error}") from error
         whole = isinstance(values, list) and all(type(v) is int and 0 <= v < 2**31 for v in values)
         if not whole or len(values) != num_classes:
@@ -321,9 +321,9 @@ def load_spec(
     """
     path = named(path, kind="shards")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, "strerror", None) or "not text in UTF-8"
+        text = read_text(path, "shard spec")
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
         near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         hint = nearest(str(path), near) if near else "give the path of a YAML file, as shards/fashion-mnist-lt.yaml"
         raise UsageError(f"the spec {path} cannot be read: {said}", remedy=hint) from error
@@ -368,7 +368,7 @@ def _exactly_one(part: BaseModel, names: tuple[str, ...], *, at_least: int) -> N
 
 def _bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_checked(path, "counts")
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from error
 

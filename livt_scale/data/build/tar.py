@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from livt_scale.util.errors import SampleError, ShardError
+from livt_scale.util.outside import open_checked
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # of one extended header: long names and attributes take a few KB
@@ -246,24 +247,19 @@ class TarSample:
     data_size: int
 
 
-def shown(path: Path) -> str:
-    """The path on one line: a name with a newline in it is quoted."""
-    return str(path) if str(path).isprintable() else repr(str(path))
-
-
 def read_tar(path: Path) -> Iterator[TarSample]:
     """The samples of the tar `path` in their order.
 
     Raises ShardError (cannot be read, is cut, holds what a shard must not) and SampleError (one sample is not whole).
     """
     try:
-        with path.open("rb") as file:
+        with open_checked(path, "shard") as file:
             for key, group in _grouped(path, _named(members(file, path.stat().st_size))):
                 yield _sample(path, file, key, group)
     except OSError as error:
-        raise ShardError(f"{shown(path)} cannot be read: {error.strerror or error}") from error
+        raise ShardError(f"{path} cannot be read: {error.strerror or error}") from error
     except BadTar as error:
-        where = f"{shown(path)}, offset {error.offset}"
+        where = f"{path}, offset {error.offset}"
         raise ShardError(f"{where}: {error}", remedy="copy it again, or write it again") from error
 
 
@@ -301,7 +297,7 @@ def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part
         first = group[0][2].offset
         if part[2].end - first > MAX_SAMPLE_BYTES:
             raise SampleError(
-                f"{shown(path)}, offset {first}, key {part[0]!r}: more than {MAX_SAMPLE_BYTES:,} bytes",
+                f"{path}, offset {first}, key {part[0]!r}: more than {MAX_SAMPLE_BYTES:,} bytes",
                 remedy="a sample is one image, its label and small things beside them",
             )
     if group:
@@ -310,7 +306,7 @@ def _grouped(path: Path, parts: Iterable[Part]) -> Iterator[tuple[str, list[Part
 
 def _sample(path: Path, file: BinaryIO, key: str, group: list[Part]) -> TarSample:
     start = group[0][2].offset
-    where = f"{shown(path)}, offset {start}, key {key!r}"
+    where = f"{path}, offset {start}, key {key!r}"
     kinds = [kind for _, kind, _ in group]
     if len(set(kinds)) != len(kinds):
         raise SampleError(f"{where}: the key is there twice", remedy="each sample needs a unique key")

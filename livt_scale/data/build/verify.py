@@ -23,12 +23,13 @@ import numpy as np
 from livt_scale.data.image.decode import BadImage, decode
 from livt_scale.data.manifest import INDEX, MANIFEST, QUARANTINE, FileInfo, Quarantine, Quarantined, ShardManifest
 from livt_scale.data.remote.cache import closing_fd
-from livt_scale.data.shard_set import ShardSet, read_quarantine
+from livt_scale.data.shard_set import ShardSet, map_index, read_quarantine
 from livt_scale.util.atomic import plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ManifestError, RemoteError, UsageError
-from livt_scale.util.outside import read_checked
+from livt_scale.util.outside import open_checked, open_fd, read_checked
 from livt_scale.util.process_pool import in_processes, usable_cores
-from livt_scale.util.urls import is_url, one_line
+from livt_scale.util.text import escaped
+from livt_scale.util.urls import is_url
 
 CHUNK = 1 << 20
 CHANGED = "changed since it was written (CRC-32)"
@@ -48,7 +49,7 @@ class Fault:
 
     def __str__(self) -> str:
         place = f", offset {self.offset}" if self.offset is not None else ""
-        return f"{one_line(self.shard)}{place}{f', key {self.key!r}' if self.key is not None else ''}: {self.what}"
+        return escaped(f"{self.shard}{place}{f', key {self.key!r}' if self.key is not None else ''}: {self.what}")
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def _check_file(path: Path, expected: FileInfo) -> list[Fault]:
     """Size and SHA-256."""
     try:
         digest, size = hashlib.sha256(), 0
-        with path.open("rb") as file:
+        with open_checked(path, "shard") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
                 size += len(chunk)
@@ -152,7 +153,7 @@ def _check_file(path: Path, expected: FileInfo) -> list[Fault]:
 def _check_shards(
     folder: Path, manifest: ShardManifest, *, decode: bool, workers: int, progress: Progress | None
 ) -> list[Fault]:
-    index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+    index = map_index(folder / manifest.index.name, manifest)
     whole = ShardSet(
         folder, manifest, (), index=index
     )  # not opened: that would stop at the first shard that is missing
@@ -187,7 +188,7 @@ def _check_samples(job: _Job) -> list[Fault]:
     """CRC-32 of each sample and, if asked for, its image decoded. A sample that the file no longer has is a fault."""
     faults = []
     try:
-        handle = os.open(job.path, os.O_RDONLY)
+        handle = open_fd(job.path, "shard")
     except OSError:
         return []  # reported by _check_file
     try:
@@ -222,7 +223,7 @@ def _damaged_end(job: _Job) -> int | None:
     """Where the zeros that end a tar are not zero; None if they are: then it is between samples."""
     end = max((int(row["start"]) + int(row["nbytes"]) for row in job.rows), default=0)
     try:
-        with job.path.open("rb") as file:
+        with open_checked(job.path, "shard") as file:
             file.seek(end)
             rest = file.read(CHUNK)
     except OSError:
@@ -235,14 +236,14 @@ def _check_quarantine(folder: Path, manifest: ShardManifest) -> list[Fault]:
     path = folder / QUARANTINE
     try:
         read_checked(path, "quarantine")
-        index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+        index = map_index(folder / manifest.index.name, manifest)
         read_quarantine(ShardSet(folder, manifest, (), index=index))
     except FileNotFoundError:
         return []
     except OSError as error:
         return [Fault(QUARANTINE, None, None, f"cannot be read: {error.strerror}")]
     except ManifestError as error:
-        return [Fault(QUARANTINE, None, None, error.message.removeprefix(f"{path}: "))]
+        return [Fault(QUARANTINE, None, None, error.message.removeprefix(f"{escaped(path)}: "))]
     return []
 
 
@@ -257,7 +258,7 @@ def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fa
             f"{folder}: {other}: a quarantine leaves out samples, this is more than a sample",
             remedy="copy the set again, or build it again",
         )
-    index = np.load(folder / INDEX, mmap_mode="r", allow_pickle=False)
+    index = map_index(folder / manifest.index.name, manifest)
     listed = {} if decoded else {q.number: q for q in read_quarantine(ShardSet(folder, manifest, (), index=index))}
     for fault in faults:
         label = int(index["label"][fault.number])

@@ -29,6 +29,7 @@ from livt_scale.data.image.decode import BadImage, decode, open_image
 from livt_scale.data.manifest import INDEX, INDEX_DTYPE, KEYS, MANIFEST, FileInfo, ShardInfo, ShardManifest
 from livt_scale.util.atomic import new_file, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, ShardError, SourceError
+from livt_scale.util.outside import open_checked
 
 
 class Prepare(BaseModel):
@@ -94,7 +95,7 @@ def scan_shard(path: Path) -> Shard:
     digest = hashlib.sha256()
     key_end = position = 0
     try:
-        with path.open("rb") as file:
+        with open_checked(path, "shard") as file:
             for k, s in enumerate(samples):
                 while position < s.start:  # what is no sample may be large
                     skipped = file.read(min(1 << 20, s.start - position))

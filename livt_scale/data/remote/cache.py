@@ -37,7 +37,6 @@ from livt_scale.data.manifest import FileInfo
 from livt_scale.data.remote.fetch import Cancelled
 from livt_scale.util.atomic import NO_LOCKS, FileLock, LockHeld, file_lock
 from livt_scale.util.errors import DataError, UsageError
-from livt_scale.util.urls import one_line
 
 GIB = 2**30
 VERSION = "v1"
@@ -95,7 +94,7 @@ class ShardCache:
         is too small; and what `fetch` raises.
         """
         if info.bytes > self.limit:
-            raise too_small(self.limit, info.bytes, f"{one_line(info.name)} alone")
+            raise too_small(self.limit, info.bytes, f"{info.name} alone")
         try:
             return self._hold(info, fetch, wait_s=wait_s, stop=cancelled or threading.Event())
         except OSError as error:
@@ -106,8 +105,7 @@ class ShardCache:
                     remedy="set data.cache.dir, or LIVT_CACHE_DIR, to a folder on a disk of this node",
                 ) from error
             raise DataError(
-                f"{self.folder}: the cache of shards cannot be used for {one_line(info.name)}: "
-                f"{error.strerror or error}",
+                f"{self.folder}: the cache of shards cannot be used for {info.name}: {error.strerror or error}",
                 remedy="check the disk and the owner of the files there, or choose another data.cache.dir",
             ) from error
 
@@ -235,13 +233,12 @@ class ShardCache:
         if why == "full":
             in_use = self.used()
             return DataError(
-                f"{self.folder}: no room for {one_line(info.name)} ({info.bytes:,} bytes) within {wait_s:.0f} s: "
+                f"{self.folder}: no room for {info.name} ({info.bytes:,} bytes) within {wait_s:.0f} s: "
                 f"all of the {self.limit:,} bytes are in use",
                 remedy=f"raise data.cache.limit_gib to at least {_gib_up(in_use + info.bytes)}",
             )
         return DataError(
-            f"{self.folder}: {one_line(info.name)} was not there after {wait_s:.0f} s: another process fetches it "
-            "without end",
+            f"{self.folder}: {info.name} was not there after {wait_s:.0f} s: another process fetches it without end",
             remedy="look for a stopped process of this run on the node",
         )
 

@@ -35,7 +35,8 @@ from typing import Any
 from livt_scale.config.recipe import Remote
 from livt_scale.util.errors import DataError, RemoteError
 from livt_scale.util.log import ANNOUNCE_AFTER_S, EVERY_RANK
-from livt_scale.util.urls import below, one_line, redacted
+from livt_scale.util.outside import open_checked
+from livt_scale.util.urls import below, redacted
 
 _log = logging.getLogger(__name__)
 
@@ -119,12 +120,11 @@ class Fetcher:
             if not verdict.again or tries >= self.remote.tries or took_s + wait_s >= self.remote.deadline_s:
                 count = "1 try" if tries == 1 else f"{tries} tries"
                 raise RemoteError(
-                    f"{one_line(name)} cannot be fetched from {one_line(url)}: {count} in {took_s:.1f} s, "
-                    f"the last: {verdict.what}",
+                    f"{name} cannot be fetched from {url}: {count} in {took_s:.1f} s, the last: {verdict.what}",
                     remedy=verdict.remedy,
                 ) from None  # the cause's own words may hold a signed URL
             if wait_s > ANNOUNCE_AFTER_S:
-                _log.info("%s: %s; try %d in %.0f s", one_line(name), verdict.what, tries + 1, wait_s, extra=EVERY_RANK)
+                _log.info("%s: %s; try %d in %.0f s", name, verdict.what, tries + 1, wait_s, extra=EVERY_RANK)
             if stop.wait(wait_s):
                 raise Cancelled
         raise AssertionError("unreachable")
@@ -135,14 +135,14 @@ class Fetcher:
         files = _file_system(url.partition("://")[0], self.remote)
         path = files._strip_protocol(url)
         if not files.async_impl:
-            _copy(files, path, into, most_bytes=most_bytes, cancelled=cancelled)
+            _copy(path, into, most_bytes=most_bytes, cancelled=cancelled)
             return
         watch = _watch(most_bytes, cancelled)
         sync(files.loop, files._get_file, path, str(into), callback=watch, timeout=max(timeout_s, 0.001))
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_checked(path, "shard") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -163,9 +163,9 @@ def _accept(path: Path, check: Callable[[Path], str]) -> None:
         raise WrongBody(problem, sha256_of(path))
 
 
-def _copy(files: Any, path: str, into: Path, *, most_bytes: int, cancelled: threading.Event) -> None:
+def _copy(path: str, into: Path, *, most_bytes: int, cancelled: threading.Event) -> None:
     watch = _watch(most_bytes, cancelled)
-    with files.open(path, "rb") as source, into.open("wb") as target:
+    with open_checked(Path(path), "shard") as source, into.open("wb") as target:  # the scheme is file://
         while chunk := source.read(1 << 20):
             watch.relative_update(len(chunk))
             target.write(chunk)

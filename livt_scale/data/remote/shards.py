@@ -19,9 +19,9 @@ from livt_scale.data.manifest import MANIFEST, QUARANTINE, FileInfo, ShardManife
 from livt_scale.data.remote.cache import ShardCache, too_small
 from livt_scale.data.remote.fetch import Fetcher, matches
 from livt_scale.util.errors import ManifestError, RemoteError, UsageError
+from livt_scale.util.outside import MAX_BYTES, read_checked
 from livt_scale.util.urls import below, url_problem
 
-MAX_MANIFEST_BYTES = 2**30
 GRACE_S = 60.0  # a process that waits for another's fetch waits longer than that one may take
 
 
@@ -88,7 +88,7 @@ class RemoteShards:
                 return ""
 
             try:
-                Fetcher(self.url, self.data.remote).fetch(MANIFEST, path, most_bytes=MAX_MANIFEST_BYTES, check=check)
+                Fetcher(self.url, self.data.remote).fetch(MANIFEST, path, most_bytes=MAX_BYTES["manifest"], check=check)
             except RemoteError:
                 if not wrong:
                     raise
@@ -101,8 +101,8 @@ class RemoteShards:
         with tempfile.TemporaryDirectory(prefix="livt-") as folder:
             path = Path(folder) / QUARANTINE
             fetcher = Fetcher(self.url, self.data.remote)
-            there = fetcher.fetch(QUARANTINE, path, most_bytes=MAX_MANIFEST_BYTES, may_miss=True)
-            return path.read_bytes() if there else None
+            there = fetcher.fetch(QUARANTINE, path, most_bytes=MAX_BYTES["quarantine"], may_miss=True)
+            return read_checked(path, "quarantine") if there else None
 
     def check_room(
         self, manifest: ShardManifest, *, in_view: int, processes: int, beside: int = 0, what: str = "this order"

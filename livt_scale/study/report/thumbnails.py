@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from livt_scale.study.report.series import values_of, varied
+from livt_scale.util.outside import open_checked
 
 TOTAL_BYTES = 2_200_000  # of all reconstructions in one page, as data URIs
 WIDEST_PX, NARROWEST_PX = 640, 160
@@ -72,7 +73,7 @@ def _cell(run: Mapping[str, Any] | None, budget: int) -> Cell:
 
 def small_uri(path: Path, *, max_bytes: int) -> str:
     """The picture as a data URI (WebP) of at most `max_bytes` bytes before base64, or of the narrowest width."""
-    with Image.open(path) as opened:
+    with open_checked(path, "image") as file, Image.open(file) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{path} has {opened.width} x {opened.height} pixels")
         image = opened.convert("RGB")

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 from livt_scale.config.recipe import Log, Recipe, Stage
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
+from livt_scale.util.outside import read_json
 
 START_S = 120.0  # for a server to answer at the start
 FINISH_S = 120.0  # for what is still to be sent at the end
@@ -199,12 +200,12 @@ def _start_mlflow(recipe: Recipe, stage: Stage, run_dir: Path, known: str | None
 
 def _read_ids(run_dir: Path) -> dict[str, dict[str, str]]:
     try:
-        ids: dict[str, dict[str, str]] = json.loads((run_dir / IDS).read_bytes())
+        ids: dict[str, dict[str, str]] = read_json(run_dir / IDS, "record")
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UsageError(
-            f"{run_dir / IDS} is not JSON: {error}",
+            f"{run_dir / IDS} cannot be read: {error}",
             remedy="remove it: the stages then start new runs in wandb and mlflow",
         ) from error
     return ids

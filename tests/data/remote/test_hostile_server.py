@@ -73,7 +73,7 @@ def test_an_odd_name_stands_quoted_in_every_error(served, tmp_path):
     folder, server = served
     change(folder, shards__0__name=ODD)
     shards = opened(server)
-    with pytest.raises(RemoteError, match=r"'a\\n\\x1b\]0;x\\x07 .* cannot be fetched from .*404") as error:
+    with pytest.raises(RemoteError, match=r"a\\n\\x1b\]0;x\\x07 .* cannot be fetched from .*404") as error:
         read_sample(shards, 0)
     one_line_of(error.value)
     for fault in (*verify(server.url), *verify(folder)):
