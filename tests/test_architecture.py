@@ -131,6 +131,88 @@ def test_the_changelog_and_the_package_agree_on_the_version():
     assert newest[1] == livt_scale.__version__
 
 
+# Reading a file by name elsewhere than in util/outside.py: each module with its reason. The list may only shrink.
+RAW_READS = {
+    "livt_scale/checkpoint/foreign/archive.py": "a zip archive, from a file that is open",
+    "livt_scale/checkpoint/foreign/pickles.py": "torch maps the file that is held open and was checked",
+    "livt_scale/checkpoint/foreign/safetensors_files.py": "safetensors maps the file that is held open",
+    "livt_scale/checkpoint/node_local.py": "/proc",
+    "livt_scale/checkpoint/tensor_file.py": "what this process has just written",
+    "livt_scale/cli/main.py": "/dev/null",
+    "livt_scale/config/catalog.py": "recipes that ship with the package",
+    "livt_scale/data/build/idx.py": "gzip, from bytes",
+    "livt_scale/data/build/record.py": "gzip, from a file that is open",
+    "livt_scale/data/build/stored.py": "Pillow, from bytes",
+    "livt_scale/data/image/decode.py": "Pillow, from bytes",
+    "livt_scale/data/remote/cache.py": "the cache's own files, opened without following links",
+    "livt_scale/data/shard_set.py": "numpy maps the file that is held open",
+    "livt_scale/distributed/cpu_cores.py": "/proc",
+    "livt_scale/doctor/checks.py": "/sys",
+    "livt_scale/doctor/disk.py": "what this process has just written",
+    "livt_scale/slurm/code_snapshot.py": "the package's own code",
+    "livt_scale/slurm/processes.py": "/proc",
+    "livt_scale/slurm/progress.py": "YAML, from text",
+    "livt_scale/slurm/submit.py": "the batch script that ships with the package",
+    "livt_scale/study/report/html.py": "the page that ships with the package",
+    "livt_scale/study/report/interactive.py": "bokeh's own script",
+    "livt_scale/study/report/thumbnails.py": "Pillow, from a file that is open",
+    "livt_scale/train/heartbeat.py": "/proc",
+    "livt_scale/train/telemetry/profiler.py": "what this process has just written",
+    "livt_scale/util/atomic.py": "folders, new files and locks, which are checked",
+    "livt_scale/util/held_file.py": "a new file; /proc",
+    "livt_scale/util/outside.py": "the one reader",
+}
+READERS = {
+    "json.load",
+    "np.load",
+    "np.memmap",
+    "np.fromfile",
+    "np.loadtxt",
+    "np.genfromtxt",
+    "np.lib.format.open_memmap",
+}
+READERS |= {"yaml.load", "yaml.safe_load", "torch.load", "load_file", "safe_open", "pickle.load", "os.open", "io.open"}
+READERS |= {"gzip.open", "tarfile.open", "zipfile.ZipFile", "Image.open", "shutil.copyfile"}
+
+
+def reads_a_file(call):
+    """Whether this call opens a file by its name for reading."""
+    name = ast.unparse(call.func)
+    if name in READERS or name.endswith((".read_text", ".read_bytes")):
+        return True
+    if name.rpartition(".")[2] != "open":
+        return False
+    places = call.args[1:] if name == "open" else call.args
+    mode = next((word.value for word in call.keywords if word.arg == "mode"), places[0] if places else None)
+    if mode is None:
+        return True
+    return isinstance(mode, ast.Constant) and isinstance(mode.value, str) and not set(mode.value) & set("wxa")
+
+
+def test_files_from_outside_are_opened_by_one_function():
+    found = {
+        name_of(path)
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "livt_scale")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and reads_a_file(node)
+    }
+    assert found - RAW_READS.keys() == set()  # util/outside.py: open_checked, read_checked, read_text, read_json
+    assert RAW_READS.keys() - found == set()  # no longer an exception: take it out
+
+
+@pytest.mark.parametrize(
+    "code", ["open(p)", "p.open()", "p.open('rb')", "open(p, mode='r')", "p.read_text()", "np.load(p)"]
+)
+def test_a_raw_read_would_be_found(code):
+    assert reads_a_file(ast.parse(code).body[0].value)
+
+
+@pytest.mark.parametrize("code", ["open(p, 'w')", "p.open('ab')", "ShardSet.open(folder)", "read_text(p, 'recipe')"])
+def test_writing_and_other_calls_named_open_are_not_taken_for_it(code):
+    assert not reads_a_file(ast.parse(code).body[0].value)
+
+
 # --- the command line ---
 
 

@@ -20,6 +20,7 @@ from livt_scale.checkpoint.io import remove_folder, sha256_of_all
 from livt_scale.checkpoint.manifest import CheckpointManifest, Position, read_manifest, step_name, step_of
 from livt_scale.util.atomic import sync_folder
 from livt_scale.util.errors import CheckpointDamaged
+from livt_scale.util.text import escaped
 
 LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|pruned)")
 
@@ -97,7 +98,7 @@ def damages(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1))
     try:
         manifest = read_manifest(path)
     except CheckpointDamaged as error:
-        return [error.message.removeprefix(f"{path}: ")]
+        return [error.message.removeprefix(f"{escaped(path)}: ")]
     wrong = []
     to_hash = []
     for number, entry in enumerate(manifest.files):

@@ -17,7 +17,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,10 +30,13 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import WriteResult
 
 from livt_scale.checkpoint.dcp_metadata import METADATA, Piece, SavedTensor, TensorIndex
+from livt_scale.checkpoint.foreign.pickles import read_tensor
 from livt_scale.checkpoint.io import HashedFile
 from livt_scale.checkpoint.manifest import FileEntry
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.errors import CheckpointDamaged
+from livt_scale.util.outside import open_checked
+from livt_scale.util.text import first_line
 
 # a piece is a small zip archive: its records are aligned to 64 bytes and its directory is about 1.5 kB
 OVERHEAD_BYTES_A_PIECE = 2048
@@ -179,17 +182,21 @@ def not_covered(into: dict[str, Tensor], index: TensorIndex) -> list[str]:
     return [name for name, tensor in into.items() if found[name] != _local(tensor).numel()]
 
 
-def read_into(folder: Path, into: dict[str, Tensor], index: TensorIndex) -> None:
-    """Fill this rank's tensors `into` from the pieces in `folder`. Names, shapes and types must have been checked."""
+def read_into(folder: Path, into: dict[str, Tensor], index: TensorIndex, *, check_crc: bool = False) -> None:
+    """Fill this rank's tensors `into` from the pieces in `folder`. Names, shapes and types must have been checked.
+
+    check_crc: of files that no manifest has the SHA-256 of.
+    """
     planner, items = _plan_read(into, index)
     by_file: dict[str, list[tuple[Piece, ReadItem]]] = {}
     for item in items:
         piece = index.piece(item.storage_index.fqn, tuple(item.storage_index.offset or ()))
         by_file.setdefault(piece.file, []).append((piece, item))
     for name, wanted in sorted(by_file.items()):
-        with (folder / name).open("rb") as file:
+        with open_checked(folder / name, "checkpoint file") as file:
             for piece, item in sorted(wanted, key=lambda pair: pair[0].start):
-                saved = _read_piece(file, piece, index.tensors[item.storage_index.fqn], folder / name)
+                of = index.tensors[item.storage_index.fqn]
+                saved = _read_piece(file, piece, of, folder / name, check_crc=check_crc)
                 target = planner.resolve_tensor(item).detach()
                 target.copy_(_narrow(saved, item.storage_offsets, item.lengths))
 
@@ -200,14 +207,13 @@ def _plan_read(into: dict[str, Tensor], index: TensorIndex) -> tuple[DefaultLoad
     return planner, planner.create_local_plan().items
 
 
-def _read_piece(file: io.BufferedReader, piece: Piece, of: SavedTensor, path: Path) -> Tensor:
+def _read_piece(file: BinaryIO, piece: Piece, of: SavedTensor, path: Path, *, check_crc: bool) -> Tensor:
     file.seek(piece.start)
     raw = file.read(piece.bytes)
     try:
-        tensor = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        tensor = read_tensor(raw, check_crc=check_crc)
     except Exception as error:  # torch raises many kinds for a damaged or a hostile archive
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointDamaged(f"{path}: tensor {of.name!r} cannot be read ({first})") from error
+        raise CheckpointDamaged(f"{path}: tensor {of.name!r} cannot be read ({first_line(error)})") from error
     if type(tensor) is not Tensor or tuple(tensor.shape) != piece.shape or tensor.dtype != of.dtype:
         raise CheckpointDamaged(f"{path}: what is stored for tensor {of.name!r} is not what {METADATA} says")
     return tensor

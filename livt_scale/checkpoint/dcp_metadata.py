@@ -27,10 +27,14 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from livt_scale.checkpoint.foreign.dry_run import dry_run
 from livt_scale.checkpoint.manifest import CheckpointManifest
 from livt_scale.util.errors import CheckpointDamaged
+from livt_scale.util.outside import read_checked
+from livt_scale.util.text import first_line
 
 METADATA = ".metadata"
+MAX_DRY_RUN_BYTES = 2**23
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -98,7 +102,7 @@ def read_index(folder: Path, manifest: CheckpointManifest, *, partial: bool = Fa
     path = folder / METADATA
     try:
         _want(any(entry.name == METADATA for entry in manifest.files), "the manifest does not list it")
-        tree = _Restricted(io.BytesIO(path.read_bytes())).load()
+        tree = _load(path)
         tensors, others = _tensors(tree, {f.name: f.bytes for f in manifest.files}, partial=partial)
         _want(not others, f"{', '.join(others[:1])!r} is an item of bytes, not a tensor")
         index = TensorIndex(tensors)
@@ -106,7 +110,8 @@ def read_index(folder: Path, manifest: CheckpointManifest, *, partial: bool = Fa
         raise CheckpointDamaged(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a hostile or damaged pickle raises whatever it likes
         raise CheckpointDamaged(
-            f"{path} was refused: {error}", remedy="Nothing in it was executed. Take a checkpoint that livt wrote"
+            f"{path} was refused: {first_line(error)}",
+            remedy="Nothing in it was executed. Take a checkpoint that livt wrote",
         ) from error
     if len(index.tensors) != manifest.num_tensors:
         raise CheckpointDamaged(f"{path} holds {len(index.tensors)} tensors, the manifest {manifest.num_tensors}")
@@ -121,14 +126,26 @@ def read_foreign_index(folder: Path) -> tuple[TensorIndex, list[str]]:
     path = folder / METADATA
     try:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file() and file != path}
-        tensors, others = _tensors(_Restricted(io.BytesIO(path.read_bytes())).load(), sizes, partial=False)
+        tensors, others = _tensors(_load(path), sizes, partial=False)
     except OSError as error:
         raise CheckpointDamaged(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # a hostile or damaged pickle raises whatever it likes
         raise CheckpointDamaged(
-            f"{path} was refused: {error}", remedy="Nothing in it was executed. Take one written by dcp.save"
+            f"{path} was refused: {first_line(error)}",
+            remedy="Nothing in it was executed. Take one written by dcp.save",
         ) from error
     return TensorIndex(tensors), others
+
+
+def _load(path: Path) -> Any:
+    """The records in the file `path`; first it is seen that making them takes no more than the file is worth.
+
+    Not of a larger index, as hundreds of ranks write it: that would take minutes.
+    """
+    raw = read_checked(path, "checkpoint index")
+    if len(raw) <= MAX_DRY_RUN_BYTES:
+        dry_run(raw, allowed=lambda _: True)  # names are looked up by `_Restricted`
+    return _Restricted(io.BytesIO(raw)).load()
 
 
 class _Record:
@@ -204,7 +221,17 @@ def _tensors(tree: Any, file_bytes: dict[str, int], *, partial: bool) -> tuple[d
         bytes_ = sum(p.bytes for p in pieces)
         _want(stored * dtype.itemsize <= bytes_, f"{name!r} is larger than the bytes stored for it")
         tensors[name] = SavedTensor(name, shape, dtype, pieces)
+    _check_apart(tensors)
     return tensors, others
+
+
+def _check_apart(tensors: Mapping[str, SavedTensor]) -> None:
+    """A stored piece is of one tensor: a file could name it for a million, and each would be read and kept."""
+    ends: dict[str, int] = {}
+    stored = [piece for saved in tensors.values() for piece in saved.pieces]
+    for piece in sorted(stored, key=lambda piece: (piece.file, piece.start)):
+        _want(piece.start >= ends.get(piece.file, 0), f"two pieces overlap in {piece.file!r} at byte {piece.start}")
+        ends[piece.file] = piece.start + piece.bytes
 
 
 def _piece(name: str, chunk: Any, shape: tuple[int, ...], places: dict[Any, Any], file_bytes: dict[str, int]) -> Piece:

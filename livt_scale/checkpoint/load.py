@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Container, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from livt_scale.checkpoint.manifest import MANIFEST, CheckpointManifest, Positio
 from livt_scale.checkpoint.saver import Saver
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
+from livt_scale.util.outside import read_checked
 
 __all__ = [
     "CheckpointInfo",
@@ -134,7 +136,9 @@ def agreed_damages(path: Path, peers: Peers) -> list[str]:
     """What any rank finds wrong with `path`, the hashing shared; CheckpointError where they read different ones."""
 
     def look() -> tuple[str, list[str]]:
-        raw = (path / MANIFEST).read_bytes() if (path / MANIFEST).is_file() else b""
+        raw = b""
+        with suppress(OSError):  # `damages` reports it
+            raw = read_checked(path / MANIFEST, "checkpoint manifest")
         return raw[:80].decode(errors="replace"), damages(path, share=(peers.rank, peers.world_size))
 
     looks = peers.all_gather(peers.run_all(look))

@@ -22,6 +22,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
 
 from livt_scale.util.errors import CheckpointDamaged
+from livt_scale.util.outside import first_mistake, parse_json, read_checked
 
 FORMAT = "livt-checkpoint"
 VERSION = 1
@@ -75,6 +76,13 @@ class CheckpointManifest(_Part):
     files: tuple[FileEntry, ...] = Field(min_length=1, strict=False)
     facts: dict[str, Any]
 
+    @field_validator("files")
+    @classmethod
+    def _each_once(cls, files: tuple[FileEntry, ...]) -> tuple[FileEntry, ...]:
+        if len({entry.name for entry in files}) != len(files):
+            raise ValueError("a file is listed twice")
+        return files
+
     @property
     def position(self) -> Position:
         return Position(self.place.epoch, self.place.step)
@@ -100,7 +108,7 @@ class CheckpointManifest(_Part):
     @classmethod
     def from_bytes(cls, raw: bytes) -> Self:
         """The manifest in `raw`; ValueError saying what is wrong with it."""
-        body = json.loads(raw.decode())
+        body = parse_json(raw)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(f"not a {FORMAT} manifest")
         if body.get("version") != VERSION:
@@ -127,18 +135,14 @@ def read_manifest(path: Path) -> CheckpointManifest:
     """The manifest of the checkpoint `path`; CheckpointDamaged names the file and what is wrong with it."""
     file = path / MANIFEST
     try:
-        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
-            raise CheckpointDamaged(f"{path}: {MANIFEST} is not a file")
-        manifest = CheckpointManifest.from_bytes(file.read_bytes())
+        manifest = CheckpointManifest.from_bytes(read_checked(file, "checkpoint manifest"))
     except FileNotFoundError:
         raise CheckpointDamaged(f"{path}: {MANIFEST} is missing, so this is not a whole checkpoint") from None
     except OSError as error:
         raise CheckpointDamaged(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointDamaged(f"{path}: {MANIFEST}: {where}: {first['msg']}") from error
-    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path}: {MANIFEST}: {first_mistake(error)}") from error
+    except ValueError as error:
         raise CheckpointDamaged(f"{path}: {MANIFEST}: {error}") from error
     named = step_of(path.name)
     if named is not None and named != manifest.place.step:

@@ -31,6 +31,7 @@ from livt_scale.checkpoint.manifest import step_name
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError
+from livt_scale.util.outside import read_text
 
 MARK = ".local-mark"  # beside the shared checkpoints
 SAVE = "local_save"  # the fact that tells which save of which start it was
@@ -105,7 +106,7 @@ def remove(place: Place) -> None:
 def _mark_of(shared: Path) -> str:
     file = shared / MARK
     if file.exists():
-        mark = file.read_text().strip()
+        mark = read_text(file, "note").strip()
         if _MARKED.fullmatch(mark):
             return mark
     mark = secrets.token_hex(16)

@@ -19,15 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.metrics import Tally
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError, RunError
+from livt_scale.util.outside import parse_json
+from livt_scale.util.text import first_line
 
 FORMAT = "livt-logits"
 VERSION = 1
@@ -123,20 +125,19 @@ def load_outputs(path: Path) -> Outputs:
     """Read what `save_outputs` wrote. Raises DataError that names what is wrong with the file."""
     remedy = "write it again with `livt eval RUN --save-logits FILE`"
     try:
-        with safe_open(path, framework="pt") as file:
-            head = json.loads((file.metadata() or {})["livt"])
-            tensors = {name: file.get_tensor(name) for name in ("logits", "labels", "keys")}
+        tensors, metadata = read_safetensors(path, "logits")
+        head = parse_json(metadata["livt"].encode())
         if (head.pop("format"), head.pop("version")) != (FORMAT, VERSION):
             raise ValueError("it is of another format or version")
         head |= {name: tuple(head[name]) for name in ("class_names", "class_counts")}
         head["group_counts"] = tuple(head["group_counts"]) if head.get("group_counts") is not None else None
         about = About(**head)
-        keys = tuple(json.loads(tensors["keys"].numpy().tobytes()))
+        keys = tuple(parse_json(tensors["keys"].numpy().tobytes()))
         _check_fit(tensors, keys, about)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}", remedy=remedy) from error
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{path} is not a file of logits: {error}", remedy=remedy) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a file of logits: {first_line(error)}", remedy=remedy) from error
     return Outputs(tensors["logits"], tensors["labels"], keys, about)
 
 

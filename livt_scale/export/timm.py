@@ -23,9 +23,9 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.checkpoint.tensor_file import write_tensors
@@ -48,6 +48,7 @@ from livt_scale.train.load_trained import Trained, Weights, load_trained, pick_c
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ExportError, UsageError
+from livt_scale.util.outside import first_mistake, read_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -197,9 +198,9 @@ def _identity(lineage: Mapping[str, Any]) -> tuple[str, str | None]:
 def is_export(path: Path) -> bool:
     """Whether config.json in `path` says that we wrote it; nothing more is looked at."""
     try:
-        part = json.loads((path / CONFIG).read_bytes()).get("livt")
+        part = read_json(path / CONFIG, "description of weights").get("livt")
         return bool(part.get("format") == "livt-export")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -215,8 +216,8 @@ def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
         size = path.stat().st_size
         if size != info.weights.bytes or sha256_of(path) != info.weights.sha256:
             raise ExportError(f"{path} was cut or changed: it is not what {CONFIG} says", remedy=remedy)
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
+        tensors, _ = read_safetensors(path)
+    except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}", remedy=remedy) from error
     with torch.random.fork_rng(devices=[]):
         model = build_classifier(info.model, num_classes=len(info.class_names), drop_path=0.0).eval()
@@ -234,11 +235,10 @@ def read_info(folder: Path) -> ExportInfo:
         raise ExportError(f"{path} is not of an export by livt", remedy="write one with `livt export RUN --out DIR`")
     load_extensions()
     try:
-        return ExportInfo.model_validate(json.loads(path.read_bytes())["livt"])
+        return ExportInfo.model_validate(read_json(path, "description of weights")["livt"])
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, ("livt", *first["loc"])))
-        raise ExportError(f"{path}: {where}: {first['msg']}", remedy="was it written by another livt_scale?") from None
+        why = f"livt: {first_mistake(error)}"
+        raise ExportError(f"{path}: {why}", remedy="was it written by another livt_scale?") from None
 
 
 def timm_config(info: ExportInfo) -> dict[str, Any]:
@@ -306,7 +306,7 @@ def timm_network(folder: Path, shape: Model) -> nn.Module:
     if not shape.has_small_stem:
         network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
         return network.eval()
-    tensors = load_file(folder / WEIGHTS)
+    tensors, _ = read_safetensors(folder / WEIGHTS)
     network = timm.create_model(TIMM_NAMES[shape.size], num_classes=len(tensors["fc.bias"]), **_resnet_args(shape))
     use_small_stem(network, shape.stage_widths[0])
     network.load_state_dict(tensors)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from livt_scale.checkpoint.io import sha256_of
@@ -25,6 +26,7 @@ from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import MaskedAutoencoder
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import UsageError, WeightsError, nearest
+from livt_scale.util.outside import first_mistake, read_json
 from livt_scale.weights.adapt import Taken, adapt, compare
 from livt_scale.weights.layouts import LAYOUTS, Layout, detect, infer_model, to_ours
 from livt_scale.weights.locate import SAFETENSORS, find_file
@@ -138,8 +140,8 @@ def _changed(model: Model, **given: int | None) -> Model:
     updates = {name: value for name, value in given.items() if value is not None}
     try:
         return Model.model_validate(model.model_dump() | updates)
-    except ValueError as error:
-        raise UsageError(f"{error.errors()[0]['msg']}" if hasattr(error, "errors") else str(error)) from error
+    except ValidationError as error:
+        raise UsageError(f"the model that this would be: {first_mistake(error)}") from error
 
 
 def _heads(folder: Path, digest: str) -> tuple[int | None, int | None]:
@@ -148,12 +150,21 @@ def _heads(folder: Path, digest: str) -> tuple[int | None, int | None]:
     if info.get("format") == "livt-weights":
         if info.get("sha256") != digest:
             raise WeightsError(f"{folder / SAFETENSORS} is not what {INFO} says", remedy="import it again")
-        model = Model.model_validate(info["model"])
+        model = _model(folder / INFO, info.get("model"))
         return model.dims.heads, model.decoder.heads if info.get("has_decoder") else None
     config = _json(folder / "config.json")
     if isinstance(config.get("livt"), dict):
-        return Model.model_validate(config["livt"]["model"]).dims.heads, None
+        return _model(folder / "config.json", config["livt"].get("model")).dims.heads, None
     return _whole(config.get("num_attention_heads")), _whole(config.get("decoder_num_attention_heads"))
+
+
+def _model(path: Path, given: Any) -> Model:
+    try:
+        return Model.model_validate(given)
+    except ValidationError as error:
+        raise WeightsError(
+            f"{path}: model: {first_mistake(error)}", remedy="was it written by another livt_scale?"
+        ) from error
 
 
 def _whole(value: Any) -> int | None:
@@ -162,7 +173,9 @@ def _whole(value: Any) -> int | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        tree = read_json(path, "description of weights")
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}", remedy="remove it, or copy it again") from error
     return tree if isinstance(tree, dict) else {}

@@ -19,13 +19,16 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from livt_scale.config.model import MODEL_SIZES
 from livt_scale.config.recipe import Model
 from livt_scale.util.errors import WeightsError, nearest
+from livt_scale.util.outside import first_mistake
 
 Layout = Literal["mae", "livt", "timm", "hf"]
+MAX_BLOCKS = 1000
 LAYOUTS: tuple[Layout, ...] = ("mae", "livt", "timm", "hf")
 
 _BLOCK = r"(?:norm[12]|attn\.(?:qkv|proj)|mlp\.fc[12])\.(?:weight|bias)"
@@ -173,10 +176,9 @@ def infer_model(state: Mapping[str, Tensor], *, heads: int | None = None, decode
     model = {"size": size, **overrides, "image_px": grid * patch_px, "channels": channels, "decoder": decoder}
     try:
         return Model.model_validate(model)
-    except ValueError as error:
-        said = str(error).splitlines()
+    except ValidationError as error:
         raise WeightsError(
-            f"these weights are of no model that can be: {said[2].strip() if len(said) > 2 else error}",
+            f"these weights are of no model that can be: {first_mistake(error)}",
             remedy="say --heads or --decoder-heads where that is what is wrong",
         ) from error
 
@@ -190,4 +192,8 @@ def _need(state: Mapping[str, Tensor], name: str, dims: int) -> Tensor:
 
 
 def _depth(state: Mapping[str, Tensor], stack: str) -> int:
-    return 1 + max((int(n.split(".")[1]) for n in state if n.startswith(f"{stack}.")), default=-1)
+    """How many blocks are there; one with a larger number has no place in the network, which is reported then."""
+    depth = len({name.split(".")[1] for name in state if name.startswith(f"{stack}.")})
+    if depth > MAX_BLOCKS:
+        raise WeightsError(f"{depth:,} {stack}: more than {MAX_BLOCKS}, which no ViT has")
+    return depth

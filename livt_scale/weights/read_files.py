@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from livt_scale.checkpoint.foreign.pickles import read_pickle
+from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.util.errors import CheckpointDamaged, WeightsError
 
 WRAPPED_IN = ("model", "state_dict", "module")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIXES = ("module.", "_orig_mod.")
 
 
@@ -35,8 +35,9 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         found, beside = _read_pickled(path)
     state: dict[str, Tensor] = {}
     for name, tensor in found.items():
-        if not (tensor.is_floating_point() and tensor.layout == torch.strided):
-            raise WeightsError(f"{path}: {name} is {tensor.dtype}, {tensor.layout}: weights are dense real numbers")
+        if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+            kind = "a tensor without values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
+            raise WeightsError(f"{path}: {name} is {kind}: weights are dense real numbers")
         state[name] = tensor.to(torch.float32)
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
@@ -49,8 +50,8 @@ def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read_safetensors(path)[0]
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", remedy="fetch it again, or take another file") from error
 
 

@@ -70,8 +70,9 @@ def test_a_data_file_that_calls_is_refused_unexecuted(save, sign, state, canary,
     archive = io.BytesIO()
     torch.save(calls(canary)[which], archive)
     data = archive.getvalue()
-    (path / "__0_0.distcp").write_bytes(data + bytes(10_000))
-    edit(path, lambda metadata: [place_at(metadata, key, 0, len(data)) for key in list(metadata.storage_data)])
+    size = len(data) + 10_000
+    (path / "__0_0.distcp").write_bytes(100 * (data + bytes(10_000)))
+    edit(path, lambda meta: [place_at(meta, key, k * size, size) for k, key in enumerate(meta.storage_data)])
     sign(path)
     refused(path, state, canary, "cannot be read")
 

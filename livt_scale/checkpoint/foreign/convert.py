@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from livt_scale.checkpoint import io
@@ -26,6 +25,7 @@ from livt_scale.checkpoint.dcp import FolderWriter, Pieces, plan_write, read_int
 from livt_scale.checkpoint.dcp_metadata import METADATA, read_foreign_index
 from livt_scale.checkpoint.foreign.deepspeed_files import is_deepspeed, read_deepspeed
 from livt_scale.checkpoint.foreign.pickles import read_pickle
+from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.checkpoint.load import read_tensors
 from livt_scale.checkpoint.manifest import (
     MANIFEST,
@@ -41,6 +41,7 @@ from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.state_dict import AVERAGE, MOMENTS, plain_name
 from livt_scale.util.atomic import new_file, new_folder, plain_disk_errors, sync_folder
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError, UsageError
+from livt_scale.util.outside import parse_json
 
 KEY = "livt_checkpoint"  # in a safetensors file's metadata
 TORCH_FILES = ("pytorch_model.bin", "checkpoint.pth", "checkpoint.pt", "model.pth", "model.pt")
@@ -169,10 +170,9 @@ def _ours(path: Path) -> Converted:
 
 def _of_safetensors(path: Path) -> Converted:
     try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            about = json.loads((opened.metadata() or {}).get(KEY, "null"))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
-    except (SafetensorError, ValueError, OSError) as error:
+        tensors, metadata = read_safetensors(path)
+        about = parse_json(metadata.get(KEY, "null").encode())
+    except (ValueError, OSError) as error:
         raise CheckpointDamaged(f"{path} cannot be read as safetensors: {error}") from error
     if about is None:
         return _named("a safetensors file from elsewhere", tensors, [])
@@ -198,7 +198,7 @@ def _of_dcp(path: Path) -> Converted:
     index, others = read_foreign_index(path)
     tensors = {name: torch.empty(saved.shape, dtype=saved.dtype) for name, saved in index.tensors.items()}
     if tensors:
-        read_into(path, tensors, index)
+        read_into(path, tensors, index, check_crc=True)
     return _named("a folder of torch.distributed.checkpoint", tensors, [f"{name} (not a tensor)" for name in others])
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from livt_scale.checkpoint.foreign.pickles import Inert, read_pickle
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError
+from livt_scale.util.outside import read_text
 
 RANK = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt")
 MODEL = re.compile(r"mp_rank_(\d+)_model_states\.pt")
@@ -148,7 +149,10 @@ def _tag_folder(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
         return folder
-    tag = latest.read_text().strip()
+    try:
+        tag = read_text(latest, "note").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointDamaged(f"{latest} cannot be read: {error}") from error
     if not tag or "/" in tag or tag in (".", "..") or not (folder / tag).is_dir():
         raise CheckpointDamaged(f"{latest} names {tag[:80]!r}, which is no folder beside it")
     return folder / tag
