@@ -54,6 +54,8 @@ class Popen:
     """What tests use of subprocess.Popen, for `python ARGUMENTS` with -m, -c, -W or the path of a script.
 
     stdout, stderr: None (the test's own), PIPE, DEVNULL or a file. The process is always the leader of a session.
+    max_cpu_s: the system ends it after so many seconds of CPU. max_memory: bytes that it may map, beyond what it has
+    as a fork.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class Popen:
         env: Mapping[str, str] | None = None,
         stdout: int | IO[Any] | None = None,
         stderr: int | IO[Any] | None = None,
+        max_cpu_s: int | None = None,
+        max_memory: int | None = None,
     ) -> None:
         self.args = [str(word) for word in arguments]
         self.returncode: int | None = None
@@ -82,6 +86,8 @@ class Popen:
             "cwd": os.path.abspath(cwd or "."),  # noqa: PTH100  no link is resolved
             "env": dict(os.environ if env is None else env),
             "limits": {limit: resource.getrlimit(limit) for limit in LIMITS},
+            "max_cpu_s": max_cpu_s,
+            "max_memory": max_memory,
             "cpus": sorted(os.sched_getaffinity(0)),
         }
         try:
@@ -326,6 +332,13 @@ def prepare(request: Mapping[str, Any], imported: Imported) -> None:
     for number, file in enumerate(request["files"], start=1):
         os.dup2(file, number)
         os.close(file)
+    if request["max_cpu_s"] is not None:
+        used_s = sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
+        seconds = int(used_s) + request["max_cpu_s"]
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    if request["max_memory"] is not None:
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + request["max_memory"],) * 2)
     os.environ.clear()
     os.environ.update({**imported.environ, **request["env"]})
     time.tzset()

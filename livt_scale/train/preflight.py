@@ -96,7 +96,7 @@ def refuse(problems: Iterable[Problem]) -> None:
     """Raise RecipeError with every problem, each on a line; nothing where there is none."""
     lines = list(dict.fromkeys(str(problem) for problem in problems))
     if lines:
-        raise RecipeError("\n".join(lines))
+        raise RecipeError(lines)
 
 
 # --- the sets ---

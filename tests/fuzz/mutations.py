@@ -1,0 +1,145 @@
+"""Strategies that take what is valid and change it: trees of plain values, bytes, and the files of a folder.
+
+A mutation is drawn as plain data (kind, numbers between 0 and 1 that choose a place) and applied to whatever it meets,
+so hypothesis can shrink it without knowing the format.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from hypothesis import strategies as st
+
+EVIL = "a\n\x1b[2J\x07livt: error: x\u202e"
+ODD_TEXT = [
+    "",
+    " ",
+    EVIL,
+    "../../etc/passwd",
+    "/dev/zero",
+    "a" * 20_000,
+    "\ufeffname",
+    "1e999",
+    "[bold]x[/]",
+    "-1",
+    "null",
+]
+ODD = [
+    None, True, False, -1, 0, 1, 2**31, 2**63, 10**30, 0.5, 1e300, -0.0,
+    *ODD_TEXT, [], {}, [[]], [None] * 2000, {"a": {}}, {"": None}, ["x", 1, None],
+]  # fmt: skip
+
+fractions = st.floats(0, 1, exclude_max=True)
+odd_values = st.one_of(
+    st.sampled_from(ODD),
+    st.integers(-(2**70), 2**70),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(max_size=20),
+    st.integers(2, 2000).map(lambda depth: _nested(depth)),
+)
+tree_changes = st.lists(
+    st.tuples(st.sampled_from(["put", "put", "put", "drop", "rename", "add", "repeat", "swap"]), fractions, odd_values),
+    min_size=1,
+    max_size=4,
+)
+byte_changes = st.lists(
+    st.tuples(
+        st.sampled_from(["flip", "flip", "set", "cut", "grow", "repeat", "zero", "number"]),
+        fractions,
+        st.integers(0, 255),
+    ),
+    min_size=1,
+    max_size=4,
+)
+file_changes = st.tuples(
+    st.sampled_from(["pipe", "folder", "zeros", "nowhere", "itself", "empty", "gone", "huge", "socket", "unreadable"]),
+    fractions,
+)
+
+
+def _nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def change_tree(tree: Any, changes: list[tuple[str, float, Any]]) -> Any:
+    """A copy of `tree`, dicts and lists in each other, with `changes`."""
+    tree = deepcopy(tree)
+    for kind, where, value in changes:
+        places = list(_places(tree))
+        if not places:
+            return value
+        parent, key = places[int(where * len(places))]
+        if kind == "put":
+            parent[key] = value
+        elif kind == "drop":
+            del parent[key]
+        elif kind == "swap":
+            other, other_key = places[int(where * 7919) % len(places)]
+            parent[key], other[other_key] = deepcopy(other[other_key]), deepcopy(parent[key])
+        elif isinstance(parent, dict):
+            name = value if isinstance(value, str) else EVIL
+            parent[name] = parent.pop(key) if kind == "rename" else value if kind == "add" else deepcopy(parent[key])
+        else:
+            parent.insert(key, deepcopy(parent[key]) if kind == "repeat" else value)
+    return tree
+
+
+def _places(tree: Any) -> Any:
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    for key, child in list(items):
+        yield tree, key
+        yield from _places(child)
+
+
+def change_bytes(data: bytes, changes: list[tuple[str, float, int]]) -> bytes:
+    raw = bytearray(data)
+    for kind, where, value in changes:
+        at = int(where * len(raw))
+        if kind == "cut":
+            del raw[at:]
+        elif kind == "grow":
+            raw[at:at] = bytes([value]) * (1 + value * 16)
+        elif kind == "repeat":
+            raw[at:at] = raw[at : at + 1 + value * 16]
+        elif kind == "zero":
+            raw[at : at + value] = bytes(len(raw[at : at + value]))
+        elif kind == "number" and len(raw) >= 8:  # a length, a size, an offset
+            at = min(at, len(raw) - 8)
+            raw[at : at + 8] = [2**63, 2**31, 2**60, 2**32 - 1, 10**12, 1][value % 6].to_bytes(8, "little")
+        elif at < len(raw):
+            raw[at] = raw[at] ^ (1 << value % 8) if kind == "flip" else value
+    return bytes(raw)
+
+
+def change_file(folder: Path, change: tuple[str, float]) -> None:
+    """Put something else in the place of one of the files below `folder`."""
+    kind, where = change
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    if not paths:
+        return
+    path = paths[math.floor(where * len(paths))]
+    size = path.stat().st_size
+    if kind == "unreadable":
+        path.chmod(0)  # of no effect for root
+        return
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("zeros", "nowhere", "itself"):
+        path.symlink_to({"zeros": "/dev/zero", "nowhere": "no such file", "itself": path.name}[kind])
+    elif kind == "empty":
+        path.touch()
+    elif kind == "huge":
+        with path.open("wb") as file:
+            file.truncate(max(size, 2**36))
+    elif kind == "socket":
+        os.mknod(path, 0o140600)

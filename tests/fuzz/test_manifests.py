@@ -1,0 +1,94 @@
+"""A folder of shards from a stranger, its digests right: manifest, index, keys, quarantine and shards changed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from hypothesis import strategies as st
+
+from tests.fuzz.examples import few, many
+from tests.fuzz.limited import example, livt
+from tests.fuzz.mutations import byte_changes, change_bytes, change_file, change_tree, file_changes, tree_changes
+
+QUARANTINE = {
+    "format": "livt-quarantine",
+    "version": 1,
+    "samples": [{"number": 1, "key": "raw-000001", "shard": "set-000000.tar", "class": 0, "reason": "it is cut"}],
+}
+COMMANDS = (
+    ("shards", "info", "set"),
+    ("shards", "verify", "set"),
+    ("shards", "verify", "set", "--decode", "--quarantine"),
+    ("shards", "trace", "tiny.yaml", "--world-size", "1", "--rank", "0", "--epoch", "0"),
+)
+RECIPE = """\
+name: t
+data: {train: set, mean: [0.5], std: [0.5], workers: 0}
+model: {size: vit_micro, image_px: 28, channels: 1}
+stages: {finetune: {init: scratch, epochs: 1, global_batch: 2, micro_batch: 2}}
+"""
+
+cases = st.fixed_dictionaries(
+    {
+        "manifest": st.one_of(st.just([]), tree_changes),
+        "bytes": st.dictionaries(
+            st.sampled_from(["index.npy", "keys.bin", "shard", "quarantine.json", "manifest.json"]),
+            byte_changes,
+            max_size=2,
+        ),
+        "quarantine": st.one_of(st.none(), st.just([]), tree_changes),
+        "sealed": st.sampled_from([True, True, True, False]),  # sizes and hashes are those of the changed files
+        "file": st.one_of(st.none(), st.none(), file_changes),
+        "command": st.sampled_from(COMMANDS),
+    }
+)
+
+
+def write(folder: Path, case: dict) -> None:
+    """FOLDER/set, changed as `case` says."""
+    there = folder / "set"
+    for name, changes in case["bytes"].items():
+        path = next(iter(sorted(there.glob("*.tar")))) if name == "shard" else there / name
+        if path.is_file() and name != "manifest.json":
+            path.write_bytes(change_bytes(path.read_bytes(), changes))
+    if case["quarantine"] is not None:
+        write_json(there / "quarantine.json", change_tree(QUARANTINE, case["quarantine"]))
+    body = json.loads((there / "manifest.json").read_bytes())
+    body.pop("digest")
+    if case["sealed"]:
+        for info in (*body["shards"], body["index"], body["keys"]):
+            raw = (there / info["name"]).read_bytes()
+            info.update(bytes=len(raw), sha256=hashlib.sha256(raw).hexdigest())
+    body = change_tree(body, case["manifest"])
+    if isinstance(body, dict):
+        body["digest"] = hashlib.sha256(spelled(body)).hexdigest()
+    write_json(there / "manifest.json", body)
+    if "manifest.json" in case["bytes"]:
+        raw = (there / "manifest.json").read_bytes()
+        (there / "manifest.json").write_bytes(change_bytes(raw, case["bytes"]["manifest.json"]))
+    if case["file"]:
+        change_file(there, case["file"])
+    (folder / "tiny.yaml").write_text(RECIPE)
+
+
+def spelled(body: object) -> bytes:
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+def write_json(path: Path, body: object) -> None:
+    try:
+        path.write_bytes(spelled(body))
+    except RecursionError:
+        path.write_bytes(b"[" * 2000 + b"]" * 2000)
+
+
+def check(base: Path, shards: Path, case: dict) -> None:
+    with example(base, shards) as folder:
+        write(folder, case)
+        assert not livt(*case["command"], cwd=folder).problem
+
+
+test_manifests = few(cases, check)
+test_many_manifests = many(cases, check)

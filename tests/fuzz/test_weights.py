@@ -1,0 +1,224 @@
+"""Weights from a stranger: files of torch.save, their zip archive and pickle changed, and safetensors files."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickletools
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from tests.fuzz.examples import few, many
+from tests.fuzz.limited import example, livt
+from tests.fuzz.mutations import (
+    EVIL,
+    byte_changes,
+    change_bytes,
+    change_file,
+    change_tree,
+    file_changes,
+    fractions,
+    odd_values,
+    tree_changes,
+)
+from tests.fuzz.test_manifests import write_json
+from tests.tiny_run import tiny_classifier, tiny_recipe
+
+SNIPPETS = [  # put between two opcodes of a pickle that is in order
+    b"cos\nsystem\nX\x02\x00\x00\x00id\x85R0",
+    b"cbuiltins\nbytearray\n\x8a\x06\x00\x00\x00\x00\x05\x00\x85R0",
+    b"ctorch\nFloatStorage\n0",
+    b")" + b"2\x86" * 70 + b"0",
+    b"})" + b"2\x86" * 60 + b"Ns0",
+    b"}(" + b")" + b"2\x86" * 40 + b"Nu0",
+    b"Nr\xff\xff\xff\x7f0",
+    b"Np99999999999\n0",
+    b"I" + b"9" * 5000 + b"\n0",
+    b"\x8b\xff\xff\xff\x7f0",
+    b"\x8e\xff\xff\xff\xff\xff\xff\xff\x7f0",
+    b"X\xff\xff\xff\xff0",
+    b"]2a0",
+    b"}2Ns0",
+    b"(" * 100_000,
+    b"N" * 100_000,
+    b"c_codecs\nencode\nX\x06\x00\x00\x00aaaaaaX\x08\x00\x00\x00punycode\x86R0",
+    b"ctorch._utils\n_rebuild_tensor_v2\n)R0",
+    b"ctorch._utils\n_rebuild_meta_tensor_no_storage\n)R0",
+    b"ctorch\nSize\n(K\x01K\x02tR0",
+    b"cargparse\nNamespace\n)\x81}b0",
+    b"\x80\x05",
+    b"\x82\x01",
+    b"Pabc\n0",
+    b"K\x01Q0",
+    b"0",
+    b"1",
+    b"a",
+    b".",
+]
+TENSORS: dict[str, Any] = {
+    "expanded": lambda: torch.zeros(1).expand(1 << 20, 1 << 14),
+    "meta": lambda: torch.empty(3, device="meta"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
+    "nothing": lambda: torch.zeros(0, 5),
+    "wide": lambda: torch.zeros(2**40, 0),
+    "half": lambda: torch.ones(2, 3, dtype=torch.float16),
+    "float8": lambda: torch.ones(2, 3).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.ones(2, dtype=torch.complex64),
+    "scalar": lambda: torch.tensor(1.0),
+    "nan": lambda: torch.full((2,), torch.nan),
+    "number": lambda: 5,
+    "text": lambda: "x",
+    "deep": lambda: functools.reduce(lambda inner, _: {"model": inner}, range(200), {}),
+}
+NAMES = [
+    f"blocks.{10**12}.norm1.weight", "blocks.x.norm1.weight", "blocks." + "9" * 6000 + ".norm1.weight", EVIL, "",
+    "\ud800", "pos_embed",
+    "cls_token", "head.weight", "mask_token", "decoder_blocks.0.norm1.weight", "vit.embeddings.cls_token",
+    "module.module.head.bias",
+    "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "model", "a" * 100_000,
+]  # fmt: skip
+new_tensors = st.lists(st.tuples(st.sampled_from(NAMES), st.sampled_from([*TENSORS])), max_size=2)
+wrapping = st.sampled_from([(), (), ("model",), ("state_dict",), ("module", "model")])
+pickled = st.fixed_dictionaries(
+    {
+        "format": st.just("pth"),
+        "tensors": st.one_of(st.just([]), new_tensors),
+        "wrapped": wrapping,
+        "old": st.sampled_from([False, False, True]),
+        "snippets": st.lists(st.tuples(fractions, st.sampled_from(SNIPPETS)), max_size=2),
+        "pickle": st.one_of(st.just([]), st.just([]), byte_changes),
+        "entries": st.lists(
+            st.tuples(st.sampled_from(["deflate", "twice", "drop", "rename", "bomb", "shorten"]), fractions), max_size=2
+        ),
+        "bytes": st.one_of(st.just([]), st.just([]), byte_changes),
+    }
+)
+safetensors = st.fixed_dictionaries(
+    {
+        "format": st.just("safetensors"),
+        "tensors": st.one_of(st.just([]), new_tensors),
+        "header": st.one_of(st.just([]), tree_changes),
+        "metadata": st.one_of(st.none(), odd_values),
+        "length": st.one_of(st.none(), st.sampled_from([0, 1, 2**31, 2**63, 10**8])),
+        "bytes": st.one_of(st.just([]), st.just([]), byte_changes),
+    }
+)
+cases = st.tuples(
+    st.one_of(pickled, safetensors),
+    st.one_of(st.none(), st.none(), file_changes),
+    st.one_of(st.none(), odd_values, tree_changes),  # weights.json, or changes of a right one
+    st.sampled_from(["import", "import", "convert"]),
+)
+
+
+@functools.cache
+def weights() -> dict[str, torch.Tensor]:
+    return dict(tiny_classifier(tiny_recipe(width=16, depth=1, heads=1), num_classes=4).state_dict())
+
+
+def changed_weights(case: dict) -> dict[str, Any]:
+    return {**weights(), **{name: TENSORS[kind]() for name, kind in case["tensors"]}}
+
+
+def torch_file(case: dict) -> bytes:
+    state = changed_weights(case)
+    for name in case["wrapped"]:
+        state = {name: state, "epoch": 3}
+    file = io.BytesIO()
+    torch.save(state, file, _use_new_zipfile_serialization=not case["old"])
+    raw = file.getvalue()
+    if case["old"]:
+        return change_bytes(changed_pickle(raw, case), case["bytes"])
+    return change_bytes(changed_archive(raw, case), case["bytes"])
+
+
+def changed_pickle(raw: bytes, case: dict) -> bytes:
+    for where, snippet in case["snippets"]:
+        try:
+            places = [at for _, _, at in pickletools.genops(raw)]
+        except ValueError:
+            break
+        at = places[int(where * len(places))] or 0
+        raw = raw[:at] + snippet + raw[at:]
+    return change_bytes(raw, case["pickle"])
+
+
+def changed_archive(raw: bytes, case: dict) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        entries = [[entry.filename, archive.read(entry), zipfile.ZIP_STORED] for entry in archive.infolist()]
+    for entry in entries:
+        if entry[0].endswith("data.pkl"):
+            entry[1] = changed_pickle(entry[1], case)
+    for kind, where in case["entries"]:
+        at = int(where * len(entries))
+        if kind == "deflate":
+            entries[at][2] = zipfile.ZIP_DEFLATED
+        elif kind == "bomb":
+            entries[at][1:] = [bytes(2**26), zipfile.ZIP_DEFLATED]
+        elif kind == "twice":
+            entries.insert(at, list(entries[at]))
+        elif kind == "rename":
+            entries[at][0] = "archive/../" + EVIL
+        elif kind == "shorten":
+            entries[at][1] = entries[at][1][: len(entries[at][1]) // 2]
+        elif len(entries) > 1:
+            del entries[at]
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data, method in entries:
+            archive.writestr(zipfile.ZipInfo(name), data, compress_type=method)
+    return file.getvalue()
+
+
+def safetensors_file(case: dict) -> bytes:
+    state = {name: tensor for name, tensor in changed_weights(case).items() if isinstance(tensor, torch.Tensor)}
+    plain = {
+        name.encode("utf-8", "replace").decode(): tensor.contiguous()
+        for name, tensor in state.items()
+        if tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_nested or tensor.is_quantized)
+        and tensor.untyped_storage().nbytes() >= tensor.numel()
+    }  # fmt: skip
+    raw = save(plain, metadata={"format": "pt"})
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    if case["metadata"] is not None:
+        header["__metadata__"] = {"format": "pt", "livt_checkpoint": as_json(case["metadata"])}
+    text = as_json(change_tree(header, case["header"])).encode("utf-8", "surrogatepass")
+    text += b" " * (-len(text) % 8)
+    claimed = len(text) if case["length"] is None else case["length"]
+    return change_bytes(claimed.to_bytes(8, "little") + text + raw[8 + length :], case["bytes"])
+
+
+def as_json(value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except RecursionError:
+        return "[" * 3000 + "]" * 3000
+
+
+def check(base: Path, case: tuple) -> None:
+    made, file, info, command = case
+    with example(base) as folder:
+        (folder / "in").mkdir()
+        path = folder / "in" / f"model.{made['format']}"
+        path.write_bytes(torch_file(made) if made["format"] == "pth" else safetensors_file(made))
+        if info is not None:
+            write_json(folder / "in" / "weights.json", info)
+        if file:
+            change_file(folder / "in", file)
+        words = ("import", path.relative_to(folder), "--out", "out")
+        if command == "convert":
+            words = ("ckpt", "convert", path.relative_to(folder), "--to", "out.safetensors")
+        assert not livt(*words, cwd=folder).problem
+
+
+test_weights = few(cases, check)
+test_many_weights = many(cases, check)
