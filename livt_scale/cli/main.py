@@ -177,9 +177,8 @@ def _end_launcher() -> None:
 
     with suppress(psutil.Error):
         parent = psutil.Process().parent()
-        words = (
-            parent.cmdline()[:3] if parent else []
-        )  # python accelerate launch …, python -m accelerate.commands.launch
+        # python accelerate launch …, or python -m accelerate.commands.launch …
+        words = parent.cmdline()[:3] if parent else []
         if parent and any(Path(w).name in LAUNCHERS or w.startswith("accelerate.commands") for w in words):
             parent.terminate()
 
