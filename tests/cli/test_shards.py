@@ -1,8 +1,6 @@
 """`livt shards` as people type it: what it prints, its exit codes, and one line for each mistake."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ from livt_scale.cli.main import app
 from livt_scale.cli.shards import histogram
 from livt_scale.data.manifest import QUARANTINE
 from livt_scale.data.shard_set import ShardSet
+from tests import warm
 from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import encoded, small_set, write_idx_spec
 
@@ -123,8 +122,7 @@ def test_the_histogram_shows_head_and_tail_of_many_classes():
     ],
 )
 def test_a_mistake_is_one_line_and_an_exit_code(spec, args, code, said):
-    command = [sys.executable, "-m", "livt_scale", "shards", *args]
-    result = subprocess.run(command, cwd=spec.parent, capture_output=True, text=True, check=False)
+    result = warm.run(["-m", "livt_scale", "shards", *args], cwd=spec.parent)
     assert result.returncode == code
     assert said in result.stderr
     assert result.stderr.startswith("livt: error: ")

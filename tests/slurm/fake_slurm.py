@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 RECORDS = """\
-#!{python}
+#!{python} -IS
 import json, os, pathlib, sys
 folder = pathlib.Path({folder!r})
 with (folder / "calls.jsonl").open("a") as file:

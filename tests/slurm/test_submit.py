@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe
 from livt_scale.slurm import submit as chains
 from livt_scale.util.errors import ClusterError, RecipeError, UsageError
+from tests import warm
 from tests.slurm.fake_slurm import FakeSlurm
 
 REPO = Path(__file__).resolve().parents[2]
@@ -243,9 +242,7 @@ def test_a_global_batch_that_does_not_divide_is_refused_here_not_in_the_job(tmp_
 
 def livt(*words, cwd, path=None):
     env = dict(os.environ) | ({"PATH": path} if path else {})
-    done = subprocess.run(
-        [sys.executable, "-m", "livt_scale", *words], cwd=cwd, env=env, capture_output=True, text=True, timeout=120
-    )
+    done = warm.run(["-m", "livt_scale", *words], cwd=cwd, env=env, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 

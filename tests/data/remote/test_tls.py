@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -14,6 +12,7 @@ from livt_scale.config.recipe import Data, Remote
 from livt_scale.data.remote.fetch import Fetcher
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import RemoteError
+from tests import warm
 from tests.data.remote.certificates import self_signed
 from tests.data.remote.flaky_server import FlakyServer
 from tests.data.remote.real_servers import AWS, s3
@@ -41,14 +40,8 @@ def test_an_untrusted_certificate_is_refused_at_the_first_try_with_url_and_remed
 
 
 def livt(*words, **environ):
-    """The command in a process of its own: OpenSSL's settings are read when one starts."""
-    done = subprocess.run(
-        [sys.executable, "-m", "livt_scale", *words],
-        env=os.environ | environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    """The command in a process of its own: aiohttp reads OpenSSL's settings when it is imported."""
+    done = warm.run(["-m", "livt_scale", *words], env=os.environ | environ, timeout=120)
     return done.returncode, done.stdout, done.stderr
 
 
