@@ -254,15 +254,15 @@ BAND_POINTS = 24
 LAWS = {("n",): "E + A·N^−α", ("d",): "E + B·D^−β", ("n", "d"): "E + A·N^−α + B·D^−β"}
 
 
-def fit_table(table: Mapping[str, Any], *, measures: Sequence[str]) -> list[dict[str, Any]]:
+def fit_table(table: Mapping[str, Any], *, measures: Sequence[str], resamples: int = RESAMPLES) -> list[dict[str, Any]]:
     """One answer a measure. Runs that are not done are left out, and so are those that differ in another axis."""
-    return [_fit_measure(table, measure) for measure in measures]
+    return [_fit_measure(table, measure, resamples=resamples) for measure in measures]
 
 
-def _fit_measure(table: Mapping[str, Any], measure: str) -> dict[str, Any]:
+def _fit_measure(table: Mapping[str, Any], measure: str, *, resamples: int) -> dict[str, Any]:
     is_accuracy = measure.startswith("top1")
     amount, runs, problem = _runs_of(table, measure, is_accuracy=is_accuracy)
-    fit = Fit(tuple(runs), problem=problem) if problem else fit_law(runs)
+    fit = Fit(tuple(runs), problem=problem) if problem else fit_law(runs, resamples=resamples)
     told: dict[str, Any] = {
         "measure": measure,
         "over": [],
@@ -284,7 +284,7 @@ def _fit_measure(table: Mapping[str, Any], measure: str) -> dict[str, Any]:
         "parameters": fit.law.constants,
         "intervals": {name: list(of) for name, of in fit.intervals.items()},
         "band": _bands(fit, amount, is_accuracy=is_accuracy),
-        "held_out": _check(runs, is_accuracy=is_accuracy),
+        "held_out": _check(runs, is_accuracy=is_accuracy, resamples=resamples),
     }
     return told
 
@@ -327,9 +327,9 @@ def _bands(fit: Fit, amount: str, *, is_accuracy: bool) -> dict[str, Any]:
     return found
 
 
-def _check(runs: Sequence[LawPoint], *, is_accuracy: bool) -> dict[str, Any]:
+def _check(runs: Sequence[LawPoint], *, is_accuracy: bool, resamples: int) -> dict[str, Any]:
     """The largest size, predicted from the smaller ones. `problem` where those are too few for a law."""
-    fit, largest = held_out(runs)
+    fit, largest = held_out(runs, resamples=resamples)
     if fit.law is None or "n" not in fit.law.over:
         return {
             "who": f"the largest size, {largest[0].n:,.0f} weights",

@@ -80,16 +80,26 @@ def read(new_order, world: int, start: int, stop: int, *, micros: int, seed: int
     return seen
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", WORLDS[:-1])
 @settings(max_examples=10, deadline=None)
 @given(new_order=orders(), micros=st.integers(1, 4), seed=st.integers(0, 99))
 def test_three_epochs_are_the_same_in_every_world(world, new_order, micros, seed):
+    three_epochs_are_the_same(world, new_order, micros, seed)
+
+
+@settings(max_examples=3, deadline=None)  # each takes seconds
+@given(new_order=orders(), micros=st.integers(1, 4), seed=st.integers(0, 99))
+def test_three_epochs_are_the_same_in_the_largest_world(new_order, micros, seed):
+    three_epochs_are_the_same(WORLDS[-1], new_order, micros, seed)
+
+
+def three_epochs_are_the_same(world, new_order, micros, seed):
     expected = whole_run(new_order())
     seen = read(new_order, world, 0, len(expected), micros=micros, seed=seed)
     np.testing.assert_array_equal(seen, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(new_order=orders(), data=st.data())
 def test_a_run_that_changes_its_world_at_random_steps_sees_the_same_batches(new_order, data):
     expected = whole_run(new_order())

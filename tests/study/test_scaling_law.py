@@ -138,7 +138,7 @@ def table(runs, measure="reconstruction_loss", **more):
 
 
 def test_a_table_gives_plain_json_with_band_and_check():
-    (one,) = fit_table(table(made(0.002)), measures=["reconstruction_loss"])
+    (one,) = fit_table(table(made(0.002)), measures=["reconstruction_loss"], **QUICK)
     assert one["law"] == "L = E + A·N^−α + B·D^−β"
     assert one["problem"] == one["note"] == ""
     assert one["over"] == ["num_weights", "epochs"]
@@ -146,7 +146,7 @@ def test_a_table_gives_plain_json_with_band_and_check():
     assert all(a <= b <= c for a, b, c in zip(*(one["band"]["size"][k] for k in ("low", "mid", "high")), strict=True))
     assert len(one["held_out"]["points"]) == 6
     (error,) = fit_table(
-        table([LawPoint(r.n, r.d, 1 - r.loss) for r in made(0.002)], "top1_all"), measures=["top1_all"]
+        table([LawPoint(r.n, r.d, 1 - r.loss) for r in made(0.002)], "top1_all"), measures=["top1_all"], **QUICK
     )
     assert error["law"].startswith("1 − top1_all = E + ")
     assert error["parameters"] == pytest.approx(one["parameters"], rel=1e-6)
@@ -158,18 +158,20 @@ def test_runs_that_are_not_done_or_differ_in_something_else_give_no_law():
     told = table(runs)
     for row in told["runs"]:
         row["state"] = "failed"
-    (one,) = fit_table(told, measures=["reconstruction_loss"])
+    (one,) = fit_table(told, measures=["reconstruction_loss"], **QUICK)
     assert one["problem"] == "no finished run has reconstruction_loss"
     told = table(runs)
     told["runs"][0]["axes"]["loss"] = "ce"
-    (one,) = fit_table(told, measures=["reconstruction_loss"])
+    (one,) = fit_table(told, measures=["reconstruction_loss"], **QUICK)
     assert "differ in loss too" in one["problem"]
     assert one["parameters"] == {}
 
 
 def test_a_law_whose_constants_are_not_determined_is_told_with_a_note():
     (one,) = fit_table(
-        table([LawPoint(r.n, r.d, 0.5 + 1e-4 * k) for k, r in enumerate(made())]), measures=["reconstruction_loss"]
+        table([LawPoint(r.n, r.d, 0.5 + 1e-4 * k) for k, r in enumerate(made())]),
+        measures=["reconstruction_loss"],
+        **QUICK,
     )
     assert one["problem"] == ""
     assert "these runs do not determine it" in one["note"]
@@ -182,7 +184,7 @@ def test_d_is_what_varies_epochs_or_images_or_both():
         rows = table(runs)
         for row, run in zip(rows["runs"], runs, strict=True):
             row |= {"num_images": 100 * run.d, **change}
-        (told[name],) = fit_table(rows, measures=["reconstruction_loss"])
+        (told[name],) = fit_table(rows, measures=["reconstruction_loss"], **QUICK)
         assert told[name]["over"] == ["num_weights", name]
     assert told["num_images"]["parameters"]["beta"] == pytest.approx(TRUE["beta"], rel=0.05)
     assert told["images_seen"]["parameters"]["beta"] == pytest.approx(TRUE["beta"] / 2, rel=0.05)
