@@ -41,7 +41,7 @@ def test_a_rollback_takes_the_weights_of_the_last_checkpoint_and_the_position_go
     lines = [json.loads(line) for line in (run_dir / "pretrain" / "anomalies.jsonl").read_text().splitlines()]
     assert [(line["step"], line["policy"]) for line in lines] == [(8, "rollback"), (17, "skip")]
     assert all(key.startswith("train-") for key in lines[0]["samples"])
-    assert len(lines[0]["samples"]) == 256
+    assert len(lines[0]["samples"]) == 80
 
     other = livt.folder / "stopped and killed"
     run(livt, other, "nan:8", "SIGUSR2:7", expect=85, **every)  # its checkpoint of 7 steps is not rolled back to

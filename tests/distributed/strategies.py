@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from tests import warm
-from tests.whole_runs import REPO, free_port, metrics, spelt
+from tests.whole_runs import REPO, free_port, metrics, small_sets, spelt
 
 FOLLOW = Path(__file__).with_name("follow.py")
-TEN_STEPS = {  # of ViT-Ti, 10 an epoch on the 2478 images that ship
+TEN_STEPS = {  # of ViT-Ti, 10 an epoch on the 743 images of `small_sets`
     "model.size": "vit_ti",
     "model.patch_px": 7,
     "stages.*.epochs": 1,
-    "stages.*.global_batch": 240,
-    "stages.*.micro_batch": 60,
+    "stages.*.global_batch": 72,
+    "stages.*.micro_batch": 18,
     "stages.*.warmup_epochs": 0,
     "stages.finetune.init": "scratch",
     "stages.finetune.clip_grad": 0.4,
@@ -75,7 +75,13 @@ class Job:
         return self.run_dir / self.stage / "checkpoints" / f"step-{step:08d}"
 
     def as_json(self) -> dict[str, Any]:
-        sets = {**TEN_STEPS, **self.sets, **self.kind.sets, "run_dir": self.run_dir}
+        sets = {
+            **TEN_STEPS,
+            "data.train": small_sets() / "train-lt",
+            **self.sets,
+            **self.kind.sets,
+            "run_dir": self.run_dir,
+        }
         start = str(self.goes_on_from) if self.goes_on_from else None
         return {
             "run_dir": str(self.run_dir), "stage": self.stage, "from": start,

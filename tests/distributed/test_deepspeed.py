@@ -201,7 +201,7 @@ def test_an_old_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_whole_run_says_nothing_that_is_deepspeeds(tmp_path: Path) -> None:
     livt = Livt(tmp_path)
     said = livt.run(
-        *livt.train_words(tmp_path / "run", parallel__strategy="zero3", stages__pretrain__epochs=1), processes=2
+        *livt.train_words(tmp_path / "run", parallel__strategy="zero3", **{"stages__*__epochs": 1}), processes=2
     )
     lines = [line for line in (said.stdout + said.stderr).splitlines() if line.strip()]
     assert all(line.startswith(("pretrain", "finetune")) for line in lines), lines

@@ -13,8 +13,14 @@ import torch
 from livt_scale.checkpoint.load import read_tensors
 from livt_scale.config.capabilities import STRATEGIES
 from tests.distributed.strategies import SMALL, Job, Kind, train_all
+from tests.whole_runs import REPO
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SHIPPED = {  # all images that ship
+    "data.train": REPO / "shards" / "fashion-mnist-lt" / "train-lt",
+    "stages.*.global_batch": 240,
+    "stages.*.micro_batch": 60,
+}
 SINGLE = Kind("ddp", 1)
 PAIRED = [
     SINGLE,
@@ -36,7 +42,7 @@ def worst(ours: list[float], reference: list[float]) -> float:
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_ten_steps_of_every_strategy_follow_one_process(tmp_path: Path, stage: str) -> None:
     kinds = [SINGLE, *(Kind(name, processes) for name in STRATEGIES for processes in (2, 4))]
-    jobs = {kind: Job(kind, tmp_path / kind.name, stage) for kind in kinds}
+    jobs = {kind: Job(kind, tmp_path / kind.name, stage, SHIPPED) for kind in kinds}
     train_all(list(jobs.values()), tmp_path, timeout_s=900)
     off = {kind.name: worst(job.losses, jobs[SINGLE].losses) for kind, job in jobs.items()}
     print(f"\n{stage}: largest relative difference of ten losses from one process, fp32")
@@ -48,8 +54,9 @@ def test_ten_steps_of_every_strategy_follow_one_process(tmp_path: Path, stage: s
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_bf16_stays_near(tmp_path: Path, stage: str) -> None:
     """A smaller model: these CPUs emulate bf16."""
-    single = Job(SINGLE, tmp_path / "single", stage, SMALL)
-    jobs = [Job(Kind(name, 2, "bf16"), tmp_path / name, stage, SMALL) for name in STRATEGIES]
+    sets = {**SHIPPED, **SMALL}
+    single = Job(SINGLE, tmp_path / "single", stage, sets)
+    jobs = [Job(Kind(name, 2, "bf16"), tmp_path / name, stage, sets) for name in STRATEGIES]
     train_all([single, *jobs], tmp_path, timeout_s=900)
     off = {job.kind.name: worst(job.losses, single.losses) for job in jobs}
     print(f"\n{stage}: largest relative difference of ten losses from one process in fp32")
@@ -58,10 +65,10 @@ def test_bf16_stays_near(tmp_path: Path, stage: str) -> None:
 
 
 def test_all_pairs_go_on_from_each_other(tmp_path: Path) -> None:
-    saved = {kind: Job(kind, tmp_path / kind.name) for kind in PAIRED}
+    saved = {kind: Job(kind, tmp_path / kind.name, sets=SHIPPED) for kind in PAIRED}
     train_all(list(saved.values()), tmp_path, timeout_s=900)
     gone_on = {
-        (a, b): Job(b, tmp_path / f"{a.name} to {b.name}", goes_on_from=saved[a].checkpoint(5))
+        (a, b): Job(b, tmp_path / f"{a.name} to {b.name}", sets=SHIPPED, goes_on_from=saved[a].checkpoint(5))
         for a in PAIRED
         for b in PAIRED
     }

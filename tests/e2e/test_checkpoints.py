@@ -46,25 +46,25 @@ def test_saves_that_fail_are_told_and_the_run_ends_as_if_nothing_had_been(livt, 
 def test_too_many_in_a_row_end_the_run_and_it_goes_on_later(livt, finished, full_disk):
     run_dir = livt.folder / "run"
     full_disk("6 <= step")
-    said = livt.train(run_dir, checkpoint__retries=0, expect=1)
+    said = livt.train(run_dir, checkpoint__retries=0, expect=1, stage="pretrain")
     assert "the last 3 saves have failed (checkpoint.max_failed_saves)" in said
     assert "Traceback" not in said
     assert steps(run_dir) == [3]
     full_disk("False")
-    assert "resumed from step-00000003" in livt.train(run_dir)
-    assert_same_run(run_dir, finished)
+    assert "resumed from step-00000003" in livt.train(run_dir, stage="pretrain")
+    assert_same_run(run_dir, finished, stages=["pretrain"])
 
 
 def test_the_last_save_of_a_stage_must_succeed(livt, finished, full_disk):
     run_dir = livt.folder / "run"
     full_disk("step == 18")
-    said = livt.train(run_dir, checkpoint__max_failed_saves=9, expect=1)
+    said = livt.train(run_dir, checkpoint__max_failed_saves=9, expect=1, stage="pretrain")
     assert "step-00000018 was not saved" in said
     assert "; retrying" in said
     assert read_status(run_dir, "pretrain")["state"] == "failed"
     full_disk("False")
-    livt.train(run_dir)
-    assert_same_run(run_dir, finished)
+    livt.train(run_dir, stage="pretrain")
+    assert_same_run(run_dir, finished, stages=["pretrain"])
 
 
 @pytest.mark.parametrize(
@@ -158,9 +158,8 @@ def test_a_run_goes_on_from_a_converted_checkpoint_as_from_the_one_that_it_was(l
     target.parent.mkdir(parents=True)
     livt.run("ckpt", "convert", str(finished / "pretrain" / "checkpoints" / target.name), "--to", str(file))
     livt.run("ckpt", "convert", str(file), "--to", str(target))
-    assert "resumed from step-00000015" in livt.train(run_dir)
-    for stage in ("pretrain", "finetune"):
-        ours, theirs = final_weights(run_dir, stage), final_weights(finished, stage)
-        assert ours.keys() == theirs.keys()
-        assert all(ours[name].equal(theirs[name]) for name in ours)
+    assert "resumed from step-00000015" in livt.train(run_dir, stage="pretrain")
+    ours, theirs = final_weights(run_dir, "pretrain"), final_weights(finished, "pretrain")
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
     assert metrics(run_dir, "pretrain")[-1]["loss"] == metrics(finished, "pretrain")[-1]["loss"]

@@ -8,9 +8,11 @@ import shutil
 import signal
 import time
 
+import pytest
+
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.train.run_files import read_status
-from tests.whole_runs import assert_same_run
+from tests.whole_runs import assert_same_run, small_sets
 
 MIB = 2**20
 
@@ -21,21 +23,20 @@ def test_a_disk_that_fills_at_a_save_stops_with_the_cause_and_the_run_goes_on_la
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (MIB // 4, before[1]))  # inherited; a checkpoint here is 0.9 MiB
     try:
-        said = livt.train(run_dir, data__workers=0, expect=1)
+        said = livt.train(run_dir, data__workers=0, stage="pretrain", expect=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "checkpoint" in said
     assert "Traceback" not in said
     assert read_status(run_dir, "pretrain")["state"] == "failed"
     assert [p.name for p in (run_dir / "pretrain" / "checkpoints").iterdir()] == []
-    livt.train(run_dir)
-    assert_same_run(run_dir, finished)
+    livt.train(run_dir, stage="pretrain")
+    assert_same_run(run_dir, finished, stages=["pretrain"])
 
 
 def test_a_damaged_sample_is_named_with_shard_offset_and_key(livt):
-    shipped = livt.recipe.parents[2] / "shards" / "fashion-mnist-lt" / "train-lt"
     copy = livt.folder / "a copy's folder"
-    shutil.copytree(shipped, copy)
+    shutil.copytree(small_sets() / "train-lt", copy)
     shards = ShardSet.open(copy)
     row = shards.index[700]
     key = shards.keys([700])[0]
@@ -52,6 +53,7 @@ def test_a_damaged_sample_is_named_with_shard_offset_and_key(livt):
     assert "livt shards verify" in said
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_within_its_bound_and_it_goes_on_exactly(livt):
     """torchrun ends the other rank; what counts is that nothing hangs and that the next start continues."""
     whole, broken = livt.folder / "whole", livt.folder / "broken"

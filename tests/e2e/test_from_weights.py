@@ -25,7 +25,7 @@ def test_a_linear_probe_tells_more_than_chance_and_leaves_the_backbone_alone(liv
     run = livt.folder / "probe"
     livt.train(run, stages__finetune__weights=finished, stages__finetune__epochs=4, stages__finetune__base_lr=25.6)
     assert all(math.isfinite(line["loss"]) for line in metrics(run, "finetune"))
-    assert report_of(run)["top1"]["all"] > 0.2  # ten classes, 1000 images: chance is 0.1, its deviation 0.01
+    assert report_of(run)["top1"]["all"] > 0.2  # ten classes, 250 images: chance is 0.1, its deviation 0.02
     before, after = final_weights(finished, "pretrain"), final_weights(run)
     kept = [name for name in after if name in before and name.startswith("model.")]
     assert "model.blocks.1.mlp.fc2.weight" in kept
@@ -44,7 +44,7 @@ def test_a_file_in_maes_layout_is_imported_fine_tuned_evaluated_and_exported(liv
     livt.train(run, stages__finetune__init="weights", stages__finetune__weights=livt.folder / "mae", **shape)
     assert all(math.isfinite(line["loss"]) for line in metrics(run, "finetune"))
     report = report_of(run)
-    assert report["num_samples"] == 1000
+    assert report["num_samples"] == 250
     livt.run("export", str(run), "--out", str(out))
     lineage = json.loads((out / "config.json").read_text())["livt"]["lineage"]
     assert lineage["init"]["recipe_digest"] == told["sha256"]

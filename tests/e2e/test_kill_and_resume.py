@@ -74,16 +74,15 @@ def test_twenty_kills_change_nothing(livt):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_saves_exits_85_and_the_run_goes_on_exactly(livt, finished, number):
     run_dir = livt.folder / "run"
-    process = livt.start(*livt.train_words(run_dir, checkpoint__every_steps=1000))
-    while process.poll() is None and not (run_dir / "pretrain" / "metrics.jsonl").exists():
+    process = livt.start(*livt.train_words(run_dir, checkpoint__every_steps=1000), "--stage=pretrain")
+    while process.poll() is None and steps_behind(run_dir) < 5:
         time.sleep(0.01)
-    time.sleep(0.3)
     process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 85, said
     assert f"stopped by {number.name} after step" in said
-    livt.train(run_dir, checkpoint__every_steps=1000)
-    assert_same_run(run_dir, finished)
+    livt.train(run_dir, checkpoint__every_steps=1000, stage="pretrain")
+    assert_same_run(run_dir, finished, stages=["pretrain"])
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(livt, finished):
@@ -98,7 +97,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(livt, 
     raw = bytearray(victim.read_bytes())
     raw[len(raw) // 2] ^= 1
     victim.write_bytes(raw)
-    said = livt.train(run_dir)
+    said = livt.train(run_dir, stage="pretrain")
     assert f"{newest} is damaged and not used" in said
     assert victim.name in said
-    assert_same_run(run_dir, finished)
+    assert_same_run(run_dir, finished, stages=["pretrain"])

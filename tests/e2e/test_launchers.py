@@ -16,7 +16,7 @@ import pytest
 
 from tests.whole_runs import REPO, Livt, final_weights, free_port
 
-PRETRAIN_ALONE = {"stages__finetune": None, "parallel__timeout_s": 30}
+PRETRAIN_ALONE = {"stages__finetune": None, "stages__pretrain__epochs": 4, "parallel__timeout_s": 30}
 
 
 @pytest.fixture(scope="module")

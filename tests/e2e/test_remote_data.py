@@ -14,9 +14,7 @@ import pytest
 
 from livt_scale.data.shard_set import ShardSet
 from tests.data.remote.flaky_server import FAULTS, FlakyServer
-from tests.whole_runs import REPO, assert_same_run
-
-SETS = REPO / "shards" / "fashion-mnist-lt"
+from tests.whole_runs import assert_same_run, small_sets
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +49,7 @@ def kill_all(process) -> None:
 )
 def test_a_rank_killed_in_mid_download_leaves_a_cache_that_the_next_start_uses(livt, finished, processes, stages):
     cache, asked = livt.folder / "a cache", threading.Event()
-    own = ShardSet.open(SETS / "train-lt").manifest
+    own = ShardSet.open(small_sets() / "train-lt").manifest
     stalled = own.shards[-1]
 
     def plan(name: str, before: int) -> str:
@@ -63,7 +61,7 @@ def test_a_rank_killed_in_mid_download_leaves_a_cache_that_the_next_start_uses(l
     def lying(suffix: str) -> set[str]:
         return {p.name for p in (cache / "v1").iterdir() if p.name.endswith(suffix)}
 
-    with FlakyServer(SETS, plan) as server:
+    with FlakyServer(small_sets(), plan) as server:
         sets, run_dir = sets_for(server, cache), livt.folder / "run"
         words = [*livt.train_words(run_dir, **sets), *(["--stage", *stages] if len(stages) == 1 else [])]
         process = livt.start(*words, processes=processes)
@@ -89,10 +87,10 @@ def test_a_rank_killed_in_mid_download_leaves_a_cache_that_the_next_start_uses(l
 def test_a_run_is_evaluated_on_a_set_at_a_url_as_on_its_files(livt, finished, monkeypatch):
     """By two ranks that share a cache, through a fault a file: the report is that of the run itself."""
     monkeypatch.setenv("LIVT_CACHE_DIR", str(livt.folder / "a cache"))
-    with FlakyServer(SETS, fault) as server:
+    with FlakyServer(small_sets(), fault) as server:
         url = f"{server.url}/val"
         report = json.loads(livt.run("eval", str(finished), "--data", url, "--json", processes=2).stdout)
-        val = ShardSet.open(SETS / "val").manifest
+        val = ShardSet.open(small_sets() / "val").manifest
         assert {name for name in server.requests if name.endswith(".tar")} == {f"val/{s.name}" for s in val.shards}
         assert max(n for name, n in server.requests.items() if not name.endswith(".json")) <= 3
     own = json.loads((finished / "finetune" / "eval.json").read_text())

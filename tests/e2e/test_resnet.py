@@ -19,8 +19,8 @@ RESNET = {
     "stages__finetune__layer_decay": 1.0,
     "stages__finetune__epochs": 1,
     "stages__finetune__warmup_epochs": 0,
-    "stages__finetune__global_batch": 620,  # 3 steps
-    "stages__finetune__micro_batch": 310,
+    "stages__finetune__global_batch": 240,  # 3 steps
+    "stages__finetune__micro_batch": 120,
     "stages__finetune__mixup": 0,
     "checkpoint__every_steps": 1,
     "checkpoint__keep_last": 9,

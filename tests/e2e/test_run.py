@@ -49,7 +49,7 @@ def test_how_it_is_saved_loaded_and_computed_changes_nothing(livt, finished):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_more_processes_follow_the_same_loss_curve(livt, finished, processes):
-    livt.train(livt.folder / "run", processes=processes)
+    livt.train(livt.folder / "run", processes=processes, **{"stages__*__micro_batch": 20})
     for stage in ("pretrain", "finetune"):
         for ours, alone in zip(metrics(livt.folder / "run", stage), metrics(finished, stage), strict=True):
             assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-4), f"{stage} step {alone['step']}"
@@ -98,9 +98,9 @@ def test_a_non_finite_loss_stops_the_run_names_the_samples_and_keeps_the_checkpo
     ("sets", "code", "expected"),
     [
         ({"stages__pretrain__epoch": 3}, 2, "did you mean 'epochs'?"),
-        ({"stages__pretrain__micro_batch": 96}, 2, "micro_batch is 96 and does not divide the 256 slots"),
+        ({"stages__pretrain__micro_batch": 30}, 2, "micro_batch is 30 and does not divide the 80 slots"),
         ({"data__train": "/nowhere/at all"}, 2, "data.train: there is no folder /nowhere/at all"),
-        ({"stages__pretrain__global_batch": 4096}, 2, "fewer than one global batch of 4096"),
+        ({"stages__pretrain__global_batch": 4000}, 2, "fewer than one global batch of 4000"),
         ({"stages__finetune__loss__name": "bal_bcee"}, 2, "did you mean 'bal_bce'?"),
     ],
 )

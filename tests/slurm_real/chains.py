@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.slurm_real.cluster import Cluster, wait_for
-from tests.whole_runs import TINY, Livt, assert_same_run, spelt
+from tests.whole_runs import TINY, Livt, assert_same_run, small_data, spelt
 
 FAULTY = Path(__file__).with_name("faulty.py")
 RECIPE = {**TINY, "stages.pretrain.epochs": 3}  # 27 steps and 18
@@ -51,7 +51,8 @@ class Chain:
         }
         slurm["check_nodes"] = "no"  # but for the tests of it: it takes seconds at each start
         slurm["environment"] = {"FAULTS": str(self.faults), "OMP_NUM_THREADS": "1"}
-        self.sets = {**RECIPE, "run_dir": self.run_dir, **{f"slurm.{name}": value for name, value in slurm.items()}}
+        self.sets = {**RECIPE, **small_data(), "run_dir": self.run_dir}
+        self.sets |= {f"slurm.{name}": value for name, value in slurm.items()}
         self.sets |= {name.replace("__", "."): value for name, value in sets.items()}
 
     def livt(self, *words: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:

@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +16,15 @@ from typer.testing import CliRunner
 from livt_scale.cli import main
 from livt_scale.config.recipe import learnt_from
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.study import local_runner
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
 from livt_scale.study.local_runner import run_all
 from livt_scale.study.slurm_runner import ready, whole_recipe
 from livt_scale.study.subsets import build_subsets, subset_counts
 from livt_scale.study.table import as_csv, collect_study, state_of
 from livt_scale.util.errors import UsageError
+from tests import warm
+from tests.whole_runs import small_data
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ROOT / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
@@ -156,14 +161,27 @@ def test_a_study_that_is_not_there_names_its_neighbour(tmp_path):
 
 # --- runs, trained for real ---
 
+
+def warm_popen(words, *, stdin, **options):
+    """The same process without its imports, which take most of the time of runs as short as these."""
+    assert (words[0], stdin) == (sys.executable, subprocess.DEVNULL)
+    return warm.Popen(words[1:], **options)
+
+
 AXES = {"size": ["a"], "loss": ["bal_bce", "ce"], "seed": [3]}
+
+
+def on_images(folder, **sets):
+    return loaded(folder, axes=AXES, sets={**TINY["sets"], **small_data(), **sets})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study")
-    study = loaded(folder, axes=AXES)
-    outcome = run_all(runs(study), study.folder, jobs=2)
+    study = on_images(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_runner.subprocess, "Popen", warm_popen)
+        outcome = run_all(runs(study), study.folder, jobs=2)
     assert not outcome.failed
     assert not outcome.waited
     return folder
@@ -173,7 +191,7 @@ def trained(tmp_path_factory):
 def copied(trained, tmp_path):
     """A study whose runs may be broken."""
     shutil.copytree(trained / "runs", tmp_path / "runs")
-    return loaded(tmp_path, axes=AXES)
+    return on_images(tmp_path)
 
 
 def by_name(study):
@@ -181,14 +199,14 @@ def by_name(study):
 
 
 def test_the_table_holds_what_the_runs_measured(trained):
-    study = loaded(trained, axes=AXES)
+    study = on_images(trained)
     table = collect_study(study)
     assert [run["state"] for run in table["runs"]] == ["done", "done"]
     for run in table["runs"]:
         told = json.loads((Path(run["folder"]) / "finetune" / "eval.json").read_text())
         assert run["measures"]["top1_all"] == told["top1"]["all"]
         assert run["measures"]["ece"] == told["calibration"]["ece"]
-        assert run["num_images"] == 2478
+        assert run["num_images"] == 743
         assert run["curves"]["pretrain"][-1][0] == pytest.approx(1, abs=0.2)
         assert Path(run["picture"]).is_file()
         assert run["flops"] > 0
@@ -216,7 +234,7 @@ def test_half_done_failed_foreign_and_damaged_runs_are_named_and_not_counted(cop
     status.write_text(json.dumps({**told, "state": "running"}))  # of a process that is gone
     assert by_name(copied)["ce"]["state"] == "stalled"
     status.write_text(json.dumps(told))
-    other = loaded(copied.path.parent, axes=AXES, sets={**TINY["sets"], "stages.finetune.base_lr": 1e-4})
+    other = on_images(copied.path.parent, **{"stages.finetune.base_lr": 1e-4})
     row = by_name(other)["ce"]
     assert row["state"] == "not counted"
     assert "of another recipe: stages.finetune.base_lr" in row["why"]
@@ -229,7 +247,7 @@ def test_half_done_failed_foreign_and_damaged_runs_are_named_and_not_counted(cop
 
 
 def test_slurm_gets_whole_recipes_and_what_waits_for_a_pretraining_is_said(trained, copied, tmp_path):
-    fresh = loaded(tmp_path, axes=AXES)
+    fresh = on_images(tmp_path)
     everything = ready(fresh, points(fresh))
     assert everything.done == [p.name for p in points(fresh)]
     shutil.rmtree(tmp_path / "runs")
@@ -253,7 +271,7 @@ def test_the_commands(copied):
     assert said.stdout.splitlines()[-1] == "2 done"
     said = CliRunner().invoke(main.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
     summary = json.loads(said.stdout)
-    assert [one["images"] for one in summary["runs"]] == [2432, 2432, 2432]
+    assert [one["images"] for one in summary["runs"]] == [704, 704, 704]
     shutil.rmtree(copied.folder / "ce" / "finetune")
     said = CliRunner().invoke(main.app, ["study", "collect", *where], catch_exceptions=False)
     assert "not counted: ce: not run" in said.stdout
