@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from livt_scale.data.build.builder import index_tars
+from livt_scale.data.build.indexing import index_tars
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.study.runs import spelt
 from tests import warm

@@ -1,6 +1,8 @@
 """`livt shards` as people type it: what it prints, its exit codes, and one line for each mistake."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np

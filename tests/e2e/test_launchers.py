@@ -70,6 +70,7 @@ def test_accelerate_launch_trains_the_same_run(livt, tmp_path, by_torchrun):
     assert_same_weights(tmp_path / "run", by_torchrun)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_ranks_again_after_one_was_killed_and_the_run_goes_on(livt, tmp_path, by_torchrun):
     run = tmp_path / "run"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1"]

@@ -21,6 +21,7 @@ DRAWN = {
     "stages__finetune__sampling": {"policy": "progressive", "from": "instance", "to": "class_balanced"},
     "stages__*__repeats": 2,
     "stages__*__global_batch": 64,  # 7 steps an epoch
+    "stages__*__micro_batch": 64,
     "checkpoint__every_steps": 2,
 }
 
