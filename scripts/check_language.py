@@ -59,7 +59,8 @@ def strings_of(text: str) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]
         for node in ast.walk(tree)
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
-    messages, prose = [], []
+    messages: list[tuple[int, str]] = []
+    prose: list[tuple[int, str]] = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and " " in node.value:
             (prose if id(node) in docstrings else messages).append((node.lineno, node.value))
