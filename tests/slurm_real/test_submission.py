@@ -1,0 +1,62 @@
+"""What a submission inherits, and what it asks for, on a real Slurm."""
+
+import sys
+
+import pytest
+
+from livt_scale.slurm import commands, inherited
+from tests.slurm_real.chains import Chain
+from tests.whole_runs import Livt, spelt
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
+
+# what a site's profile, a user's .bashrc or a debugging session may have exported
+HOSTILE = {"SBATCH_EXPORT": "NONE", "SBATCH_TIMELIMIT": "1", "SBATCH_SIGNAL": "B:KILL"}
+
+
+def test_a_chain_submitted_inside_an_allocation_with_a_hostile_environment_runs_as_planned(cluster, tmp_path):
+    chain = Chain(cluster, tmp_path / "a run", slurm__check_nodes="report", slurm__options={"nice": 7})
+    chain.sets["slurm.setup"] = ['test -n "$FAULTS"', "export FROM_SETUP=1"]
+    sets = [f"--set={name}={spelt(value)}" for name, value in chain.sets.items()]
+    allocation = ("salloc", "--nodes=1", "--ntasks=2", "--mem-per-cpu=100", "--time=5")
+    words = (
+        "env",
+        *(f"{name}={value}" for name, value in HOSTILE.items()),
+        sys.executable,
+        "-m",
+        "livt_scale",
+        "submit",
+    )
+    told = cluster.run(*allocation, *words, Livt(chain.folder).recipe, *sets, cwd=chain.folder).stdout
+    assert "its SLURM_* variables are not passed on" in told
+    assert "SBATCH_TIMELIMIT is set and not used: slurm.time_min decides" in told
+
+    shown = cluster.show(chain.jobs["pretrain"])
+    assert (shown["TimeLimit"], shown["MinMemoryNode"]) == ("00:10:00", "0")
+    assert cluster.wait(chain.jobs["pretrain"], "COMPLETED", "FAILED", seconds=600)["JobState"] == "COMPLETED", (
+        chain.tell()
+    )
+    assert not (chain.run_dir / "slurm" / "bad-nodes").exists()
+    assert chain.status("pretrain")["state"] == "done"
+    chain.livt("cancel", chain.run_dir, "--now")
+
+
+def test_more_than_the_partition_has_is_refused_with_its_numbers(cluster, tmp_path):
+    chain = Chain(cluster, tmp_path / "a run", slurm__nodes=3)
+    told = chain.submit(expect=2)
+    assert "slurm.nodes is 3, and 2 is the most (partition normal: 2 nodes, 1440 min)" in told
+    assert not cluster.run("squeue", "--noheader").stdout
+
+
+def test_the_controllers_facts_are_read(cluster, monkeypatch):
+    for name, value in cluster.environ.items():
+        monkeypatch.setenv(name, value)
+    facts = commands.cluster_facts()
+    assert {name: (p.total_nodes, p.time_min, p.preempt) for name, p in facts.partitions.items()} == {
+        "normal": (2, 1440, "off"),
+        "spare": (2, 1440, "requeue"),
+        "scrap": (2, 1440, "cancel"),
+        "urgent": (2, 60, "off"),
+    }
+    assert set(facts.qos) == {"normal", "low"}
+    assert inherited.for_commands(cluster.environ)["SLURM_CONF"] == str(cluster.conf)
