@@ -7,7 +7,7 @@ safetensors writes the metadata in an order that differs from process to process
 the file was written: its length stays, for the tensors' offsets count from its end.
 
 Errors of the disk are OSError, as from any other file, so that a full disk is one line that says so: safetensors and
-torch's zip writer hide them behind errors of their own.
+torch's zip writer hide them behind other errors.
 """
 
 from __future__ import annotations

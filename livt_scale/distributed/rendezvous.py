@@ -4,9 +4,9 @@ torchrun restarts the ranks on the store of its agent. With torch 2.14 the addre
 still there under the same names, and the new ones try to reach them: the restart fails ("Gloo connectFullMesh failed").
 So the ranks first agree on a word that none of them knew before, and use the names that begin with it.
 
-    rank k   hello/k = n          n: a number of its own, new at each start
+    rank k   hello/k = n          n: a number that only this rank has, new at each start
     rank 0   answer/n = word      to each hello it sees, a dead rank's too
-    rank k   ack/word/k           it has read the answer; rank 0 goes on when all have
+    rank k   ack/word/k           it has read the answer; rank 0 continues when all have
 
 Every wait has a bound, and rank 0 can name who is missing.
 """

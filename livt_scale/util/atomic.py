@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 PREFIX = ".livt-writing-"  # a leftover of a killed process starts so; nothing ever reads one
 PRIVATE = 0o600  # what mkstemp and its like give a file, whatever the umask
 HELD = ".held"  # the ending of a lock file of LIVT_LOCK=file
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what flock answers where there is none
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)  # what flock answers where it is missing
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -141,7 +141,7 @@ class LockHeld(LivtError):
 class LocksMissing(LivtError):
     """The file system has no locks.
 
-    Occurs: a run directory, a build or a cache lies on a file system without flock, as Lustre can be mounted.
+    Occurs: a run directory, a build or a cache is on a file system without flock, as Lustre can be mounted.
     What to do: choose a folder on another file system, or set `LIVT_LOCK=file` in all processes (docs/environment.md).
     """
 

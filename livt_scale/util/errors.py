@@ -69,7 +69,7 @@ class LauncherError(UsageError):
 class DataError(LivtError):
     """Images, shards or their lists are not what they should be.
 
-    Occurs: shards are built, verified or read; also for a full disk and for what a class of its own does not cover.
+    Occurs: shards are built, verified or read; also for a full disk and for what no class below covers.
     What to do: the message names the file or the class and what is needed. `livt shards verify DIR` checks every byte
     of a set.
     """
