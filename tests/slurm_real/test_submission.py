@@ -1,9 +1,11 @@
 """What a submission inherits, and what it asks for, on a real Slurm."""
 
+import socket
 import sys
 
 import pytest
 
+from livt_scale.distributed.ports import port_of_job
 from livt_scale.slurm import commands, inherited
 from tests.slurm_real.chains import Chain
 from tests.whole_runs import Livt, spelt
@@ -19,23 +21,21 @@ def test_a_chain_submitted_inside_an_allocation_with_a_hostile_environment_runs_
     chain.sets["slurm.setup"] = ['test -n "$FAULTS"', "export FROM_SETUP=1"]
     sets = [f"--set={name}={spelt(value)}" for name, value in chain.sets.items()]
     allocation = ("salloc", "--nodes=1", "--ntasks=2", "--mem-per-cpu=100", "--time=5")
-    words = (
-        "env",
-        *(f"{name}={value}" for name, value in HOSTILE.items()),
-        sys.executable,
-        "-m",
-        "livt_scale",
-        "submit",
-    )
-    told = cluster.run(*allocation, *words, Livt(chain.folder).recipe, *sets, cwd=chain.folder).stdout
+    submit = (sys.executable, "-m", "livt_scale", "submit", Livt(chain.folder).recipe)
+    words = ("env", *(f"{name}={value}" for name, value in HOSTILE.items()), *submit)
+    before = cluster.run("sbatch", "--parsable", "--wrap=true", cwd=chain.folder).stdout
+    number = int(before) + 2  # after the allocation
+    with socket.socket() as taken:  # where the ranks would meet: the nodes are this machine
+        taken.bind(("", port_of_job(number)))
+        taken.listen()
+        told = cluster.run(*allocation, *words, *sets, cwd=chain.folder).stdout
+        assert chain.jobs["pretrain"] == str(number)
+        ended = cluster.wait(chain.jobs["pretrain"], "COMPLETED", "FAILED", seconds=600)
+    assert ended["JobState"] == "COMPLETED", chain.tell()
+    assert f"port {port_of_job(number)} is taken on this node" in chain.log("pretrain")
     assert "its SLURM_* variables are not passed on" in told
     assert "SBATCH_TIMELIMIT is set and not used: slurm.time_min decides" in told
-
-    shown = cluster.show(chain.jobs["pretrain"])
-    assert (shown["TimeLimit"], shown["MinMemoryNode"]) == ("00:10:00", "0")
-    assert cluster.wait(chain.jobs["pretrain"], "COMPLETED", "FAILED", seconds=600)["JobState"] == "COMPLETED", (
-        chain.tell()
-    )
+    assert (ended["TimeLimit"], ended["MinMemoryNode"]) == ("00:10:00", "0")
     assert not (chain.run_dir / "slurm" / "bad-nodes").exists()
     assert chain.status("pretrain")["state"] == "done"
     chain.livt("cancel", chain.run_dir, "--now")
