@@ -213,6 +213,18 @@ def test_writing_and_other_calls_named_open_are_not_taken_for_it(code):
     assert not reads_a_file(ast.parse(code).body[0].value)
 
 
+PRINTERS = {"cli/output.py": "the one printer", "cli/status.py": "clears the screen", "cli/main.py": "errors, escaped"}
+
+
+def test_commands_print_by_one_function_that_escapes_names():
+    printing = {
+        path.relative_to(ROOT / "livt_scale").as_posix()
+        for path in (ROOT / "livt_scale/cli").glob("*.py")
+        if re.search(r"typer\.echo\(|(?<![\w.])print\(", path.read_text(encoding="utf-8"))
+    }
+    assert printing == set(PRINTERS)  # cli/output.py: echo
+
+
 # --- the command line ---
 
 

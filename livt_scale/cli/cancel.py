@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.util.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def cancel(
             raise UsageError(f"{run} is not a run directory", remedy="one holds recipe.yaml, or slurm/chain.json")
     runs = list(dict.fromkeys(runs))
     began = {run: [stage for stage in STAGES if read_record(run, stage).state == "running"] for run in runs}
-    ended = stop(runs, save=not now, wait_s=wait_s, say=typer.echo)
+    ended = stop(runs, save=not now, wait_s=wait_s, say=echo)
     if len(ended) == 1 and ended[0].error is not None:
         raise ended[0].error
     saved = [_tell(run, began[run.run_dir], now=now, several=len(ended) > 1) for run in ended]
@@ -53,10 +54,10 @@ def _tell(run: Stopped, began: Sequence[str], *, now: bool, several: bool) -> bo
 
     name = f"{run.run_dir}: " if several else ""
     if run.error is not None:
-        typer.echo(f"{name}{run.error}", err=True)
+        echo(f"{name}{run.error}", err=True)
         return False
     if run.nothing:
-        typer.echo(f"nothing of {run.run_dir} runs, and none of its jobs waits")
+        echo(f"nothing of {run.run_dir} runs, and none of its jobs waits")
     if now or not (run.running or run.processes):
         return True
     for stage in began:
@@ -64,7 +65,7 @@ def _tell(run: Stopped, began: Sequence[str], *, now: bool, several: bool) -> bo
         saved = f"its newest checkpoint: {record.saved.name}" if record.saved else "it has no checkpoint"
         if record.state not in ("preempted", "done"):
             why = str(record.status.get("why") or "it ended without a record")
-            typer.echo(f"{name}{stage}: not saved at the end ({why}); {saved}")
+            echo(f"{name}{stage}: not saved at the end ({why}); {saved}")
             return False
-        typer.echo(f"{name}{stage}: {record.state}, {saved}")
+        echo(f"{name}{stage}: {record.state}, {saved}")
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import typer
+from livt_scale.cli.output import echo
 
 
 def print_change(result: dict[str, Any]) -> None:
@@ -12,5 +12,5 @@ def print_change(result: dict[str, Any]) -> None:
     for name in ("before", "after"):
         if result[name] is not None:
             parts = (f"{group} {100 * value:.1f}" for group, value in result[name].items() if value is not None)
-            typer.echo(f"{name:<6}  top-1 in %{images}: {'  '.join(parts)}")
-    typer.echo(f"written: {result['out']}")
+            echo(f"{name:<6}  top-1 in %{images}: {'  '.join(parts)}")
+    echo(f"written: {result['out']}")

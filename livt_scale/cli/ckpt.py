@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
+
 if TYPE_CHECKING:
     from livt_scale.checkpoint.catalog import CheckpointInfo
     from livt_scale.checkpoint.foreign.convert import Converted
@@ -42,12 +44,12 @@ def ls(
         for info in list_checkpoints(folder, quick=quick)
     ]
     if as_json:
-        typer.echo(json.dumps({"checkpoints": rows}, indent=1))
+        echo(json.dumps({"checkpoints": rows}, indent=1))
     elif not rows:
-        typer.echo(f"No checkpoints in {run} yet.")
+        echo(f"No checkpoints in {run} yet.")
     else:
         for line in table(rows):
-            typer.echo(line)
+            echo(line)
 
 
 @app.command("verify")
@@ -73,10 +75,10 @@ def verify(
     damaged = {str(checkpoint): folders.verify(checkpoint) for checkpoint in found}
     if as_json:
         rows = [{"path": name, "whole": not wrong, "why": wrong} for name, wrong in damaged.items()]
-        typer.echo(json.dumps({"checkpoints": rows}, indent=1))
+        echo(json.dumps({"checkpoints": rows}, indent=1))
     else:
         for name, wrong in damaged.items():
-            typer.echo(f"{name}: {'; '.join(wrong) if wrong else 'whole'}")
+            echo(f"{name}: {'; '.join(wrong) if wrong else 'whole'}")
     if any(damaged.values()):
         raise typer.Exit(1)
 
@@ -110,10 +112,10 @@ def convert(
     write(found, to)
     told = {"from": found.kind, "to": str(to), "used": found.used, "left": found.left, "made": found.made}
     if as_json:
-        typer.echo(json.dumps(told, indent=1))
+        echo(json.dumps(told, indent=1))
     else:
         for name, said in told.items():
-            typer.echo(f"{name:5} {said if isinstance(said, str) else '; '.join(said) or 'nothing'}")
+            echo(f"{name:5} {said if isinstance(said, str) else '; '.join(said) or 'nothing'}")
 
 
 def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, sets: list[str]) -> Converted:

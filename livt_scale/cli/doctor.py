@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.errors import UsageError
 
@@ -56,12 +57,12 @@ def doctor(
     findings = examine() + findings
     failed = any(f.status == "problem" for f in findings)
     if as_json:
-        typer.echo(json.dumps({"ok": not failed, "checks": [asdict(f) for f in findings], **measured}, indent=2))
+        echo(json.dumps({"ok": not failed, "checks": [asdict(f) for f in findings], **measured}, indent=2))
     else:
         for finding in findings:
-            typer.echo(f"{finding.status:<9}{finding.name:<16}{finding.message}")
+            echo(f"{finding.status:<9}{finding.name:<16}{finding.message}")
             if finding.fix:
-                typer.echo(f"{'':<9}fix: {finding.fix}")
+                echo(f"{'':<9}fix: {finding.fix}")
     raise typer.Exit(1 if failed else 0)
 
 

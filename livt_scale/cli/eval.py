@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import AsJson, EvaluationShards, Force, Weights, WeightsName, WhichCheckpoint
+from livt_scale.cli.output import echo
 
 VIEWS_HELP = "Views of each image to average: 1 (centre crop), 2 (and its mirror image), 5 (crops) or 10 (both)."
 AVERAGE_HELP = "What to average over the views. Default: logits."
@@ -68,6 +69,6 @@ def eval_(
     if done is None:  # not the main rank
         return
     if as_json:
-        typer.echo(json.dumps(done.report))
+        echo(json.dumps(done.report))
     else:
         print_report(done)

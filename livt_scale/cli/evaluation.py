@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
+from livt_scale.cli.output import echo
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.cpu_cores import share_with_loader
 from livt_scale.distributed.world import detect, process_group
@@ -153,25 +153,23 @@ def print_report(done: Done) -> None:
     if "adjustment" in report:
         a = report["adjustment"]
         how = f", chosen on {a['chosen_on']} other images by {a['chosen_by']}" if "chosen_on" in a else ""
-        typer.echo(f"adjusted: {a['formula']}, tau {a['tau']:g}{how}; the model was trained with {a['trained_with']}")
-    typer.echo(f"calibration error {100 * report['calibration']['ece']:.1f} %")
+        echo(f"adjusted: {a['formula']}, tau {a['tau']:g}{how}; the model was trained with {a['trained_with']}")
+    echo(f"calibration error {100 * report['calibration']['ece']:.1f} %")
     if "temperature" in report:
         t = report["temperature"]
         before, after = t["before"], t["after"]
         bound = ", at its bound: none inside is the best" if t["at_bound"] else ""
-        typer.echo(
+        echo(
             f"temperature {t['temperature']:.3f}{bound}, fitted on {t['fitted_on']} images; on the other "
             f"{t['reported_on']}: calibration error {100 * before['ece']:.1f} -> {100 * after['ece']:.1f} %, "
             f"log loss {before['nll']:.3f} -> {after['nll']:.3f}"
         )
     views = report["views"]
     if views["number"] > 1:
-        typer.echo(f"views: {views['number']}, mean of {views['average']}")
+        echo(f"views: {views['number']}, mean of {views['average']}")
     weights = report["weights"]
     average = " (average)" if "ema" in weights else ""
-    typer.echo(
-        f"weights: {weights['checkpoint']}{average} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}"
-    )
-    typer.echo(f"data: {report['data']['folder']}, manifest {report['data']['manifest_digest'][:12]}")
+    echo(f"weights: {weights['checkpoint']}{average} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}")
+    echo(f"data: {report['data']['folder']}, manifest {report['data']['manifest_digest'][:12]}")
     for line in done.written:
-        typer.echo(line)
+        echo(line)

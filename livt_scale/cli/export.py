@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import AsJson, Force, Weights, WeightsName, WhichCheckpoint
+from livt_scale.cli.output import echo
 
 
 def export(
@@ -42,12 +43,12 @@ def export(
 
         written = export_as(run, target, layout=layout, stage=stage or "pretrain", which=which, force=force)
         text = f"{written['file']}: {written['tensors']} tensors, {layout} layout"
-        typer.echo(json.dumps(written) if as_json else text)
+        echo(json.dumps(written) if as_json else text)
         return
     info = export_run(run, target, which=which, weights=weights.value, force=force)
     if as_json:
-        typer.echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
+        echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
         return
     lineage = info.lineage
-    typer.echo(f"{lineage['checkpoint']} of {run}: {len(info.class_names)} classes, {info.weights.bytes:,} bytes")
-    typer.echo(f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)")
+    echo(f"{lineage['checkpoint']} of {run}: {len(info.class_names)} classes, {info.weights.bytes:,} bytes")
+    echo(f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
+
 
 def import_(
     file: Annotated[Path, typer.Argument(help="A .safetensors or .pth file, or a folder with one.")],
@@ -38,7 +40,7 @@ def import_(
         channels=channels, drop_head=drop_head,
     )  # fmt: skip
     if as_json:
-        typer.echo(json.dumps(report))
+        echo(json.dumps(report))
         return
     _show(report)
 
@@ -47,12 +49,15 @@ def _show(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from livt_scale.util.text import escaped
+
     table = Table("what", "tensors", "which")
     for what in ("used", "left", "made"):
         names = report[what]
-        table.add_row(what, str(len(names)), ", ".join(names[:4]) + (" …" if len(names) > 4 else ""))
+        first = escaped(", ".join(names[:4]))
+        table.add_row(what, str(len(names)), first + (" …" if len(names) > 4 else ""))
     for name, how in report["changed"].items():
         table.add_row("changed", "1", f"{name}: {how}")
-    Console().print(table)
+    Console(markup=False).print(table)
     source = report["source"]
-    typer.echo(f"{source['file']}, layout {source['layout']}, is in {report['out']}")
+    echo(f"{source['file']}, layout {source['layout']}, is in {report['out']}")

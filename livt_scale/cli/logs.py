@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.cli.status import clean
 from livt_scale.util.outside import open_checked
 
@@ -217,4 +218,4 @@ def _grown(logs: list[_Growing]) -> Iterator[tuple[_Growing, str]]:
 
 def _say(text: str, *, end: str = "\n") -> None:
     """A line for the terminal: without control characters, which a log may hold."""
-    typer.echo("".join(c if c in "\n\t" else clean(c) for c in text) + end, nl=False)
+    echo("".join(c if c in "\n\t" else clean(c) for c in text) + end, nl=False)

@@ -37,6 +37,7 @@ from livt_scale.cli import (
     tau_norm,
     train,
 )
+from livt_scale.cli.output import echo
 from livt_scale.util.errors import (
     EXIT_FAILED,
     EXIT_PREEMPTED,
@@ -109,7 +110,7 @@ def _options(
 
 
 def _print_version() -> None:
-    typer.echo(f"livt_scale {__version__}")
+    echo(f"livt_scale {__version__}")
     raise typer.Exit
 
 

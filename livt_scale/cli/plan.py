@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from livt_scale.cli.options import AsJson, RecipeFile, Sets
+from livt_scale.cli.output import echo
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 
@@ -77,7 +78,7 @@ def plan(
 
         draw(plans, picture)
     answer = _answer(found, kind=kind, assumed=assumed, changed=changed, data=data, gpus=gpus, price=price)
-    typer.echo(json.dumps(answer, indent=2)) if as_json else _print(answer)
+    echo(json.dumps(answer, indent=2)) if as_json else _print(answer)
 
 
 def _assumptions(
@@ -246,20 +247,18 @@ def _answer(
 
 def _print(answer: dict[str, Any]) -> None:
     data, device = answer["data"], answer["device"]
-    typer.echo(
-        f"{answer['gpus']} x {device['name']}; {data['images']} images, {data['classes']} classes ({data['from']})"
-    )
+    echo(f"{answer['gpus']} x {device['name']}; {data['images']} images, {data['classes']} classes ({data['from']})")
     for stage in answer["stages"]:
-        typer.echo("\n" + "\n".join(_stage_lines(stage)))
+        echo("\n" + "\n".join(_stage_lines(stage)))
     cost = "" if answer["cost"] is None else f", cost {answer['cost']:.0f}"
-    typer.echo(f"\nall stages: {_time(answer['hours'] * 3600)}, {_count(answer['device_hours'])} device hours{cost}")
-    typer.echo("\nassumed (change with --assume NAME=VALUE, or --device FILE.yaml):")
+    echo(f"\nall stages: {_time(answer['hours'] * 3600)}, {_count(answer['device_hours'])} device hours{cost}")
+    echo("\nassumed (change with --assume NAME=VALUE, or --device FILE.yaml):")
     for name, one in answer["assumptions"].items():
-        typer.echo(f"  {name:<20} {one['value']:>8g}{' *' if one['changed'] else '  '} {one['is']}")
+        echo(f"  {name:<20} {one['value']:>8g}{' *' if one['changed'] else '  '} {one['is']}")
     said = ", ".join(
         f"{name} {value}" for name, value in device.items() if not isinstance(value, dict) and name != "name"
     )
-    typer.echo(f"  device               {said}, peak TFLOP/s {device['peak_tflops']}")
+    echo(f"  device               {said}, peak TFLOP/s {device['peak_tflops']}")
 
 
 def _stage_lines(s: dict[str, Any]) -> list[str]:

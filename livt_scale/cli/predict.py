@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import AsJson, Force, RunOrExport, WhichCheckpoint
+from livt_scale.cli.output import echo
 
 
 def predict(
@@ -54,10 +55,10 @@ def predict(
         open_trained(path, which=which), folder, out, how=how, skip_bad=skip_bad, batch=batch, workers=workers
     )
     if as_json:
-        typer.echo(json.dumps(summary))
+        echo(json.dumps(summary))
         return
-    typer.echo(f"{summary['predicted']:,} of {summary['images']:,} images: {out}")
+    echo(f"{summary['predicted']:,} of {summary['images']:,} images: {out}")
     for bad in summary["bad_files"][:10]:
-        typer.echo(f"bad: {bad['file']!r}: {bad['error']}", err=True)
+        echo(f"bad: {bad['file']!r}: {bad['error']}", err=True)
     if summary["bad"] > 10:
-        typer.echo(f"bad: {summary['bad'] - 10:,} more, in the CSV", err=True)
+        echo(f"bad: {summary['bad'] - 10:,} more, in the CSV", err=True)

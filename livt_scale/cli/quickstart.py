@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
-
 from livt_scale.cli.options import Sets
+from livt_scale.cli.output import echo
 
 
 def quickstart(sets: Sets = None) -> None:
@@ -20,7 +19,7 @@ def quickstart(sets: Sets = None) -> None:
     recipe = load_recipe(shipped("recipes/fashion_mnist_lt/quickstart.yaml"), sets=sets or [])
     run_dir = Path(recipe.run_dir or "")
     if not check_start(recipe, run_dir):
-        typer.echo(f"This run is finished. To run it again, remove {run_dir}.")
+        echo(f"This run is finished. To run it again, remove {run_dir}.")
     else:
         from livt_scale.train.run import train as run  # imports torch, which a finished run does not need
 

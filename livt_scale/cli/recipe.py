@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.util.errors import LivtError
 
 if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does without
@@ -44,10 +45,10 @@ def list_(
         write_atomic(page, made(found).encode())
     if as_json:
         keys = ("name", "path", "reproduces", "hardware", "expect", "command")
-        typer.echo(json.dumps([{key: getattr(row, key) for key in keys} for row in found]))
+        echo(json.dumps([{key: getattr(row, key) for key in keys} for row in found]))
         return
     for row in found:
-        typer.echo(f"{row.name}\n    {summary(row.recipe)}\n    {row.reproduces}")
+        echo(f"{row.name}\n    {summary(row.recipe)}\n    {row.reproduces}")
 
 
 @app.command()
@@ -57,9 +58,9 @@ def show(recipe: RecipePath, *, sets: Sets = None, as_json: AsJson = False) -> N
 
     loaded = load_recipe(recipe, sets=sets or ())
     if as_json:
-        typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2))
+        echo(json.dumps(loaded.model_dump(mode="json"), indent=2))
     else:
-        typer.echo("".join(f"# {line}\n" for line in derived(loaded)) + to_yaml(loaded), nl=False)
+        echo("".join(f"# {line}\n" for line in derived(loaded)) + to_yaml(loaded), nl=False)
 
 
 @app.command()
@@ -76,7 +77,7 @@ def check(
     """
     results = [check_one(path, sets=sets or [], data=data) for path in recipes]
     if as_json:
-        typer.echo(json.dumps(results, indent=2))
+        echo(json.dumps(results, indent=2))
     else:
         for result in results:
             _print_result(result)
@@ -86,7 +87,7 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors."""
-    typer.echo(json.dumps(file_schema(), indent=2, ensure_ascii=False))
+    echo(json.dumps(file_schema(), indent=2, ensure_ascii=False))
 
 
 def check_one(path: Path, *, sets: list[str], data: bool) -> dict[str, Any]:
@@ -171,9 +172,9 @@ def _missing_data(recipe: Recipe) -> list[str]:
 
 def _print_result(result: dict[str, Any]) -> None:
     if not result["errors"]:
-        typer.echo(f"ok       {result['recipe']}: {result['summary']}")
+        echo(f"ok       {result['recipe']}: {result['summary']}")
     for line in result["errors"]:
         where = "" if line.startswith(result["recipe"]) else f"{result['recipe']}: "  # most name the file themselves
-        typer.echo(f"problem  {where}{line}", err=True)
+        echo(f"problem  {where}{line}", err=True)
     for line in result["notes"]:
-        typer.echo(f"note     {line}")
+        echo(f"note     {line}")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
+
 if TYPE_CHECKING:  # `livt --help` does without what is heavy
     from livt_scale.study.runs import Run
 
@@ -68,10 +70,10 @@ def reproduce(
     results = _collect(names, on, folder, range(seeds), laid)
     if page is not None:
         _write_page(page, results)
-    typer.echo(json.dumps(results) if as_json else "\n".join(_told(result) for result in results))
+    echo(json.dumps(results) if as_json else "\n".join(_told(result) for result in results))
     if failed:
         for name, why in failed.items():
-            typer.echo(f"failed: {name}: {why}", err=True)
+            echo(f"failed: {name}: {why}", err=True)
         raise typer.Exit(1)
 
 
@@ -99,7 +101,7 @@ def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: floa
     from livt_scale.study.cost import summarize_cost
 
     summary = summarize_cost(runs, folder, SETTINGS[on].size_of, device=device, mfu=mfu)
-    typer.echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
+    echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
 
 
 def _run(runs: list[Run], folder: Path, *, jobs: int) -> dict[str, str]:

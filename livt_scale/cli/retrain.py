@@ -9,6 +9,7 @@ import typer
 
 from livt_scale.cli.change import print_change
 from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, RunOrExport, WhichCheckpoint
+from livt_scale.cli.output import echo
 
 
 def retrain(
@@ -33,7 +34,7 @@ def retrain(
     settings = Settings(epochs=epochs, batch=batch, lr=lr, seed=seed)
     result = retrain_head(source, out, train=train, data=data, which=which, settings=settings, force=force)
     if as_json:
-        typer.echo(json.dumps(result))
+        echo(json.dumps(result))
         return
-    typer.echo(f"{result['steps']} steps of the head with {result['batch']} images each, sampled evenly over classes")
+    echo(f"{result['steps']} steps of the head with {result['batch']} images each, sampled evenly over classes")
     print_change(result)

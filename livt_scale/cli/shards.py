@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.cli.shards_bench import bench
 
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ def build(
     loaded = load_spec(spec, overrides=source or (), prepare=prepare, ignore_expected=ignore_expected)
     # A shipped spec may be in a folder of the system; recipes look for its sets in shards/ here.
     out = out or (Path("shards") if is_name(spec) else loaded.folder) / loaded.build.name
-    options = BuildOptions(skip_bad=skip_bad, again=again, decode=decode, report=typer.echo)
+    options = BuildOptions(skip_bad=skip_bad, again=again, decode=decode, report=echo)
     with _progress("images") as progress:
         built = build_shards(loaded, out, options=options, workers=workers, progress=progress)
     for one in built:
         there = f" ({one.kept} were there)" if one.kept and one.made else ""
         state = f"{one.made} shards written{there}" if one.made else "finished already, nothing to do"
-        typer.echo(f"{one.folder}: {one.num_samples:,} images, {one.num_bytes / MIB:.1f} MiB: {state}")
+        echo(f"{one.folder}: {one.num_samples:,} images, {one.num_bytes / MIB:.1f} MiB: {state}")
 
 
 @app.command("verify")
@@ -111,7 +112,7 @@ def verify(
         faults = verify_shards(folder, decode=decode, quarantine=quarantine, workers=workers, progress=progress)
     if as_json:
         rows = [{"shard": f.shard, "key": f.key, "offset": f.offset, "what": f.what} for f in faults]
-        typer.echo(json.dumps({"whole": not faults, "quarantined": quarantine, "faults": rows}, indent=1))
+        echo(json.dumps({"whole": not faults, "quarantined": quarantine, "faults": rows}, indent=1))
     else:
         _print_faults(folder, faults, decode=decode, quarantine=quarantine)
     if faults and not quarantine:
@@ -133,9 +134,9 @@ def index(
     with _progress("shards") as progress:
         shards = index_tars(folder, class_names=names, workers=workers, progress=progress)
     empty = [n for n, count in zip(shards.manifest.class_names, shards.manifest.class_counts, strict=True) if not count]
-    typer.echo(f"{folder}: {shards.num_samples:,} images of {shards.num_classes} classes: manifest written")
+    echo(f"{folder}: {shards.num_samples:,} images of {shards.num_classes} classes: manifest written")
     if empty:
-        typer.echo(f"note: {len(empty)} classes have no image ({', '.join(empty[:5])}): they cannot be trained on")
+        echo(f"note: {len(empty)} classes have no image ({', '.join(empty[:5])}): they cannot be trained on")
 
 
 @app.command("info")
@@ -160,26 +161,24 @@ def info(
     if recipe is not None:
         facts["seen"] = _seen(folder, recipe, stage, sets or [])
     if as_json:
-        typer.echo(json.dumps(facts, indent=1))
+        echo(json.dumps(facts, indent=1))
         return
     factor = facts["imbalance_factor"]
     each = facts["bytes"] / max(facts["samples"] + facts["quarantined"], 1)
-    typer.echo(f"{facts['name']}: {facts['samples']:,} images ({', '.join(facts['image_types'])}) in {folder}")
-    typer.echo(f"shards            {facts['shards']}, {facts['bytes'] / MIB:.1f} MiB, {each:,.0f} bytes an image")
-    typer.echo(
-        f"classes           {facts['classes']}: {facts['largest_class']:,} to {facts['smallest_class']:,} images"
-    )
-    typer.echo(f"imbalance factor  {'no image in a class' if factor is None else f'{factor:g}'}")
+    echo(f"{facts['name']}: {facts['samples']:,} images ({', '.join(facts['image_types'])}) in {folder}")
+    echo(f"shards            {facts['shards']}, {facts['bytes'] / MIB:.1f} MiB, {each:,.0f} bytes an image")
+    echo(f"classes           {facts['classes']}: {facts['largest_class']:,} to {facts['smallest_class']:,} images")
+    echo(f"imbalance factor  {'no image in a class' if factor is None else f'{factor:g}'}")
     if facts["quarantined"]:
-        typer.echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
+        echo(f"in quarantine     {facts['quarantined']}: {_by_class(facts)}")
     for line in _about_the_build(facts["source"]):
-        typer.echo(line)
+        echo(line)
     if recipe is not None:
         for line in _seen_table(facts["seen"]):
-            typer.echo(line)
+            echo(line)
         return
     for line in histogram(facts["class_names"], facts["class_counts"]):
-        typer.echo(line)
+        echo(line)
 
 
 @app.command("trace")
@@ -210,11 +209,11 @@ def trace(
         raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
     seen = rank_samples(loaded, chosen, rank=rank, world_size=world_size, epoch=epoch, step=step)
     if as_json:
-        typer.echo(json.dumps(seen))
+        echo(json.dumps(seen))
         return
-    typer.echo(f"{chosen}, epoch {epoch} of {seen['steps_per_epoch']} steps, rank {rank} of {world_size}")
+    echo(f"{chosen}, epoch {epoch} of {seen['steps_per_epoch']} steps, rank {rank} of {world_size}")
     for one in seen["steps"]:
-        typer.echo(f"step {one['step']}: {' '.join(one['keys'])}")
+        echo(f"step {one['step']}: {' '.join(one['keys'])}")
 
 
 app.command("bench")(bench)
@@ -296,20 +295,20 @@ def _by_class(facts: dict[str, Any]) -> str:
 
 def _print_faults(folder: str, faults: list[Fault], *, decode: bool, quarantine: bool) -> None:
     if not faults:
-        typer.echo(f"{folder}: whole")
+        echo(f"{folder}: whole")
         return
     for fault in faults[:MAX_FAULTS]:
-        typer.echo(str(fault))
+        echo(str(fault))
     if len(faults) > MAX_FAULTS:
-        typer.echo(f"… and {len(faults) - MAX_FAULTS} more (--json lists all)")
+        echo(f"… and {len(faults) - MAX_FAULTS} more (--json lists all)")
     if not quarantine and all(fault.number is not None for fault in faults):
         decode_too = " --decode" if decode else ""
-        typer.echo(f"to leave these samples out: livt shards verify {folder}{decode_too} --quarantine")
+        echo(f"to leave these samples out: livt shards verify {folder}{decode_too} --quarantine")
     if quarantine:
         from livt_scale.data.inspect import info as shard_info
 
         facts = shard_info(folder)
-        typer.echo(f"in quarantine: {facts['quarantined']} samples: {_by_class(facts)}. Training leaves them out")
+        echo(f"in quarantine: {facts['quarantined']} samples: {_by_class(facts)}. Training leaves them out")
 
 
 @contextmanager

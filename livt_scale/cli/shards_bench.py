@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
+
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
 
@@ -54,9 +56,9 @@ def bench(
         results.append(facts)
         if not as_json:
             for line in told(facts):
-                typer.echo(line)
+                echo(line)
     if as_json:
-        typer.echo(json.dumps({"stages": results}, indent=1))
+        echo(json.dumps({"stages": results}, indent=1))
 
 
 def told(facts: dict[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ import typer
 
 from livt_scale.cli.change import print_change
 from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, Weights, WeightsName
+from livt_scale.cli.output import echo
 
 
 def soup(
@@ -37,9 +38,9 @@ def soup(
     members = read_members(paths, all_checkpoints=all_checkpoints, weights=weights.value)
     result = make_soup(members, out, method="greedy" if greedy else "uniform", data=data, run=paths[0], force=force)
     if as_json:
-        typer.echo(json.dumps(result))
+        echo(json.dumps(result))
         return
     for row in result["members"]:
         state = "in" if row["in"] else "left out"
-        typer.echo(f"{row['checkpoint']}  mean class {100 * row['mean_class']:.1f} %  {state}")
+        echo(f"{row['checkpoint']}  mean class {100 * row['mean_class']:.1f} %  {state}")
     print_change(result)

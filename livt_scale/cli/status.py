@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.util.errors import EXIT_FAILED
 
 if TYPE_CHECKING:
@@ -92,7 +93,9 @@ def _put(text: str, *, clear: bool) -> None:
         text.encode(encoding)
     except UnicodeEncodeError:
         text = text.translate(str.maketrans(BARS, PLAIN_BARS)).encode(encoding, "replace").decode(encoding)
-    typer.echo(("\x1b[H\x1b[2J" if clear and sys.stdout.isatty() else "") + text)
+    if clear and sys.stdout.isatty():
+        typer.echo("\x1b[H\x1b[2J", nl=False)
+    echo(text)
 
 
 def _as_json(views: list[RunView], *, single: bool) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.output import echo
 from livt_scale.util.errors import EXIT_FAILED
 from livt_scale.util.outside import read_checked, read_note
 
@@ -59,7 +60,7 @@ def submit(
     check_folder(loaded)
     check_runs(runs(loaded), loaded.folder, to_build=list(wanted_subsets(loaded, every)))
     for where in build_subsets(loaded, every):
-        typer.echo(f"{where}: there", err=as_json)
+        echo(f"{where}: there", err=as_json)
     check_runs(runs(loaded), loaded.folder)
     _write_command(loaded)
     if slurm:
@@ -68,11 +69,11 @@ def submit(
     outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
     if as_json:
-        typer.echo(json.dumps({"done": outcome.done, "failed": failed}))
+        echo(json.dumps({"done": outcome.done, "failed": failed}))
     else:
-        typer.echo(f"{len(outcome.done)} done, {len(failed)} failed; next: livt study report {study}")
+        echo(f"{len(outcome.done)} done, {len(failed)} failed; next: livt study report {study}")
     for name, why in failed.items():
-        typer.echo(f"failed: {name}: {why}", err=True)
+        echo(f"failed: {name}: {why}", err=True)
     if failed:
         raise typer.Exit(EXIT_FAILED)
 
@@ -97,7 +98,7 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, mfu: float,
         return images, classes
 
     summary = summarize_cost(runs, loaded.folder, size_of, device=device, mfu=mfu)
-    typer.echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
+    echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
 
 
 def _write_command(loaded: LoadedStudy) -> None:
@@ -120,13 +121,13 @@ def _submit_arrays(loaded: LoadedStudy, points: list[Point], *, jobs: int | None
         told = submit_array(prepare(loaded, now.points, max_parallel=jobs))
     told |= {"submitted": [p.name for p in now.points], "waits": now.waits, "done": now.done}
     if as_json:
-        typer.echo(json.dumps(told))
+        echo(json.dumps(told))
         return
     verb = "in the queue already" if told.get("joined") else "submitted"
-    typer.echo(f"{len(now.points)} runs {verb}, {len(now.done)} done")
+    echo(f"{len(now.points)} runs {verb}, {len(now.done)} done")
     if now.waits:
-        typer.echo(f"{len(now.waits)} start from a pretraining that is not done: give this command again when it is")
-    typer.echo(f"next: livt study status {loaded.path}")
+        echo(f"{len(now.waits)} start from a pretraining that is not done: give this command again when it is")
+    echo(f"next: livt study status {loaded.path}")
 
 
 @app.command("status")
@@ -143,12 +144,12 @@ def status(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     loaded = load_study(study, folder=out)
     rows = [(point.name, *state_of(loaded, point)) for point in points(loaded)]
     if as_json:
-        typer.echo(json.dumps({"runs": [dict(zip(("name", "state", "why"), row, strict=True)) for row in rows]}))
+        echo(json.dumps({"runs": [dict(zip(("name", "state", "why"), row, strict=True)) for row in rows]}))
     else:
         width = max(len(name) for name, _, _ in rows)
         for name, state, why in rows:
-            typer.echo(f"{name:<{width}}  {state:<11} {why}".rstrip())
-        typer.echo(", ".join(f"{count} {state}" for state, count in Counter(state for _, state, _ in rows).items()))
+            echo(f"{name:<{width}}  {state:<11} {why}".rstrip())
+        echo(", ".join(f"{count} {state}" for state, count in Counter(state for _, state, _ in rows).items()))
     if any(state == "failed" for _, state, _ in rows):
         raise typer.Exit(EXIT_FAILED)
 
@@ -166,7 +167,7 @@ def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     loaded = load_study(study, folder=out)
     table = _collected(loaded)
     if as_json:
-        typer.echo(json.dumps(table))
+        echo(json.dumps(table))
         return
     _tell_table(loaded, table)
 
@@ -190,11 +191,11 @@ def _collected(loaded: LoadedStudy, *, fit: bool = False) -> dict[str, Any]:
 
 def _tell_table(loaded: LoadedStudy, table: dict[str, Any]) -> None:
     counts = Counter(run["state"] for run in table["runs"])
-    typer.echo(", ".join(f"{count} {state}" for state, count in counts.items()))
+    echo(", ".join(f"{count} {state}" for state, count in counts.items()))
     for run in table["runs"]:
         if run["state"] != "done":
-            typer.echo(f"not counted: {run['name']}: {run['state']}{': ' + run['why'] if run['why'] else ''}")
-    typer.echo(f"{loaded.folder / TABLE}, {loaded.folder / 'table.csv'}")
+            echo(f"not counted: {run['name']}: {run['state']}{': ' + run['why'] if run['why'] else ''}")
+    echo(f"{loaded.folder / TABLE}, {loaded.folder / 'table.csv'}")
 
 
 @app.command("fit")
@@ -209,7 +210,7 @@ def fit(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
     loaded = load_study(study, folder=out)
     fits = _collected(loaded, fit=True)["fits"]
-    typer.echo(json.dumps({"fits": fits}) if as_json else "\n".join(line for one in fits for line in _law_lines(one)))
+    echo(json.dumps({"fits": fits}) if as_json else "\n".join(line for one in fits for line in _law_lines(one)))
 
 
 def _law_lines(fit: dict[str, Any]) -> list[str]:
@@ -243,4 +244,4 @@ def report(study: StudyFile, out: Out = None) -> None:
 
     loaded = load_study(study, folder=out)
     for written in write_report(_collected(loaded, fit=True), loaded.folder):
-        typer.echo(str(written))
+        echo(str(written))

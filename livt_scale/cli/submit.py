@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from livt_scale.cli.options import Allow
+from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
@@ -80,9 +81,9 @@ def _wait(runs: list[Path], *, wait_s: float) -> None:
     from livt_scale.slurm.wait import wait as wait_for
 
     try:
-        code = wait_for(runs, wait_s=wait_s, say=lambda text: typer.echo(text, err=True))
+        code = wait_for(runs, wait_s=wait_s, say=lambda text: echo(text, err=True))
     except KeyboardInterrupt:
-        typer.echo("no longer waiting; the jobs continue: livt status, livt cancel", err=True)
+        echo("no longer waiting; the jobs continue: livt status, livt cancel", err=True)
         raise typer.Exit(EXIT_INTERRUPTED) from None
     raise typer.Exit(code)
 
@@ -102,15 +103,15 @@ def _submit_one(recipe: Recipe, *, allow: Sequence[str], dry_run: bool, as_json:
         )
         return []
     if not plan.jobs:
-        typer.echo(json.dumps({"jobs": []}) if as_json else f"This run is done: {prepared.run_dir}")
+        echo(json.dumps({"jobs": []}) if as_json else f"This run is done: {prepared.run_dir}")
         return []
     chain = chains.submit(prepared)
     if as_json:
-        typer.echo(json.dumps(chain))
+        echo(json.dumps(chain))
         return [prepared.run_dir]
     _print_chain(chain, plan.notes)
     if not chain.get("joined"):
-        typer.echo(f"{chain['mode']}, because {chain['why']}; record: {prepared.run_dir / 'slurm' / 'chain.json'}")
+        echo(f"{chain['mode']}, because {chain['why']}; record: {prepared.run_dir / 'slurm' / 'chain.json'}")
     return [prepared.run_dir]
 
 
@@ -124,7 +125,7 @@ def _submit_array(
 
     prepared = array.prepare_array(recipes, max_parallel=jobs, allow=allow)
     if not prepared.jobs:
-        typer.echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
+        echo(json.dumps({"jobs": []}) if as_json else "These runs are done.")
         return []
     if dry_run:
         code = code_now(prepared.runs[0])
@@ -135,26 +136,24 @@ def _submit_array(
         return []
     told, runs = array.submit_array(prepared), [run.run_dir for run in prepared.runs]
     if as_json:
-        typer.echo(json.dumps(told))
+        echo(json.dumps(told))
         return runs
     _print_chain(told, prepared.notes)
     if not told.get("joined"):
         bounded = f"{len(runs)} runs, at most {told['max_parallel']} in parallel in each stage"
-        typer.echo(f"{bounded}; scripts and logs: {told['folder']}")
+        echo(f"{bounded}; scripts and logs: {told['folder']}")
     return runs
 
 
 def _print_chain(chain: dict[str, Any], notes: Sequence[str]) -> None:
     if chain.get("joined"):
         states = ", ".join(f"{job} {state.lower()}" for job, state in chain["joined"].items())
-        typer.echo(f"In the queue already, so nothing was submitted: {states}")
+        echo(f"In the queue already, so nothing was submitted: {states}")
         return
     for note in notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     for job in chain["jobs"]:
-        typer.echo(
-            f"{job['id']:>8}  {job['name']:<14} {_asked(job['resources'])}  {job['dependency'] or 'starts first'}"
-        )
+        echo(f"{job['id']:>8}  {job['name']:<14} {_asked(job['resources'])}  {job['dependency'] or 'starts first'}")
 
 
 def _asked(resources: dict[str, Any]) -> str:
@@ -176,13 +175,13 @@ def _print_dry_run(
             {"name": job.name, "resources": asdict(job.resources), "after": after, "script": text}
             for job, text, after in zip(jobs, texts, waits, strict=True)
         ]
-        typer.echo(json.dumps({"mode": plan.mode, "why": plan.why, "notes": plan.notes, "jobs": told}))
+        echo(json.dumps({"mode": plan.mode, "why": plan.why, "notes": plan.notes, "jobs": told}))
         return
     for job, text in zip(jobs, texts, strict=True):
-        typer.echo(f"# ===== {job.name} =====\n{text}")
-    typer.echo(f"# plan: {plan.mode}, because {plan.why}")
+        echo(f"# ===== {job.name} =====\n{text}")
+    echo(f"# plan: {plan.mode}, because {plan.why}")
     for job, after in zip(jobs, waits, strict=True):
         then = f"{after[0]} {jobs[after[1]].name}" if after else "starts first"
-        typer.echo(f"#   {job.name:<14} {_asked(asdict(job.resources))}  {then}")
+        echo(f"#   {job.name:<14} {_asked(asdict(job.resources))}  {then}")
     for note in plan.notes:
-        typer.echo(f"# note: {note}")
+        echo(f"# note: {note}")

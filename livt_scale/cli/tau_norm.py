@@ -9,6 +9,7 @@ import typer
 
 from livt_scale.cli.change import print_change
 from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, RunOrExport, WhichCheckpoint
+from livt_scale.cli.output import echo
 
 
 def tau_norm(
@@ -33,10 +34,10 @@ def tau_norm(
 
     result = tau_normalise(source, out, taus=taus or TAUS, keep_bias=keep_bias, data=data, which=which, force=force)
     if as_json:
-        typer.echo(json.dumps(result))
+        echo(json.dumps(result))
         return
     chosen_on = result["held_out"]["chosen_on"]
     for row in result["sweep"]:
         mark = "  <- chosen" if row["tau"] == result["tau"] else ""
-        typer.echo(f"tau {row['tau']:<4g}  mean class {100 * row['mean_class']:.1f} % of {chosen_on} images{mark}")
+        echo(f"tau {row['tau']:<4g}  mean class {100 * row['mean_class']:.1f} % of {chosen_on} images{mark}")
     print_change(result)
