@@ -198,7 +198,8 @@ def read_chain(run_dir: Path) -> dict[str, Any] | None:
     """RUN/slurm/chain.json; None where nothing was submitted. Raises ClusterError where it cannot be read."""
     try:
         chain: dict[str, Any] = read_json(run_dir / CHAIN, "record")
-        chain["chain"], chain["jobs"]
+        if not chain["chain"] or not all(isinstance(job, dict) for job in chain["jobs"]):
+            raise ValueError("its jobs are not a list of objects")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -33,22 +34,28 @@ ODD = [
     *ODD_TEXT, [], {}, [[]], [None] * 2000, {"a": {}}, {"": None}, ["x", 1, None],
 ]  # fmt: skip
 
+
+def chosen(values: Sequence[Any]) -> st.SearchStrategy[Any]:
+    """One of `values`; unlike st.sampled_from it does not spell them out, which hypothesis warns of."""
+    return st.integers(0, len(values) - 1).map(lambda k: values[k])
+
+
 fractions = st.floats(0, 1, exclude_max=True)
 odd_values = st.one_of(
-    st.sampled_from(ODD),
+    chosen(ODD),
     st.integers(-(2**70), 2**70),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=20),
     st.integers(2, 2000).map(lambda depth: _nested(depth)),
 )
 tree_changes = st.lists(
-    st.tuples(st.sampled_from(["put", "put", "put", "drop", "rename", "add", "repeat", "swap"]), fractions, odd_values),
+    st.tuples(chosen(["put", "put", "put", "drop", "rename", "add", "repeat", "swap"]), fractions, odd_values),
     min_size=1,
     max_size=4,
 )
 byte_changes = st.lists(
     st.tuples(
-        st.sampled_from(["flip", "flip", "set", "cut", "grow", "repeat", "zero", "number"]),
+        chosen(["flip", "flip", "set", "cut", "grow", "repeat", "zero", "number"]),
         fractions,
         st.integers(0, 255),
     ),
@@ -56,7 +63,7 @@ byte_changes = st.lists(
     max_size=4,
 )
 file_changes = st.tuples(
-    st.sampled_from(["pipe", "folder", "zeros", "nowhere", "itself", "empty", "gone", "huge", "socket", "unreadable"]),
+    chosen(["pipe", "folder", "zeros", "nowhere", "itself", "empty", "gone", "huge", "socket", "unreadable"]),
     fractions,
 )
 

@@ -15,6 +15,7 @@ from tests.fuzz.mutations import (
     change_bytes,
     change_file,
     change_tree,
+    chosen,
     file_changes,
     fractions,
     odd_values,
@@ -44,17 +45,15 @@ COMMANDS = (
 cases = st.fixed_dictionaries(
     {
         "manifest": st.one_of(st.just([]), tree_changes),
-        "bytes": st.dictionaries(
-            st.sampled_from([".metadata", "__0_0.distcp", "manifest.json"]), byte_changes, max_size=2
-        ),
-        "snippets": st.lists(st.tuples(fractions, st.sampled_from(SNIPPETS)), max_size=1),
-        "foreign": st.sampled_from([False, False, False, True]),  # without our manifest: a folder of DCP
+        "bytes": st.dictionaries(chosen([".metadata", "__0_0.distcp", "manifest.json"]), byte_changes, max_size=2),
+        "snippets": st.lists(st.tuples(fractions, chosen(SNIPPETS)), max_size=1),
+        "foreign": chosen([False, False, False, True]),  # without our manifest: a folder of DCP
         "status": st.one_of(st.none(), tree_changes),
         "line": st.one_of(st.none(), tree_changes),
         "chain": st.one_of(st.none(), odd_values),
         "recipe": st.one_of(st.just([]), st.just([]), byte_changes),
         "file": st.one_of(st.none(), st.none(), file_changes),
-        "command": st.sampled_from(COMMANDS),
+        "command": chosen(COMMANDS),
     }
 )
 

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
 from tests.fuzz.limited import example, livt
-from tests.fuzz.mutations import byte_changes, change_bytes, change_file, change_tree, file_changes, tree_changes
+from tests.fuzz.mutations import (
+    byte_changes,
+    change_bytes,
+    change_file,
+    change_tree,
+    chosen,
+    file_changes,
+    tree_changes,
+)
 
 QUARANTINE = {
     "format": "livt-quarantine",
@@ -34,14 +42,14 @@ cases = st.fixed_dictionaries(
     {
         "manifest": st.one_of(st.just([]), tree_changes),
         "bytes": st.dictionaries(
-            st.sampled_from(["index.npy", "keys.bin", "shard", "quarantine.json", "manifest.json"]),
+            chosen(["index.npy", "keys.bin", "shard", "quarantine.json", "manifest.json"]),
             byte_changes,
             max_size=2,
         ),
         "quarantine": st.one_of(st.none(), st.just([]), tree_changes),
-        "sealed": st.sampled_from([True, True, True, False]),  # sizes and hashes are those of the changed files
+        "sealed": chosen([True, True, True, False]),  # sizes and hashes are those of the changed files
         "file": st.one_of(st.none(), st.none(), file_changes),
-        "command": st.sampled_from(COMMANDS),
+        "command": chosen(COMMANDS),
     }
 )
 

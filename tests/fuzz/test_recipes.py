@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
 from tests.fuzz.limited import example, livt
-from tests.fuzz.mutations import EVIL, byte_changes, change_bytes, change_file, change_tree, file_changes, tree_changes
+from tests.fuzz.mutations import (
+    EVIL,
+    byte_changes,
+    change_bytes,
+    change_file,
+    change_tree,
+    chosen,
+    file_changes,
+    tree_changes,
+)
 
 RECIPE = {
     "extends": ["base.yaml", "other.yaml"],
@@ -43,13 +52,11 @@ recipes = st.fixed_dictionaries(
     {
         "tree": st.one_of(st.just([]), tree_changes),
         "bytes": st.one_of(st.just([]), st.just([]), byte_changes),
-        "piece": st.one_of(st.none(), st.tuples(st.sampled_from(PIECES), st.floats(0, 1))),
+        "piece": st.one_of(st.none(), st.tuples(chosen(PIECES), st.floats(0, 1))),
         "base": st.one_of(st.just([]), byte_changes),
         "file": st.one_of(st.none(), st.none(), file_changes),
-        "sets": st.lists(
-            st.one_of(st.sampled_from(SETS), st.text(alphabet=st.characters(exclude_characters="\0"))), max_size=2
-        ),
-        "command": st.sampled_from(["check", "check", "show"]),
+        "sets": st.lists(st.one_of(chosen(SETS), st.text(alphabet=st.characters(exclude_characters="\0"))), max_size=2),
+        "command": chosen(["check", "check", "show"]),
     }
 )
 

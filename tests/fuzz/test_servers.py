@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
 from tests.fuzz.limited import example, livt
-from tests.fuzz.mutations import EVIL, byte_changes, change_bytes
+from tests.fuzz.mutations import EVIL, byte_changes, change_bytes, chosen
 
 SILENT_S = 3.0
 FILES = ("manifest.json", "index.npy", "keys.bin", "quarantine.json", "set-000000.tar")
@@ -46,20 +46,18 @@ BODIES: dict[str, Callable[[bytes], bytes]] = {
 }
 answers = st.fixed_dictionaries(
     {
-        "status": st.sampled_from([*STATUSES, *["200 OK"] * 20]),
-        "headers": st.lists(st.sampled_from(HEADERS), max_size=3),
-        "body": st.sampled_from([*BODIES]),
+        "status": chosen([*STATUSES, *["200 OK"] * 20]),
+        "headers": st.lists(chosen(HEADERS), max_size=3),
+        "body": chosen([*BODIES]),
         "bytes": st.one_of(st.just([]), st.just([]), byte_changes),
         "length": st.booleans(),  # a Content-Length that is right
-        "raw": st.sampled_from(
-            [None, None, None, b"", b"\0" * 100, b"HTTP/9.9 200\r\n\r\n", b"SSH-2.0-x\r\n", "silence"]
-        ),
+        "raw": chosen([None, None, None, b"", b"\0" * 100, b"HTTP/9.9 200\r\n\r\n", b"SSH-2.0-x\r\n", "silence"]),
     }
 )
 cases = st.fixed_dictionaries(
     {
-        "answers": st.dictionaries(st.sampled_from(FILES), answers, min_size=1, max_size=2),
-        "command": st.sampled_from(["check", "check", "trace"]),
+        "answers": st.dictionaries(chosen(FILES), answers, min_size=1, max_size=2),
+        "command": chosen(["check", "check", "trace"]),
     }
 )
 RECIPE = """\

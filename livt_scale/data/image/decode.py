@@ -29,6 +29,7 @@ from livt_scale.data.image.png import SIGNATURE, size_and_exif
 
 Pixels = NDArray[np.uint8]
 
+MAX_SIDE_PX = 1 << 16  # as JPEG has it; of 67 million x 1 pixels resizing makes gigabytes
 MAX_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
 MAX_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels, and usual are ten
 MAX_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get memory of their own
@@ -281,6 +282,11 @@ def _check_values(image: Image.Image) -> None:
 
 
 def _check_size(height: int, width: int) -> None:
+    if max(height, width) > MAX_SIDE_PX:
+        raise BadImage(
+            f"its header promises {width} x {height} pixels, a side of more than {MAX_SIDE_PX:,}",
+            reason=f"{TOO_LARGE} (a side of {MAX_SIDE_PX:,})",
+        )
     if height * width > MAX_PIXELS:
         raise BadImage(
             f"its header promises {width} x {height} pixels, more than {MAX_PIXELS:,}",
