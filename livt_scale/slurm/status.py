@@ -121,7 +121,7 @@ def look_at(run_dir: Path, *, queue: Queue | None = None, brief: bool = False) -
         state, why = judge(records[name], of_it, signs, gave_up=_gave_up(run_dir, name))
         stages.append(StageView(name, state, why, records[name], plan.stages.get(name)))
         notes += records[name].damage
-    notes += _other_recipe(run_dir)
+    notes += [] if brief else _other_recipe(run_dir)  # no line shows notes
     shown = next((stage for stage in stages if stage.name == current), None)
     view = RunView(
         run_dir,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from livt_scale.cli import status as screens
-from livt_scale.config.load import load_recipe
+from livt_scale.config.load import load_recipe, to_yaml
 from livt_scale.slurm import array, submit
 from tests.slurm.fake_slurm import FakeSlurm
 from tests.slurm.made_runs import MadeRun
@@ -48,7 +48,9 @@ def test_a_chain_of_65_jobs_takes_at_most_5_s(tmp_path, fake):
 def test_the_status_of_200_runs_takes_at_most_3_s(tmp_path, monkeypatch):
     ReplayedSlurm(tmp_path, monkeypatch)
     runs = [MadeRun(tmp_path / "runs" / f"{k:03}") for k in range(200)]
+    recipe = to_yaml(load_recipe(QUICKSTART))
     for run in runs:
+        (run.dir / "recipe.yaml").write_text(recipe)
         run.status("running", step=120, total_steps=10_000)
         run.beat(0)
         run.metrics(*[2.0] * 5000)  # 800 kB
