@@ -1,4 +1,4 @@
-"""A loss of your own, registered: by name in the API, and in recipes.
+"""A custom loss, registered: it has a name in the API and in recipes.
 
 python examples/custom_loss.py
 LIVT_EXTENSIONS=$PWD/examples/custom_loss.py livt train recipe.yaml --set stages.finetune.loss.name=sqrt_weighted

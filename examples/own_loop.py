@@ -1,4 +1,4 @@
-"""A training loop of your own: shards to accuracy by group, without a recipe.
+"""Your own training loop: shards to accuracy by group, without a recipe.
 
 python examples/own_loop.py
 python examples/own_loop.py --epochs 30 --lr 2e-3 --warmup-epochs 3      # as the quickstart fine-tunes
