@@ -293,7 +293,7 @@ def shortened(text: str, most: int) -> str:
 
 
 def as_dict(view: RunView) -> dict[str, Any]:
-    """The keys of --json (docs/status.md): none is ever left out; null: not known."""
+    """The keys of --json (docs/runs.md): none is ever left out; null: not known."""
     return {
         "version": JSON_VERSION,
         "run": str(view.run_dir),

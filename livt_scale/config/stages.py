@@ -51,7 +51,7 @@ class StagePart(RecipePart):
         "MAE's linear probe",
     )
     flip: Annotated[bool, ALLOW] = Field(True, description="mirror half of the images")
-    sampling: Sampling = Field(Instance(), description="how likely each class is drawn: see docs/order.md")
+    sampling: Sampling = Field(Instance(), description="how likely each class is drawn: see docs/loader.md")
     repeats: PositiveInt = Field(
         1, description="views of an image in one batch, neighbours; an epoch keeps its steps and sees 1/repeats of them"
     )

@@ -22,7 +22,7 @@ HEAD = """\
 # Results: the paper's claims, checked here
 
 This page is made by `livt reproduce … --page docs/results.md`, of results that it collected from run directories and
-keeps in `docs/results/`; how to run it, here and on ImageNet-LT: [reproducing](reproducing.md). Each number is the
+keeps in `docs/results/`; how to run it, here and on ImageNet-LT: [reproducing](studying.md). Each number is the
 mean over seeds ± their standard deviation, on evaluation images. A verdict is a rule, which stands in
 `livt_scale/study/comparison.py`: with the same seeds for both arms, the {confidence:.0%} interval of the difference
 lies above 0 (confirmed), below 0 (not confirmed), or holds it (not decidable here, as with fewer than {least} seeds). A

@@ -160,14 +160,14 @@ class NonFiniteError(RunError):
     """The loss or its gradient is NaN or infinite, or spikes, more often than `faults` allows.
 
     Occurs: a step gives such a value and the policy of `faults` is to stop. The keys of the batch are named.
-    What to do: look at those samples, lower `base_lr`, set `clip_grad`, or change `faults` (docs/surviving.md).
+    What to do: look at those samples, lower `base_lr`, set `clip_grad`, or change `faults` (docs/checkpoints.md).
     """
 
 
 class RankLostError(RunError):
     """Another rank is gone, has failed, or makes no progress.
 
-    Occurs: a rank dies or hangs; the others end within a bound (docs/surviving.md), naming it and what it reported
+    Occurs: a rank dies or hangs; the others end within a bound (docs/checkpoints.md), naming it and what it reported
     last.
     What to do: see the log of that rank, then start again: the run resumes from its newest checkpoint.
     """

@@ -5,7 +5,7 @@
     redacted("GET https://me:pw@host/x?sig=1")     "GET https://host/x?…"
 
 A URL ends up in recipes, logs, metrics and errors, so one that holds credentials is refused before it goes anywhere.
-They come from the environment or the usual profile files instead (docs/streaming.md).
+They come from the environment or the usual profile files instead (docs/loader.md).
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_the_keys_of_json_are_those_of_the_docs_and_always_there(busy, tmp_path,
     assert first["last_anomaly"]["loss"] is None  # NaN is not JSON
     assert first["slowest"]["rank"] == 1
     assert told["jobs"][1]["reason"] == "Dependency"
-    documented = (request.config.rootpath / "docs" / "status.md").read_text()
+    documented = (request.config.rootpath / "docs" / "runs.md").read_text()
     assert [key for key in (*RUN_KEYS, *STAGE_KEYS, *JOB_KEYS) if f"`{key}`" not in documented] == []
 
 

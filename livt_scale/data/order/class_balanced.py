@@ -10,7 +10,7 @@ A class walks through its own images, in another random order each round, and be
 
 `Repeated` shows k views of each sample in one batch (Hoffer et al. 2020, arXiv 1901.09335; DeiT's repeated
 augmentation, k = 3). `livt_scale.config.sampling` has the policies that give shares. Cost: 4 bytes a sample once (the
-lists of each class's samples) and about 20 MB for a block; no locality, as a class is in all shards: see docs/order.md.
+lists of each class's samples) and about 20 MB for a block; no locality, as a class is in all shards: docs/loader.md.
 """
 
 from __future__ import annotations
