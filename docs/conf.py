@@ -10,7 +10,6 @@ release = version = installed("livt-scale")
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
 ]
@@ -24,6 +23,7 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 suppress_warnings = ["myst.xref_ambiguous"]
 nitpicky = False
 
+default_role = "code"  # `name` in a docstring
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -26,8 +26,8 @@ def train(
 
     recipe: the path of a recipe file, or "livt:NAME" for one that ships. overrides: values by dotted name, as
     {"seed": 1, "stages.finetune.epochs": 5}, or texts "a.b=c" as of --set. stage: "pretrain" or "finetune"; None: every
-    unfinished one. allow: fields that may have changed in mid-stage. hooks: `livt_scale.train.loop.Hook`s, called after
-    the built-in ones.
+    unfinished one. allow: fields that may have changed in mid-stage. hooks: objects of `livt_scale.train.loop.Hook`,
+    called after the built-in ones.
 
     Under torchrun or srun every rank calls it. Progress goes to `logging` (loggers livt_scale.*). Raises RecipeError
     and UsageError before anything is allocated or written, Preempted if a signal stopped it (it is saved: call it
