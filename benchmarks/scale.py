@@ -36,21 +36,22 @@ NAMES = {"pretrain": "pretraining", "finetune": "fine-tuning"}
 HEAD = """\
 # Scale
 
-What training would take from 1 to 4096 GPUs ({device}): predicted, not measured. This page is made by
-`python benchmarks/scale.py --page docs/scale.md`; every figure is from `livt plan` ([plan](plan.md)). Above each table
-stands its command, for one of its numbers of GPUs; the second one gives the weak scaling.
+This page estimates what training takes on 1 to 4096 GPUs ({device}); nothing on it is measured. It is made by
+`python benchmarks/scale.py --page docs/scale.md`; every figure is from `livt plan` ([plan](plan.md)). The command above
+each table is for one of its numbers of GPUs; the second command gives the weak scaling.
 
-- **step**: of the fastest choice of strategy, recomputing and micro-batch that fits; "64 × 2": two micro-batches of 64.
-- **efficiency**: against the smallest number of GPUs that fits, at the recipe's own global batch: what was learnt stays
-  the same, and each GPU has less to do.
-- **weak**: the same with {images} images a GPU, so that the global batch grows with the GPUs: other learning, and a
-  learning rate to find. Above 100 %: fsdp shares out AdamW's work, which one GPU does alone.
-- **traffic**: through one rank, a step. **stall**: what a save holds training up; it is written meanwhile.
-- **Daly**: the interval between saves that loses least. **lost**: of the time, with it, to saves, work done again and
-  restarts, where a node fails every {mtbf:g} days on average.
+- **step**: of the fastest choice of strategy, recomputation and micro-batch that fits; "64 × 2": two micro-batches of
+  64.
+- **efficiency**: relative to the smallest number of GPUs that fits, at the recipe's global batch: the result stays
+  the same, and each GPU has less work.
+- **weak**: the same with {images} images per GPU, so that the global batch grows with the GPUs: the result changes,
+  and the learning rate has to be found again. Above 100 %: fsdp shards AdamW's work, which one GPU does alone.
+- **traffic**: through one rank, per step. **stall**: the time that a save holds training up; it is written meanwhile.
+- **Daly**: the interval between saves that loses least. **lost**: the share of time, with this interval, for saves,
+  repeated work and restarts, if a node fails every {mtbf:g} days on average.
 
-The figures are only as good as what is assumed; no GPU has been held against them yet. What is not in them: slow nodes,
-shared networks, evaluation, queueing, a file system that cannot feed the loaders. Assumed throughout (`--assume
+The figures are only as good as the assumptions; they have not been compared with a GPU yet. They do not include slow
+nodes, shared networks, evaluation, queueing, or a file system that cannot feed the loaders. Assumptions (`--assume
 NAME=VALUE` changes one):
 
 """
@@ -141,8 +142,8 @@ def failures() -> str:
 
     lines = [
         "## Nodes that fail", "",
-        "Pretraining; Daly's interval between saves, and what share of the time is lost with it, where one node fails "
-        "every so many", "days on average. One of many nodes fails so much more often.", "",
+        "Pretraining: Daly's interval between saves, and the share of time lost with it, if a node fails once in the "
+        "given number of", "days on average. With more nodes, one of them fails more often.", "",
         "```sh", line(MODELS["ViT-H/14"], 4096, 100), "```", "",
         "| model, GPUs | " + " | ".join(f"{days} days" for days in MTBF_NODE_DAYS) + " |",
         "| --- |" + " ---: |" * len(MTBF_NODE_DAYS),

@@ -24,17 +24,16 @@ TOP = "LivtError"
 HEAD = """\
 # Errors
 
-Whatever goes wrong in a way that was foreseen is one line on stderr: what happened, where, and what to do about it.
+This page lists every kind of error, its cause and what to do. It is made from the docstrings of the classes by
+`python scripts/errors_page.py`. An error is one line on stderr: what happened, where, and a remedy.
 
 ```text
 livt: error: MESSAGE. REMEDY
 ```
 
 The exit code is 1 for a failure, 2 for wrong usage and 85 for a run that was stopped and saved. The option `--debug`,
-before the command, adds the traceback; a traceback without it is a fault of ours. A program that calls the package
-catches `livt_scale.util.errors.LivtError`, whose `message` and `remedy` are the two parts of the line.
-
-This page is made from the docstrings of the classes by `python scripts/errors_page.py`.
+before the command, adds the traceback; a traceback without it is a bug. A program that calls the package
+catches `livt_scale.LivtError`, whose `message` and `remedy` are the two parts of the line.
 """
 
 

@@ -20,12 +20,12 @@ HEAD = re.compile(r"^# (Reproduces|Hardware|Expect|Command|Note):\s*(.*)$")  # a
 PAGE = """\
 # Recipes
 
-The recipes that ship. This page is made by `livt recipe list --page docs/recipes.md`; how to write and change one:
-[recipe files](recipe-files.md).
+This page lists the recipes that ship. It is made by `livt recipe list --page docs/recipes.md`;
+[recipe files](recipe-files.md) shows how to write and change one.
 
-Where a value is not the paper's, the file says whose it is beside it. `_code` recipes are what the public code and logs
-have, where these differ from the paper's table: their learning rate follows the six public logs in every epoch
-(`tests/test_schedules.py`). A larger model, another schedule or another loss is a `--set` away:
+A comment names the source of each value that is not the paper's. `_code` recipes have the values of the public code and
+logs, if these differ from the paper's table: their learning rate follows the six public logs in every epoch
+(`tests/test_schedules.py`). To change the model, the schedule or the loss, use `--set`:
 
 ```sh
 livt recipe show recipes/imagenet_lt/vit_b16.yaml --set stages.pretrain.epochs=400 --set model.size=vit_s

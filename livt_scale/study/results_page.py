@@ -21,13 +21,14 @@ COLUMNS = {
 HEAD = """\
 # Results: the paper's claims, checked here
 
-This page is made by `livt reproduce … --page docs/results.md`, of results that it collected from run directories and
-keeps in `docs/results/`; how to run it, here and on ImageNet-LT: [reproducing](studying.md). Each number is the
-mean over seeds ± their standard deviation, on evaluation images. A verdict is a rule, which stands in
-`livt_scale/study/comparison.py`: with the same seeds for both arms, the {confidence:.0%} interval of the difference
-lies above 0 (confirmed), below 0 (not confirmed), or holds it (not decidable here, as with fewer than {least} seeds). A
-claim is confirmed where each of its questions is, and not confirmed where one is not. All arms have the recipe's
-learning rate and, unless their name says otherwise, the section's epochs; nothing was tuned for any of them.
+This page has the verdicts on the paper's claims. It is made by `livt reproduce … --page docs/results.md` from results
+that were collected from run directories and are kept in `docs/results/`; [studies and
+claims](studying.md#check-the-papers-claims) shows how to run it, here and on ImageNet-LT. Each number is the mean
+over seeds ± their standard deviation, on evaluation images. `livt_scale/study/comparison.py` has the rule of a
+verdict: with the same seeds for both arms, the {confidence:.0%} interval of the difference is above 0 (confirmed),
+below 0 (not confirmed), or contains it (not decidable here, as with fewer than {least} seeds). A claim is confirmed
+if each of its questions is, and not confirmed if one is not. All arms have the recipe's learning rate and, unless
+their name differs, the section's epochs; nothing was tuned for any of them.
 """
 
 
