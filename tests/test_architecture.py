@@ -128,7 +128,8 @@ def test_every_environment_variable_that_is_read_is_documented():
 def test_the_changelog_and_the_package_agree_on_the_version():
     newest = re.search(r"^## \[?(\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest is not None
-    assert newest[1] == livt_scale.__version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert newest[1] == citation["version"] == livt_scale.__version__
 
 
 # Reading a file by name elsewhere than in util/outside.py: each module with its reason. The list may only shrink.
