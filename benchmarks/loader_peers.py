@@ -7,7 +7,7 @@ litdata         litdata.optimize, StreamingDataset and StreamingDataLoader; imag
                 torchvision's v2 transforms work on those
 
 A peer that is not installed is None in `available()`. mosaicml-streaming wants an older NumPy than ours is tested with,
-so both live in an environment of their own (docs/loader.md).
+so both have a separate environment (docs/benchmarks.md).
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def test_the_reference_has_every_public_name():
     assert {name for name in named if "." not in name} == objects
 
 
-def test_nobody_is_told_to_install_by_name():
+def test_no_page_installs_the_package_by_name():
     pages = [*PAGES, ROOT / "README.md"]
     assert [
         p.name for p in pages if re.search(r"pip3? install ['\"]?livt[-_]scale", p.read_text(encoding="utf-8"))
