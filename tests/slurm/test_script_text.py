@@ -97,7 +97,7 @@ def test_the_script_of_a_stage(golden, site_name, stage, mode):
 
 @pytest.mark.parametrize("kind", ["h100_infiniband", "shared_gpus", "by_qos", "no_accounting", "containers"])
 def test_the_scripts_of_each_kind_of_cluster(golden, kind):
-    """With what an administrator would look for in them, from the head of the profile."""
+    """With what to check in them, from the head of the profile."""
     looks_for = [line for line in shipped(f"slurm/sites/{kind}.yaml").read_text().splitlines() if line.startswith("#")]
     site = load_site(kind)
     account = {"account": "lab"} if site.needs_account else {}
