@@ -50,6 +50,9 @@ TERMINATE_S = 30.0  # what torchrun leaves the other ranks after one has failed
 # --- in the test ---
 
 
+_START = subprocess.Popen  # a test may put its own in place of it while the server is started
+
+
 class Popen:
     """What tests use of subprocess.Popen, for `python ARGUMENTS` with -m, -c, -W or the path of a script.
 
@@ -231,7 +234,7 @@ class _Server:
             "PYTHONPATH": f"{REPO}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         }
         with theirs:
-            self._process = subprocess.Popen(
+            self._process = _START(
                 [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
                 cwd=REPO,
                 env=environ,

@@ -205,7 +205,7 @@ def test_a_record_that_cannot_be_read_is_told(tmp_path, fake):
     path = Path(of.run_dir) / "slurm" / "chain.json"
     path.parent.mkdir(parents=True)
     path.write_text("{half")
-    with pytest.raises(ClusterError, match=r"chain\.json' cannot be read"):
+    with pytest.raises(ClusterError, match=r"chain\.json cannot be read"):
         submit(of)
 
 

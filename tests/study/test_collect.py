@@ -191,7 +191,7 @@ def test_the_same_results_give_the_same_picture(tmp_path, claim):
 
 def test_damaged_results_are_named(tmp_path):
     (tmp_path / "x.json").write_text("{")
-    with pytest.raises(DataError, match=r"x\.json is not JSON"):
+    with pytest.raises(DataError, match=r"x\.json cannot be read: it is not JSON"):
         results_page.read_results(tmp_path)
 
 

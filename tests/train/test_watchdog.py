@@ -16,6 +16,7 @@ import pytest
 from livt_scale.config.recipe import Faults
 from livt_scale.distributed.world import World
 from livt_scale.train import heartbeat
+from livt_scale.train import watchdog as watchdog_module
 from livt_scale.train.heartbeat import Heartbeat
 from livt_scale.train.run_dir import Status
 from livt_scale.train.watchdog import SLOW_TIMES, Watchdog
@@ -84,7 +85,7 @@ def test_only_a_process_of_this_host_is_known_to_be_dead():
 
 
 def test_a_running_rank_writes_where_it_is_and_status_joins_the_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr("livt_scale.train.watchdog.STATUS_EVERY_S", 0.05)
+    monkeypatch.setattr(watchdog_module, "STATUS_EVERY_S", 0.05)
     heartbeat.write(tmp_path, replace(BEAT, rank=1, phase="data", step=4))
     status_file = Status(tmp_path, stage="pretrain", writes=True)
     watched = watchdog(tmp_path, status=status_file)
