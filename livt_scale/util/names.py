@@ -1,7 +1,8 @@
-"""Which valid name a wrong one was meant to be: a common beginning counts first, then how many letters differ.
+"""Which valid name a wrong one was meant to be: one wrong letter, then a common beginning, then more wrong letters.
 
     closest("vit_base", ["vit_b", "vit_s"])           ["vit_b"]           one name is the beginning of the other
     closest("epocs", ["epochs", "seed"])              ["epochs"]          one letter is missing
+    closest("a100-80gb", ["a100", "a100-40gb"])       ["a100"]            another number is another thing, not a slip
     closest("vit_x", ["vit_b", "vit_s", "seed"])      ["vit_b", "vit_s"]  equally near
     closest("zebra", ["epochs", "seed"])              []                  no guess is better than a wrong one
 
@@ -28,8 +29,13 @@ def closest(name: str, names: Iterable[str]) -> list[str]:
         short, long = sorted((wanted, other), key=len)
         return len(long) - len(short) if len(short) >= MIN_PREFIX and long.startswith(short) else None
 
-    return _least({other: longer_part(text) for other, text in folded.items()}) or _least(
-        {other: _edits(wanted, text, most=max(1, len(wanted) // 3)) for other, text in folded.items()}
+    def slip(other: str) -> int | None:
+        return _edits(wanted, other, most=1) if _digits(wanted) == _digits(other) else None
+
+    return (
+        _least({other: slip(text) for other, text in folded.items()})
+        or _least({other: longer_part(text) for other, text in folded.items()})
+        or _least({other: _edits(wanted, text, most=max(1, len(wanted) // 3)) for other, text in folded.items()})
     )
 
 
@@ -41,6 +47,10 @@ def listed(names: Iterable[str], *, joint: str = "or") -> str:
 
 def _folded(name: str) -> str:
     return name.lower().replace("-", "_")
+
+
+def _digits(name: str) -> list[str]:
+    return [letter for letter in name if letter.isdigit()]
 
 
 def _least(distances: dict[str, int | None]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Wrong names: what begins alike comes first, then what differs in few letters, and nothing where all are far away."""
+"""Wrong names: one letter apart comes first, then what begins alike, and nothing where all are far away."""
 
 import pytest
 from hypothesis import given
@@ -17,6 +17,7 @@ DEVICES = ["v100", "v100-pcie", "a100", "a100-40gb", "a10", "h100", "h100-pcie",
         ("vit_large", SIZES, ["vit_l"]),
         ("vit_tiny", SIZES, ["vit_ti"]),
         ("ViT-B/16", SIZES, ["vit_b"]),
+        ("vit_tiny_mien", [*SIZES, "vit_tiny_mine"], ["vit_tiny_mine"]),
         ("vit_x", SIZES, ["vit_b", "vit_h", "vit_l", "vit_s"]),
         ("swin_t", SIZES, []),
         ("v100-16gb", DEVICES, ["v100"]),
