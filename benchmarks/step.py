@@ -141,7 +141,7 @@ def contenders(model: Model, *, device: torch.device, precision: str, compiled: 
     prepare_blocks(ours, recompute=False, compiled=compiled)
     plain = PlainAutoencoder(model).to(device)
     plain.load_state_dict(ours.state_dict(), strict=True)
-    groups = [param_groups(network, lr=1e-3, weight_decay=0.05, layer_decay=None) for network in (ours, plain)]
+    groups = [param_groups(network, lr=LR, weight_decay=0.05, layer_decay=None) for network in (ours, plain)]
     fused = make_adamw(groups[0], betas=BETAS)
     set_lr(fused, LR)
     unfused = torch.optim.AdamW(groups[1], lr=LR, betas=BETAS, fused=False, foreach=False)

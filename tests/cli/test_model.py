@@ -72,7 +72,7 @@ def test_what_cannot_be_evaluated_is_said_in_one_line(run_dir: Path, tmp_path: P
         livt("eval", tmp_path / "out")
     with pytest.raises(UsageError, match="neither a run nor an export"):
         livt("eval", tmp_path)
-    with pytest.raises(UsageError, match="it holds one set of weights"):
+    with pytest.raises(UsageError, match="is an export and has one set of weights"):
         livt("eval", tmp_path / "out", "--checkpoint", "best")
     other = tiny_shards(tmp_path / "other", {"a": 1, "z": 1})
     with pytest.raises(DataError, match=r"only in the first: 'z'; only in the second: 'b b', \"c'c\""):
