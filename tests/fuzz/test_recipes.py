@@ -27,8 +27,14 @@ RECIPE = {
     "data": {"train": "sh/train", "val": "sh/val", "mean": [0.5], "std": [0.5], "workers": 0},
     "model": {"size": "vit_micro", "image_px": 28, "channels": 1, "decoder": {"width": 32, "depth": 1, "heads": 2}},
     "stages": {
-        "pretrain": {"epochs": 2, "global_batch": 16, "micro_batch": 16, "crop_scale": [0.2, 1.0]},
-        "finetune": {"epochs": 2, "global_batch": 16, "micro_batch": 16, "loss": {"name": "bal_bce", "tau": 1.0}},
+        "pretrain": {"epochs": 2, "warmup_epochs": 1, "global_batch": 16, "micro_batch": 16, "crop_scale": [0.2, 1.0]},
+        "finetune": {
+            "epochs": 2,
+            "warmup_epochs": 1,
+            "global_batch": 16,
+            "micro_batch": 16,
+            "loss": {"name": "bal_bce"},
+        },
     },
 }
 BASE = "seed: 3\nstages: &s\n  finetune: {epochs: 5, layer_decay: 0.75}\nparallel: {strategy: auto}\n"
