@@ -131,7 +131,7 @@ class Log(RecipePart):
     every_steps: PositiveInt = Field(20, description="steps a line of metrics.jsonl")
     tensorboard: bool = True
     trackers: tuple[Literal["wandb", "mlflow"], ...] = Field(
-        (), description="besides TensorBoard; each needs its extra, as pip install 'livt-scale[wandb]'"
+        (), description="besides TensorBoard; each needs its package, as pip install wandb"
     )
     tracker_project: str = Field("livt", min_length=1, description="wandb's project, mlflow's experiment")
     layer_groups: bool = Field(

@@ -231,7 +231,7 @@ def test_changed_weights_and_a_changed_config_are_found(tmp_path: Path) -> None:
             export.load_export(out)
     (out / export.WEIGHTS).write_bytes(weights)
     for part, message in (
-        ({"version": 2}, "livt.version"),
+        ({"version": 2}, "livt: version"),
         ({"class_names": ["a"]}, "class_names"),
         ({"model": {"size": "vit_micro", "image_px": 28, "channels": 1}}, r"does not fit the model.*missing"),
         ({"unheard_of": 1}, "unheard_of"),

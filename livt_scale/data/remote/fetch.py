@@ -226,7 +226,7 @@ def _make_file_system(scheme: str, remote: Remote) -> Any:
             files = fsspec.filesystem("s3", config_kwargs=config, **plain)
         except ImportError as error:
             raise RemoteError(
-                "s3:// needs the package s3fs, which is not installed", remedy="pip install 'livt-scale[s3]'"
+                "s3:// needs the package s3fs, which is not installed", remedy="pip install s3fs"
             ) from error
         files.retries = 1
         return files

@@ -26,7 +26,7 @@ def library() -> str:
         import bokeh
     except ImportError as error:
         raise UsageError(
-            "a report needs Bokeh, which is not installed", remedy="install it: pip install 'livt-scale[report]'"
+            "a report needs Bokeh, which is not installed", remedy="install it: pip install bokeh"
         ) from error
     return (Path(bokeh.__file__).parent / "server/static/js/bokeh.min.js").read_text(encoding="utf-8")
 

@@ -49,7 +49,7 @@ def check_installed(log: Log) -> None:
         if importlib.util.find_spec(name) is None:
             raise UsageError(
                 f"log.trackers asks for {name}, which is not installed",
-                remedy=f"install it (pip install 'livt-scale[{name}]'), or take it out of log.trackers",
+                remedy=f"install it (pip install {name}), or take it out of log.trackers",
             )
 
 

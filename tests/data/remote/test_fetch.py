@@ -4,7 +4,7 @@ import hashlib
 import threading
 from pathlib import Path
 
-import fsspec
+import fsspec.asyn
 import pytest
 
 from livt_scale.config.recipe import Remote
@@ -155,8 +155,8 @@ def test_a_full_disk_is_told_as_that_and_not_tried_again(server, scheme):
     assert server.requests["a.tar"] == (scheme == "http")
 
 
-class Faulty(fsspec.AbstractFileSystem):
-    def open(self, *_, **__):
+class Faulty(fsspec.asyn.AsyncFileSystem):
+    async def _get_file(self, *_, **__):
         return 1 / 0
 
 
