@@ -1,11 +1,11 @@
-"""The folder of a run's checkpoints, read: which there are, which are whole, which is the newest. No torch needed.
+"""Reads the folder of a run's checkpoints: which exist, which are complete, which is the newest. Needs no torch.
 
-    checkpoints/step-00000200/            whole, or (damaged since) named and passed over
+    checkpoints/step-00000200/            complete; one damaged since is reported and skipped
     checkpoints/.step-00000400.partial/   being written, or left by a killed save
-    checkpoints/.step-00000200.replaced/  the old one, while another of the same step takes its place
+    checkpoints/.step-00000200.replaced/  the old one, while another of the same step replaces it
     checkpoints/.step-00000100.pruned/    being removed
 
-There is no pointer to the latest: it is found by reading, so nothing can point at a checkpoint that is not there.
+There is no pointer to the latest: it is found by reading the folder, so no pointer can be stale.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def temporary(folder: Path, step: int, kind: str) -> Path:
 def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInfo]:
     """All checkpoints in `folder`, oldest first; an absent folder has none.
 
-    Every byte is read and hashed; `quick` compares the sizes alone. `best` marks the whole one with the best score.
+    Every byte is read and hashed; `quick` compares sizes only. `best` marks the complete one with the best score.
     """
     found = []
     for path in step_folders(folder):
@@ -87,7 +87,7 @@ def best_of(manifests: Sequence[CheckpointManifest]) -> Position | None:
 
 
 def verify(path: Path) -> list[str]:
-    """What is wrong with the checkpoint `path`, a line a file, the file named first; empty: whole, every byte read."""
+    """Read every byte of the checkpoint `path` and return its problems, one line per file; empty if it is complete."""
     return damages(path)
 
 
@@ -166,7 +166,7 @@ class Retention:
         assert self.keep_every_epochs is None or self.keep_every_epochs >= 1
 
     def kept(self, whole: Sequence[CheckpointManifest]) -> set[Position]:
-        """The positions that stay, of the `whole` checkpoints in any order."""
+        """The positions to keep, given the complete checkpoints in any order."""
         ordered = sorted(whole, key=lambda m: m.position.step)
         stay = {m.position for m in ordered[-self.keep_last :]} | {m.position for m in ordered if m.final}
         if self.keep_best and (best := best_of(ordered)) is not None:

@@ -1,8 +1,8 @@
 """One save, from pieces in memory to a checkpoint under its name, then pruning. Runs on every rank, in any thread.
 
-Until the rename, everything lies in `.step-N.partial`, which no reader looks at and a failed save removes. Only after
-the new one is published (and was hashed while written) are old ones removed, counting whole ones alone: so neither a
-failed save nor a damaged file can cost the last good checkpoint (NVIDIA-NeMo/Megatron-Bridge#5184, #4678).
+Until the rename, everything is in `.step-N.partial`, which readers ignore and a failed save removes. Old checkpoints
+are removed only after the new one is published (it is hashed while written), and only complete ones are counted. So
+neither a failed save nor a damaged file can cost the last good checkpoint (NVIDIA-NeMo/Megatron-Bridge#5184, #4678).
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ OVERHEAD_BYTES_A_PIECE = 2048
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What this rank writes; on rank 0 also the whole `metadata` and how many bytes all ranks write together."""
+    """What this rank writes; on rank 0 also the complete `metadata` and the total bytes that all ranks write."""
 
     signature: tuple[Any, ...]
     mine: SavePlan
@@ -67,7 +67,7 @@ def plan_write(state: dict[str, Tensor], peers: Peers, *, partial: bool = False)
     plans: list[SavePlan] | None = None
     metadata: Metadata | None = None
     if locals_ is not None:
-        # DCP's planner does these two steps, and then wants each tensor to be there as a whole
+        # DCP's planner does these two steps, and then requires every tensor to be complete
         plans, metadata = (
             create_default_global_save_plan(dedup_save_plans(locals_))
             if partial

@@ -1,11 +1,11 @@
-"""DCP's `.metadata` (which tensor lies where), read without trusting it.
+"""Reads DCP's `.metadata` (where each tensor is stored) without trusting it.
 
-The file is a pickle, and a pickle can call any function it names. Here a name is looked up in a short list: the dozen
-records that DCP writes become inert objects made for this one reading, `torch.Size` becomes `tuple`, a dtype is looked
-up among torch's, `getattr` finds the members of one Enum alone (Python 3.11.0 to 3.11.3 pickles Enums by it), and any
-other name (`os.system`) is refused before anything runs. Then every value is checked: plain
-names of files that the manifest lists, sizes that are not negative, pieces inside their tensor, and tensors alone: an
-item of bytes, which DCP would unpickle with code enabled, is refused. Layout as of torch 2.11 to 2.14.
+The file is a pickle, and a pickle can call any function it names. Here names are looked up in a short list: the dozen
+records that DCP writes become inert objects created for this read, `torch.Size` becomes `tuple`, a dtype is looked up
+among torch's, `getattr` finds only the members of one Enum (Python 3.11.0 to 3.11.3 pickles Enums by it), and any
+other name (`os.system`) is refused before anything runs. Then every value is checked: file names must be plain and
+listed in the manifest, sizes non-negative, pieces inside their tensor, and every item a tensor: an item of bytes, which
+DCP would unpickle with code enabled, is refused. Layout as of torch 2.11 to 2.14.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _RECORDS = {
         "BytesStorageMetadata",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"PosixPath"},  # others' storage_meta tells where it was
+    "pathlib": {"PosixPath"},  # storage_meta of other writers has the path
     "pathlib._local": {"PosixPath"},
 }
 
@@ -119,9 +119,9 @@ def read_index(folder: Path, manifest: CheckpointManifest, *, partial: bool = Fa
 
 
 def read_foreign_index(folder: Path) -> tuple[TensorIndex, list[str]]:
-    """The tensors in a folder of torch.distributed.checkpoint that livt did not write, and what else it has.
+    """The tensors in a torch.distributed.checkpoint folder that livt did not write, and the names of its other items.
 
-    The other items are pickles of their own: named, never opened. CheckpointDamaged as for `read_index`.
+    Other items are separate pickles: they are listed, never opened. Raises CheckpointDamaged as `read_index` does.
     """
     path = folder / METADATA
     try:
@@ -195,7 +195,7 @@ class _Restricted(pickle.Unpickler):
 
 
 def _tensors(tree: Any, file_bytes: dict[str, int], *, partial: bool) -> tuple[dict[str, SavedTensor], list[str]]:
-    """The tensors by name, and the names of the items that are none."""
+    """The tensors by name, and the names of all other items."""
     root = _fields(tree, "Metadata")
     places = {}
     for key, info in _mapping(root["storage_data"]).items():

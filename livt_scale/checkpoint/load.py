@@ -1,14 +1,14 @@
-"""The checkpoint store: save whole or not at all, keep what the rule says, load strictly. All ranks call alike.
+"""The checkpoint store: saves are atomic, retention follows a rule, loading is strict. All ranks make the same calls.
 
     saver = Saver(run / "checkpoints", mode="async", retention=Retention(keep_last=2), rank=0, world_size=1)
     saver.save(collect(model, optimizer), position=Position(epoch=3, step=1234), facts={"stage": "pretrain"})
-    …                                 # training goes on; what is saved are the values at the call
-    saver.close()                     # waits; a save that failed says so here, or at the next save
+    …                                 # training continues; the values at the time of the call are saved
+    saver.close()                     # waits; a failed save raises here, or at the next save
     path = newest_whole(run / "checkpoints")
     manifest = load(path, into=collect(model, optimizer))
 
 The order on disk: every rank's file synced, `.metadata` synced, `manifest.json` synced, the temporary folder synced,
-the rename, the parent synced. A kill between any two leaves either no new checkpoint or a whole one.
+the rename, the parent synced. A kill between any two leaves either no new checkpoint or a complete one.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def load(
 
 
 def read_tensors(path: Path, *, choose: Callable[[str], bool] | None = None) -> dict[str, Tensor]:
-    """The tensors of `path` (of them, those whose name `choose` accepts): whole, on the CPU, every byte checked."""
+    """The tensors of `path` (only those whose name `choose` accepts): unsharded, on the CPU, every byte checked."""
     path = Path(path)
     if wrong := verify(path):
         raise CheckpointDamaged(f"{path}: {'; '.join(wrong)}")

@@ -1,11 +1,11 @@
-"""A run's checkpoints as the loop sees them: in the shared folder, and where asked for quick ones on each node's disk.
+"""A run's checkpoints as the loop sees them: in the shared folder and, if enabled, quick ones on each node's disk.
 
     with Tiers(run / "pretrain" / "checkpoints", saving=recipe.checkpoint, world=world.peers) as tiers:
         found = tiers.newest(strategy.state())        # the newest that every rank can read
         tiers.save(state, position=…, facts=…)        # durable: all ranks, one shared folder
         tiers.save_locally(state, position=…, facts=…)
 
-A quick save that fails is told and never ends the run: what the run may lose is bounded by the shared ones.
+A quick save that fails is reported and never ends the run: the shared ones bound how much work a failure can lose.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NO_STEP = 10**18
 
 @dataclass(frozen=True)
 class Found:
-    """A whole checkpoint to go on from; `peers` are the ranks that read it together."""
+    """A complete checkpoint to resume from; `peers` are the ranks that read it together."""
 
     path: Path
     peers: Peers
@@ -42,7 +42,7 @@ class Found:
 class Tiers:
     """Built on all ranks by the holder of the run's lock. `world`: all ranks, over the process group of the training.
 
-    local_dir: in place of the recipe's, where nodes are to be told apart.
+    local_dir: replaces the recipe's, to give each simulated node a separate folder.
     """
 
     def __init__(
@@ -122,8 +122,8 @@ class Tiers:
     ) -> Found | None:
         """The newest checkpoint, shared or on the nodes, from which every rank can fill its part of `wanted`.
 
-        A collective call; every byte is read. `on_damage` is told on rank 0 of each damaged one that was passed over.
-        Quick ones that are not taken are removed: the run does their steps again.
+        A collective call; every byte is read. `on_damage` is called on rank 0 with each damaged one that is skipped.
+        Quick ones that are not used are removed: the run repeats their steps.
         """
         found = self._newest(wanted, on_damage)
         if self._place is not None:

@@ -32,7 +32,7 @@ STEP_NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, order=True)
 class Position:
-    """Where a stage stands: `step` optimizer steps are done over the stage; the next sample is of `epoch`."""
+    """The progress of a stage: `step` optimizer steps of the stage are done; the next sample is of `epoch`."""
 
     epoch: int
     step: int

@@ -1,12 +1,12 @@
-"""A node's own folder for quick saves: where it lies, whose it is, and what of it all ranks can go on from.
+"""A node's folder for quick saves: its location, its owner, and the saves from which all ranks can resume.
 
     LOCAL_DIR/livt-1000-4f1c…/     of one user and one folder of shared checkpoints; nothing outside is ever removed
-      9b27…/                       of one run: shared checkpoints that were removed and begun anew have another mark
-        node7/step-00000120/       what the ranks of node7 hold: a checkpoint, but of their pieces alone
+      9b27…/                       of one run: if the shared checkpoints are removed and restarted, the mark differs
+        node7/step-00000120/       what the ranks of node7 hold: a checkpoint of only their pieces
 
-A node writes what its ranks need to go on: under ddp all of it once, under fsdp their shards. After a restart each rank
-looks which saves hold its own pieces; the newest that every rank can read, of one and the same save, is taken. A node
-that was replaced, or another number of ranks, finds none: then the run goes on from the shared folder.
+A node writes what its ranks need to resume: under ddp one full copy, under fsdp their shards. After a restart each rank
+looks for saves that hold its pieces; the newest save that every rank can read is used. A replacement node, or a
+different number of ranks, finds none: then the run resumes from the shared folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from livt_scale.util.errors import CheckpointDamaged, CheckpointError
 from livt_scale.util.outside import read_text
 
 MARK = ".local-mark"  # beside the shared checkpoints
-SAVE = "local_save"  # the fact that tells which save of which start it was
+SAVE = "local_save"  # the fact that identifies the save and the start of the run
 _MARKED = re.compile(r"[0-9a-f]{32}")
 
 
@@ -89,7 +89,7 @@ def is_whole(place: Place, save: LocalSave, *, world: Peers) -> dict[Path, list[
 
 
 def forget_all_but(place: Place, kept: LocalSave | None) -> None:
-    """Remove the saves that the run does not go on from: they are of steps that will be done again."""
+    """Remove the saves from which the run does not resume: their steps will be repeated."""
     if place.peers.leads:
         for info in list_checkpoints(place.folder, quick=True):
             if kept is None or info.path.name != step_name(kept.step):

@@ -1,7 +1,7 @@
-"""Saving: the values at the call, whole or not at all, while training goes on.
+"""Saves the values at the time of the call, atomically, while training continues.
 
-`async`: `save` copies this rank's pieces and returns; a thread writes them, one save at a time, and speaks with the
-other ranks over a process group of its own. `sync`: `save` returns when the checkpoint is published.
+`async`: `save` copies this rank's pieces and returns; a thread writes them, one save at a time, and communicates with
+the other ranks over a separate process group. `sync`: `save` returns when the checkpoint is published.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class Saver:
 
 @contextmanager
 def also_raising(error: BaseException | None) -> Iterator[None]:
-    """A failed save in this block is raised, unless `error` is under way: then it is told besides it."""
+    """Raise a failed save in this block, unless `error` is being raised: then add the failure to it as a note."""
     try:
         yield
     except CheckpointError as failed:
@@ -203,7 +203,7 @@ class _Write:
 
 @dataclass
 class Failures:
-    """The count, alike on all ranks. limit: so many failed saves in a row end the run; None: however many do not."""
+    """Counts failed saves, alike on all ranks. limit: consecutive failures that end the run; None: no limit."""
 
     limit: int | None = 1
     max_age_s: float | None = None

@@ -26,12 +26,12 @@ from livt_scale.train.run_files import read_eval
 from livt_scale.util.errors import LivtError, UsageError
 from livt_scale.util.outputs import check_output
 
-TIMEOUT_S = 1800  # ranks wait so long for the slowest
+TIMEOUT_S = 1800  # how long ranks wait for the slowest
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be told and written beyond the plain figures."""
+    """What to report and write beyond the plain figures."""
 
     tau: str | None = None
     temperature: bool = False
@@ -96,7 +96,7 @@ def _refuse_other_report(out: Path, path: Path, *, which: str | None) -> None:
     try:
         there = read_eval(out)["weights"]["run"]
         ours = run_of(path, which=which)
-    except (LivtError, LookupError, TypeError):  # nothing there, or damaged; what `path` lacks is said when it is read
+    except (LivtError, LookupError, TypeError):  # missing or damaged: reading `path` reports it
         return
     if there != ours:
         raise UsageError(

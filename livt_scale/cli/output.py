@@ -1,7 +1,7 @@
 """What commands print: text for people and JSON, on stdout unless it is an error.
 
-Names of files, tensors, classes and checkpoints are part of it, and somebody else may have chosen them. So whatever is
-not printable is escaped here, except the newlines and tabs of our own layout.
+Names of files, tensors, classes and checkpoints are part of it, and somebody else may have chosen them. So unprintable
+characters are escaped here, except the newlines and tabs of our layout.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def _measured_mfu(path: Path) -> float:
 
 
 def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, classes: int | None) -> DataSet:
-    """What was said, else what the shards say, else the published size of a set that the folder is named after."""
+    """The sizes given, else those of the shards, else the published size of the set that the folder is named after."""
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.plan.published import published
     from livt_scale.plan.stage_plan import DataSet
@@ -198,7 +198,7 @@ def _segments(planned: StagePlan, time_limit: float) -> tuple[int | None, str]:
     known = Measured(total=task.steps, step_s=planned.time.step_s, save_s=save_s)
     try:
         return num_segments(slurm, task.stage, asked, known)
-    except UsageError as error:  # more than a chain may have: a plan says so and goes on
+    except UsageError as error:  # more than a chain may have: the plan reports it and continues
         return None, error.message
 
 
@@ -303,7 +303,7 @@ def _stage_lines(s: dict[str, Any]) -> list[str]:
 
 
 def _in_units(value: float, units: tuple[tuple[str, float], ...]) -> str:
-    """In the largest unit of which it is at least one; three digits, no fewer than the whole part has."""
+    """`value` in the largest unit of which it is at least one: three digits, or all of the integer part."""
     name, size = next(((name, size) for name, size in units if value >= size), units[-1])
     return f"{_count(value / size)} {name}"
 

@@ -1,8 +1,8 @@
 """`livt recipe show | check | schema`: look at a recipe before anything is allocated.
 
-`show` prints what a run would use, defaults and all, with the derived numbers and their arithmetic as comments (the
-output is itself a recipe). `check` tells for each file whether it is a possible run; that its data are not on this
-machine is a note, and an error only with --data, since a recipe is often checked elsewhere. `schema` is for editors.
+`show` prints what a run would use, including defaults, with derived numbers and their arithmetic as comments (the
+output is itself a recipe). `check` reports for each file whether it describes a valid run; data missing on this machine
+are a note, and an error only with --data, since recipes are often checked elsewhere. `schema` is for editors.
 
     livt recipe check recipes/imagenet_lt/*.yaml
 """
@@ -161,7 +161,7 @@ def file_schema() -> dict[str, Any]:
 
 
 def _missing_data(recipe: Recipe) -> list[str]:
-    """Notes on shards that are not here; what lies elsewhere (a URL) cannot be told from here."""
+    """Notes on shards that are missing here; a URL cannot be checked from here."""
     folders = {"data.train": recipe.data.train, "data.val": recipe.data.val}
     return [
         f"{name}: no shards in {folder} (docs/data.md tells how they are made)"

@@ -55,7 +55,7 @@ class Row:
         return f"{model.size}/{model.dims.patch_px}" if model.is_vit else model.size
 
     def stage(self, name: Stage) -> str:
-        """ "800 × 4096 at 224 px", for fine-tuning with the loss and what alone is trained; "-" where there is none."""
+        """ "800 × 4096 at 224 px", for fine-tuning with the loss and what is trained; "-" without the stage."""
         if name not in self.recipe.stage_names:
             return "-"
         part = self.recipe.stage(name)

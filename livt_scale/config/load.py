@@ -75,7 +75,7 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def to_yaml(recipe: Recipe) -> str:
-    """The whole recipe, defaults and all; `load_recipe` reads it back to the same values."""
+    """The complete recipe, including defaults; `load_recipe` reads it back to the same values."""
     return dump(recipe.model_dump(mode="json"))
 
 
@@ -125,7 +125,7 @@ def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
 
 
 def _set_value(where: list[str], raw: str, text: str) -> Any:
-    """`raw` as YAML; but as it stands where the recipe wants text: a path may hold `: `, `#` or look like a number."""
+    """`raw` as YAML; unparsed where the recipe expects text: a path may hold `: `, `#` or look like a number."""
     if str in types_at(where) and raw not in ("null", "~"):
         return raw
     try:
@@ -152,7 +152,7 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
     tree.origins[tuple(keys)] = origin
 
 
-# --- checking, and telling what is wrong ---
+# --- checking, and reporting what is wrong ---
 
 
 def _validate(tree: Tree, path: Path) -> Recipe:
@@ -169,7 +169,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
     """One line of one mistake: where it was written, the field, what is wrong, what would be right."""
     where: Where = tuple(error["loc"])
     name, given = dotted(where), shown_value(error["input"])
-    if error["type"] == "value_error":  # a rule over a whole part: its message starts with the field
+    if error["type"] == "value_error":  # a rule over several fields: its message starts with the field
         said = str(error["ctx"]["error"])
         field = (*where, *said.split(" ", 1)[0].split("."))
         prefix = f"{name}." if where else ""

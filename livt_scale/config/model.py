@@ -1,6 +1,6 @@
-"""The Vision Transformer that a run trains, and the MAE's decoder; or a ResNet: the recipe's part `model`.
+"""The recipe's part `model`: the Vision Transformer that a run trains and the MAE's decoder, or a ResNet.
 
-MODEL_SIZES.register("vit_tiny_mine", ViTDims(width=64, depth=4, heads=2, patch_px=4))      # a size of your own
+MODEL_SIZES.register("vit_tiny_mine", ViTDims(width=64, depth=4, heads=2, patch_px=4))      # a custom size
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Model(RecipePart):
 
     @property
     def num_branches(self) -> int:
-        """Residual branches, each with a coin of its own in stochastic depth: two a ViT's block, one a ResNet's."""
+        """Residual branches, each dropped independently (stochastic depth): two per ViT block, one per ResNet block."""
         return 2 * self.dims.depth if self.is_vit else sum(self.stage_blocks)
 
     @property
@@ -147,7 +147,7 @@ class Model(RecipePart):
 
 
 def check_patches(name: str, px: int, *, patch_px: int) -> None:
-    """Raise ValueError unless images of `px` are cut into whole patches."""
+    """Raise ValueError unless `px` is a multiple of `patch_px`."""
     if px % patch_px:
         lower = max(px // patch_px, 1) * patch_px
         raise ValueError(

@@ -1,11 +1,11 @@
 """What a run is: one recipe, made of typed, frozen parts. The names here are the names in the YAML.
 
-A default stands in its part and nowhere else. Unless a description says otherwise it is the paper's (LiVT, arXiv
+A default is defined in its part and nowhere else. Unless a description says otherwise it is the paper's (LiVT, arXiv
 2212.02015, table of hyper-parameters for ImageNet-LT; MAE, arXiv 2111.06377, table 8). `None` means "derived",
-and the description says from what. What the recipe alone decides is checked here; what needs data, disk or the world
-size by `livt_scale.train.preflight`. The parts: `livt_scale.config.data`, `model`, `stages`; how the work is done
-(`parallel`, `checkpoint`, `faults`, `log`) is `livt_scale.config.runtime`'s, `slurm` is `livt_scale.config.slurm`'s;
-reading YAML, `extends:` and `--set` is `livt_scale.config.load`'s.
+and the description says from what. Checks that need only the recipe are here; those that need data, disk or the world
+size are in `livt_scale.train.preflight`. The parts are in `livt_scale.config.data`, `model` and `stages`; how the work
+is done (`parallel`, `checkpoint`, `faults`, `log`) is in `livt_scale.config.runtime`, `slurm` in
+`livt_scale.config.slurm`; `livt_scale.config.load` reads YAML, `extends:` and `--set`.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def run_of_saved(recipe: Path) -> Path | None:
 
 
 def other_run(run_dir: str | None, *, name: str, recipe: Path) -> Path | None:
-    """The run that a relative `run_dir` means in the folder of `recipe` or above, while there is none here."""
+    """The run that a relative `run_dir` means in the folder of `recipe` or above, if there is no such run here."""
     relative = Path(run_dir or Path(RUNS) / name)
     if relative.is_absolute() or holds_run(relative):
         return None

@@ -1,4 +1,4 @@
-"""How a run's work is done: spread, saved and told about. Nothing here decides what is learnt."""
+"""How a run's work is distributed, saved and logged. Nothing here changes what is learnt."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Checkpoint(RecipePart):
 
 
 class Faults(RecipePart):
-    """What a run does when something goes wrong under it. One that meets no fault learns the same whatever stands here.
+    """What a run does about faults. These settings do not change what a run without faults learns.
 
-    So all of it may change when a run goes on: one that a loss of nan has ended is started again with `skip`. What was
-    stepped over is in the facts of every checkpoint that comes after.
+    So all of them may change when a run is resumed: a run that ended with a loss of nan can be restarted with `skip`.
+    The skipped steps are in the facts of every later checkpoint.
     """
 
     on_non_finite: Literal["stop", "skip", "rollback"] = Field(
@@ -126,7 +126,7 @@ class Faults(RecipePart):
 
 
 class Log(RecipePart):
-    """What is written while a run goes on."""
+    """What is written during a run."""
 
     every_steps: PositiveInt = Field(20, description="steps a line of metrics.jsonl")
     tensorboard: bool = True

@@ -1,8 +1,8 @@
-"""How a run is submitted to Slurm: what each job asks for, and how the jobs follow each other. Decides nothing learnt.
+"""How a run is submitted to Slurm: what each job requests, and how jobs are chained. Does not change what is learnt.
 
-`livt submit` reads it (docs/slurm.md). What is None comes from the site's profile (slurm/sites/NAME.yaml), and where
-that says nothing either, from the defaults in `livt_scale.slurm.sites`. Text that stands in a line of #SBATCH, where
-nothing can be quoted, is of letters, digits and a few signs; all other text may hold anything and is quoted.
+`livt submit` reads it (docs/slurm.md). None values come from the site's profile (slurm/sites/NAME.yaml), or else from
+the defaults in `livt_scale.slurm.sites`. Text in an #SBATCH line, where nothing can be quoted, is limited to letters,
+digits and a few signs; all other text is quoted and may contain anything.
 """
 
 from __future__ import annotations

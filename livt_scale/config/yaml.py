@@ -104,7 +104,7 @@ def parse(text: str, path: Path) -> Tree:
 
 
 def parse_value(text: str) -> Any:
-    """One value, as it stands after `--set a.b=`. Raises RecipeError."""
+    """One value, as given after `--set a.b=`. Raises RecipeError."""
     node = _compose(text, "")
     return None if node is None else _Reader("").read(node, ())
 
@@ -185,7 +185,7 @@ class _Reader:
 
     def _scalar(self, node: yaml.ScalarNode, where: Where) -> Any:
         kind, text = node.tag.removeprefix(_TAG), node.value
-        if kind in ("str", "merge"):  # `<<` where a value stands is just text
+        if kind in ("str", "merge"):  # `<<` as a value is just text
             self._check_text(text, node, where)
             return text
         if kind not in _SCALARS or not _SCALARS[kind].fullmatch(text):  # `!!int x` and every foreign tag
@@ -236,9 +236,9 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def validated(tree: Tree, path: Path, model: type[M], *, strict: bool = True) -> M:
-    """The whole file as `model`. Raises UsageError: every mistake on a line of its own.
+    """The file's tree as `model`. Raises UsageError with every mistake on a separate line.
 
-    strict: no "12" or true for 12; yet a list is a tuple, by way of JSON.
+    strict: refuses "12" or true for 12, but accepts a list for a tuple (validated as JSON).
     """
     try:
         return model.model_validate_json(json.dumps(tree.values), strict=strict)
@@ -262,7 +262,7 @@ def _explain(error: Any, tree: Tree, path: Path, model: type[BaseModel]) -> str:
         return f"{origin}: there is no field {named}: {error['ctx']['hint']}"
     if error["type"] == "missing":
         return f"{origin}: {named} is missing and has no default"
-    if error["type"] == "value_error":  # one of ours; of the whole file, it begins with the field
+    if error["type"] == "value_error":  # one of ours; a rule over the file begins with the field
         said = str(error["ctx"]["error"])
         origin = tree.origins.get(tuple(said.split(" ")[0].split(".")), origin) if not where else origin
         return f"{origin}: {named + ': ' if where else ''}{said}"

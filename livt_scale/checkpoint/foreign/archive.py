@@ -1,10 +1,10 @@
-"""The zip archive that `torch.save` writes: its directory read and checked before torch sees it.
+"""Checks the directory of the zip archive that `torch.save` writes, before torch reads it.
 
     with open_checked(path, "weights") as file:
         found = read_archive(file)         # found.pickle, found.pieces {"0": 4096, …}; None: not a zip archive
 
-torch believes the directory. Here each entry must be stored as it is (a deflated one can be a thousand times as long),
-lie inside the file and overlap no other, have a name of its own, and be what its CRC-32 says: a flipped bit in a weight
+torch trusts the directory. Here each entry must be uncompressed (a deflated one can be a thousand times as long),
+be inside the file without overlapping another, have a unique name, and match its CRC-32: a flipped bit in a weight
 would otherwise pass unnoticed.
 """
 
@@ -84,7 +84,7 @@ def _zip64_size(file: BinaryIO, tail: bytes, at: int) -> int:
 def _check_entries(file: BinaryIO, entries: list[zipfile.ZipInfo], *, check_crc: bool) -> None:
     if len({entry.filename for entry in entries}) != len(entries):
         raise ValueError("two of its entries have the same name")
-    check_crc = check_crc and any(entry.CRC for entry in entries)  # torch can be told to write none
+    check_crc = check_crc and any(entry.CRC for entry in entries)  # torch can be set to write no CRCs
     end = 0
     for entry in sorted(entries, key=lambda entry: entry.header_offset):
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size or entry.flag_bits & 1:

@@ -1,11 +1,12 @@
-"""Checkpoints into one safetensors file and back, and from what others write; nothing in any of them is executed.
+"""Converts checkpoints to one safetensors file and back, and from other formats. Executes nothing that they contain.
 
     read(path)                     a checkpoint of ours, a .safetensors file, a checkpoint of DeepSpeed (ZeRO 1, 2, 3),
                                    a folder of torch.distributed.checkpoint, a file of torch.save or a folder with one
     write_safetensors(it, file)    all tensors by name; position, score and facts as JSON in its metadata
-    write_checkpoint(it, folder)   a checkpoint of ours: `livt train` goes on from it, if it has facts and moments
+    write_checkpoint(it, folder)   a checkpoint of ours: `livt train` resumes from it, if it has facts and moments
 
-Both ways no tensor changes by a bit. What was used, left and made is kept to be told. Whole tensors in memory, once.
+No tensor changes by a bit in either direction. The names of the tensors used, left out and created are kept for the
+report. Every tensor is held in memory once, unsharded.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ KEY = "livt_checkpoint"  # in a safetensors file's metadata
 TORCH_FILES = ("pytorch_model.bin", "checkpoint.pth", "checkpoint.pt", "model.pth", "model.pt")
 MODEL_KEYS = ("model", "state_dict", "model_state_dict", "module")
 OPTIMIZER_KEYS = ("optimizer", "optim", "optimizer_state_dict")
-# torch.distributed.checkpoint.state_dict: optim.state.<name>.exp_avg; others write a name of their own before it
+# torch.distributed.checkpoint.state_dict: optim.state.<name>.exp_avg; other tools put a prefix before it
 _OPTIM_NAME = re.compile(r"(?:.+\.)?(?:optim|optimizer)\.(?:state\.)?(.+)\.(exp_avg|exp_avg_sq|step)")
 _MODEL_NAME = re.compile(r"(?:(?:app|state)\.)?(?:model|module|state_dict)\.(.+)")
 
@@ -100,7 +101,7 @@ def read(path: Path) -> Converted:
 
 
 def write_safetensors(it: Converted, file: Path) -> None:
-    """Write `it` as one file, whole or not at all. It must not be there yet."""
+    """Write `it` atomically as one file, which must not exist yet."""
     _must_be_new(file)
     about = {
         "position": None if it.position is None else {"epoch": it.position.epoch, "step": it.position.step},
@@ -116,9 +117,9 @@ def write_safetensors(it: Converted, file: Path) -> None:
 
 
 def write_checkpoint(it: Converted, folder: Path) -> None:
-    """Write `it` as a checkpoint of one rank, whole or not at all. It must not be there yet.
+    """Write `it` atomically as a checkpoint of one rank. The folder must not exist yet.
 
-    A folder called step-N must be of step N.
+    A folder named step-N must be of step N.
     """
     _must_be_new(folder)
     position = it.position or Position(0, 0)
@@ -232,7 +233,7 @@ def _weights_in(tree: dict[Any, Any]) -> tuple[dict[Any, Tensor], str | None]:
 
 
 def _moments_in(optimizer: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """Adam's moments by name, or why they cannot be told apart: torch numbers parameters, and does not name them."""
+    """Adam's moments by name, or why they cannot be matched: torch numbers parameters and does not name them."""
     try:
         state, groups = optimizer["state"], optimizer["param_groups"]
         numbers = [number for group in groups for number in group["params"]]

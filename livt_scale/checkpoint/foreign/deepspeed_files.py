@@ -1,12 +1,12 @@
-"""DeepSpeed's own checkpoint of ZeRO 1, 2 or 3, without DeepSpeed: its flat partitions to tensors by name.
+"""Reads DeepSpeed's native checkpoints of ZeRO 1, 2 or 3 without DeepSpeed: flat partitions become tensors by name.
 
     DIR/latest                                          the name of the newest, as global_step3
     DIR/global_step3/mp_rank_00_model_states.pt         buffers; names and shapes of each group's parameters
     DIR/global_step3/*zero_pp_rank_R_mp_rank_00_optim_states.pt    rank R's part of the fp32 weights and both moments
 
-ZeRO 1 and 2 lay the parameters of a group end to end, pad, and cut the whole into one part a rank. ZeRO 3 cuts every
-parameter into one part a rank, the last padded, and lays a rank's parts end to end. The moments lie as the weights do.
-Source: deepspeed/utils/zero_to_fp32.py (0.19.8), which reads the weights alone, and by an open unpickler.
+ZeRO 1 and 2 concatenate the parameters of a group, pad, and cut the result into one part per rank. ZeRO 3 cuts every
+parameter into one part per rank, the last padded, and concatenates a rank's parts. Moments are stored like the weights.
+Source: deepspeed/utils/zero_to_fp32.py (0.19.8), which reads only the weights, with an unrestricted unpickler.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def is_deepspeed(folder: Path) -> bool:
 
 
 def read_deepspeed(folder: Path) -> DeepSpeedCheckpoint:
-    """The tensors of a DeepSpeed checkpoint: `model.*` in fp32 and `optim.*`, whole, on the CPU.
+    """The tensors of a DeepSpeed checkpoint: `model.*` in fp32 and `optim.*`, unsharded, on the CPU.
 
-    folder: the one with `latest`, or one of its tags. Raises CheckpointError where it is none that can be read so.
+    folder: the one with `latest`, or one of its tags. Raises CheckpointError if it is not a readable one.
     """
     folder = _tag_folder(folder)
     files = {path.name: path for path in folder.iterdir() if _file_kind(path)}
@@ -139,7 +139,7 @@ def _by_parameter(
 
 
 def _frozen(found: DeepSpeedCheckpoint, models: list[Any]) -> None:
-    """Parameters without an optimizer: whole in ZeRO 1 and 2, cut in ZeRO 3."""
+    """Parameters without an optimizer: complete in ZeRO 1 and 2, sharded in ZeRO 3."""
     for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
         parts = [m["frozen_param_fragments"][name].flatten() for m in (models if found.stage == 3 else models[:1])]
         found.tensors[f"model.{name}"] = torch.cat(parts)[: math.prod(shape)].view(tuple(shape)).clone()

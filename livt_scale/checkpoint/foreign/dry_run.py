@@ -24,7 +24,7 @@ from typing import Any
 MAX_OPS = 5_000_000  # 10 s; a ViT-H with its optimizer takes 200,000
 MAX_WEIGHT = 20_000_000
 MAX_PARTS = 16  # of a tuple that could be arguments
-MAX_SHOWN = 4  # tensors may show a stored byte so many times: tied weights, views
+MAX_SHOWN = 4  # how often tensors may refer to one stored byte: tied weights, views
 SLACK_BYTES = 2**20
 
 _ITEM_BYTES = {

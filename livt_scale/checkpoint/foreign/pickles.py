@@ -68,7 +68,7 @@ ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 
 
 
 class Inert:
-    """Stands where the pickle wanted an object of another library: keeps what it was made of, and does nothing."""
+    """Replaces an object of another library in a pickle: keeps the constructor's arguments and does nothing."""
 
     def __init__(self, *args: Any) -> None:
         self.args = args
