@@ -28,7 +28,7 @@ def class_counts_exponential(n0: int, num_classes: int, imbalance: float) -> Cou
     if n0 < 1 or num_classes < 1 or imbalance < 1:
         raise DataError(f"no profile from {n0} images, {num_classes} classes and an imbalance factor of {imbalance:g}")
     steps = max(num_classes - 1, 1)
-    # the tiny excess keeps a count that is whole, 1000 · 100^(−1), from being cut to the one below by rounding
+    # the tiny excess keeps an exact integer such as 1000 · 100^(−1) from being truncated to the one below
     counts = np.array([int(n0 * imbalance ** (-c / steps) + 1e-9) for c in range(num_classes)], dtype=np.int64)
     if counts[-1] == 0:
         raise DataError(

@@ -26,7 +26,7 @@ from livt_scale.data.mixup import Mix
 from livt_scale.util.errors import DataError
 
 HEADER = 64  # bytes before the images; the first says whether the block is in use
-ROUNDED = 1 << 16  # blocks are of whole multiples: keys are of other lengths in each batch
+ROUNDED = 1 << 16  # block sizes are multiples of this: the keys' lengths differ in each batch
 _RECEIVED: dict[tuple[int, int], Tensor] = {}  # in the main process: blocks that go round, by process and number
 
 

@@ -24,7 +24,7 @@ from livt_scale.util.urls import is_url
 
 @dataclass(frozen=True)
 class TrainingClasses:
-    """What the model was trained to tell apart, and from how many images of each."""
+    """The classes that the model was trained on, and the number of images of each."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]  # usable images of the training set

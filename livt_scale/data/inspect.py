@@ -109,7 +109,7 @@ def class_draws(order: SampleOrder, labels: Ints, epochs: range) -> Ints:
 
 
 def _of_repeated(order: Repeated, labels: Ints, epochs: range) -> Ints:
-    """Samples, not views: whole passes by arithmetic, the epochs of a pass that is not whole step by step."""
+    """Samples, not views: complete passes by arithmetic, the epochs of an incomplete pass step by step."""
     base, each = order.base, order.epochs_a_pass
     if not isinstance(base, Order):
         return class_draws(base, labels, epochs)

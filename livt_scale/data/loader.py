@@ -5,10 +5,10 @@
         batch = batch.to(device)
         images = normalise(batch.images, mean, std, torch.float32)
 
-One iterator serves a whole stage, so the processes live across epochs. A batch is one block of shared memory: images
-are decoded, cropped and written into their places in it once and never copied on the way to the main process; only
-its name and layout go through the pipe. What fails in a loader process reaches the caller as the same LivtError; a
-process that is killed is an error at the next batch, never a hang. No process outlives the iterator.
+One iterator serves an entire stage, so the processes persist across epochs. A batch is one block of shared memory:
+images are decoded, cropped and written into their slots once and never copied on the way to the main process; only
+its name and layout go through the pipe. An error in a loader process is raised in the caller as the same LivtError; a
+killed process raises an error at the next batch and never hangs. No process outlives the iterator.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ MAX_SIZES = 1000  # shards whose sizes are compared where the samples are not re
 
 @dataclass(frozen=True)
 class SetFacts:
-    """What manifest and quarantine tell of a set. Reading them costs the same for any number of samples."""
+    """The facts of a set from its manifest and quarantine. Reading them costs the same for any number of samples."""
 
     folder: Path  # of a set at a URL: the cache's folder, where its index has another name
     manifest: ShardManifest

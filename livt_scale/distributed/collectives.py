@@ -1,11 +1,11 @@
-"""The ranks that do something together: what they gather, and how one's failure reaches all.
+"""Groups of ranks: what they gather, and how the failure of one rank is raised on all.
 
     Peers()                            alone: each call is the identity
     world.peers                        all ranks of the run, over the process group of the training
-    Peers.of_world(rank, world_size)   all ranks, over a gloo group of their own: a save in a thread never meets the
-                                       collectives of the training step (pytorch/pytorch#144657)
+    Peers.of_world(rank, world_size)   all ranks, over a separate gloo group: a save in a thread never interleaves with
+                                       the collectives of the training step (pytorch/pytorch#144657)
 
-An exception on one rank is raised on every rank: nobody is left waiting.
+An exception on one rank is raised on every rank, so no rank is left waiting.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Peers:
     def of_world(
         cls, rank: int, world_size: int, *, timeout_s: float = 1800, all_raise: type[LivtError] | None = None
     ) -> Peers:
-        """A group of its own over all ranks; a collective call. No process group is needed for one rank."""
+        """A separate group over all ranks; a collective call. No process group is needed for one rank."""
         return cls.of_ranks(rank, [list(range(world_size))], timeout_s=timeout_s, all_raise=all_raise)
 
     @classmethod
@@ -54,7 +54,7 @@ class Peers:
         timeout_s: float = 1800,
         all_raise: type[LivtError] | None = None,
     ) -> Peers:
-        """Of each list in `parts` a group of its own; the one that `rank` is in. A collective call of all ranks."""
+        """Make a group of each list in `parts` and return the one that has `rank`. A collective call of all ranks."""
         mine = cls(all_raise=all_raise)
         for part in parts:
             if len(part) > 1:
@@ -135,7 +135,7 @@ class Peers:
                 raise kind(message, remedy=remedy) from own
 
     def _portable(self, error: Exception | None) -> _Portable | None:
-        """What can be sent to another rank: the kind of our own error, its message and its remedy."""
+        """What can be sent to another rank: the class of our error, its message and its remedy."""
         if error is None:
             return None
         if isinstance(error, LivtError):

@@ -25,7 +25,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # of the machine, also inside
 
 
 def share(own: Set[int], on_machine: Sequence[Set[int]]) -> int:
-    """Whole cores of the rank that may use the cores `own`; `on_machine`: those of each rank there, `own` too."""
+    """The number of cores for the rank that may use `own`; `on_machine`: the cores of each rank, `own` included."""
     parts = (Fraction(1, sum(core in cores for cores in on_machine)) for core in own)
     return max(1, int(sum(parts, Fraction())))
 

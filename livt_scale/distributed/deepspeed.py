@@ -1,7 +1,7 @@
 """ZeRO stages 1 to 3 by DeepSpeed's engine, with torch's AdamW and autocast; the engine's configuration.
 
-Parameters, moments and everything that is exchanged are fp32 (`engine_config`). The engine is given what the recipe
-says and nothing else: no JSON file, no precision or batch size of its own.
+Parameters, moments and everything that is exchanged are fp32 (`engine_config`). The engine gets only the recipe's
+settings: no JSON file, no separate precision or batch size.
 
 Source: ZeRO, arXiv 1910.02054. Why not accelerate's DeepSpeed plug-in: it refuses CPUs.
 """

@@ -37,7 +37,7 @@ class ZeroState:
         return own
 
     def collect(self) -> dict[str, Tensor]:
-        """Copies of all tensors, each rank's own rows; buffers and counts are plain tensors, whole on each rank."""
+        """Copies of all tensors, each rank's own rows; buffers and counts are plain tensors, complete on each rank."""
         state = {
             f"model.{name}": self._rows(self._weight(t)) if isinstance(t, nn.Parameter) else t.detach()
             for name, t in self._tensors().items()
@@ -146,7 +146,7 @@ class ZeroState:
         set_local(parameter, own, *args)
 
     def _rows(self, full: Tensor) -> Tensor:
-        """This rank's rows of `full`, in memory of their own."""
+        """A copy of this rank's rows of `full`."""
         if self._mesh is None:
             return full.clone()
         chunks = full.chunk(self._mesh.size())

@@ -92,7 +92,7 @@ def _moments(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]
     if not state and isinstance(optimizer, (Adam, AdamW)):
         group = next(g for g in optimizer.param_groups if any(p is parameter for p in g["params"]))
         assert not group["amsgrad"], "amsgrad has a third moment, which is not saved"
-        # as Adam._init_group makes them (torch 2.11 to 2.14): the count lies beside the weights for a fused step
+        # as Adam._init_group makes them (torch 2.11 to 2.14): the count is on the weights' device for a fused step
         beside = group["capturable"] or group["fused"]
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if beside else "cpu")
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

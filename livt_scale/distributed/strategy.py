@@ -70,7 +70,7 @@ class Strategy(Protocol):
         """Bytes of the parameters, gradients and moments on this rank (gradients: between backward and update)."""
 
     def scaler(self) -> dict[str, float] | None:
-        """fp16's dynamic loss scale as JSON values; None if there is none."""
+        """fp16's dynamic loss scale as JSON values; None without one."""
 
     def set_scaler(self, saved: dict[str, float] | None) -> None:
         """Restore a saved loss scale; None (saved by a run without one): keep the initial scale."""

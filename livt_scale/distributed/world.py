@@ -93,7 +93,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> World:
 
 
 def joined() -> World:
-    """This process's place in torch's process group, whoever made it; alone where there is none."""
+    """This process's place in torch's process group, whoever created it; a world of one rank without a group."""
     if not (dist.is_available() and dist.is_initialized()):
         return World()
     rank, world_size = dist.get_rank(), dist.get_world_size()

@@ -36,8 +36,8 @@ SLOW_SHARE = 0.7  # of the median: what is below it is slow
 SLOW_WRITE_MB_S = 100.0  # ViT-L with its moments are 3.6 GB: more than half a minute a save
 SLOW_SMALL_FILE_S = 0.1
 SLOW_GPU_LINK_GB_S = {"within": 5.0, "between": 1.0}  # PCIe 3.0 x8; 10 Gbit Ethernet
-SLOW_DECODE = 150.0  # images/s of a core: half of a usual one's
-GRACE_S = 30.0  # a phase may take its time and so much more
+SLOW_DECODE = 150.0  # images/s of a core: half of the usual speed
+GRACE_S = 30.0  # a phase may exceed its time by this
 
 Facts = dict[str, Any]
 
@@ -80,7 +80,7 @@ class Together:
         if world.world_size > 1:
             import torch.distributed as dist
 
-            # a group of its own: where a phase breaks the connections of another, names can still be called
+            # a separate group: if a phase breaks the connections of another, ranks can still be listed
             self._roll = dist.new_group(backend="gloo", timeout=timedelta(seconds=wait_s))
 
     def do(self, phase: str, work: Callable[[], Any]) -> list[Any]:
@@ -145,7 +145,7 @@ def _disks(dirs: list[Path], seconds: float) -> list[Facts]:
 
 
 def _decode(recipe: Recipe | None, seconds: float) -> Facts:
-    """Images a second: of the recipe's first stage by the whole node, or of one core on a picture of noise."""
+    """Images per second: of the recipe's first stage by all of the node, or of one core on an image of noise."""
     if recipe is not None:
         from livt_scale.data.shard_set import ShardSet
         from livt_scale.doctor.decode import bench as decode_bench

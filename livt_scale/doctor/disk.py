@@ -1,8 +1,8 @@
-"""How fast a folder's disk takes and gives back: what checkpoints and shards will meet there.
+"""Measures how fast a folder's disk writes and reads: the speeds that checkpoints and shards will get there.
 
-One file is written in blocks that cannot be packed, synced, dropped from the page cache where the system lets us, and
-read back; then small files are written, synced and renamed, as manifests and heartbeats are. All of it is bounded in
-bytes and seconds, lies in one folder of its own and is removed.
+One file is written in incompressible blocks, synced, dropped from the page cache where the system permits, and read
+back; then small files are written, synced and renamed, as manifests and heartbeats are. All of this is bounded in
+bytes and seconds, and uses one temporary folder, which is removed.
 """
 
 from __future__ import annotations

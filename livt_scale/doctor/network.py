@@ -43,7 +43,7 @@ def all_reduce_speeds(world: World, *, seconds: float) -> list[dict[str, float]]
 def pair_speeds(world: World, *, seconds: float) -> list[dict[str, Any]]:
     """On every rank, for each pair of the ring: `ranks`, `latency_s` one way, `gb_s`.
 
-    Pairs that share no rank are measured at once.
+    Pairs that share no rank are measured simultaneously.
     """
     last = world.world_size - 1
     pairs = [(rank, rank + 1) for rank in range(last)] + ([(last, 0)] if last > 1 else [])

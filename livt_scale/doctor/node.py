@@ -1,9 +1,9 @@
 """`livt doctor --node FOLDER`: a quick check of one node, before the tasks of a batch job start there.
 
-Started once on each node. FOLDER/NODE then holds "ok", or a line for each thing that would fail; a node that leaves no
-file has not even come so far. FOLDER lies in the run directory, so that writing the file is the first check. What is
-looked at takes seconds: torch comes up, the GPUs that Slurm gave are seen, empty and reckon right, gloo and the JPEG
-decoder work, /dev/shm can hold a batch.
+Started once on each node. FOLDER/NODE then holds "ok", or a line for each thing that would fail; a node that writes no
+file did not get even this far. FOLDER is in the run directory, so writing the file is the first check. The checks take
+seconds: torch imports, the GPUs from Slurm are visible, empty and compute correctly, gloo and the JPEG decoder work,
+/dev/shm can hold a batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIDE = 1024  # of the matrices that are multiplied
 
 
 def look_at_node(folder: Path, environ: Mapping[str, str] = os.environ) -> list[Finding]:
-    """Look, and write FOLDER/NODE whole. The problems; none: the node is well. OSError: it cannot be written."""
+    """Check the node and write FOLDER/NODE atomically. Returns the problems. OSError: the file cannot be written."""
     looks: tuple[Callable[[], list[Finding]], ...] = (
         lambda: [judge_given_gpus(int(environ.get("SLURM_GPUS_ON_NODE") or 0), seen_gpus())],
         _each_gpu,

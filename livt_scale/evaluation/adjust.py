@@ -30,7 +30,7 @@ from livt_scale.losses import LOSSES
 from livt_scale.util.errors import DataError, UsageError
 
 AUTO = "auto"
-AUTO_TAUS = tuple(round(-1 + 0.1 * k, 1) for k in range(31))  # -1 to 2, where every published one lies
+AUTO_TAUS = tuple(round(-1 + 0.1 * k, 1) for k in range(31))  # -1 to 2, the range of every published one
 CRITERION = "mean_class"  # what `auto` maximises: mean over classes, as a balanced set would count
 
 

@@ -173,7 +173,7 @@ def weights_lineage(facts: dict[str, Any], *, step: int, epoch: int, checkpoint:
 
 
 def write_eval(report: dict[str, Any], path: Path, *, weights: dict[str, Any]) -> None:
-    """Write `report` of `evaluate` as eval.json, whole or not at all; `weights`: what was evaluated, and its origin."""
+    """Write `report` of `evaluate` as eval.json, atomically; `weights`: what was evaluated, and its origin."""
     write_atomic(path, eval_json(report, weights=weights))
 
 

@@ -34,7 +34,7 @@ PAIRS, PER_PAIR = 20, 6
 IMAGE_PX = 160  # longer side, at most
 MAX_BYTES = 4_500_000  # of the file; images beyond it are left out, and the page says how many
 UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode's categories
-LOSSLESS_PX = 64  # images up to so many pixels a side stay as they are; larger ones become JPEG
+LOSSLESS_PX = 64  # images of at most this size per side are stored losslessly; larger ones become JPEG
 
 
 @dataclass(frozen=True)

@@ -28,5 +28,5 @@ def half_rows(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.
     if len(labels) < 2:
         raise DataError(f"{len(labels)} images cannot be halved", remedy="evaluate on a larger set")
     order = shuffled(len(labels), seed=SEED)
-    by_class = order[np.argsort(labels[order], kind="stable")]  # every other one: each class is halved, and the whole
+    by_class = order[np.argsort(labels[order], kind="stable")]  # every other one: halves each class and the set
     return np.sort(by_class[0::2]), np.sort(by_class[1::2])

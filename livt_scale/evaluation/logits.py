@@ -1,11 +1,11 @@
-"""What a model said of each evaluation image, kept, so that reports can be made of it without running the model again.
+"""A model's logits of each evaluation image, saved so that reports can be made without running the model again.
 
     report = evaluate(model, shards, recipe, world=world, keep=(kept := []))     # this rank's logits, batch by batch
     outputs = gather(kept, report, shards, ...)                                  # on rank 0: all, in the set's order
     save(outputs, Path("logits.safetensors")); outputs = load(Path("logits.safetensors"))
 
 The file is a safetensors file: logits float32 [N, C], labels int64 [N], the samples' keys as JSON bytes, and in its
-metadata what the numbers are about. No pickle. Rows stand in the order of the set, whatever the world size; a file of
+metadata what the numbers describe. No pickle. Rows are in the order of the set, whatever the world size; a file of
 24,426 images and 8,142 classes has 795 MB.
 """
 
@@ -33,7 +33,7 @@ from livt_scale.util.text import first_line
 
 FORMAT = "livt-logits"
 VERSION = 1
-CHUNK = 4096  # rows that are counted at once
+CHUNK = 4096  # rows that are counted together
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Outputs:
 def gather(kept: list[Tensor], shards: ShardSet, about: About, *, world: World) -> Outputs | None:
     """All ranks' logits on rank 0, None elsewhere; a collective call. `kept`: of this rank, float [B, C] each.
 
-    Raises RunError on every rank where a logit is not finite: nothing can be told of such an image.
+    Raises RunError on every rank if a logit is not finite: such an image cannot be evaluated.
     """
     num_classes = len(about.class_names)
     own = torch.cat([k.float().cpu() for k in kept]) if kept else torch.empty(0, num_classes)
@@ -114,7 +114,7 @@ def gather(kept: list[Tensor], shards: ShardSet, about: About, *, world: World) 
 
 
 def save_outputs(outputs: Outputs, path: Path) -> None:
-    """Write `outputs` to `path`, whole or not at all; the same outputs give the same bytes."""
+    """Write `outputs` to `path` atomically; the same outputs give the same bytes."""
     head = {"format": FORMAT, "version": VERSION, **asdict(outputs.about)}
     keys = torch.frombuffer(bytearray(json.dumps(outputs.keys).encode()), dtype=torch.uint8)
     tensors = {"logits": outputs.logits.contiguous(), "labels": outputs.labels.contiguous(), "keys": keys}

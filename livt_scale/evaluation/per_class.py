@@ -27,7 +27,7 @@ CSV_MARK = b"class,name,group,"  # how a file of ours starts
 
 @dataclass(frozen=True)
 class ClassRow:
-    """None where it cannot be told: no image of the class, none given to it, or no mistake."""
+    """The figures of one class; None where undefined: no image of it, no prediction of it, or no mistake."""
 
     number: int
     name: str
@@ -102,7 +102,7 @@ def class_rows(outputs: Outputs) -> list[ClassRow]:
 
 
 def write_csv(rows: Sequence[ClassRow], path: Path) -> None:
-    """UTF-8, RFC 4180: names with commas, quotes or line ends are quoted; what cannot be told is empty."""
+    """UTF-8, RFC 4180: names with commas, quotes or line ends are quoted; undefined values are empty."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow("class" if f.name == "number" else f.name for f in fields(ClassRow))

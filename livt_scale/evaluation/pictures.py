@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from livt_scale.util.atomic import write_atomic
 
-PANEL_PX = 112  # an image is enlarged by a whole factor until it is at least so wide
+PANEL_PX = 112  # an image is enlarged by an integer factor to at least this width
 GAP_PX = 4
-MASKED_GREY = 0.35  # of a masked patch, between black and white and rare enough in images to be told apart
+MASKED_GREY = 0.35  # of a masked patch: between black and white, and rare enough in images to stand out
 
 
 def reconstructions(

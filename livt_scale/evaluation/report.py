@@ -1,11 +1,11 @@
-"""What `livt eval` tells beyond the plain figures: τ, temperature, and the files that it can leave.
+"""What `livt eval` reports beyond the plain figures: τ, temperature, and the files that it can write.
 
-All of it is made of `Outputs` alone (the gallery reads the images too), so that it is the same for a model that runs
-now and for logits that were saved.
+All of it is computed from `Outputs` alone (the gallery also reads the images), so it is the same for a model that is
+run now and for saved logits.
 
     --tau 1        the report is about the adjusted logits
     --tau 0,0.5,1  the report is about the plain ones; `tau_sweep` has a row for each
-    --tau auto     τ is chosen on one half of the set, and all else is about the other half
+    --tau auto     τ is chosen on one half of the set; everything else is about the other half
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""A trained model as two files that others read: `model.safetensors` and `config.json`. No pickle, no recipe needed.
+"""Exports a trained model as two files for other tools: `model.safetensors` and `config.json`. No pickle, no recipe.
 
     livt export runs/try --out exports/try
     timm.create_model("local-dir:exports/try", pretrained=True)      # the same logits, no other argument
 
 `config.json` is timm's, with one part of ours, `livt`: classes and their training counts, loss, pixel statistics, and
-where the weights come from (checkpoint, position, digest of what it learnt from). No path and no date: the same
+the origin of the weights (checkpoint, position, digest of what decided the training). No path and no date: the same
 weights give the same bytes.
 
-An export is written whole or not at all, and only after timm built it from the temporary folder and gave the logits
+An export is written atomically, and only after timm has built it from the temporary folder and reproduced the logits
 of the live model. It replaces an older export of the same run; one of another run only with --force, and never a folder
 that holds anything else.
 """
@@ -52,7 +52,7 @@ from livt_scale.util.outside import first_mistake, read_json
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-# timm builds any ViT from any of these names, given all arguments; the nearest one tells a reader what it is.
+# timm builds any ViT from any of these names, given all arguments; the nearest one helps a reader recognise the model.
 TIMM_NAMES = {
     "vit_micro": "vit_tiny_patch16_224",
     "vit_ti": "vit_tiny_patch16_224",
@@ -131,7 +131,7 @@ def export_run(
 
 
 def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportInfo:
-    """Write `trained` to `out`, whole or not at all. What is replaced there: see `check_target`."""
+    """Write `trained` to `out` atomically. What is replaced there: see `check_target`."""
     check_target(out, weights=trained.weights, force=force)
     tensors = {name: t.detach().cpu().contiguous() for name, t in trained.model.state_dict().items()}
     try:
@@ -282,7 +282,7 @@ def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:
 
 
 def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:
-    """timm's arguments cannot say the small stem: `timm_network` tells how the weights are read then."""
+    """timm's arguments cannot express the small stem: `timm_network` describes how to read the weights then."""
     width = model.stage_widths[-1] * (4 if model.has_bottlenecks else 1)
     return {"num_features": width, "model_args": _resnet_args(model)}, "conv1", "fc"
 

@@ -2,11 +2,11 @@
 
 A soft target is a distribution over classes, and a loss under it is the mean of the loss of a class drawn from it. So
 every formula here is linear in a row of targets, and one-hot rows give the published form. Only the regulariser of
-LADE stands apart: it looks at the whole batch, and at hard labels.
+LADE differs: it depends on the entire batch, and on hard labels.
 
 With 1024 images of 8142 classes the logits are 33 MB, and each operation on all of them writes 33 MB more. `RowSum`
-goes through the rows in groups that fit the processor's cache, keeps logits and targets alone, and computes a group
-again when its gradient is asked for: it needs no more memory than the gradient itself, and is no slower
+processes the rows in groups that fit the processor's cache, keeps only logits and targets, and recomputes a group
+when its gradient is requested: it needs no more memory than the gradient itself, and is no slower
 (docs/losses.md).
 """
 
@@ -136,7 +136,7 @@ class RowSum:
     slope: RowFormula | None = None
 
     def __call__(self, logits: Tensor, targets: Tensor, by_class: Tensor | None) -> Tensor:
-        """Scalar in float32 at least. The gradient goes to `logits`, in their dtype; it has none of its own."""
+        """Scalar, float32 at least. The gradient goes to `logits`, in their dtype, and cannot be differentiated again."""
         total: Tensor = _GroupedSum.apply(self, logits, targets, by_class)
         return total / len(logits)
 
@@ -202,8 +202,8 @@ def _smoothed_cross_entropy(logits: Tensor, targets: Tensor, smoothing: Tensor |
 def large_margin(scale: float) -> RowSum:
     """Cross entropy of s·z with s·m_y taken off the true class y alone (LDAM, arXiv 1906.07413, equation 13).
 
-    For every class y at once, in `[b, C]` and not `[b, C, C]`: with R_y = log Σ_{j≠y} exp(s·z_j), what the others
-    weigh, the loss of y is softplus(R_y - s·(z_y - m_y)).
+    Computes all classes y together, in `[b, C]` and not `[b, C, C]`: with R_y = log Σ_{j≠y} exp(s·z_j), the weight
+    of the others, the loss of y is softplus(R_y - s·(z_y - m_y)).
     """
 
     def value(logits: Tensor, targets: Tensor, margins: Tensor | None) -> Tensor:
@@ -211,7 +211,7 @@ def large_margin(scale: float) -> RowSum:
         x = logits * scale
         log_p = F.log_softmax(x, dim=1)
         top = x.argmax(dim=1, keepdim=True)
-        # R = log Σ_j exp(x_j) + log(1 - p): exact for p ≤ 1/2, so for all but the largest; its others are summed anew
+        # R = log Σ_j exp(x_j) + log(1 - p): exact for p ≤ 1/2, so for all but the largest; its others are summed again
         share = log_p.exp().scatter(1, top, 0.0)
         others = (x - log_p) + torch.log1p(-share)
         others = others.scatter(1, top, x.scatter(1, top, -math.inf).logsumexp(dim=1, keepdim=True))
@@ -279,14 +279,14 @@ binary_cross_entropy = RowSum(_binary_cross_entropy, _binary_cross_entropy_slope
 weighted_binary_cross_entropy = RowSum(_weighted_binary_cross_entropy, _weighted_binary_cross_entropy_slope)
 
 
-# --- the whole batch ---
+# --- the entire batch ---
 
 
 def disentangled(weight: float, penalty: float) -> RowFormula:
     """Balanced softmax and `weight` times the regularised Donsker-Varadhan bound of each class (LADE, 2012.00321).
 
-    The bound of class c is a - b - penalty·b²: a is the mean of z_c over the images of c in this batch (0 where there
-    are none), b is log mean exp(z_c - log(C·π_c)) over all B images. The regulariser is minus their mean under π, as in
+    The bound of class c is a - b - penalty·b²: a is the mean of z_c over the images of c in this batch (0 without
+    any), b is log mean exp(z_c - log(C·π_c)) over all B images. The regulariser is minus their mean under π, as in
     the authors' code. `by_class`: log π. Raises UsageError for targets that are not one-hot: an image that is 0.3 a cat
     is no sample of cats.
     """

@@ -28,7 +28,7 @@ from livt_scale.models.mae import reset_encoder
 from livt_scale.models.resnet import ResNetClassifier
 from livt_scale.util.errors import CheckpointMismatch
 
-# What may be left over in a pretrained state, and what fine-tuning makes anew. Everything else must match.
+# What may be left over in a pretrained state, and what fine-tuning initialises. Everything else must match.
 LEFT = re.compile(r"decoder_.*|mask_token|norm\.(weight|bias)")
 MADE = re.compile(r"(fc_norm|head)\.(weight|bias)|head_norm\.sums")
 HEAD_STD = 2e-5  # LiVT's: training starts from equal odds
@@ -37,7 +37,7 @@ PROBE_STD = 0.01  # MAE's main_linprobe.py, after MoCo v3: LARS moves weights by
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Names of the tensors: taken from the pretrained state, left there, made anew, resized to another grid."""
+    """Names of the tensors: loaded from the pretrained state, left out, newly initialised, resized to another grid."""
 
     used: tuple[str, ...]
     left: tuple[str, ...]

@@ -87,5 +87,5 @@ def use_small_stem(network: ResNet, width: int) -> None:
     if width != USUAL_FIRST_WIDTH:
         norm = type(network.bn1)
         network.bn1 = norm(width)
-        network.layer1[0] = BasicBlock(width, width, norm_layer=norm)  # timm's has a shortcut of its own, from 64
+        network.layer1[0] = BasicBlock(width, width, norm_layer=norm)  # timm's has a shortcut for 64 channels
     network.init_weights()

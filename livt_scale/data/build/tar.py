@@ -66,7 +66,7 @@ class TarMember:
 
 
 def padded(size: int) -> int:
-    """`size` rounded up to whole blocks."""
+    """`size` rounded up to a multiple of the block size."""
     return -(-size // BLOCK) * BLOCK
 
 
@@ -250,7 +250,7 @@ class TarSample:
 def read_tar(path: Path) -> Iterator[TarSample]:
     """The samples of the tar `path` in their order.
 
-    Raises ShardError (cannot be read, is cut, holds what a shard must not) and SampleError (one sample is not whole).
+    Raises ShardError (unreadable, truncated, or with forbidden content) and SampleError (one sample is incomplete).
     """
     try:
         with open_checked(path, "shard") as file:

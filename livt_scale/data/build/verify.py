@@ -177,7 +177,7 @@ def _check_shard(job: _Job) -> list[Fault]:
         return []
     samples = _check_samples(job)
     changed = next((f for f in faults if f.what == FILE_CHANGED), None)
-    if not changed:  # whole, of another size, or not to be read at all
+    if not changed:  # intact, of another size, or unreadable
         return faults + samples
     if any(f.what == CHANGED for f in samples):  # that is where it changed
         return samples
@@ -248,9 +248,9 @@ def _check_quarantine(folder: Path, manifest: ShardManifest) -> list[Fault]:
 
 
 def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fault], *, decoded: bool) -> None:
-    """quarantine.json of the samples among `faults`, removed if there are none. Raises DataError for other faults.
+    """Write the samples among `faults` to quarantine.json, or remove it without any. Raises DataError on other faults.
 
-    Without `decoded`, what was in quarantine before stays there: it may be there for an image that does not decode.
+    Without `decoded`, samples already in quarantine stay: they may be there for an image that does not decode.
     """
     other = next((f for f in faults if f.number is None or f.key is None), None)
     if other:

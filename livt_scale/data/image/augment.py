@@ -154,7 +154,7 @@ def _four_taps(taps: np.ndarray, fraction: np.ndarray) -> np.ndarray:
     total = floats[:, :width] * weights[0]
     for k in (1, 2, 3):
         total.addcmul_(floats[:, k : k + width], weights[k])
-    total.add_(1e-3).clamp_(0, 255)  # Pillow cuts the fraction off: the rest is for sums of floats that should be whole
+    total.add_(1e-3).clamp_(0, 255)  # Pillow truncates: 1e-3 protects float sums that should be integers
     moved = _like(taps, width)
     np.copyto(moved, total.numpy(), casting="unsafe")  # five times faster than torch's cast
     return moved

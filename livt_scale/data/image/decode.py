@@ -31,13 +31,13 @@ Pixels = NDArray[np.uint8]
 
 MAX_SIDE_PX = 1 << 16  # as JPEG has it; of 67 million x 1 pixels resizing makes gigabytes
 MAX_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
-MAX_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels, and usual are ten
-MAX_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get memory of their own
+MAX_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels; ten are usual
+MAX_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get separate memory
 FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
 _READ_TO_THE_END = "before marker 0xd9"  # surplus bytes between the last pixel and the end: nothing is lost
-_ONLY_SURPLUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")  # the first warning, whole
+_ONLY_SURPLUS = re.compile(r"Corrupt JPEG data: \d+ extraneous bytes before marker 0xd9")  # the first warning, in full
 _BUFFER = re.compile(r" <_io\.BytesIO object at 0x[0-9a-f]+>")  # Pillow's name for the bytes: another each time
 
 
@@ -80,7 +80,7 @@ class Workspace:
         self._memory = np.empty(0, dtype=np.uint8)
 
     def room(self, nbytes: int) -> NDArray[np.uint8] | None:
-        """uint8 [nbytes] or more; None where so much is not kept."""
+        """uint8 [nbytes] or more; None if that is more than is kept."""
         if nbytes > MAX_KEPT_BYTES:
             return None
         if nbytes > len(self._memory):
@@ -97,7 +97,7 @@ def open_image(data: bytes, *, channels: int, formats: tuple[str, ...] = FORMATS
 
 
 def decode(data: bytes, *, channels: int = 3) -> Pixels:
-    """The whole image, upright: uint8 [H, W, channels]. Raises BadImage."""
+    """The full image, upright: uint8 [H, W, channels]. Raises BadImage."""
     return open_image(data, channels=channels).pixels()
 
 
@@ -134,14 +134,14 @@ class _JpegImage:
         return pixels if self._orientation == 1 else _upright(pixels, self._orientation)
 
     def _upper_part(self, bottom: int, shrink: int, workspace: Workspace | None) -> Pixels | None:
-        """The rows down to `bottom` and what their colours need, decoded strictly; None where the whole is as cheap,
-        or where something is wrong: the whole image will tell what.
+        """The rows down to `bottom` and those that their colours need, decoded strictly; None if the full image costs
+        no more, or if anything is wrong: decoding the full image then shows the error.
 
-        A seventh of the decoding of MAE's crops. The data that follow are surplus to libjpeg, which runs over them to
-        the end and says so after all else was well: a cut file or a stray marker in them gives another warning.
+        Saves a seventh of the decoding of MAE's crops. libjpeg treats the data that follow as surplus, skips them to
+        the end and then warns about them; a truncated file or a stray marker in them gives a different warning.
         """
         block_px, (height, width) = self._outline.block_px, self._stored
-        needed = bottom + 2 * shrink - 1  # whole rows of the small image, and one: the colours of a row reach across
+        needed = bottom + 2 * shrink - 1  # full rows of the small image, and one more: a row's colours reach across
         rows = -(-needed // block_px) * block_px if self._can_stop else height
         if rows >= height:
             return None
@@ -274,7 +274,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _check_values(image: Image.Image) -> None:
-    """16 bits have a rule (the upper eight); for 32 bits, floats and colour spaces beyond inks there is none."""
+    """16 bits have a rule (the upper eight); 32 bits, floats and colour spaces beyond inks have no rule."""
     is_wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
     if is_wide or image.mode in ("LAB", "HSV"):
         what = "values of 32 bits" if is_wide else f"colours of the space {image.mode}"

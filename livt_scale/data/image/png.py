@@ -1,4 +1,4 @@
-"""Is a PNG whole? Its own checksums say so; Pillow skips those of the pixels and the end.
+"""Checks that a PNG is complete by its own checksums; Pillow skips those of the pixels and the end.
 
 signature | length "IHDR" 13 bytes crc | length "IDAT" … crc | … | 0 "IEND" crc        (PNG specification, clause 5)
 """
@@ -19,7 +19,7 @@ class BadPng(ValueError):
 
 
 def size_and_exif(data: bytes) -> tuple[int, int, bytes]:
-    """(height, width, EXIF block or nothing) of a PNG with every chunk whole, from IHDR to IEND. Raises BadPng."""
+    """(height, width, EXIF block or nothing) of a PNG with every chunk intact, from IHDR to IEND. Raises BadPng."""
     position, exif = len(SIGNATURE), b""
     height = width = 0
     needs_palette = False

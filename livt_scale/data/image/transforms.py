@@ -28,7 +28,7 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and b
 CROP_TRIES = 10  # torchvision's
 EVAL_CROP = 0.875  # share of the resized shorter side that the centre crop takes, up to EVAL_CROP_UP_TO_PX
 EVAL_CROP_UP_TO_PX = 224
-MAX_ELONGATED = 16  # longer side / shorter side that the evaluation resizes whole
+MAX_ELONGATED = 16  # longer side / shorter side up to which the evaluation resizes the full image
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +170,8 @@ def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
 
 
 def _centre(pixels: Pixels) -> Pixels:
-    """The middle of a strip: one of 1 x 65,500, resized whole, would take 13 GB. What is kept reaches far beyond the
-    centre crop, whose pixels stay what they were to within the rounding of the longer side."""
+    """The middle of a strip: resizing all of one of 1 x 65,500 would take 13 GB. The part kept reaches far beyond the
+    centre crop, whose pixels do not change except by the rounding of the longer side."""
     height, width = pixels.shape[:2]
     top, left = (max(0, (long - MAX_ELONGATED * short) // 2) for long, short in ((height, width), (width, height)))
     return pixels[top : height - top, left : width - left]

@@ -1,20 +1,20 @@
 """The position of each sample in an epoch: a pure function from numbers to numbers, without I/O.
 
-Promises: it knows seed, epoch, samples a shard and global batch size; never ranks or workers. A sample comes at
-most once an epoch; the N mod B left-over samples are redrawn each epoch, all equally likely. Every step costs
-the same, the first and the millionth.
+Guarantees: it depends on seed, epoch, samples per shard and global batch size, never on ranks or workers. A sample
+occurs at most once per epoch; the N mod B left-over samples are redrawn each epoch, all equally likely. Every step
+costs the same, the first and the millionth.
 
     shards (here 5, of 4 samples)        A B C D E
     shuffled for the epoch               D A E B C
     20 samples in a row, less 20 mod 6   d d d d a a . a e e e . b b b b c c c c
-    dealt to 2 lane groups               [d d d d a a a e e] [e b b b b c c c c]   shards of their own, but for borders
+    dealt to 2 lane groups               [d d d d a a a e e] [e b b b b c c c c]   disjoint shards, except at borders
     shuffled inside a group's windows    [a d e d a d e d a] [c b c e b c b c b]
     a step takes 3 of each group         step 0: a d e c b c   step 1: d a d e b c   …   in slots 0-2 and 3-5
 
-Shuffles are by random 64-bit keys from Philox, whose bit stream is fixed for good; numpy's own shuffles are not.
-A rank takes a contiguous run of slots, so a node reads its groups' shards alone. Why not webdataset's or torch's own
-shuffling: their order depends on the number of ranks and workers, and cannot be entered in the middle. Policies that
-draw by class, and several views of a sample, are `livt_scale.data.order.class_balanced`'s.
+Shuffles sort by random 64-bit keys from Philox, whose bit stream is fixed permanently; numpy's own shuffles may change.
+A rank takes a contiguous run of slots, so a node reads only the shards of its groups. Why not webdataset's or torch's
+shuffling: their order depends on the number of ranks and workers, and cannot be resumed in the middle. Policies that
+draw by class, and several views of a sample, are in `livt_scale.data.order.class_balanced`.
 """
 
 from __future__ import annotations

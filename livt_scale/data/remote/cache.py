@@ -1,19 +1,19 @@
-"""Files fetched from elsewhere, kept on this node up to a limit, shared by all its processes.
+"""Caches fetched files on this node up to a size limit, shared by all its processes.
 
     cache = ShardCache.of(recipe.data.cache)
-    with closing_fd(cache.hold(info, fetch, wait_s=900)) as handle:      # fetched once, whoever comes first
+    with closing_fd(cache.hold(info, fetch, wait_s=900)) as handle:      # fetched once, by the first caller
         os.pread(handle, nbytes, start)
 
     /tmp/livt-cache-1000/v1/  lock                      held for a moment while room is made or a name changes
-                              3fa9…                     a whole file, named by its SHA-256, checked when it came in
-                              77c0….104857600.part      one that is on its way, and how big it will be
+                              3fa9…                     a complete file, named by its SHA-256, checked on arrival
+                              77c0….104857600.part      one that is being fetched, with its final size
 
-Every claim is an flock(2), which the kernel drops with the process: exclusive on a .part by the one who fetches it,
-shared on a file by each one who reads it. So a kill at any point leaves at most a .part that nobody holds, which the
-next process takes over or removes; nothing is ever stale, and there is no shared memory. What is not in use is
-removed by last use when room is needed, counting files on their way in full. Names and owner say what is the cache's
-own: nothing else in the folder is touched, and data sets in local folders are never cached.
-Not for a folder on a network: it is one node's.
+Every claim is an flock(2), which the kernel releases with the process: exclusive on a .part for the process that
+fetches it, shared on a file for each reader. So a kill at any point leaves at most a .part that nobody holds, which the
+next process takes over or removes; nothing is ever stale, and there is no shared memory. When space is needed, unused
+files are removed, least recently used first; files being fetched count with their final size. Names and owner identify
+the cache's files: nothing else in the folder is touched, and data sets in local folders are never cached.
+Not for a network folder: the cache belongs to one node.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Fetch = Callable[[Path], object]
 
 @dataclass(frozen=True)
 class _File:
-    """One of the cache's own files; `claim`: how much room it takes, on its way or whole."""
+    """One of the cache's own files; `claim`: the space it takes, partial or complete."""
 
     path: Path
     claim: int

@@ -1,16 +1,16 @@
-"""Fetch one file from a URL to the disk, in spite of a bad connection; or say in one error why not.
+"""Fetches one file from a URL to disk over an unreliable connection, or raises one error with the reason.
 
     fetcher = Fetcher("https://host/train-lt", Remote(tries=8))
     fetcher.fetch("train-000003.tar", path, most_bytes=info.bytes, check=lambda path: "" or "what is wrong with it")
 
-Tried again: time-outs, resets, cut and wrong bodies, 408, 425, 429 and 5xx; after a random wait below a bound that
-doubles ("full jitter"), at least as long as Retry-After asks. Not tried again: 404, 403 and the like, a certificate
-that is not trusted, a full disk, and a body that is wrong in the same way twice. A connection that says nothing for
-`stall_timeout_s` is cut, and `deadline_s` bounds all tries of a file together. Errors name URL, tries and how long it
-took, and never a secret: URLs hold none (`livt_scale.util.urls`), and what libraries say is cleaned.
+Retried: time-outs, resets, truncated and wrong bodies, 408, 425, 429 and 5xx; after a random wait below a bound that
+doubles ("full jitter"), and no less than Retry-After asks. Not retried: 404, 403 and the like, an untrusted
+certificate, a full disk, and a body that is wrong in the same way twice. A connection that is silent for
+`stall_timeout_s` is closed, and `deadline_s` bounds all tries of a file together. Errors contain the URL, the tries and
+the time taken, and never a secret: URLs hold none (`livt_scale.util.urls`), and messages of libraries are cleaned.
 
-Transport is fsspec's (http: aiohttp; s3: s3fs). Its file systems do not live through a fork, so each process makes
-its own at first use; only whole files are read by their full name, so no directory listing is ever asked or cached.
+Transport is fsspec (http: aiohttp; s3: s3fs). Its file systems do not survive a fork, so each process creates its own
+on first use; only complete files are read, by their full name, so no directory listing is ever requested or cached.
 """
 
 from __future__ import annotations
