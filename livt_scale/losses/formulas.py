@@ -136,7 +136,7 @@ class RowSum:
     slope: RowFormula | None = None
 
     def __call__(self, logits: Tensor, targets: Tensor, by_class: Tensor | None) -> Tensor:
-        """Scalar, float32 at least. The gradient goes to `logits`, in their dtype, and cannot be differentiated again."""
+        """A scalar, float32 at least. The gradient goes to `logits`, in their dtype, with no second derivative."""
         total: Tensor = _GroupedSum.apply(self, logits, targets, by_class)
         return total / len(logits)
 
