@@ -38,7 +38,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from subprocess import DEVNULL, PIPE, CompletedProcess, TimeoutExpired
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self
 
 REPO = Path(__file__).resolve().parents[1]
 IMPORTS = ("livt_scale.train.run", "livt_scale.cli.main", "torch._dynamo", "matplotlib.figure", "matplotlib.pyplot")
@@ -423,6 +423,40 @@ def execute(arguments: list[str]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
+def exit_status(arguments: list[str]) -> int:
+    """Execute them; what Python would exit with. The traceback of an uncaught error is printed, as Python does."""
+    try:
+        execute(arguments)
+    except SystemExit as asked:
+        if asked.code is None or isinstance(asked.code, int):
+            return (asked.code or 0) & 0xFF
+        print(asked.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return -signal.SIGINT
+    except BaseException:
+        sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+        return 1
+    return 0
+
+
+def end(status: int) -> NoReturn:
+    """What Python does at its end, but for freeing all objects.
+
+    That would copy the pages that this fork shares with the server, which takes 0.6 s of CPU.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  waits for the threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # closed by the program, or a pipe that nobody reads
+            stream.flush()
+    if status < 0:
+        signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
 def main() -> None:
     filters, environ = list(warnings.filters), dict(os.environ)
     requests = socket.socket(fileno=int(sys.argv[1]))
@@ -447,7 +481,7 @@ def main() -> None:
     requests.close()
     if request["ranks"] > 1:
         start_ranks(request["ranks"])
-    execute(request["arguments"])
+    end(exit_status(request["arguments"]))
 
 
 if __name__ == "__main__":
