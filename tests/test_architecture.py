@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import typer.main
 import yaml
 
 import livt_scale
@@ -341,7 +340,7 @@ def make_problem(words):
 
 
 def livt_problem(words):
-    command = typer.main.get_command(main.app)
+    command = main.command()
     words = list(words)
     while hasattr(command, "commands"):
         plain = [w for w in words if not w.startswith("-")]

@@ -462,6 +462,7 @@ def main() -> None:
     requests = socket.socket(fileno=int(sys.argv[1]))
     for name in IMPORTS:
         importlib.import_module(name)
+    sys.modules["livt_scale.cli.main"].command()
     imported = Imported(
         filters,
         [item for item in warnings.filters if item not in filters],

@@ -1,15 +1,15 @@
 """The help screens: golden files, so that a change is seen; and the rules that hold for all of them."""
 
 import pytest
-import typer.main
 from typer.testing import CliRunner
 
 from livt_scale.cli.main import app
+from livt_scale.cli.main import command as command_line
 
 
 def commands(command=None, words=()):
     """(words, command) of every command and group."""
-    command = command or typer.main.get_command(app)
+    command = command or command_line()
     yield words, command
     for name, child in getattr(command, "commands", {}).items():
         yield from commands(child, (*words, name))
