@@ -1,6 +1,6 @@
-"""What the planner takes for granted: each number with its unit and where it is from; `--assume NAME=VALUE` changes it.
+"""The planner's assumptions: each number with its unit and its source; `--assume NAME=VALUE` changes it.
 
-A device of your own is a YAML file with a name and what `Accelerator` asks for; `--device my.yaml` reads it:
+A custom device is a YAML file with a name and the fields of `Accelerator`; `--device my.yaml` reads it:
 
     {name: mine, peak_tflops: {bf16: 400, fp16: 400, fp32: 50}, memory_gib: 96, memory_gb_s: 3000, node_link_gb_s: 300,
      network_gb_s: 50, power_w: 500}

@@ -1,8 +1,8 @@
 """Peak speeds and memory of accelerators: what MFU is measured against, and what the planner plans for.
 
-Dense matrix products, without structured sparsity, as the makers' data sheets give them; where a sheet gives the
-sparse figure alone (twice as high), half of it stands here. A device that is not in the table has no peak: MFU is then
-null, unless `log.peak_tflops` says what to divide by.
+Dense matrix products, without structured sparsity, from the vendors' data sheets; if a sheet has only the sparse
+figure (twice as high), the table has half of it. A device that is not in the table has no peak: MFU is then null,
+unless `log.peak_tflops` sets the divisor.
 
     named("NVIDIA H100 80GB HBM3")    -> DEVICES["h100"]
     named("NVIDIA H100 PCIe")         -> DEVICES["h100-pcie"]: the same chip, three quarters of the speed
@@ -60,7 +60,7 @@ DEVICES: dict[str, Device] = {
     "h200": Device(bf16=989.5, fp16=989.5, tf32=494.5, fp32=67, memory_gib=141, bandwidth_gb_s=4800),
     # NVIDIA HGX B200 data sheet, a GPU of eight (sparse figures halved)
     "b200": Device(bf16=2250, fp16=2250, tf32=1100, fp32=75, memory_gib=180, bandwidth_gb_s=7700),
-    # AMD Instinct MI250X data sheet: torch sees each of its two dies as a device of its own, so half of it
+    # AMD Instinct MI250X data sheet: torch sees each of its two dies as a separate device, so half of it
     "mi250x": Device(bf16=191.5, fp16=191.5, tf32=None, fp32=47.9, memory_gib=64, bandwidth_gb_s=1638),
     # AMD Instinct MI300X data sheet
     "mi300x": Device(bf16=1307.4, fp16=1307.4, tf32=653.7, fp32=163.4, memory_gib=192, bandwidth_gb_s=5300),
@@ -90,9 +90,9 @@ _NAMES: tuple[tuple[str, str], ...] = (
 
 
 def named(torch_name: str) -> Device | None:
-    """The device that torch calls `torch_name`; None where the table does not know it: never a guess.
+    """The device that torch calls `torch_name`; None if it is not in the table: never a guess.
 
-    A slice of a card (MIG) has a fraction of its peak that the name does not tell for all arithmetic: None.
+    None for a slice of a card (MIG): its name does not give its fraction of the peak for all arithmetic.
     """
     if re.search(r"\bMIG\b", torch_name):
         return None

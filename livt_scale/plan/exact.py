@@ -1,9 +1,9 @@
-"""The peak of a step as torch's own memory trackers count it: the networks and strategies that train, on fake tensors.
+"""The peak of a step as counted by torch's memory trackers: the networks and strategies of training, on fake tensors.
 
-fsdp is measured as it is: `FSDPMemTracker`, a process group that only says how many ranks there are, rank 0. Under ddp
-and the zeros each rank computes a whole replica; that replica's step is measured by `MemTracker`, and what the engine
-adds (buckets, pieces, what is gathered) is the formula's of `plan.memory`: neither torch's reducer nor DeepSpeed runs
-without memory. No tensor is allocated. It takes seconds to a minute, in a process of its own with a bound.
+fsdp is measured directly, as rank 0, with `FSDPMemTracker` and a fake process group that only has the number of ranks.
+Under ddp and the ZeRO stages each rank computes a full replica: `MemTracker` measures that replica's step, and the
+formulas of `plan.memory` add the engine's part (buckets, pieces, gathered tensors), because neither torch's reducer nor
+DeepSpeed runs without memory. No tensor is allocated. Takes seconds to a minute, in a separate process with limits.
 
     measure(recipe, "pretrain", spread, num_classes=10) -> Measurement(measured="fsdp", peak=…, …)
 """
@@ -35,7 +35,7 @@ BOUND_BYTES = 4 * 2**30  # of the process's data; it needs about a gigabyte, tor
 
 @dataclass(frozen=True)
 class Measurement:
-    """Bytes. `measured`: "fsdp", the strategy itself; "replica": a whole model's step, without the engine."""
+    """Bytes. `measured`: "fsdp", the strategy itself; "replica": the step of a full model, without the engine."""
 
     measured: str
     weights: int
@@ -51,7 +51,7 @@ class Measurement:
 
 
 def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
-    """Measure in a process of its own. RunError: it ends badly or takes too long. UsageError: fsdp is offloaded."""
+    """Measure in a separate process. RunError: it fails or takes too long. UsageError: fsdp is offloaded."""
     if spread.offload != "none" and spread.strategy == "fsdp":
         raise UsageError(
             "--exact measures fsdp with its states on the device", remedy="--set parallel.offload=none, or leave it out"
@@ -217,7 +217,7 @@ def _sharded(
 def _replica(
     spread: Spread, network: torch.nn.Module, groups: Any, make_optimizer: MakeOptimizer | None
 ) -> tuple[Any, Any, Any]:
-    """The same of a whole model on one rank, as ddp and the zeros compute it, without their engines."""
+    """The same for a full model on one rank, as ddp and the ZeRO stages compute it, without their engines."""
     import torch
 
     from livt_scale import optim

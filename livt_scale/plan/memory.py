@@ -39,7 +39,7 @@ WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
 
 @dataclass(frozen=True)
 class Spread:
-    """How the work lies on the ranks. `shards`: ranks that share one copy of the states (all, or those of a node)."""
+    """How the work is distributed. `shards`: ranks that share one copy of the states (all, or those of a node)."""
 
     strategy: StrategyName
     gpus: int
@@ -112,14 +112,14 @@ def plan_memory(recipe: Recipe, stage: Stage, weights: Sequence[Weight], spread:
 
 
 def peak_of(weights: Sequence[Weight], spread: Spread, used: int, used_last: int) -> MemoryPeak:
-    """The peak where a replica's own computing (activations, casts) `used` most at once and `used_last` at the end."""
+    """The peak, if a replica's computation (activations, casts) uses at most `used`, and `used_last` at the end."""
     held, grads, moments = held_bytes(weights, spread)
     forward, backward = buffer_bytes(weights, spread)
     early, late = 0, grads  # gradients when the activations are at their most, and when all gradients are there
     if (spread.strategy == "ddp" and spread.gpus > 1) or spread.can.zero_stage == 3:
         early = grads  # views of DDP's buckets, or stage 3's flat buffer, which stay
     elif spread.strategy == "fsdp" and spread.accumulation > 1:
-        early = FP32 * _trained(weights)  # add up whole until the last micro-batch
+        early = FP32 * _trained(weights)  # accumulate unsharded until the last micro-batch
         late = early
     elif spread.can.zero_stage == 1:
         late = grads + FP32 * _trained(weights)
@@ -154,7 +154,7 @@ def offloaded_bytes(weights: Sequence[Weight], spread: Spread) -> int:
 
 
 def _held(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int, int]:
-    """Of a rank: pieces of weights, what it has whole for good, gradients, moments."""
+    """Of a rank: shards of weights, weights that it always holds unsharded, gradients, moments."""
     whole = FP32 * sum(w.numel for w in weights)
     trained = FP32 * _trained(weights)
     if spread.strategy == "ddp":
@@ -168,7 +168,7 @@ def _held(weights: Sequence[Weight], spread: Spread) -> tuple[int, int, int, int
         shared = FP32 * sum(math.ceil(w.numel / spread.shards) for w in weights)
         persistent = FP32 * _persistent(weights) if spread.gpus > 1 else 0
         return shared, persistent, own, 2 * own
-    return own, whole, own, 2 * own  # an fp32 piece of its own beside the weights, also where they are fp32
+    return own, whole, own, 2 * own  # a separate fp32 piece besides the weights, even if they are fp32
 
 
 def cast_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:

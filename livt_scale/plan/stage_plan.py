@@ -1,8 +1,8 @@
-"""A stage's whole plan on a number of GPUs: memory, time, checkpoints, storage, energy, and which strategy to take.
+"""The plan of a stage on a number of GPUs: memory, time, checkpoints, storage, energy, and the strategy to use.
 
-Pure: a recipe, what its data set holds and what is assumed go in, numbers come out. `candidates` tries every strategy,
-with and without activation checkpointing, at every micro-batch that divides a rank's slots; `best` takes the fastest
-that fits, the simpler where two differ by less than a per cent.
+Pure: from a recipe, the size of its data set and the assumptions to numbers. `candidates` tries every strategy, with
+and without activation checkpointing, at every micro-batch that divides a rank's slots; `best` takes the fastest that
+fits, or the simpler one if two differ by less than one per cent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, ste
 
 PIECE_BYTES = 1840  # a tensor's piece in a checkpoint besides its values: archive and index (1810 to 1870, torch 2.14)
 OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
-SAME = 0.01  # a difference of times below this is none: the simpler one is taken
+SAME = 0.01  # times that differ by less count as equal: the simpler one is taken
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""cRT: the head alone trained again, from a fresh start, on images drawn evenly by class.
+"""cRT: retrains only the head, from scratch, on images sampled evenly by class.
 
-The encoder stays as it is and no image is augmented, so the features of the training set are computed once, as for
-evaluation; what is trained is one linear layer on them (seconds, not hours). With augmentation every epoch would
-need the encoder again: that is not offered here. Which image stands in which step is the order's policy
-`class_balanced`, a function of the seed; the same command gives the same bytes.
+The encoder is frozen and no image is augmented, so the features of the training set are computed once, as for
+evaluation; only one linear layer on them is trained (seconds, not hours). With augmentation every epoch would need
+the encoder again: that is not supported here. The sampling policy `class_balanced`, a function of the seed, decides
+which image is in which step; the same command gives the same bytes.
 
-SGD with momentum 0.9, a rate that falls to 0 along half a cosine, weight decay 5e-4, cross entropy: the paper's. Its
-head begins at random; ours at zero, which is the same in each run and loses nothing, for the problem is convex.
+SGD with momentum 0.9, a rate that falls to 0 along half a cosine, weight decay 5e-4, cross entropy: as in the paper.
+Its head starts at random; ours at zero, which is the same in each run and costs nothing, since the problem is convex.
 
 Source: Kang et al. 2020, Decoupling Representation and Classifier, arXiv 1910.09217, section 4.1.
 """
@@ -114,7 +114,7 @@ def retrain_head(
 def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None) -> dict[str, Any]:
     try:
         shards = features.held_out_set(trained, source, data)
-    except UsageError:  # there is none
+    except UsageError:  # no held-out set
         return {"before": None, "after": None}
     outputs = features.features(trained, shards)
     about = (outputs.labels, trained.classes, trained.recipe)

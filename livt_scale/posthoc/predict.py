@@ -1,4 +1,4 @@
-"""A trained model on a folder of images without labels: a CSV with the likeliest classes of each.
+"""Runs a trained model on a folder of images without labels: a CSV with the likeliest classes of each.
 
     summary = predict(open_trained(Path("exports/try")), Path("photos"), Path("photos.csv"), top_k=3)
 
@@ -6,9 +6,9 @@
     trip/a.jpg,,4,coat,0.812345,2,…
     trip/b.jpg,the JPEG is cut or damaged: …,,,,
 
-Images are read by the decoder of training and cut by the evaluation's transform, so a picture from a shard gets here
-what it gets in `livt eval`. Nothing but the weights is needed: no run directory, no shards. Rows stand in the order of
-the paths; the file is written as the images go, and appears under its name when it is whole.
+Images are read by the training decoder and cropped by the evaluation transform, so an image from a shard gets the same
+prediction here as in `livt eval`. Only the weights are needed: no run directory, no shards. Rows are in the order of
+the paths; the file is written while the images are processed, and gets its name when it is complete.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class _Images(Dataset[tuple[str, Tensor | str]]):
 
 @contextmanager
 def _text(file: BinaryIO) -> Iterator[io.TextIOWrapper]:
-    """`file` for text in UTF-8; it stays open, for who opened it syncs it. Bytes that are none: as \\udcXX."""
+    """`file` for UTF-8 text; it stays open, because the caller syncs it. Undecodable bytes appear as \\udcXX."""
     text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
     try:
         yield text

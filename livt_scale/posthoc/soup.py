@@ -57,7 +57,7 @@ def mean_of(models: Sequence[AnyClassifier]) -> AnyClassifier:
 
 
 def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weights: Weights = "raw") -> list[Ingredient]:
-    """What to average: each path a run (its final checkpoint, or all whole ones), a checkpoint's folder or an export.
+    """What to average: each path is a run (its final checkpoint, or all complete ones), a checkpoint or an export.
 
     Every byte is checked. Raises CheckpointMismatch where models, classes or pixel statistics differ; UsageError for
     fewer than two.

@@ -25,7 +25,7 @@ from livt_scale.train.preempt import lead
 from livt_scale.util.errors import UsageError, nearest
 
 Mode = Literal["requeue", "segments"]
-SIGNAL_EARLY_S = 60  # "due to the resolution of event handling by Slurm, the signal may be sent so much earlier"
+SIGNAL_EARLY_S = 60  # sbatch's --signal: "the signal may be sent up to 60 seconds earlier than specified"
 MAX_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
 SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing to do ends in seconds
 

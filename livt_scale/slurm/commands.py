@@ -51,12 +51,12 @@ def cluster_facts() -> ClusterFacts | None:
 def sbatch(
     script: Path, *, chdir: Path, log: str, comment: str, environ: Mapping[str, str], dependency: str | None = None
 ) -> str:
-    """Submit `script`, to write into `log` beneath `chdir`; the job's id. Raises ClusterError with sbatch's message.
+    """Submit `script`, to write into `log` below `chdir`; the job's id. Raises ClusterError with sbatch's message.
 
     environ: of sbatch, and of the job (`inherited.for_sbatch`).
 
     A user's path is a separate argument, in which nothing needs quoting; but a % in a log's path has to be doubled,
-    also in the folder that a relative path is beneath (seen with Slurm 22.05).
+    also in the folder to which the path is relative (seen with Slurm 22.05).
     """
     if "\\" in str(chdir):  # Slurm would then not expand %j: one log for all jobs
         raise UsageError(f"run_dir is {str(chdir)!r}: Slurm cannot write logs beneath a name with a backslash")
@@ -127,7 +127,7 @@ ASK_S = 15.0  # a screen should not wait longer; --watch asks again
 JOB_ID = r"[0-9]+(_[0-9]+)?"  # 12, or 12_3 of an array
 SQUEUE = "--format=%i|%T|%r|%M|%L|%S|%N|%k"
 SACCT = "--format=JobID,State,ExitCode,Start,End,NodeList,Reason"
-EARLIER_S = 120.0  # clocks of login node and controller may differ so much
+EARLIER_S = 120.0  # the most that clocks of login node and controller may differ
 
 WAITS = frozenset({"PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD"})
 RUNS = frozenset({"RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING"})

@@ -36,7 +36,7 @@ class PartitionFacts:
 
 @dataclass(frozen=True)
 class QosFacts:
-    """One QOS, as accounting describes it. None: it has no limit, or PreemptMode, of its own."""
+    """One QOS, as accounting describes it. None: the QOS does not set the limit or the PreemptMode."""
 
     preempt: Preempt | None = None
     time_min: float | None = None
@@ -52,7 +52,7 @@ class ClusterFacts:
     accounts: frozenset[str] | None = None  # that this user may charge; None: not known
     kill_wait_s: int | None = None
     preempts_by_qos: bool = False  # PreemptType=preempt/qos: the partition's PreemptMode is not looked at
-    preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that has none of its own
+    preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that does not set one
     qos: dict[str, QosFacts] = field(default_factory=dict)
 
     def partition(self, name: str | None) -> PartitionFacts | None:
@@ -104,7 +104,7 @@ def _partition(line: str) -> PartitionFacts:
 
 
 def _qos(line: str) -> tuple[str, QosFacts]:
-    """A row of QOS_FORMAT; sacctmgr's "cluster" is a QOS without a PreemptMode of its own."""
+    """A row of QOS_FORMAT; sacctmgr's "cluster" marks a QOS that does not set a PreemptMode."""
     name, mode, wall, tres = [*line.split("|"), "", "", ""][:4]
     nodes = re.search(r"(?:^|,)node=(\d+)", tres)
     preempt = None if mode in ("", "cluster") else _preempt(mode)

@@ -362,7 +362,7 @@ def newest_checkpoint(job: BatchJob) -> str | None:
 
 
 def _status(job: BatchJob) -> dict[str, Any]:
-    """status.json of the stage; empty if there is none, or if it cannot be read, which the run itself reports."""
+    """status.json of the stage; empty if it is missing, or unreadable, which the run itself reports."""
     with suppress(RunError):
         return dict(read_status(job.run_dir, job.stage) or {})
     return {}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from livt_scale.util.outside import open_checked
 
-SLACK_S = 2.0  # btime has whole seconds, and moves when a clock is set
+SLACK_S = 2.0  # btime is in full seconds, and changes when a clock is set
 
 
 def started_at(pid: int) -> float | None:
@@ -63,7 +63,7 @@ def lock_is_held(run_dir: Path) -> bool:
         return False
     if found is None or not is_there(int(found[1]), found[2], wrote_at=told.st_mtime):
         return False
-    try:  # a process may have gone on to something else since
+    try:  # the process may have released the lock since
         return re.search(rf":{told.st_ino} \d+ ", Path("/proc/locks").read_text()) is not None
     except OSError:
         return True

@@ -1,11 +1,11 @@
-"""The batch script of a job: slurm/job.sbatch, with the recipe's #SBATCH lines and settings in place of its own.
+"""The batch script of a job: slurm/job.sbatch, with its #SBATCH lines and settings replaced by the recipe's.
 
     render(template, job, settings)   pure: the text that `livt submit` gives to sbatch
 
-    #SBATCH lines    words that need no quoting; `livt_scale.config.slurm` and `_word` see to that
+    #SBATCH lines    words that need no quoting; `livt_scale.config.slurm` and `_word` check that
     settings         shell variables, each value by shlex.quote: a name with quotes, newlines or $( ) is a name
 
-What can hold anything and cannot be quoted in an #SBATCH line, the run directory, is an argument of sbatch
+The run directory may contain any character and cannot be quoted in an #SBATCH line, so it is an argument of sbatch
 (`livt_scale.slurm.submit`); the log's path is relative to it.
 """
 

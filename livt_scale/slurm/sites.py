@@ -54,7 +54,7 @@ class Partition(RecipePart):
 
 
 class Qos(RecipePart):
-    """One QOS, as `sacctmgr show qos` describes it. None: no limit of its own, the cluster's PreemptMode."""
+    """One QOS, as `sacctmgr show qos` describes it. None: no limit is set; the cluster's PreemptMode applies."""
 
     time_min: PositiveInt | None = Field(None, description="MaxWall, minutes")
     nodes: PositiveInt | None = Field(None, description="nodes of MaxTRES")

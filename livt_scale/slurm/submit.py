@@ -266,7 +266,7 @@ def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, An
 
 
 def entry(job: JobPlan, *, id: str, script: str, log: str, dependency: str | None) -> dict[str, Any]:
-    """A job of chain.json. script, log: beneath the run directory, or absolute."""
+    """A job of chain.json. script, log: relative to the run directory, or absolute."""
     return {
         "stage": job.job,
         "segment": job.segment,

@@ -33,11 +33,11 @@ SCRATCH: Sets = {"stages.finetune.init": "scratch", "stages.finetune.layer_decay
 
 @dataclass(frozen=True)
 class Setting:
-    """On which data, how large. balanced: its twin without a tail. sizes, mgp_epochs: from small to large.
+    """The data and the sizes. balanced: the same data without a tail. sizes, mgp_epochs: from small to large.
 
-    from_scratch, cnn: for the claim that holds a ViT against a CNN, with labels alone.
+    from_scratch, cnn: for the claim that compares a ViT with a CNN, trained on labels alone.
 
-    The numbers of images are for the cost alone, which is reckoned before the sets are there.
+    The numbers of images are only for the cost, which is estimated before the sets exist.
     """
 
     name: str  # of a shipped recipe

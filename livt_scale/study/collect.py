@@ -105,7 +105,7 @@ class _Found:
             self.weights[arm] = num_weights(run.load(folder), num_classes=num_classes)
 
     def _other_images(self, run: Run, place: Path, folder: Path, who: str) -> str:
-        """A recipe names its sets by folder; what lies there may have been built anew, or laid over by `--set`."""
+        """A recipe names its sets by folder; the set there may have been rebuilt, or replaced by `--set`."""
         data = run.load(folder).data
         for where, digest in sets_read(run, place, train=data.train, val=data.val).items():
             expected, whose = self._digests.setdefault(where, _digest_here(where) or (digest, who))
@@ -155,7 +155,7 @@ def _differs(made: Recipe, wanted: Recipe, stage: Stage) -> str:
 
 
 def _other_pretraining(place: Path, wanted: Recipe) -> str:
-    """A run's own recipe does not tell from which weights it began; its evaluation and the pretraining beside it do."""
+    """A run's recipe does not record the initial weights; its evaluation and the pretraining next to it do."""
     from livt_scale.train.finetune import final_pretraining  # torch
 
     facts = read_manifest(final_pretraining(place)).facts
@@ -201,7 +201,7 @@ def training_minutes(folder: Path) -> float:
 
 
 def beside_the_recipes(place: str) -> str:
-    """A path as the recipe has it, where it lies in the folder of the project: the page is for others' machines."""
+    """A path as the recipe has it, if it is in the project's folder: the page is read on other machines."""
     project = root()
     return str(Path(place).relative_to(project)) if Path(place).is_relative_to(project) else place
 

@@ -1,13 +1,13 @@
-"""Is one arm of a comparison better than another? Decided by a rule that stands here, and nowhere by hand.
+"""Decides whether one arm of a comparison is better than another, by one fixed rule and never by hand.
 
 Both arms are trained with the same seeds, and each seed gives one difference. With n of them, mean d and deviation s,
 the 95 % interval is d ± t(n - 1) · s / √n (Student 1908). A claim that says "more than by `least`" is
 
-    confirmed        where the whole interval lies above `least`
-    not confirmed    where the whole interval lies below it
-    not decidable    where it holds `least`, or with fewer than 3 seeds
+    confirmed        if the entire interval is above `least`
+    not confirmed    if the entire interval is below it
+    not decidable    if it contains `least`, or with fewer than 3 seeds
 
-A claim of several comparisons is confirmed where all are, and not confirmed where one is not.
+A claim of several comparisons is confirmed if all are, and not confirmed if one is not.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Verdict:
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high); infinitely wide where one seed tells nothing of the spread."""
+    """(mean, low, high); infinitely wide for a single seed, which does not show the spread."""
     values = np.asarray(differences, dtype=np.float64)
     mean = float(values.mean()) if values.size else math.nan
     if values.size < 2:

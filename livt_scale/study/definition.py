@@ -1,16 +1,16 @@
-"""A study as its YAML file says it: a recipe, and what is varied over it.
+"""A study as its YAML file defines it: a recipe, and what is varied over it.
 
     name: sizes
     recipe: ../../recipes/fashion_mnist_lt/claims.yaml
-    sizes: {nano: {model.width: 48, model.depth: 2}}        # what a size lays over the recipe; vit_b and such need none
+    sizes: {nano: {model.width: 48, model.depth: 2}}        # what a size overrides; vit_b and such need none
     axes:
       size: [nano, vit_micro]
       epochs: [4, 8, 16]                                    # of pretraining
       seed: [0, 1]
-    sets: {stages.finetune.epochs: 3}                       # laid over all runs alike
+    sets: {stages.finetune.epochs: 3}                       # overrides for all runs
 
-Each combination of the axes' values is a point with a run directory of its own (`points`, `runs`). Relative paths are
-looked for beside the file. Points that differ in fine-tuning alone share one pretraining: the first of them trains it.
+Each combination of the axes' values is a point with a separate run directory (`points`, `runs`). Paths are relative
+to the file. Points that differ only in fine-tuning share one pretraining: the first of them trains it.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class WidthRate(RecipePart):
 
 
 class Study(RecipePart):
-    """The whole file."""
+    """The contents of the file."""
 
     name: PlainName
     recipe: str
@@ -169,7 +169,7 @@ class LoadedStudy:
         return load_recipe(self.recipe, sets=as_words(sets))
 
     def subset(self, axes: Mapping[str, Any]) -> Path | None:
-        """Where the training set of this fraction and imbalance lies; None: the recipe's own set."""
+        """The folder of the training set of this fraction and imbalance; None: the recipe's own set."""
         words = [f"{short}{axes[axis]:g}".replace(".", "p") for axis, short in SUBSETS.items() if axis in axes]
         return self.folder / "shards" / "-".join(words) if words else None
 
@@ -231,7 +231,7 @@ def check_folder(loaded: LoadedStudy) -> None:
 
 
 def _check(loaded: LoadedStudy) -> None:
-    """What can be wrong in the file is said before anything is trained: every recipe is read."""
+    """Report mistakes in the file before anything is trained: every recipe is read."""
     for point in points(loaded):
         try:
             recipe = loaded.load(point.sets)
@@ -246,7 +246,7 @@ def _check(loaded: LoadedStudy) -> None:
 
 
 def points(loaded: LoadedStudy) -> list[Point]:
-    """All combinations, seed after seed, so that a study that is stopped early has whole seeds."""
+    """All combinations, seed after seed, so that a study that is stopped early has complete seeds."""
     study, given = loaded.study, loaded.study.axes.given
     order = [name for name in dict.fromkeys(("seed", *AXES)) if name in given]
     number = math.prod(map(len, given.values()))

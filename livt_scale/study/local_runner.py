@@ -1,8 +1,8 @@
-"""Runs a study's runs on this machine, so many at once, each in a process of its own.
+"""Runs a study's runs on this machine, a given number in parallel, each in a separate process.
 
-What is done is not run again, so a study that was killed is continued by the same command; a run that was stopped goes
-on from its checkpoint, as `livt train` does. One that fails is named with its log, and so are those that would have
-started from it; the others go on.
+Finished runs are not run again, so the same command continues a study that was killed; a run that was stopped resumes
+from its checkpoint, as `livt train` does. A failed run is reported with its log, and so are the runs that would have
+started from it; the others continue.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 
 def start(run: Run, folder: Path, *, source: Path | None) -> subprocess.Popen[bytes]:
-    """Its process, with both streams in RUN/log.txt. source: where the pretraining lies that it starts from."""
+    """Start a process with both streams in RUN/log.txt. source: the folder of the pretraining that it starts from."""
     place = run.at(folder)
     place.mkdir(parents=True, exist_ok=True)
     if source is not None and not (place / "pretrain").exists():
@@ -117,7 +117,7 @@ def start(run: Run, folder: Path, *, source: Path | None) -> subprocess.Popen[by
 
 
 def lay_pretraining(source: Path, target: Path) -> None:
-    """A copy of the pretraining in `source`, whole or not at all; by hard links where the file system has them."""
+    """Copy the pretraining in `source` atomically, by hard links if the file system supports them."""
     with new_folder(target / "pretrain") as new:
         shutil.copytree(source / "pretrain", new, copy_function=_link_or_copy, dirs_exist_ok=True)
 

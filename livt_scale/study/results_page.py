@@ -39,7 +39,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _overview(results: Sequence[Mapping[str, Any]]) -> str:
-    """Every claim in every setting: what nobody has run is said to be not run."""
+    """Every claim in every setting: those without runs are listed as not run."""
     words = {(result["claim"], result["on"]): result["word"] for result in results}
     rows = [f"| claim | {' | '.join(f'`{on}`' for on in SETTINGS)} |", "| --- |" + " --- |" * len(SETTINGS)]
     for name, claim in CLAIMS.items():

@@ -1,10 +1,10 @@
-"""Which runs a study consists of: names, recipes and overrides, made before anything is started.
+"""The runs of a study: names, recipes and overrides, determined before anything is started.
 
     Run("losses/bce/seed-1", recipe, {"seed": 1, "stages.finetune.loss.name": "bce"}, stage="finetune",
         after="pretrain/lt/seed-1")
 
-A run is one stage. One that fine-tunes says after which pretraining: many of them share it, and the runner lays a copy
-of it into the run's own directory, so that each is whole when it is moved. Names are folders below the study's.
+A run is one stage. A fine-tuning run names its pretraining: many runs share one, and the runner puts a copy of it into
+each run's directory, so that a run is complete when it is moved. Names are folders below the study's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Run:
     place: str | None = None  # its folder below the study's; None: its name. Both stages of one run share a folder
 
     def at(self, folder: Path) -> Path:
-        """Its run directory, where the study lies in `folder`."""
+        """Its run directory, for a study in `folder`."""
         return folder / (self.place or self.name)
 
     def words(self, folder: Path) -> list[str]:
@@ -60,8 +60,8 @@ def spelt(value: object) -> str:
 def in_order(runs: Iterable[Run]) -> list[Run]:
     """Each run once, in the order given, but after the one that it starts from.
 
-    Seed after seed given, whole seeds are done first, and a study that is stopped early has something to say.
-    Raises UsageError for two runs of one name that differ, or a start that is none of the runs.
+    If the runs are given seed by seed, a study that is stopped early has complete seeds to report.
+    Raises UsageError for two runs of one name that differ, or a start that is not one of the runs.
     """
     known: dict[str, Run] = {}
     for run in runs:

@@ -33,7 +33,7 @@ BEST_STARTS = 12  # of the grid, from which L-BFGS is run
 
 
 def log_loss(theta: Array, x: Array) -> Array:
-    """[…, n] log L of the law: for theta [1 + 2k], or for many [m, 1 + 2k] at once."""
+    """[…, n] log L of the law: for theta [1 + 2k], or for a batch [m, 1 + 2k]."""
     terms = _terms(np.asarray(theta), x)
     most = terms.max(axis=-1)
     return most + np.log(np.exp(terms - most[..., None]).sum(axis=-1))
@@ -144,7 +144,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Fit:
-    """A law, or why there is none. resampled: the laws of the bootstrap; residuals: of log L, widened."""
+    """A law, or why it cannot be fitted. resampled: the laws of the bootstrap; residuals: of log L, widened."""
 
     runs: tuple[LawPoint, ...]
     law: Law | None = None
@@ -232,7 +232,7 @@ def _determined(runs: Sequence[LawPoint]) -> tuple[tuple[Over, ...], str]:
 
 
 def _at_a_bound(theta: Array, y: Array, over: Sequence[Over]) -> str:
-    """Constants that the runs do not determine: they stand where we stopped looking."""
+    """Constants that the runs do not determine: they are at a bound of the search."""
     said = []
     names = ["E", *(name for one in over for name in NAMES[one])]
     for name, value, (low, high) in zip(names, theta, bounds(y, len(over)), strict=True):

@@ -1,8 +1,8 @@
-"""Training sets of a study's data fractions and imbalance factors, as shards of their own, built from one spec.
+"""Training sets of a study's data fractions and imbalance factors, as separate shards, built from one spec.
 
 The counts of a class follow the spec's set: a fraction takes that share of each (rounded down, one image at least), an
 imbalance factor keeps the first class and lets the others fall exponentially. Choices nest (`longtail.choose`), so a
-smaller fraction holds no image that the larger one has not. A set that is there and whole is kept.
+smaller fraction has no image that the larger one lacks. A set that exists and is complete is kept.
 """
 
 from __future__ import annotations

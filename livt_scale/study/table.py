@@ -1,10 +1,10 @@
-"""A study's runs as one table, read from their directories: `livt study collect`, and how each stands.
+"""A study's runs as one table, read from their directories, with the state of each: `livt study collect`.
 
-    table = collect_study(loaded)        plain JSON: the report and the fits are made of it alone
-    as_csv(table)                        one line a run: axes, weights, images, measures, minutes, state
+    table = collect_study(loaded)        plain JSON: the report and the fits use it alone
+    as_csv(table)                        one line per run: axes, parameters, images, measures, minutes, state
 
-A run that is missing, half done, failed, of another recipe or of other images is in the table with its state and why,
-and its measures are empty: nothing is counted that is not whole.
+A run that is missing, unfinished, failed, of another recipe or of other images is in the table with its state and the
+reason, and its measures are empty: only complete runs are counted.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def check_run(
 
 
 def refuse(problems: Iterable[Problem]) -> None:
-    """Raise RecipeError with every problem, each on a line; nothing where there is none."""
+    """Raise RecipeError with every problem, each on a line; do nothing without problems."""
     lines = list(dict.fromkeys(str(problem) for problem in problems))
     if lines:
         raise RecipeError(lines)

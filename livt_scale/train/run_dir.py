@@ -68,7 +68,7 @@ def save_resolved(recipe: Recipe, run_dir: Path) -> None:
 
 
 def save_first(recipe: Recipe, run_dir: Path) -> None:
-    """Write RUN/recipe.yaml if there is none: the recipe of a resumed run is not accepted yet."""
+    """Write RUN/recipe.yaml if it does not exist: the recipe of a resumed run is not accepted yet."""
     if not (run_dir / SAVED).exists():
         save_resolved(recipe, run_dir)
 
@@ -98,7 +98,7 @@ class Status:
             self._put(why=why, **facts)
 
     def add(self, **facts: Any) -> None:
-        """Add facts to the current state; nothing if there is none yet."""
+        """Add facts to the current state; do nothing if no state is written yet."""
         with self._lock:
             if "state" in self._now:
                 self._put(**facts)

@@ -54,7 +54,7 @@ class TrainState:
         saver.save_locally(tensors, position=position, facts=facts)
 
     def resume(self, saver: Tiers) -> str | None:
-        """Load the newest checkpoint that all ranks can read. Returns what to log of it; None if there is none.
+        """Load the newest checkpoint that all ranks can read. Returns what to log about it; None without a checkpoint.
 
         A collective call. A damaged checkpoint is named in a warning and the one before it is used. Raises
         CheckpointMismatch if the recipe would learn something else than the checkpoint's, except in fields of `allow`.
@@ -110,8 +110,8 @@ class TrainState:
     def roll_back(self, saver: Tiers) -> int | None:
         """Load weights, moments and loss scale of the last checkpoint that was due. Returns its number of steps.
 
-        A collective call. If that checkpoint is missing or damaged, the newest complete one is loaded; None if there
-        is none. The position does not change.
+        A collective call. If that checkpoint is missing or damaged, the newest complete one is loaded; None without
+        one. The position does not change.
         """
         saver.wait()
         due, peers = self.anomalies.due_step, saver.shared.peers

@@ -148,7 +148,7 @@ def read_text(path: Path, kind: Kind) -> str:
 
 
 def read_note(path: Path) -> str:
-    """A line or two that one of our own processes left, for people. Raises as `read_checked`."""
+    """One or two lines that another process of livt wrote for people. Raises as `read_checked`."""
     return read_checked(path, "note").decode(errors="replace").strip()
 
 

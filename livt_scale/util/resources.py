@@ -27,7 +27,7 @@ COUNTS = "shards/counts"  # JSON; the other kinds are YAML, in a folder named as
 
 
 def root() -> Path:
-    """The folder that holds recipes/, shards/, slurm/ and studies/. Raises InstallationError where there is none."""
+    """The folder that holds recipes/, shards/, slurm/ and studies/. Raises InstallationError if it is missing."""
     package = Path(str(files("livt_scale")))
     for folder in (package / "shipped", package.parent):
         if (folder / MARKER).is_file():

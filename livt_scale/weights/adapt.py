@@ -1,10 +1,10 @@
-"""Weights of one ViT made to fit another grid, patch size or number of channels; then put into a network, strictly.
+"""Adapts the weights of a ViT to another grid, patch size or number of channels, then loads them strictly.
 
     positions   bicubic over the grid, the class token's kept: 14 x 14 -> 24 x 24 from 224 to 384 px, as MAE and LiVT
     patches     the pseudo-inverse of resizing (FlexiViT, arXiv 2212.08013, eq. 4; timm's `resample_patch_embed`)
     channels    to one: their sum; to n: repeated and cut, times old over new (timm's rule for its input convolutions)
 
-What predicts pixels (`decoder_pred`) fits no other patch and no other channels: it is made anew then.
+The layer that predicts pixels (`decoder_pred`) fits no other patch size or channels: it is then newly initialised.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _NORM = re.compile(r"norm\.(weight|bias)")
 
 @dataclass(frozen=True)
 class Taken:
-    """Names of tensors: used, left in the file, made anew; and how those that were changed were."""
+    """Names of tensors: used, left in the file, newly initialised; and the changes to those that were changed."""
 
     used: tuple[str, ...]
     left: tuple[str, ...]
@@ -104,7 +104,7 @@ def check_head(state: Mapping[str, Tensor], *, num_classes: int) -> None:
 
 @torch.no_grad()
 def start_mae(mae: MaskedAutoencoder, state: Mapping[str, Tensor], to: Model) -> Taken:
-    """Put `state` into `mae`, in place. A decoder that is not there is made anew, as a whole.
+    """Load `state` into `mae`, in place. A missing decoder is newly initialised, all of it.
 
     Raises WeightsError with the names that do not fit.
     """
@@ -118,9 +118,9 @@ def start_mae(mae: MaskedAutoencoder, state: Mapping[str, Tensor], to: Model) ->
 
 
 def compare(own: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> Taken:
-    """What a network of the shapes `own` takes from `state`. Raises WeightsError: it misses a part, or one differs.
+    """What a network of the shapes `own` takes from `state`. Raises WeightsError if a part is missing or differs.
 
-    May be missing: a classifier's head, the whole decoder, the decoder's prediction, the encoder's last norm.
+    May be missing: a classifier's head, the entire decoder, the decoder's prediction, the encoder's last norm.
     """
     has_decoder = "mask_token" in state
     used = tuple(name for name in own if name in state)

@@ -1,10 +1,10 @@
-"""Weights from elsewhere, opened under our names, and `livt import`: written as a folder that a run can start from.
+"""Opens third-party weights under our names; `livt import` writes them as a folder that a run can start from.
 
     DIR/model.safetensors      our names (those of facebookresearch/mae), float32
-    DIR/weights.json           the model they are of, where they come from, and their SHA-256
+    DIR/weights.json           their model, their origin, and their SHA-256
 
-A run may start from that folder, from an export, or straight from the file: one code path, one check. The number of
-heads, which no weight tells, stands in weights.json, in an export's config.json, and in Hugging Face's.
+A run may start from that folder, from an export, or directly from the file: one code path, one check. The number of
+heads cannot be inferred from the weights; it is in weights.json, in an export's config.json, and in Hugging Face's.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Weights:
     layout: Layout
     file: Path
     sha256: str
-    beside: tuple[str, ...]  # what else lies in the file, not looked at
+    beside: tuple[str, ...]  # other contents of the file, not looked at
     heads: int | None
     decoder_heads: int | None
 

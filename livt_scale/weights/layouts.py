@@ -36,7 +36,7 @@ OURS = re.compile(
     rf"cls_token|pos_embed|patch_embed\.proj\.(?:weight|bias)|blocks\.\d+\.{_BLOCK}|(?:norm|fc_norm|head)\.(?:weight|bias)"
     rf"|mask_token|decoder_pos_embed|decoder_(?:embed|norm|pred)\.(?:weight|bias)|decoder_blocks\.\d+\.{_BLOCK}"
 )
-# Hugging Face's name in its files, and ours, of what stands outside the blocks
+# Hugging Face's names, and ours, of the tensors outside the blocks
 _HF_OUTSIDE = {
     "vit.embeddings.cls_token": "cls_token",
     "vit.embeddings.position_embeddings": "pos_embed",
@@ -73,7 +73,7 @@ _HF_BLOCKS = re.compile(
 
 
 def detect(state: Mapping[str, Tensor]) -> Layout:
-    """The layout of `state`, by its names. Raises WeightsError with the nearest guess where it is none."""
+    """The layout of `state`, by its names. Raises WeightsError with the nearest guess if none matches."""
     if any(name in state for name in ("vit.embeddings.cls_token", "embeddings.cls_token")):
         return "hf"
     if {"cls_token", "patch_embed.proj.weight"} <= state.keys():

@@ -1,9 +1,9 @@
-"""Tensors out of a file from elsewhere: safetensors, or what `torch.save` wrote. Nothing in it is ever executed.
+"""Reads the tensors of a third-party file: safetensors, or written by `torch.save`. Executes nothing in it.
 
 Training scripts wrap the weights: `{"model": …, "optimizer": …, "args": Namespace}` (MAE, LiVT), `{"module": …}`
-(DeepSpeed), `{"state_dict": …}`. The wrapping is taken off, and so is the `module.` of DistributedDataParallel and the
-`_orig_mod.` of torch.compile. Whatever else lies in the file (optimizer, arguments) is not looked at; a Namespace
-becomes an inert object (`checkpoint.pickles`).
+(DeepSpeed), `{"state_dict": …}`. The wrapping is removed, and so are the `module.` of DistributedDataParallel and the
+`_orig_mod.` of torch.compile. Other contents of the file (optimizer, arguments) are not looked at; a Namespace becomes
+an inert object (`checkpoint.foreign.pickles`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """(weights in `path`, float32 on the CPU, by the file's own names; what else lies there). Raises WeightsError.
+    """(weights in `path`, float32 on the CPU, by the file's own names; its other contents). Raises WeightsError.
 
-    Refused: a file that is cut or asks for code, values that are no floating-point numbers, NaN and infinity.
+    Refused: a truncated file or one that calls code, values that are not floating-point numbers, NaN and infinity.
     """
     if path.suffix == ".safetensors":
         found, beside = _read_safetensors(path), tuple[str, ...]()

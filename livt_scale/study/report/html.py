@@ -2,9 +2,9 @@
 
     write_report(collected, folder)   # report.html, report.md, report-curves.png, report-scaling.png, …
 
-Pure but for reading the reconstructions and writing the files. What comes from runs (names, reasons, paths) is text of
-others: it is escaped in the page by jinja2, in its script data and in Markdown, and the page's content security policy
-lets nothing be fetched and no script run but the two that stand in it, known by their SHA-256.
+Pure except for reading the reconstructions and writing the files. Text from runs (names, reasons, paths) is untrusted:
+it is escaped in the page by jinja2, in its script data and in Markdown, and the page's content security policy forbids
+every fetch and every script except the two in the page, which are identified by their SHA-256.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check(collected: Mapping[str, Any]) -> None:
 
 
 def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) -> str:
-    """The page, whole. Links lead from `folder` to the runs' directories."""
+    """The complete page. Links lead from `folder` to the runs' directories."""
     library = interactive.library().replace("</script", "<\\/script")  # first: it says what is missing
 
     import bokeh
@@ -128,7 +128,7 @@ def _policy(*scripts: str) -> str:
 
 
 def _values(panel: Panel) -> list[dict[str, str]]:
-    """The panel as a table. Of a curve, its last point: the whole of it stands in metrics.jsonl."""
+    """The panel as a table. A curve is shown by its last point: all of it is in metrics.jsonl."""
     rows = []
     for of in panel.series:
         start = len(of.x) - 1 if of.joined else 0
@@ -139,7 +139,7 @@ def _values(panel: Panel) -> list[dict[str, str]]:
 
 
 def _table(collected: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, Any]], list[list[dict[str, Any]]]]:
-    """Heads and cells of the table of runs; a cell's `sort` is its value, as text, and empty where there is none."""
+    """Heads and cells of the table of runs; a cell's `sort` is its value, as text, or empty without one."""
     runs = collected["runs"]
     axes = list(collected["axes"])
     measures = [m for m in TABLE_MEASURES if any(value(run, m) is not None for run in runs)]

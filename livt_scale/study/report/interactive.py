@@ -39,7 +39,7 @@ def item(panel: Panel) -> dict[str, Any]:
 
 
 def as_script_data(items: dict[str, Any]) -> str:
-    """JSON that can stand in a <script> element: nothing in it ends the element."""
+    """JSON that is safe inside a <script> element: nothing in it ends the element."""
     text = json.dumps(items, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -96,7 +96,7 @@ def _axes(plot: Any, panel: Panel) -> None:
 
 
 def plain(text: str) -> str:
-    """Text that Bokeh shows as it stands: it would fetch a typesetter for what lies between double dollars."""
+    """Text that Bokeh shows verbatim: it would fetch a typesetter for text between double dollars."""
     return text.replace("$$", "$\u200b$").replace("\\[", "\\\u200b[").replace("\\(", "\\\u200b(")
 
 

@@ -32,7 +32,7 @@ def markdown(collected: Mapping[str, Any], sections: list[Section], *, links: Ca
 
 
 def text(said: object) -> str:
-    """Text of others as plain text in Markdown: no HTML, no markup, no line of its own."""
+    """Untrusted text as plain text in Markdown: no HTML, no markup, no line breaks."""
     one_line = re.sub(r"\s+", " ", str(said))
     return re.sub(r"([\\`*\[\]<>|#&~$])", r"\\\1", one_line).replace("_", r"\_")
 

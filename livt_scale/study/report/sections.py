@@ -22,7 +22,7 @@ from livt_scale.study.report.series import (
 
 
 class Section(NamedTuple):
-    """A headed part of the report with plots of its own."""
+    """A part of the report with a heading and plots."""
 
     id: str
     title: str

@@ -45,7 +45,7 @@ CURVES = {
     "finetune": Measure("Fine-tuning", "fine-tuning loss"),
     "evaluations": Measure("Evaluations", "top-1 accuracy, all classes (%)", 100, 1),
 }
-REPEATS = ("seed",)  # an axis of repetitions: it gets no colour and no panel of its own
+REPEATS = ("seed",)  # an axis of repetitions: it gets no colour and no separate panel
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Panel:
     y_range: tuple[float, float] | None = None
 
     def summary(self) -> str:
-        """What a reader who does not see the plot is told."""
+        """The plot's description for readers who cannot see it."""
         values = [(y, name) for of in self.series for y, name in zip(of.y, of.names, strict=True)]
         if not values:
             return f"{self.title}: no run has these values yet."

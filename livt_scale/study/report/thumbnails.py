@@ -19,7 +19,7 @@ MAX_PIXELS = 50_000_000  # a picture beyond that is not one of ours
 
 
 class Cell(NamedTuple):
-    """One picture of the table sizes x lengths. uri is empty where there is none, `why` then says so."""
+    """One picture of the table sizes x lengths. `uri` is empty without a picture; `why` then has the reason."""
 
     name: str
     uri: str
