@@ -1,4 +1,4 @@
-"""Long-tailed class counts, the images that make them up, and what follows from them: priors and shot groups.
+"""Long-tailed class counts, the choice of images for them, and values derived from them: priors and shot groups.
 
     >>> class_counts_exponential(1000, 10, 100)  # imbalance factor 100
     array([1000,  599,  359,  215,  129,   77,   46,   27,   16,   10])

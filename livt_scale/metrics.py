@@ -1,15 +1,15 @@
 """Accuracy of a long-tailed classifier: over all, by shots, by class, with calibration and confusion.
 
 `Tally` only counts, in one vector of integers: tallies of several ranks are added by one all_reduce, and the report is
-the same to the last digit however the images were spread. Each image is counted once, by whoever saw it.
+the same to the last digit however the images are distributed. Each image is counted once, by the rank that saw it.
 
     tally = Tally(num_classes=10)
     tally.update(logits, labels)            # [B, 10] and [B], any device, as often as needed
     for sums in tally.tensors(): dist.all_reduce(sums)
     tally.report(class_counts, many_over=100, few_under=20)["top1"]["few"]
 
-Why not torchmetrics: it keeps means and floats a metric, so five collectives and an order-dependent last digit; the
-tests hold this against it. Groups: Liu et al., arXiv 1904.05160. Calibration error: Guo et al., arXiv 1706.04599.
+Why not torchmetrics: it keeps floating-point means per metric, so five collectives and an order-dependent last digit;
+the tests compare the two. Groups: Liu et al., arXiv 1904.05160. Calibration error: Guo et al., arXiv 1706.04599.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""`livt.load`: a trained classifier, from a run or an export, that is called with images.
+"""`livt.load`: a trained classifier, from a run or an export, to call with images.
 
     predictor = load("runs/fashion-mnist-lt-quickstart")
     predictor(["photo.png"]).top(3)                    # [[("coat", 0.81), ("pullover", 0.12), ("shirt", 0.05)]]
 
-An image file is decoded and cut as in evaluation, so a picture of a shard gets the logits that it gets in `livt eval`.
+An image file is decoded and cropped as in evaluation, so an image of a shard gets the same logits as in `livt eval`.
 `livt predict` is a client of it (`livt_scale.posthoc.predict`).
 """
 

@@ -5,9 +5,9 @@
         for images, targets in loader.epoch(epoch):
             ...
 
-The samples of a step are a pure function of seed, epoch, step, shards and global batch; ranks and processes have no
-part in it. For the same values they are, bit for bit, those of `livt train`, whose loader this is
-(`livt_scale.data.loader`).
+The samples of a step are a pure function of seed, epoch, step, shards and global batch; they do not depend on ranks or
+processes. `livt train` uses the same loader (`livt_scale.data.loader`) and gets, bit for bit, the same samples for the
+same values.
 """
 
 from __future__ import annotations

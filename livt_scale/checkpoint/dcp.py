@@ -1,10 +1,10 @@
-"""Named tensors to files and back, by torch.distributed.checkpoint (DCP), in its own layout: any world size can read.
+"""Writes and reads named tensors by torch.distributed.checkpoint (DCP), in its layout, for any world size.
 
 Writing: all ranks agree on a plan (who writes which piece; a replicated tensor is written once, and the ranks share the
 work), each copies its pieces, each writes one file. Reading: each rank reads the pieces that its own tensors need; no
 collectives. Instead of `dcp.save` and `dcp.load` we call the planner and the writer step by step, because the plan is
 kept between saves, only the rank's own pieces are copied, files are hashed while written, and the pickle that DCP
-calls `.metadata` must not be loaded by pickle (see `metadata.py`). Tensors only: no other object is written or read.
+calls `.metadata` must not be loaded by pickle (see `dcp_metadata.py`). Only tensors are written and read.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Files written, synced and hashed in one pass, and what a full disk did to them.
+"""Writes, syncs and hashes files in one pass, and keeps the error of a full disk.
 
-Hashing what we write, rather than what we read back, costs no second pass, and finds what the way to the disk changed.
+Hashing what is written, rather than what is read back, needs no second pass, and detects changes on the way to disk.
 Why not `livt_scale.util.atomic`: there one process fills the temporary folder, here all ranks do.
 """
 

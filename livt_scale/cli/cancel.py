@@ -1,4 +1,4 @@
-"""`livt cancel`: parse, call one function, say what came of it."""
+"""`livt cancel`: parse, call one function, print the outcome."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`livt ckpt`: which checkpoints a run has, whether every byte of them is right, and into another layout and back.
+"""`livt ckpt`: list a run's checkpoints, verify every byte of them, and convert them to another layout and back.
 
 livt ckpt ls runs/demo               one line per checkpoint: step, epoch, size, age, complete or damaged and why
 livt ckpt verify runs/demo           exit 1 if any byte of any checkpoint differs, naming the file
-livt ckpt convert PATH --to FILE     one safetensors file, or a checkpoint of ours from what others write
+livt ckpt convert PATH --to FILE     one safetensors file, or a checkpoint of ours from another format
 """
 
 from __future__ import annotations

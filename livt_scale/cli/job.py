@@ -1,4 +1,4 @@
-"""`livt job`: what a batch script asks while it runs (slurm/job.sbatch). Not for the command line of a person."""
+"""`livt job`: the commands that a batch script (slurm/job.sbatch) calls while it runs. Not for interactive use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`livt study`: many runs over sizes, lengths, data and losses; what became of them, and the laws they follow."""
+"""`livt study`: many runs over sizes, lengths, data and losses; their results, and the scaling laws they follow."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
     run_dir: runs/a                 # relative to the working directory (`livt_scale.config.run_place`)
 
 Every value remembers where it was written (`Tree.origins`), so that a mistake in a base recipe is reported there.
-Reading the YAML itself, plain values alone and nothing ever executed, is `livt_scale.config.yaml`'s.
+`livt_scale.config.yaml` reads the YAML itself: only plain values, and nothing is ever executed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an optimizer is to the rest: a class of options with `build`, in the registry OPTIMIZERS. Knows no torch.
+"""The interface of an optimizer: a class of options with `build`, in the registry OPTIMIZERS. Needs no torch.
 
     @OPTIMIZERS.register("sgd")
     class Sgd(OptimizerOptions):

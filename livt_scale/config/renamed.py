@@ -1,4 +1,4 @@
-"""Recipe fields that were renamed or removed: what an error says of an old name, and how a saved recipe is read.
+"""Recipe fields that were renamed or removed: the error for an old name, and the translation of a saved recipe.
 
 In a recipe or a `--set`, an old name is an unknown field, and the error gives the new one. A recipe that a run saved
 (RUN/recipe.yaml, the facts of a checkpoint) is translated by the same tables, so that the run can still be resumed,

@@ -1,4 +1,4 @@
-"""Where a run is: one rule for `run_dir`, and which folders may be one.
+"""The location of a run: one rule for `run_dir`, and the folders that may be one.
 
     run_dir: runs/a             relative to the working directory, in a recipe and with --set alike; saved as absolute
     livt train RUN/recipe.yaml  a run's saved recipe means that run, wherever its folder was moved or copied

@@ -1,4 +1,4 @@
-"""YAML for recipes and shard specs: plain values with the line of each, and nothing that runs.
+"""YAML for recipes and shard specs: plain values with the line of each, and no executable content.
 
 PyYAML's scanner and parser, but our own reading of scalars, after YAML 1.2's core schema: `1e-3` is a number (PyYAML
 says text), `no` and `on` are text (PyYAML says false and true), `010` is ten, `12:30` is text. Only maps, lists,

@@ -1,4 +1,4 @@
-"""One random generator for each sample and purpose, and nothing random besides.
+"""One random generator for each sample and purpose, and no other source of randomness.
 
 A crop, a mask or a mixup ratio is a function of (run seed, epoch, sample key, purpose). It does not know the rank,
 the worker, the place in the batch or what was drawn before it, so a run that is resumed, or continued on another

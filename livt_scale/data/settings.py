@@ -1,4 +1,4 @@
-"""What the loader is given beside the shards, of a recipe or of the arguments of `livt.TrainLoader`.
+"""The loader's settings besides the shards, from a recipe or from the arguments of `livt.TrainLoader`.
 
     settings = TrainSettings.of_stage(recipe, "finetune")     # or TrainSettings(image_px=28, channels=1, data=…, …)
     training_batches(shards, settings, rank=0, world_size=8, micro_batch=64, epoch=3, step=0)

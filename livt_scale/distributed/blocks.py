@@ -1,6 +1,6 @@
-"""What is done to a network block by block, under every strategy: recomputing, compiling.
+"""Changes to a network block by block, under every strategy: activation checkpointing and torch.compile.
 
-The blocks are changed in place: no wrapper, so no name changes.
+The blocks are changed in place, without a wrapper, so no name changes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Where the ranks of a run meet: a store that holds nothing of an earlier start, and who did not come.
+"""The rendezvous of a run's ranks: a store without entries of an earlier start, and the names of missing ranks.
 
 torchrun restarts the ranks on the store of its agent. With torch 2.14 the addresses of ranks that are dead by then are
 still there under the same names, and the new ones try to reach them: the restart fails ("Gloo connectFullMesh failed").
-So the ranks first agree on a word that none of them knew before, and use the names that begin with it.
+So the ranks first agree on a new random word, and use it as the prefix of all names.
 
     rank k   hello/k = n          n: a number that only this rank has, new at each start
     rank 0   answer/n = word      to each hello it sees, a dead rank's too

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a model and its optimizer, by plain names, so that any strategy can read it.
+"""The state of a model and its optimizer for a checkpoint, by plain names, so that any strategy can read it.
 
     model.<name>                       parameters and persistent buffers, named as the bare model names them
     optim.<name>.exp_avg, .exp_avg_sq  AdamW's two moments of that parameter

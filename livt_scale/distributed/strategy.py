@@ -1,4 +1,4 @@
-"""What a parallel strategy is to the training loop: the protocol, its plain data, and a base for wrappers.
+"""The training loop's interface to a parallel strategy: the protocol, its plain data, and a base for wrappers.
 
     loss = strategy.call(images, noise, last=True)
     strategy.backward(loss, last=True)

@@ -1,4 +1,4 @@
-"""Who am I: rank and world size from torchrun, accelerate or srun, or alone; and the process group.
+"""Rank and world size of this process, from torchrun, accelerate or srun, or alone; and the process group.
 
     nothing                 World(rank 0 of 1)
     torchrun, accelerate    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT; deepspeed: the same

@@ -1,12 +1,12 @@
-"""`livt doctor --bench`: a minute of measuring on all nodes of an allocation, and what is slow among them.
+"""`livt doctor --bench`: measures all nodes of an allocation for a minute and reports which are slow.
 
     srun --ntasks-per-node 8 livt doctor --bench --dir /scratch/runs
     note     disk vm07        /scratch/runs: writes 81 MB/s, the others 412
              fix: see what else uses it, or leave the node out (sbatch --exclude=vm07)
 
-All ranks go through the same phases. Before each they are called by name: one that hangs is named within a bound, and
-nobody waits on. `judge_…` are functions of plain numbers. The limits are rules of thumb, not promises: what hurts is a
-node that is slower than its peers, for all wait for it.
+All ranks run the same phases. A barrier before each phase names a rank that hangs within a time limit, and no rank
+waits longer. `judge_…` are functions of plain numbers. The limits are rules of thumb, not guarantees: what matters is a
+node that is slower than its peers, because all wait for it.
 """
 
 from __future__ import annotations

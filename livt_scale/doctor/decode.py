@@ -1,11 +1,11 @@
-"""What this machine decodes: one core, all cores, and whether that feeds a number of GPUs.
+"""This machine's decode rate: one core, all cores, and whether that suffices for a number of GPUs.
 
     facts = bench(shards, recipe, "pretrain", seconds=3)
     facts["images_per_s"]       {"core": 1100.0, "machine": 8400.0}
     facts = needed(facts, gpus=8, images_per_s_per_gpu=900)      -> suffices or not, and the cores that it takes
 
-The loader itself is measured, with its own transforms and as many processes as this process may use cores; nobody
-trains meanwhile. Shards that lie in the page cache come for free: for a first epoch, add the time of the storage.
+The loader itself is measured, with its own transforms and one process per core that this process may use; no training
+runs meanwhile. Shards in the page cache cost no reading time: for a first epoch, add the time of the storage.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One line of `livt doctor`: what was looked at, how it is, and what to do."""
+"""One line of `livt doctor`: what was checked, its status, and what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Logit adjustment after training: the prior of the training set is taken out of the logits, as strongly as τ says.
+"""Logit adjustment after training: removes the prior of the training set from the logits, with strength τ.
 
     softmax losses     z - τ · log π                         Menon et al., arXiv 2007.07314, section 4.1
     sigmoid losses     z - τ · (log π - log(1 - π))          the same for odds: LiVT's margin with the other sign

@@ -1,6 +1,6 @@
 """Temperature scaling: one number T by which all logits are divided, so that confidence is nearer to accuracy.
 
-    fit_temperature(logits, labels).value     # T above 1: the model was too sure of itself
+    fit_temperature(logits, labels).value     # T above 1: the model was overconfident
 
 T minimises the mean negative log likelihood of softmax(z / T) on images that nothing is reported on. In β = 1 / T that
 is a convex problem of one dimension, so Newton's method in float64, kept inside a bracket, finds its one minimum in a

@@ -1,9 +1,9 @@
-"""The worst confusions as one HTML file: which class is taken for which, and the images to see why.
+"""The worst confusions as one HTML file: which class is mistaken for which, with the images.
 
-The file is all there is: images are data URIs, there is no script and no link that leads out, and its content policy
-forbids the browser to load anything. Class names come from strangers, so every text passes jinja2's autoescape, and
-characters that cannot be seen, or that turn the direction of what follows, are shown as their numbers. Light and dark
-as the reader's system says; headings, lists and text in place of images for those who listen.
+The file is self-contained: images are data URIs, there are no scripts and no external links, and its content policy
+forbids the browser to load anything. Class names are untrusted, so every text passes jinja2's autoescape, and invisible
+characters and those that change the text direction are shown as their numbers. The page is light or dark as the
+reader's system is set, and has headings, lists and alternative texts for screen readers.
 """
 
 from __future__ import annotations

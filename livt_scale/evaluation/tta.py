@@ -1,4 +1,4 @@
-"""Test-time views: an image is seen in several ways, and what the model says of them is averaged.
+"""Test-time views: the model sees several views of an image, and its outputs for them are averaged.
 
     --views 1     the centre crop: the evaluation of the papers
     --views 2     the centre crop and its mirror image

@@ -1,4 +1,4 @@
-"""What a loss is to the rest: a class of options with `build`, in the registry LOSSES. Knows no torch.
+"""The interface of a loss: a class of options with `build`, in the registry LOSSES. Needs no torch.
 
 @LOSSES.register("focal")
 class Focal(LossOptions):

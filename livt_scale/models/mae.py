@@ -5,9 +5,9 @@ the pixels of the others. With L = 4, noise (.9, .1, .5, .7) and a mask ratio of
 2, 3, 0 are predicted. Parameters carry the names and shapes of the official code, so its files load strictly.
 
 The numbers are the official ones; the work is less. Kept patches are picked before they are projected (a quarter of the
-patch embedding), the decoder takes its tokens as they come (kept first, then masked: attention does not mind the
-order, positions say the place), and the last block's answers, norm, prediction and target are computed for masked
-patches alone.
+patch embedding), the decoder takes its tokens unsorted (kept first, then masked: attention does not depend on the
+order, and positions are added to the tokens), and the last block's outputs, norm, prediction and target are computed
+only for masked patches.
 
 Source: arXiv 2111.06377, sections 3 and A.1; layout and initialisation of facebookresearch/mae.
 """

@@ -1,10 +1,10 @@
-"""A ResNet with labels alone, from scratch: what a ViT is compared with on long-tailed data. timm's, under its names.
+"""timm's ResNet, trained from scratch on labels alone: the baseline for a ViT on long-tailed data.
 
     image_px > 64   7x7 convolution of stride 2, then max pooling (the paper's, for ImageNet); the grid is px / 32
     image_px <= 64  3x3 convolution of stride 1 and no pooling, as is usual for CIFAR; the grid is px / 8
 
-timm has no option for the second: its first convolution and its pooling are replaced, and keep their names. Nor has it
-one for a first stage that is not 64 wide, as resnet_micro's: the norm and the block behind the stem are replaced too.
+timm has no option for the second: its first convolution and its pooling are replaced, and keep their names. It also has
+none for a first stage that is not 64 wide (resnet_micro's): the norm and the block after the stem are replaced too.
 Initialisation is timm's: the last norm of each residual branch begins at 0. Stochastic depth is the caller's, as in
 `models.classifier`: `drop[b, k]` decides block k for image b.
 

@@ -1,4 +1,4 @@
-"""What a rank's device holds at the height of a step, by formula: states, activations, buffers.
+"""The memory of a rank's device at the peak of a step, by formula: states, activations, buffers.
 
     States       weights, gradients and moments (AdamW's two, LARS's one), fp32: of the fullest rank, as the strategy
                  shares them out
@@ -13,7 +13,7 @@
 
 The peak is the higher of two moments: the end of the forward pass, when all activations are there, and the end of the
 backward pass, when all gradients are. What the allocator loses to fragments, and the driver's own memory, are the
-planner's `reserve_gib`. Held against FSDPMemTracker in docs/plan.md.
+planner's `reserve_gib`. docs/plan.md compares it with FSDPMemTracker.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     ViT-H/14, 1000 classes: classifier 632 M weights in 32 blocks of 19.7 M; MAE 657 M, 26 M of them the decoder's
 
-The names are those of `models.mae` and `models.classifier`; a test holds both lists against the networks themselves.
+The names are those of `models.mae` and `models.classifier`; a test compares both lists with the networks themselves.
 """
 
 from __future__ import annotations

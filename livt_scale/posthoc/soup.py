@@ -3,9 +3,9 @@
     uniform    the mean of all members
     greedy     members by accuracy, the best first; each next one stays in if the mean with it is no worse
 
-Members are fine-tuned from the same start (checkpoints of one run; runs from one pretraining): models that began apart
-have no useful mean. What greedy decides, it decides on half of the evaluation set; the figures are of the other half.
-Sums are made in float64, so the order of members does not show.
+Members are fine-tuned from the same start (checkpoints of one run; runs from one pretraining): models with different
+starts have no useful mean. Greedy makes its choices on half of the evaluation set; the figures are of the other half.
+Sums are computed in float64, so the order of members does not show.
 
 Source: Wortsman et al. 2022, Model soups, arXiv 2203.05482, algorithm 1.
 """

@@ -1,4 +1,4 @@
-"""A run's chain of jobs, submitted completely or not at all, once.
+"""Submits a run's chain of jobs, completely or not at all, and only once.
 
     RUN/slurm/chain.json      what was submitted: mode, code, and for each job stage, segment, id, script, log, time
     RUN/slurm/scripts/        the batch scripts, as they were submitted

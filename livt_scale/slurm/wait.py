@@ -1,4 +1,4 @@
-"""Waiting until submitted runs are over, within a bound, with a line where something has changed.
+"""Waits until submitted runs are over, up to a time limit, and prints a line when something changes.
 
     wait([run_dir], wait_s=3600, say=print)     0 all are done; 85 one is preempted, and not in the queue; 1 one failed
 

@@ -3,10 +3,10 @@
     CLAIMS["losses"].arms(SETTINGS["fashion_mnist_lt"])    a way of training each: bal_bce, bce, ce, …
     CLAIMS["losses"].questions(…)                          bal_bce above bce on top1_all?  above ce?  …
 
-An arm differs from the others of its claim in what the claim is about alone; all see the same seeds, the same order of
+An arm differs from the others of its claim only in what the claim is about; all have the same seeds, the same order of
 samples and the same budget. Nothing is tuned for any of them: each loss has its authors' constants and the recipe's
 learning rate. Arms that pretrain alike share one pretraining a seed, and an arm that two claims have is trained once.
-A setting says on which data and at which size, so that one word takes a claim from two CPU cores to ImageNet-LT.
+A setting has the data and the sizes, so that one argument takes a claim from two CPU cores to ImageNet-LT.
 
 Source: arXiv 2212.02015, abstract and section 5.
 """

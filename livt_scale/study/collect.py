@@ -1,8 +1,8 @@
-"""What the runs of a claim came to, read from their directories, and what follows from it by the rule of `verdict`.
+"""The results of a claim's runs, read from their directories, and the verdicts that follow by the rule of `comparison`.
 
-A run that is missing, half done, failed, of another recipe, from another pretraining or of other images is named and
-counts for nothing. What comes out is plain JSON: the page and the pictures are made of it alone, so that they can be
-made again where the runs are gone.
+A run that is missing, unfinished, failed, of another recipe, from another pretraining or of other images is reported
+and not counted. The result is plain JSON: the page and the plots are made from it alone, so that they can be made again
+when the runs are gone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A saturating power law and how its constants are found: L = E + A·N^−α + B·D^−β, or with one of the two terms alone.
+"""Fits a saturating power law, L = E + A·N^−α + B·D^−β, or the same with only one of the two terms.
 
 Approach 3 of Hoffmann et al. 2022 (arXiv 2203.15556, appendix D.2): with e = log E and so on, log L is the log-sum-exp
 of e, a − α log N and b − β log D, and the Huber loss of its residuals is minimised by L-BFGS from many starts. Ours is
-different in three ways. log N and log D are centred, so that a and b say what a term is worth amid the points, and not
-at N = 1. Starts are a grid over the exponents alone: with those held, E, A and B are a least-squares problem that is
-solved. The Huber loss is summed and divided by δ: averaged, its slopes are so small that L-BFGS stops early (Besiroglu
+different in three ways. log N and log D are centred, so that a and b give a term's size in the middle of the points,
+not at N = 1. Starts are a grid over the exponents only: with fixed exponents, E, A and B solve a least-squares
+problem. The Huber loss is summed and divided by δ: averaged, its slopes are so small that L-BFGS stops early (Besiroglu
 et al. 2024, arXiv 2404.10102).
 
 theta [1 + 2k] = (e, a, α, b, β), k terms; x [n, k] = centred logs; y [n] = log L; all float64.

@@ -1,4 +1,4 @@
-"""A recipe beside a run that is there already: may a command continue it? Reads, and writes nothing.
+"""Compares a recipe with an existing run: may a command continue it? Only reads files.
 
     compare_run(recipe, run_dir)     a record for each field that differs from what the run was trained by
     check_start(recipe, run_dir)     raises if the run may not be continued by this recipe

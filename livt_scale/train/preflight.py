@@ -1,4 +1,4 @@
-"""Whether a run can start: everything that is known before its first step, looked at before anything is written.
+"""Checks whether a run can start: everything known before its first step, before anything is written.
 
     for problem in check_run(recipe, world_sizes={"pretrain": 8, "finetune": 8}):
         print(problem)       # data.val: there is no folder shards/x/val. Give the folder that contains manifest.json

@@ -1,4 +1,4 @@
-"""Whether replicas still agree: tensors that must be equal on several ranks are compared bit for bit.
+"""Checks that replicas still agree: compares tensors that must be equal on several ranks bit for bit.
 
 Plain tensors are equal on all ranks. Of a DTensor, the ranks that hold the same shard are: none in plain sharding, the
 ranks at the same place of other nodes where the shards are replicated over nodes. Each tensor becomes one number (the

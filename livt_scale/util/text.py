@@ -1,4 +1,4 @@
-"""Text from outside, made safe to print: names of files, tensors, classes and checkpoints, and what servers answer.
+"""Makes untrusted text safe to print: names of files, tensors, classes and checkpoints, and servers' replies.
 
     escaped("cat\\x1b[2J\\n.jpg")             "cat\\\\x1b[2J\\\\n.jpg"
     escaped("a\\nb\\x07", keep="\\n")         a text of several lines of ours, in which only "\\x07" is replaced

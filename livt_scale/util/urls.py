@@ -1,4 +1,4 @@
-"""Where data lie: a folder, or a URL without secrets in it.
+"""Locations of data: a folder, or a URL without secrets in it.
 
     is_url("s3://bucket/train")                    True
     url_problem("https://me:pw@host/train")        "it holds a user name or password"

@@ -1,4 +1,4 @@
-"""Which file is meant by the path of weights, found without reading it: no torch, so recipes can be checked by it."""
+"""Finds the file that a path of weights refers to, without reading it: needs no torch, so recipe checks can use it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pickle would do, found out without doing it: names it asks for, stored pieces it reads, memory it takes.
+"""Analyses a pickle without executing it: the names it imports, the stored pieces it reads, the memory it takes.
 
     found = dry_run(data, pieces={"0": 4096}, allowed=lambda name: name == "collections.OrderedDict" or …)
     found.end                       # where the next pickle of the file begins

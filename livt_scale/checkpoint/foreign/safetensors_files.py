@@ -1,4 +1,4 @@
-"""A safetensors file, whoever wrote it: its tensors by name, and the text in its metadata.
+"""Reads any safetensors file: its tensors by name, and the text in its metadata.
 
 The library maps the file and checks that the tensors neither overlap nor leave a gap. Here its header is bounded first
 (it is JSON, a hundred bytes for a tensor), and whatever the library raises becomes one kind of error.

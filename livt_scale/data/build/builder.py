@@ -1,4 +1,4 @@
-"""Make shard sets from raw images as a spec says.
+"""Builds shard sets from raw images according to a spec.
 
     raw images -> scan -> choice by the profile -> one shuffle by seed -> even cuts -> shards -> index -> manifest
 
@@ -6,8 +6,8 @@ Every image is looked at before anything is written, and what cannot be used is 
 happens once, when written, so that no block of a shard is of one class. Shards are written in parallel; their bytes do
 not depend on who writes them. A build that is killed is resumed by the same command: finished shards stay, and the
 result has the bytes of an uninterrupted build. Until the manifest exists, `build.json` says which build the folder
-belongs to. A set that is finished is compared with its images: unchanged it is left as it is, changed it is an error
-until the build is asked for `again`.
+belongs to. A finished set is compared with its images: if they are unchanged it is kept; if they have changed it is an
+error unless the build runs with `again`.
 """
 
 from __future__ import annotations

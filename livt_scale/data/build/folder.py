@@ -1,8 +1,8 @@
 """An image folder, root/CLASS/**/image: every file below it is an image of its class, or is counted with the reason.
 
-What decides is the contents: a file whose name ends like an image's is one, and is looked at by scan.py; a file with
-another ending, or none, is one if it begins like one. Links are followed, to files and to folders; a folder is read
-once for each class, and a link that leads back above its class is left out, since it would bring in other classes.
+A file with the extension of an image is one, and scan.py checks it; a file with another extension, or none, is one if
+its contents begin like an image's. Links are followed, to files and to folders; a folder is read once for each class,
+and a link that leads back above its class is left out, since it would bring in other classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Look at every image of a source before anything is written: what it is, whether it decodes, what it will become.
+"""Checks every image of a source before anything is written: its format, whether it decodes, what it will become.
 
     scanned = scan(source, decode=True, workers=8)
     scanned.usable, scanned.kinds, scanned.digests       # [k], [n], [n]; n images of the source, k that can be used

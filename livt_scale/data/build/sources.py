@@ -1,4 +1,4 @@
-"""Labelled images as people have them, all seen as one thing: a `Source` with labels, keys and image bytes.
+"""Labelled images in their usual layouts behind one interface: a `Source` with labels, keys and image bytes.
 
     image folder   root/CLASS/**/image                    classes: the folders, by name (folder.py)
     list file      "path label" lines, paths below root   as ImageNet-LT and Places-LT publish

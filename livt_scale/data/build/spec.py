@@ -1,4 +1,4 @@
-"""How a data set becomes shards, as one YAML file says it: sources, and sets made of them.
+"""How a data set becomes shards, as one YAML file defines it: sources, and sets made from them.
 
     name: fashion-mnist-lt
     sources:

@@ -1,4 +1,4 @@
-"""Two sets of one source: a share of each class is held out for evaluation, the rest is for training.
+"""Splits a source into two sets: a share of each class is held out for evaluation, the rest is for training.
 
     photos: {folder: {root: /data/pets}, split: {fraction: 0.1, seed: 0}}         a source in a spec
 

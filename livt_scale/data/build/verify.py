@@ -1,4 +1,4 @@
-"""Is every byte of a shard set as it was written, and does every image decode?
+"""Checks that every byte of a shard set is as it was written, and that every image decodes.
 
     verify(folder)                    sizes, SHA-256 of each file, CRC-32 of each sample: a changed byte is found, and
                                       named by shard, offset and, inside a sample, key

@@ -3,8 +3,8 @@
     operations = make_augment("rand-m9-mstd0.5-inc1", image_px=224, mean=mean)
     augment(slot, operations, sample_rng(seed, epoch, key, "augment"))      # slot: uint8 [C, T, T], in place
 
-The operations, their strengths and the way they are drawn are timm's, so recipes from the papers mean here what they
-mean there. Shearing and shifting take four fifths of timm's time, since Pillow moves every pixel by a general 2-D
+The operations, their strengths and the way they are drawn are timm's, so the papers' recipes have the same meaning
+here. Shearing and shifting take four fifths of timm's time, since Pillow moves every pixel by a general 2-D
 filter; along one axis it is a filter of four pixels, and is done so here: the same pixels to within 1 of 255 levels
 in a fifth of the time. Colours change on the array itself, to the bit as Pillow does it (colour_ops.py).
 """

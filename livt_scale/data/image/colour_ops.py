@@ -1,10 +1,10 @@
-"""timm's colour operations on arrays: what Pillow gives, to the bit, without the way into an image and back.
+"""timm's colour operations on arrays: bit for bit the results of Pillow, without conversion to an image and back.
 
     COLOURS["SolarizeIncreasing"](pixels, 100)      # uint8 [H, W, C] in, a new one out
 
-That way alone takes 50 µs at 224 px, and most operations need no more than one pass over the bytes. Each function here
-follows Pillow's C code: its integers, its float32, and that it cuts fractions off. Colour, equalizing and the automatic
-contrast stay Pillow's (augment.py).
+That conversion alone takes 50 µs at 224 px, and most operations need no more than one pass over the bytes. Each
+function here follows Pillow's C code: its integers, its float32, and its truncation of fractions. Colour, equalizing
+and the automatic contrast are still done by Pillow (augment.py).
 """
 
 from __future__ import annotations

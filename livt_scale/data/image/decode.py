@@ -1,4 +1,4 @@
-"""Encoded images to pixels: uint8, upright, of the channels that the model wants, and as few as will do.
+"""Decodes images to pixels: uint8, upright, with the model's channels, and no more pixels than needed.
 
     image = open_image(jpeg_bytes, channels=3)      # reads the header alone
     image.height, image.width                       # as seen: EXIF rotation is applied
@@ -8,7 +8,7 @@
 
 JPEG goes to libjpeg-turbo through simplejpeg, PNG, BMP and WebP to Pillow. The contents decide, never the file's name:
 ImageNet has a PNG called .JPEG. An image that does not decode to its end is an error, never a half-grey picture; what
-cannot be decoded strictly (odd chroma subsampling) is refused. One of gigapixels is refused by its header, before any
+cannot be decoded strictly (odd chroma subsampling) is refused. Gigapixel images are refused by their header, before any
 allocation. docs/data.md has the table of what is read how.
 """
 

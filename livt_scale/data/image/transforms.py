@@ -5,9 +5,9 @@
 
 Pixels stay uint8 from the decoder to the device: a quarter of the bytes of floats, and `F.interpolate` has vector code
 for uint8 in channels-last order that is several times faster than Pillow's (benchmarks/loader.py). The geometry is
-torchvision's RandomResizedCrop, Resize and CenterCrop; the augmentation timm's RandAugment; so recipes from the
-papers mean here what they mean there. Two deviations, both stated at their place: large crops are decoded at half,
-quarter or eighth size, and random erasing draws its noise in the range of a pixel.
+torchvision's RandomResizedCrop, Resize and CenterCrop; the augmentation timm's RandAugment; so the papers' recipes
+have the same meaning here. Two deviations, both documented in the code: large crops are decoded at half, quarter or
+eighth size, and random erasing draws its noise in the range of a pixel.
 """
 
 from __future__ import annotations

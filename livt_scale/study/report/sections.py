@@ -1,4 +1,4 @@
-"""What a report says in words and numbers beside its plots: sections, the facts on top, the tables of fitted laws."""
+"""The text and numbers of a report besides its plots: sections, the facts at the top, the tables of fitted laws."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank's device makes of its steps: model FLOP/s, their share of the peak (MFU), and memory at its height.
+"""The efficiency of a rank's device: model FLOP/s, their share of the peak (MFU), and peak memory.
 
     MFU = FLOPs of a training image · images/s of all ranks / (ranks · peak of a device)
 
