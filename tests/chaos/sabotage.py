@@ -81,4 +81,5 @@ if __name__ == "__main__":
     ) -> None:
         train(load_recipe(recipe, sets=sets or []), stage=stage, hooks=hooks)
 
+    main.command.cache_clear()  # the server of the tests' forks has built the command line already
     main.main()
