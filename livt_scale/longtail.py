@@ -51,7 +51,7 @@ def balanced_counts(total: int, num_classes: int) -> Counts:
 def choose(labels: ArrayLike, counts: ArrayLike, *, seed: int) -> NDArray[np.int64]:
     """The `counts[c]` images of each class c among `labels` [n], as ascending indices int64 [sum(counts)].
 
-    Raises DataError where a class has fewer images than are asked for.
+    Raises DataError if a class has fewer images than requested.
     """
     labels = np.asarray(labels, dtype=np.int64)
     chosen = []

@@ -143,7 +143,7 @@ def make_lars(groups: Iterable[dict[str, Any]], *, momentum: float) -> torch.opt
 
 
 def optimizer_maker(part: StagePart) -> MakeOptimizer | None:
-    """What builds the optimizer of a stage; None: AdamW with its `betas`, which each strategy builds itself."""
+    """The function that builds a stage's optimizer; None: AdamW with its `betas`, which each strategy builds itself."""
     if part.trained_by.name == "adamw":
         return None
     if part.lars_momentum is not None:

@@ -46,7 +46,7 @@ def load(
 
     checkpoint: of a run, "best", "newest" or a step; None: the final one. weights: "raw", or "ema" for the moving
     average, if the run kept one. tau: how many times the logarithm of the training prior is subtracted from the logits.
-    temperature: what divides the logits; None: the fitted one that comes with the weights, else 1. device: None: a GPU
+    temperature: divides the logits; None: the fitted one that comes with the weights, else 1. device: None: a GPU
     if there is one.
 
     Raises UsageError (neither a run nor an export; a value out of range), RunError (fine-tuning has not finished),
@@ -74,10 +74,10 @@ class Predicted:
 
 
 class ImageTransform:
-    """One image to what the model takes, float32 [C, T, T], normalised: resized and cut as in evaluation.
+    """One image to the model's input, float32 [C, T, T], normalised: resized and cropped as in evaluation.
 
-    Takes the path of an image file, a PIL image, pixels uint8 [C, H, W], or what it has returned itself, which it
-    returns as it is. Raises SampleError (a file that is no image, or cannot be read) and UsageError (anything else).
+    Takes the path of an image file, a PIL image, pixels uint8 [C, H, W], or its own output, which it returns
+    unchanged. Raises SampleError (a file that is not an image, or is unreadable) and UsageError (anything else).
     """
 
     def __init__(self, settings: ImageSettings) -> None:

@@ -27,7 +27,7 @@ LEFTOVER = re.compile(r"\.(step-\d{8,})\.(partial|replaced|pruned)")
 
 @dataclass(frozen=True)
 class CheckpointInfo:
-    """One `step-*` folder. `manifest` is None where it cannot be read; `why` says what is damaged, file by file."""
+    """One `step-*` folder. `manifest` is None if it cannot be read; `why` lists the damage, file by file."""
 
     path: Path
     position: Position | None
@@ -125,7 +125,7 @@ def damages(path: Path, *, quick: bool = False, share: tuple[int, int] = (0, 1))
 def clean_leftovers(folder: Path) -> list[Path]:
     """Remove what killed saves left under temporary names, and return them. Only for the holder of the run's lock.
 
-    A checkpoint set aside for another of its step comes back, if the other did not arrive.
+    A checkpoint that was set aside for a new one of the same step is restored if the new one is missing.
     """
     if not folder.is_dir():
         return []

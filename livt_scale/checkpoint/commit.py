@@ -146,7 +146,7 @@ def _prune(job: SaveJob) -> None:
 
 
 def _is_whole(job: SaveJob, path: Path) -> bool:
-    """Whether every byte is right; read again only if a file looks otherwise than when it was last checked."""
+    """Whether every byte is correct; files are read again only if their stat has changed since the last check."""
     looks = _looks(path)
     if job.known_whole.get(path) == looks:
         return True

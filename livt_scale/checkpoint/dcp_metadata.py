@@ -226,7 +226,7 @@ def _tensors(tree: Any, file_bytes: dict[str, int], *, partial: bool) -> tuple[d
 
 
 def _check_apart(tensors: Mapping[str, SavedTensor]) -> None:
-    """A stored piece is of one tensor: a file could name it for a million, and each would be read and kept."""
+    """Check that no two tensors share a stored piece: a file could name one for a million, all kept in memory."""
     ends: dict[str, int] = {}
     stored = [piece for saved in tensors.values() for piece in saved.pieces]
     for piece in sorted(stored, key=lambda piece: (piece.file, piece.start)):

@@ -94,7 +94,7 @@ class Tiers:
         return self.shared.failures.durable_step
 
     def report(self) -> dict[str, Any]:
-        """What to say of failed saves: nothing as long as none has failed."""
+        """The text about failed saves; empty if none has failed."""
         quick = self._quick.failures.total if self._quick else 0
         return self.shared.failures.report() | ({"failed_local_saves": quick} if quick else {})
 

@@ -59,7 +59,7 @@ class Place:
 def open_place(root: Path, shared: Path, *, world: Peers, timeout_s: float) -> Place:
     """Make this node's folder in `root`, for the checkpoints of `shared`. A collective call of all ranks.
 
-    Raises CheckpointError where it cannot be written, or belongs to somebody else.
+    Raises CheckpointError if it cannot be written, or belongs to another user.
     """
     mark, start = world.on_rank0(lambda: (_mark_of(shared), secrets.token_hex(8)))
     own = world.run_all(lambda: _own_folder(root, shared))

@@ -223,7 +223,7 @@ class Failures:
         self._durable_at_s = self.clock()
 
     def is_old(self) -> bool:
-        """Whether the newest durable state is older than the limit: for rank 0 to say, clocks differ."""
+        """Whether the newest durable state is older than the limit. Rank 0 decides, because clocks differ."""
         return self.max_age_s is not None and self.clock() - self._durable_at_s > self.max_age_s
 
     def failed(self, error: SaveFailed | PruneFailed, *, step: int, final: bool, old: bool) -> CheckpointError | None:

@@ -119,7 +119,7 @@ def convert(
 
 
 def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, sets: list[str]) -> Converted:
-    """`found` with the facts that `livt train` asks of a checkpoint. UsageError where the recipe has no such stage."""
+    """`found` with the facts that `livt train` needs in a checkpoint. UsageError if the recipe has no such stage."""
     from livt_scale.checkpoint.foreign.convert import Position, trained_by
     from livt_scale.config.load import load_recipe
     from livt_scale.data.order.for_stage import stage_order

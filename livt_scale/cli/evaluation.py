@@ -83,7 +83,7 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
 
 
 def _check_outputs(wanted: Wanted) -> None:
-    """Raise UsageError if a file that is to be written is there, and not from this command."""
+    """Raise UsageError if an output file exists that this command did not write."""
     table = wanted.reports / "per_class.csv" if wanted.reports else None
     files = ((wanted.out, b'"livt-eval"'), (wanted.save_logits, b"livt-logits"), (wanted.gallery, GALLERY_MARK))
     for file, mark in (*files, (table, CSV_MARK)):

@@ -139,7 +139,7 @@ def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, class
 
 
 def _planned(task: PlanTask, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
-    """The stage as it was asked for, and all that was tried."""
+    """The stage as requested, and all candidates that were tried."""
     from livt_scale.plan.stage_plan import best, candidates, plan_stage, spread_of, strategies_for
     from livt_scale.train.batch_plan import plan_batches
 

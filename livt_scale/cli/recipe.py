@@ -91,7 +91,7 @@ def schema() -> None:
 
 
 def check_one(path: Path, *, sets: list[str], data: bool) -> dict[str, Any]:
-    """What `check` has to say of one file: recipe, exit_code, errors, notes, and a summary if it is sound."""
+    """The result of `check` for one file: recipe, exit_code, errors, notes, and a summary if it is valid."""
     from livt_scale.config.load import load_recipe
 
     result: dict[str, Any] = {"recipe": str(path), "exit_code": 0, "summary": "", "errors": [], "notes": []}
@@ -145,7 +145,7 @@ def _model_lines(model: Model) -> list[str]:
 
 
 def file_schema() -> dict[str, Any]:
-    """JSON schema of a file. Nothing is required in it: a file may leave to its bases what it does not say."""
+    """JSON schema of a file. No field is required: a file may leave fields to its bases."""
     from livt_scale.config.recipe import Recipe
 
     tree: dict[str, Any] = Recipe.model_json_schema()

@@ -234,7 +234,7 @@ def _seen(folder: str, recipe: Path, stage: str | None, sets: list[str]) -> dict
 
 
 def _seen_table(seen: dict[str, Any]) -> list[str]:
-    """One row a class, largest first; of many classes, as many of even ranks as fit."""
+    """One row per class, largest first; with many classes, as many evenly spaced ones as fit."""
     sampling = seen["sampling"]
     policy = sampling["policy"] + (f" from {sampling['from']} to {sampling['to']}" if "from" in sampling else "")
     views = f", {seen['repeats']} views each" if seen["repeats"] > 1 else ""

@@ -102,7 +102,7 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, mfu: float,
 
 
 def _write_command(loaded: LoadedStudy) -> None:
-    """What was asked, kept beside the runs: the report says how its numbers came about."""
+    """Save the study's file and the command with the runs: the report shows how its numbers were made."""
     from livt_scale.study.definition import KEPT
     from livt_scale.util.atomic import write_atomic
 
@@ -173,7 +173,7 @@ def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
 
 def _collected(loaded: LoadedStudy, *, fit: bool = False) -> dict[str, Any]:
-    """The table of all runs, with the laws of its measures where they are asked for; kept beside the runs."""
+    """The table of all runs, with the laws of its measures if requested; saved with the runs."""
     from livt_scale.study.scaling_law import fit_table
     from livt_scale.study.table import as_csv, collect_study
     from livt_scale.util.atomic import write_atomic

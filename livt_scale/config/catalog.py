@@ -35,7 +35,7 @@ livt recipe show recipes/imagenet_lt/vit_b16.yaml --set stages.pretrain.epochs=4
 
 @dataclass(frozen=True)
 class Row:
-    """One recipe: its path below recipes/, what its head says, and what it resolves to."""
+    """One recipe: its path below recipes/, its head, and its resolved values."""
 
     path: str
     reproduces: str

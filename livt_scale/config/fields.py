@@ -48,7 +48,7 @@ USUAL_NAMES = {
 
 
 def hint(where: Where) -> str:
-    """What an error says of the unknown field `where`: a field of that name elsewhere, else the nearest beside it."""
+    """The hint for the unknown field `where`: a field of that name elsewhere, else the nearest name in its part."""
     name = str(where[-1])
     beside = fields_at(where[:-1])
     usual = USUAL_NAMES.get(name)

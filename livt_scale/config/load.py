@@ -166,7 +166,7 @@ def _validate(tree: Tree, path: Path) -> Recipe:
 
 
 def _explain(error: Any, tree: Tree, path: Path) -> str:
-    """One line of one mistake: where it was written, the field, what is wrong, what would be right."""
+    """One line for one mistake: where it is written, the field, what is wrong, what would be valid."""
     where: Where = tuple(error["loc"])
     name, given = dotted(where), shown_value(error["input"])
     if error["type"] == "value_error":  # a rule over several fields: its message starts with the field
@@ -223,7 +223,7 @@ def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
 
 
 def _refuse_second_run(recipe: Recipe, path: Path) -> None:
-    """Raise UsageError where a relative run_dir is new here, and a run in the folder of the recipe or above it."""
+    """Raise UsageError if a relative run_dir is new here but is a run in the recipe's folder or above it."""
     other = other_run(recipe.run_dir, name=recipe.name, recipe=path)
     if other is None:
         return

@@ -37,7 +37,7 @@ _MISSING = object()
 
 
 def hint(path: str) -> str | None:
-    """What an error says of the field `path`; None: it never existed."""
+    """The hint for the field `path`; None: it never existed."""
     if path in RENAMED:
         return f"it is now called {RENAMED[path]}"
     return f"it was removed: {REMOVED[path].reason}" if path in REMOVED else None

@@ -36,14 +36,14 @@ def absolute_run_dir(run_dir: str | None, *, name: str) -> Path:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was started in `folder` or submitted from it; a recipe.yaml alone may be anybody's."""
+    """Whether a run was started in `folder` or submitted from it; a recipe.yaml alone proves nothing."""
     started = any((folder / stage / name).exists() for stage in STAGES for name in ("status.json", "checkpoints"))
     saved = (folder / SAVED).is_file() and (folder / LOCK).is_file()
     return started or saved or (folder / "slurm" / "chain.json").is_file()
 
 
 def run_of_saved(recipe: Path) -> Path | None:
-    """The run directory of which `recipe` is the saved recipe, absolute; None: it is no run's."""
+    """The run directory of which `recipe` is the saved recipe, absolute; None: it is not the recipe of a run."""
     folder = Path(os.path.abspath(recipe)).parent  # noqa: PTH100 - links stay links
     return folder if recipe.name == SAVED and recipe.is_file() and holds_run(folder) else None
 

@@ -16,7 +16,7 @@ class RecipePart(BaseModel):
 
 
 class Parallel(RecipePart):
-    """How the work is spread. The number of processes is the launcher's to say, never the recipe's."""
+    """How the work is distributed. The launcher sets the number of processes, never the recipe."""
 
     strategy: Literal["auto", StrategyName] = Field(
         "auto", description="auto: ddp where weights, gradients and moments fit half of a device's memory, else fsdp"

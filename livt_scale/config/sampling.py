@@ -77,7 +77,7 @@ class ClassBalanced(Sampler):
 
 @SAMPLERS.register("sqrt")
 class SquareRoot(Sampler):
-    """By the root of a class's images."""
+    """In proportion to the square root of a class's number of images."""
 
     policy: Literal["sqrt"] = "sqrt"
 

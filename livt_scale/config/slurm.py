@@ -114,7 +114,7 @@ class Container(RecipePart):
 
 
 class Slurm(RecipePart):
-    """What the jobs of a run ask for, and how they follow each other."""
+    """What the jobs of a run request, and how they are chained."""
 
     site: str | None = Field(
         None, min_length=1, description="a profile: NAME of slurm/sites/NAME.yaml, or the path of one; None: none"

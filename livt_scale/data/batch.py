@@ -106,7 +106,7 @@ class Packed:
 class Blocks:
     """The reusable blocks of one loader process, `keep` of them; any beyond that are used once.
 
-    The first byte of a block says whether the main process still looks at it: set here, cleared there.
+    The first byte of a block marks that the main process still uses it: set here, cleared there.
     """
 
     def __init__(self, *, keep: int) -> None:

@@ -48,7 +48,7 @@ def rank_samples(
 ) -> dict[str, Any]:
     """{"steps": [{"step": s, "keys": [...]}, …]}: the rank's keys in slot order, for one epoch or one step of it.
 
-    Where a sample may come more than once in an epoch, "views" beside the keys counts its appearances from 0.
+    If a sample may occur more than once in an epoch, "views" counts its appearances from 0.
     """
     shards = ShardSet.open(recipe.data.train, data=recipe.data)
     order = stage_order(shards, recipe, stage)

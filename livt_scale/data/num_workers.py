@@ -113,7 +113,7 @@ def this_worker() -> tuple[int, int]:
 
 @contextmanager
 def cores_are(cores: int) -> Iterator[None]:
-    """For as long as it lasts this process has `cores` for itself: what ranks that asked each other found."""
+    """Within the block this process counts on `cores` for itself: the share on which the ranks have agreed."""
     global _own_cores
     before, _own_cores = _own_cores, cores
     try:

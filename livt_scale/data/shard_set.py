@@ -262,7 +262,7 @@ def map_index(path: Path, manifest: ShardManifest) -> np.ndarray:
 
 
 def _check_files(folder: Path, manifest: ShardManifest) -> None:
-    """Raise ManifestError or ShardError for a file that is missing, or has another size where sizes are compared."""
+    """Raise ManifestError or ShardError for a missing file, or one of another size if sizes are compared."""
     shards = manifest.shards
     step = -(-len(shards) // MAX_SIZES) or 1
     if step > 1:

@@ -141,7 +141,7 @@ def _number(environ: Mapping[str, str], name: str, default: int | None = None) -
 
 
 def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
-    """Tasks of the step on this node, where Slurm says it."""
+    """Tasks of the step on this node, if Slurm reports it."""
     for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
         if name in environ:
             by_node = tasks_by_node(environ[name])

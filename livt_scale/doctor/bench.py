@@ -43,7 +43,7 @@ Facts = dict[str, Any]
 
 
 def bench(dirs: list[Path], recipe: Recipe | None, *, seconds: float) -> tuple[Facts, list[Finding]] | None:
-    """What was measured, and the findings; None on all ranks but the first. RunError where a rank hangs or fails."""
+    """The measurements and the findings; None on all ranks but the first. RunError if a rank hangs or fails."""
     from livt_scale.distributed.world import detect, process_group
 
     world = detect()
@@ -253,7 +253,7 @@ def judge_disk_speed(folder: str, by_host: dict[str, Facts]) -> list[Finding]:
 
 
 def folders_to_measure(dirs: list[Path], recipe: Recipe | None) -> list[Path]:
-    """What is asked for; else where the recipe's run and cache would lie, else here and the default cache."""
+    """The folders given; else those of the recipe's run and cache, else this one and the default cache."""
     from livt_scale.data.remote.cache import default_folder
 
     if dirs:

@@ -37,7 +37,7 @@ SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "sacct", "scancel")
 
 
 def examine(checks: Sequence[Callable[[], list[Finding]]] | None = None) -> list[Finding]:
-    """Each check in turn; without `checks`, all. One that fails as nobody foresaw is a problem too, not a traceback."""
+    """Run each check in turn; without `checks`, all. An unexpected exception is a problem too, not a traceback."""
     findings: list[Finding] = []
     for check in CHECKS if checks is None else checks:
         try:
@@ -132,7 +132,7 @@ def _python() -> list[Finding]:
 
 
 def _libraries() -> list[Finding]:
-    """What the package asks for; where it runs without being installed, what the tests run with."""
+    """The package's requirements, compared with the installed versions."""
     from packaging.requirements import Requirement
 
     try:
@@ -186,7 +186,7 @@ def _shared_memory() -> list[Finding]:
 
 
 def free_shared_memory() -> int | None:
-    """Bytes that loader processes could hand over batches in; None where there is no such place."""
+    """Free bytes for batches that loader processes hand over; None without shared memory."""
     folder = Path("/dev/shm")  # noqa: S108 - looked at, not written to
     return shutil.disk_usage(folder).free if folder.is_dir() else None
 

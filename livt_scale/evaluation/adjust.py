@@ -48,7 +48,7 @@ def parse_taus(text: str) -> tuple[float, ...] | None:
 
 
 def margin(loss: str, class_counts: ArrayLike) -> NDArray[np.float64]:
-    """[C] what τ = 1 takes off the logits of a model trained with `loss`. DataError for a class without images."""
+    """[C] what τ = 1 subtracts from the logits of a model trained with `loss`. DataError for a class without images."""
     counts = np.asarray(class_counts, dtype=np.int64)
     log_priors = np.log(priors(counts))
     if LOSSES.find(loss).link == "softmax":

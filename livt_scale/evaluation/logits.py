@@ -38,7 +38,7 @@ CHUNK = 4096  # rows that are counted together
 
 @dataclass(frozen=True)
 class About:
-    """What the logits of a file are about: JSON values."""
+    """The description of the logits in a file: JSON values."""
 
     class_names: tuple[str, ...]
     class_counts: tuple[int, ...]  # images of the training set

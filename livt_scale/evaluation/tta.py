@@ -60,7 +60,7 @@ class Views:
         return {"number": self.number, "average": self.average}
 
     def logits(self, infer: Callable[[Tensor], Tensor], images: Tensor, data: Data) -> Tensor:
-        """What `infer` says of each image, averaged over its views: float `[B, C]`, by `number` calls of `infer`.
+        """The output of `infer` for each image, averaged over its views: float `[B, C]`, by `number` calls of `infer`.
 
         images: uint8 `[B · crops, C, T, T]`, the crops of an image neighbours, as `eval_batches` gives them.
         """

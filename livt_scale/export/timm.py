@@ -83,7 +83,7 @@ class WeightsFile(BaseModel):
 
 
 class ExportInfo(BaseModel):
-    """The part `livt` of config.json: what timm does not know about the model."""
+    """The part `livt` of config.json: the facts about the model that timm's part lacks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -149,7 +149,7 @@ def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportI
 
 
 def check_target(out: Path, *, weights: Mapping[str, Any] | None = None, force: bool = False) -> None:
-    """Raise ExportError unless `out` may be written: nothing, an empty folder, or an export of ours and no more.
+    """Raise ExportError unless `out` may be written: absent, an empty folder, or only an export of ours.
 
     weights: the lineage of what is to be exported (None: not known yet). An export of another run, or by another
     method, is replaced only with `force`.
@@ -196,7 +196,7 @@ def _identity(lineage: Mapping[str, Any]) -> tuple[str, str | None]:
 
 
 def is_export(path: Path) -> bool:
-    """Whether config.json in `path` says that we wrote it; nothing more is looked at."""
+    """Whether config.json in `path` is marked as ours; nothing else is checked."""
     try:
         part = read_json(path / CONFIG, "description of weights").get("livt")
         return bool(part.get("format") == "livt-export")
@@ -288,7 +288,7 @@ def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:
 
 
 def _resnet_args(model: Model) -> dict[str, Any]:
-    """What timm's network of the same name is not by itself."""
+    """The arguments that differ from the defaults of timm's network of the same name."""
     args: dict[str, Any] = {"in_chans": model.channels}
     if model.stage_widths[0] != USUAL_FIRST_WIDTH:
         args |= {"layers": list(model.stage_blocks), "channels": list(model.stage_widths)}

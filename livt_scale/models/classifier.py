@@ -125,11 +125,11 @@ AnyClassifier = Classifier | ResNetClassifier
 
 @torch.no_grad()
 def load_encoder(classifier: Classifier, mae_state: Mapping[str, Tensor]) -> LoadReport:
-    """Copy the encoder of a masked autoencoder into `classifier`, in place, and say what went where.
+    """Copy the encoder of a masked autoencoder into `classifier`, in place, and report what was loaded.
 
     Strict: only the decoder, the mask token and the encoder's last norm may be left over, only the pooled norm and the
     head may be missing (they keep their values). Positions of another grid are resampled (bicubic, as LiVT for 384 px).
-    Raises CheckpointMismatch with every name that does not fit, and where not one tensor matched.
+    Raises CheckpointMismatch with every name that does not fit, or if no tensor matches.
     """
     own = classifier.state_dict()
     used = [name for name in own if name in mae_state and not MADE.fullmatch(name)]

@@ -28,7 +28,7 @@ EPS = 1e-6
 
 
 class HeadNorm(nn.Module):
-    """Counts features in training and normalises by what the steps before have counted.
+    """Accumulates statistics of features in training and normalises by those of the earlier steps.
 
     `sums` float64 [3, D], part of the state: how many images, Σ y, Σ y². `settle` adds those of a step to it.
     """

@@ -207,7 +207,7 @@ def reset_encoder(model: MaskedAutoencoder | VisionTransformer) -> None:
 
 
 class DecoderBlock(Block):
-    """timm's block, which can leave out what nobody reads: after the last block only masked tokens are predicted."""
+    """timm's block, which can leave out unused outputs: after the last block only masked tokens are predicted."""
 
     def forward(self, tokens: Tensor, wanted: int | None = None) -> Tensor:
         """`[B, N, D]` to `[B, N, D]`; with `wanted` to the last `wanted` tokens alone, the others being looked at."""

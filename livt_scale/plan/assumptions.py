@@ -26,7 +26,7 @@ class _Part(BaseModel):
 
 
 class Assumptions(_Part):
-    """Overridable one by one. Where no source is named, it is a round number that nobody measured: calibrate it."""
+    """Each can be overridden. One without a source is a round number that was not measured: calibrate it."""
 
     mfu: Annotated[float, Field(gt=0, le=1)] = Field(
         0.40, description="share of the device's peak that matrix products reach, exchange and recomputing aside"

@@ -183,7 +183,7 @@ def _measured(
 
 
 def _modules_unlisted() -> Any:
-    """What a tracker knows of modules, whose peaks are not asked for: it would walk all of them at each operation."""
+    """A tracker's table that lists no modules: their peaks are not needed, and it would walk all at each operation."""
     from torch.utils.weak import WeakIdKeyDictionary
 
     class Unlisted(WeakIdKeyDictionary):

@@ -65,7 +65,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class MemoryPeak:
-    """Bytes at a step's height, which add up to it. `computing`: activations and what autocast keeps of weights."""
+    """Bytes at the peak of a step, by part. `computing`: activations and the weights that autocast has cast."""
 
     weights: int
     grads: int
@@ -257,6 +257,6 @@ def _largest_block(weights: Sequence[Weight]) -> int:
 
 
 def _persistent(weights: Sequence[Weight]) -> int:
-    """Elements that DeepSpeed's stage 3 keeps gathered: what is no larger than the largest bias."""
+    """Elements that DeepSpeed's stage 3 keeps gathered: parameters no larger than the largest bias."""
     largest = max((w.numel for w in weights if len(w.shape) < 2), default=0)
     return sum(w.numel for w in weights if w.numel <= largest)

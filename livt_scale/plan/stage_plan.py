@@ -68,12 +68,12 @@ class PlanTask:
 
     @property
     def can_be_cut(self) -> bool:
-        """Whether the global batch gives all GPUs equal slots, as `train.batches` asks."""
+        """Whether the global batch gives all GPUs equal slots, as `train.batch_plan` requires."""
         return self.recipe.stage(self.stage).global_batch % (self.gpus * self.unit) == 0
 
     @property
     def steps_per_epoch(self) -> int:
-        """What is left over of an epoch is no step: `data.order`."""
+        """Steps per epoch; the rest of an epoch that does not fill a batch is left out (`data.order`)."""
         return self.data.images // self.recipe.stage(self.stage).global_batch
 
     @property
@@ -126,7 +126,7 @@ class StagePlan:
 
     @property
     def offloaded_node_bytes(self) -> int:
-        """What the ranks of a node keep in its memory or on its disk."""
+        """Bytes that the ranks of a node keep in its memory or on its disk."""
         return min(self.task.per_node, self.task.gpus) * offloaded_bytes(self.task.weights, self.spread)
 
     @property

@@ -94,7 +94,7 @@ def _offload_s(own_bytes: float, spread: Spread, assumed: Assumptions) -> float:
 
 
 def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:
-    """What the ranks of a step send each other."""
+    """The exchange between the ranks in a step."""
     if spread.gpus == 1:
         return []
     low = spread.low_bytes

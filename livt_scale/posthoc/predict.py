@@ -130,8 +130,8 @@ def predict(
 def images_below(folder: Path) -> tuple[list[str], int]:
     """(paths below `folder` of all files with an image's ending, by name; how many other files there are).
 
-    At any depth. Hidden files and folders are passed over. A link to a file is a file; one to a folder is not followed,
-    for it may lead round. Raises DataError where a folder cannot be listed.
+    At any depth. Hidden files and folders are skipped. A link to a file is a file; one to a folder is not followed,
+    because it may form a cycle. Raises DataError if a folder cannot be listed.
     """
 
     def refuse(error: OSError) -> None:

@@ -32,7 +32,7 @@ SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing 
 
 @dataclass
 class ChainPlan:
-    """The jobs in their order, and what a person should know before they are submitted."""
+    """The jobs in their order, and notes for the user before they are submitted."""
 
     mode: Mode
     why: str  # this mode

@@ -30,7 +30,7 @@ TIMEOUT_S = 120.0  # a controller under load answers late; one that is gone, nev
 
 
 def cluster_facts() -> ClusterFacts | None:
-    """What scontrol and sacctmgr say; None where scontrol is not there. Raises ClusterError if it fails."""
+    """The facts from scontrol and sacctmgr; None without scontrol. Raises ClusterError if it fails."""
     try:
         config = _run("scontrol", "show", "config")
     except FileNotFoundError:
@@ -167,7 +167,7 @@ class JobState:
 
 @dataclass
 class Queue:
-    """The jobs that are known, by id, and what could not be asked."""
+    """The known jobs, by id, and the queries that failed."""
 
     jobs: dict[str, JobState] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)

@@ -268,7 +268,7 @@ def was_preempted(facts: Mapping[str, str]) -> bool:
 
 
 def was_cancelled(facts: Mapping[str, str], *, restarts: int) -> bool:
-    """Whether somebody has cancelled this job.
+    """Whether this job was cancelled.
 
     Until the last task has ended, Slurm calls a job COMPLETING, whatever ended it. But it counts a requeue as a restart
     immediately, and names a time limit, a lost node and a preemption.

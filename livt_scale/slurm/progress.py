@@ -66,7 +66,7 @@ class Saved:
 
 @dataclass
 class RunPlan:
-    """What recipe.yaml says about the run, as far as it can be read."""
+    """The run as recipe.yaml describes it, as far as it can be read."""
 
     name: str = ""
     stages: dict[str, int | None] = field(default_factory=dict)  # epochs of each, in their order
@@ -138,7 +138,7 @@ def is_run(path: Path) -> bool:
 
 
 def read_plan(run_dir: Path) -> tuple[RunPlan, list[str]]:
-    """(what recipe.yaml says, what is wrong with it). Without one, all stages that have a folder."""
+    """(the plan in recipe.yaml, what is wrong with it). Without one, all stages that have a folder."""
     there: dict[str, int | None] = {stage: None for stage in STAGES if (run_dir / stage).is_dir()}
     path = next((p for p in _recipes(run_dir) if p.is_file()), None)
     if path is None:

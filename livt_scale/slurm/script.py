@@ -62,7 +62,7 @@ class ChainSettings:
 
     @property
     def stage_in_dir(self) -> str | None:
-        """Where shards are copied to, as far as recipe or profile say; None: decided on the node."""
+        """The folder to which shards are copied, by recipe or profile; None: decided on the node."""
         return self.slurm.stage_in_dir or (self.site.stage_in_dir if self.site else None)
 
 
@@ -75,7 +75,7 @@ class ArraySettings:
 
 
 def render(template: str, job: JobPlan, chain: ChainSettings, *, array: ArraySettings | None = None) -> str:
-    """The batch script of `job`. Raises UsageError for a value that cannot be where it has to be.
+    """The batch script of `job`. Raises UsageError for a value that the script cannot contain.
 
     array: the same job for several runs; `chain` is the first of them, and the others differ in `_own` alone.
     """

@@ -102,7 +102,7 @@ class Site(RecipePart):
 
 @dataclass(frozen=True)
 class Resources:
-    """What one job asks for. None: Slurm's default."""
+    """What one job requests. None: Slurm's default."""
 
     nodes: int
     tasks_per_node: int
@@ -160,7 +160,7 @@ def partition_of(slurm: Slurm, site: Site | None, job: JobKind) -> str | None:
 
 
 def resources_for(slurm: Slurm, site: Site | None, job: JobKind, *, longest_min: float | None = None) -> Resources:
-    """What `job` asks for. longest_min: the cluster's limit. Raises UsageError for what the profile does not offer.
+    """What `job` requests. longest_min: the cluster's limit. Raises UsageError for what the profile does not offer.
 
     The evaluation has one task: one GPU, and the share of a node's memory that comes with it.
     """
@@ -238,7 +238,7 @@ def gpu_options(asked: Resources, options: Mapping[str, Option], site: Site | No
 
 
 def field_of_time(slurm: Slurm, job: JobKind) -> str:
-    """The field that says how long `job` may take."""
+    """The field with the time limit of `job`."""
     own = job == "evaluate" or getattr(slurm, job).time_min
     return f"slurm.{job}.time_min" if own else "slurm.time_min"
 

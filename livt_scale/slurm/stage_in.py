@@ -36,8 +36,8 @@ COMPLETE = ".complete"  # which start of a job has copied all of it
 def stage_in(recipe: Recipe, target: Path, *, stage: str) -> int:
     """Copy the sets that `stage` reads to `target`/train and `target`/val; the bytes copied.
 
-    Where two nodes share the folder after all, one copies and the other waits for it. What an earlier start of the
-    job left there is removed first. Raises DataError: no room, or a file that is not what the manifest says.
+    If two nodes share the folder, one copies and the other waits for it. Files of an earlier start of the job are
+    removed first. Raises DataError: no room, or a file that does not match the manifest.
     """
     with _one_at_a_time(target), plain_disk_errors(target):
         complete = target / COMPLETE
@@ -83,7 +83,7 @@ def _copy_all(recipe: Recipe, target: Path, *, stage: str) -> int:
 
 
 def copy_set(source: Path, target: Path, manifest: ShardManifest) -> None:
-    """Copy a set of shards, the manifest last. Raises ShardError for a file that is not what the manifest says."""
+    """Copy a set of shards, the manifest last. Raises ShardError for a file that does not match the manifest."""
     target.mkdir()
     for info in _files(manifest):
         digest = hashlib.sha256()

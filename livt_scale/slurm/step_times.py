@@ -32,7 +32,7 @@ class Measured:
 
 
 def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
-    """What the run directory knows of `stage`. Raises RunError where its status.json cannot be read."""
+    """The measurements of `stage` in the run directory. Raises RunError if its status.json cannot be read."""
     status: StageStatus = read_status(run_dir, stage) or {}
     lines = [line for line in read_metrics(run_dir / stage / METRICS, tail=True).lines if line.step_s is not None]
     lines = lines[-LINES:]

@@ -158,7 +158,7 @@ def settings_of(prepared: Prepared, frozen: Frozen | None) -> ChainSettings:
 
 
 def submit(prepared: Prepared) -> dict[str, Any]:
-    """Submit the chain; what chain.json says of it, with `joined` if the same chain is already in the queue.
+    """Submit the chain; returns chain.json, with `joined` if the same chain is already in the queue.
 
     Raises ClusterError: sbatch's message, after the jobs before it were cancelled; or another chain of this run is
     still in the queue.
@@ -282,7 +282,7 @@ def entry(job: JobPlan, *, id: str, script: str, log: str, dependency: str | Non
 
 
 def take_back(chains: Sequence[tuple[Path, dict[str, Any]]], ids: list[str], error: BaseException) -> None:
-    """Nothing stays half submitted: cancel what was, and say so; if that fails too, say which jobs are left."""
+    """Cancel the jobs of a partial submission and report it; if that fails too, report which jobs are left."""
     try:
         commands.cancel(ids)
     except ClusterError as second:
@@ -329,7 +329,7 @@ def write_chain(run_dir: Path, chain: dict[str, Any]) -> None:
 
 @contextmanager
 def alone(run_dir: Path) -> Iterator[None]:
-    """One submission at a time for a run. Raises ClusterError: another is at work, or nothing can be written there."""
+    """One submission at a time for a run. Raises ClusterError if another is running, or the folder is not writable."""
     try:
         (run_dir / "slurm").mkdir(parents=True, exist_ok=True)
         lock = file_lock(run_dir / "slurm" / ".lock")

@@ -139,7 +139,7 @@ def _each_loss(setting: Setting) -> list[Arm]:  # noqa: ARG001
 
 
 def loss_sets(name: str) -> dict[str, Any]:
-    """What changes with the loss. One that smooths by itself, or needs hard labels, cannot have all of the recipe's."""
+    """The overrides for a loss. One that smooths the targets, or needs hard labels, cannot use all of the recipe."""
     if name == "bal_bce":
         return {}
     sets: dict[str, Any] = {"stages.finetune.loss.name": name}

@@ -207,7 +207,7 @@ def beside_the_recipes(place: str) -> str:
 
 
 def _budget(claim: Claim, setting: Setting, sets: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the claim's first arm: another arm whose epochs are not these says so in its name."""
+    """The budget of the claim's first arm; an arm with other epochs has them in its name."""
     first = next(iter(runs_of(claim, setting, seeds=[0], sets=sets).values()))[-1]
     recipe = first.load(Path())
     pretrain = recipe.stages.pretrain

@@ -28,7 +28,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was asked, the mean difference over seeds, its interval, and the word."""
+    """The question, the mean difference over seeds, its interval, and the outcome."""
 
     says: str
     mean: float

@@ -291,7 +291,7 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rates(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:
-    """The learning rates: the axes', or the recipe's, and carried over to the width where the study says so."""
+    """The learning rates: those of the axes or the recipe, scaled to the width if the study requests it."""
     own = {"pretrain": axes.get("learning_rate"), "finetune": axes.get("finetune_learning_rate")}
     rule, rates = loaded.study.width_rate, {}
     recipe = loaded.load(sets) if rule else None
@@ -320,7 +320,7 @@ def _data(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any])
 
 
 def runs(loaded: LoadedStudy) -> list[Run]:
-    """What the runner starts: one run a stage. Both stages of a point lie in its one directory."""
+    """What the runner starts: one run per stage. Both stages of a point share its directory."""
     found: list[Run] = []
     for point in points(loaded):
         if point.pretraining == point.name:  # the first of those that share it

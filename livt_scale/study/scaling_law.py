@@ -160,7 +160,7 @@ class Fit:
         return {name: _between([one[name] for one in every]) for name in self.law.constants}
 
     def predict(self, n: Sequence[float], d: Sequence[float], *, of_a_run: bool = False) -> tuple[Array, Array, Array]:
-        """(mid, low, high) at each (n, d). of_a_run: with the noise that a run has, not the law's own doubt alone."""
+        """(mid, low, high) at each (n, d). of_a_run: include a run's noise, not only the law's uncertainty."""
         assert self.law is not None, self.problem
         every = np.stack([law.at(n, d) for law in self.resampled])
         if of_a_run:

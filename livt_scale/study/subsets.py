@@ -27,7 +27,7 @@ def wanted_subsets(loaded: LoadedStudy, points: Iterable[Point]) -> dict[Path, M
 
 
 def build_subsets(loaded: LoadedStudy, points: Iterable[Point]) -> list[Path]:
-    """The training sets that `points` want and the recipe does not name. Raises UsageError, SourceError."""
+    """Build the training sets that `points` need and the recipe does not name. Raises UsageError, SourceError."""
     wanted = wanted_subsets(loaded, points)
     if not wanted or loaded.spec is None or loaded.study.shards is None:
         return []

@@ -165,7 +165,7 @@ def _torch() -> str:
 
 
 def as_csv(table: dict[str, Any]) -> str:
-    """One line a run, a heading first. Numbers as Python writes them; what is not there is empty."""
+    """One line per run, after a header. Numbers as Python writes them; missing values are empty."""
     axes = list(table["axes"])
     measures = sorted({name for run in table["runs"] for name in run["measures"]})
     stages = sorted({stage for run in table["runs"] for stage in run["minutes"]}, reverse=True)

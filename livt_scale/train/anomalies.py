@@ -68,7 +68,7 @@ class Anomalies:
         return None
 
     def in_update(self, update: StepResult) -> Anomaly | None:
-        """What is wrong with an update. An overflow is no anomaly, unless it is one of many in a row."""
+        """What is wrong with an update. An overflow is not an anomaly, unless it is one of many in a row."""
         if update.applied:
             self._overflows_in_a_row = 0
             return None

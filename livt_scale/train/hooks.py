@@ -54,7 +54,7 @@ class Evaluate(Hook):
 
 
 class Save(Hook):
-    """Saves a checkpoint after the steps of the schedule and where another hook asks for one; notes it in status.json.
+    """Saves a checkpoint after the schedule's steps and when another hook requests one; records it in status.json.
 
     A checkpoint on the nodes' own disks is saved only where no shared one is.
     """

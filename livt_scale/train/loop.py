@@ -49,7 +49,7 @@ class Evaluation:
 
 @dataclass
 class StageTask:
-    """What a stage is to the loop.
+    """The loop's interface to a stage.
 
     `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate` and
     `draw` are called on all ranks.

@@ -71,7 +71,7 @@ def check_run(
     world_sizes: Mapping[Stage, int] | None = None,
     known: KnownSets | None = None,
 ) -> list[Problem]:
-    """All that keeps `stages` of `recipe` from starting, and none of what the recipe's own checks find. Writes nothing.
+    """Everything that prevents `stages` of `recipe` from starting, beyond the recipe's own checks. Writes nothing.
 
     stages: None: those that the run directory does not have done. world_sizes: ranks of a stage, where they are known.
     """
@@ -105,7 +105,7 @@ def refuse(problems: Iterable[Problem]) -> None:
 def _read_set(
     name: str, location: str | None, recipe: Recipe, known: KnownSets, found: list[Problem]
 ) -> SetFacts | None:
-    """What is known of a set; None: nothing, and a problem says why."""
+    """The known facts of a set; None if there are none, and a problem has the reason."""
     if location is None:
         return None
     try:

@@ -109,7 +109,7 @@ def line(kind: str, text: str) -> str:
 
 
 def rank_of_process() -> tuple[int, int]:
-    """(rank, number of ranks) by the launcher's variables; (0, 1) without a launcher or where they are no numbers."""
+    """(rank, number of ranks) by the launcher's variables; (0, 1) without a launcher or if they are not numbers."""
     for names in VARIABLES:
         values = [os.environ.get(name, "") for name in names]
         if all(value.isdecimal() for value in values):

@@ -76,6 +76,6 @@ def log_scale(axes: Any, which: Literal["x", "y"]) -> None:
 
 
 def one_line(text: str, *, max_chars: int = 24) -> str:
-    """Text of others on one line of a plot: control characters and line ends as spaces, cut at `max_chars`."""
+    """Untrusted text as one line of a plot: control characters and line ends become spaces, cut at `max_chars`."""
     plain = "".join(c if c.isprintable() else " " for c in text).strip() or "?"
     return plain if len(plain) <= max_chars else plain[: max_chars - 1] + "…"

@@ -20,6 +20,6 @@ def escaped(text: object, *, keep: str = "") -> str:
 
 
 def first_line(error: BaseException, *, max_chars: int = 300) -> str:
-    """What `error` of a library says, as one short line; its class if it says nothing."""
+    """The message of a library's `error`, as one short line; its class if the message is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return escaped(lines[0])[:max_chars]

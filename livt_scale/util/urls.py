@@ -51,5 +51,5 @@ def below(url: str, name: str) -> str:
 
 
 def redacted(text: str) -> str:
-    """`text` by somebody else with all URLs in it less user, password, query and fragment."""
+    """Untrusted `text` with user, password, query and fragment removed from all URLs in it."""
     return _URL.sub(lambda m: m[1] + m[2] + ("?…" if m[3] else ""), text)

@@ -37,7 +37,7 @@ INFO = "weights.json"
 
 @dataclass(frozen=True)
 class Weights:
-    """Weights by our names, float32 on the CPU, and what is known of them. `heads` None: the file does not say."""
+    """Weights by our names, float32 on the CPU, and what is known of them. `heads` None: not in the file."""
 
     state: dict[str, Tensor]
     layout: Layout
@@ -88,9 +88,9 @@ def import_weights(
     channels: int | None = None,
     drop_head: bool = False,
 ) -> dict[str, Any]:
-    """Write the weights in `path` to the folder `out`, and say what was used, left, made and changed.
+    """Write the weights in `path` to the folder `out`, and report what was used, left, made and changed.
 
-    What is None stays as the file has it. Raises UsageError (`out` is there), WeightsError.
+    A setting that is None stays as in the file. Raises UsageError (`out` is there), WeightsError.
     """
     if out.exists() or out.is_symlink():
         raise UsageError(f"{out} is there already", remedy="give a new folder as --out")
@@ -145,7 +145,7 @@ def _changed(model: Model, **given: int | None) -> Model:
 
 
 def _heads(folder: Path, digest: str) -> tuple[int | None, int | None]:
-    """(heads, the decoder's) as the JSON beside the weights says; our own says whether they are unchanged too."""
+    """(heads, the decoder's) from the JSON next to the weights; ours also has their digest, which must match."""
     info = _json(folder / INFO)
     if info.get("format") == "livt-weights":
         if info.get("sha256") != digest:

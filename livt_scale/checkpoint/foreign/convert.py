@@ -55,7 +55,7 @@ _MODEL_NAME = re.compile(r"(?:(?:app|state)\.)?(?:model|module|state_dict)\.(.+)
 
 @dataclass(frozen=True)
 class Converted:
-    """Tensors by our names, on the CPU, and what else is known. facts: None where it does not say what was trained."""
+    """Tensors by our names, on the CPU, and what else is known. facts: None if the source does not record any."""
 
     kind: str
     tensors: dict[str, Tensor]
@@ -255,7 +255,7 @@ def _moments_in(optimizer: Any, weights: dict[str, Tensor]) -> tuple[dict[str, T
 
 
 def _named(kind: str, tensors: dict[str, Tensor], left: list[str]) -> Converted:
-    """Tensors by our names; where none is called so yet, all are taken for the model's."""
+    """Tensors by our names; if none has such a name yet, all are treated as the model's."""
     ours = {}
     has_prefix = any(_MODEL_NAME.fullmatch(name) for name in tensors)
     for name, tensor in tensors.items():

@@ -38,7 +38,7 @@ _REBUILDERS = tuple(f"torch._utils._rebuild_tensor{version}" for version in ("",
 
 @dataclass(frozen=True)
 class Name:
-    """A function or class that the pickle asks for."""
+    """A function or class that the pickle imports."""
 
     name: str
 
@@ -206,7 +206,7 @@ class DryRun:
 def dry_run(
     data: bytes, *, begin: int = 0, pieces: Mapping[str, int] | None = None, allowed: Callable[[str], bool]
 ) -> DryRun:
-    """Run the pickle at `begin` of `data`. Raises ValueError, which says why it is refused."""
+    """Dry-run the pickle at `begin` of `data`. Raises ValueError with the reason if it is refused."""
     machine = DryRun(data, begin, pieces, allowed)
     for _ in range(MAX_OPS):
         opcode = machine.byte()

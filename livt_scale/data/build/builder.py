@@ -250,7 +250,7 @@ def _plans(
 
 
 def _claim(plan: SetPlan, folder: Path, *, again: bool, report: Report) -> None:
-    """Mark `folder` as this plan's, and clear what is no part of it. Raises DataError if it is something else's."""
+    """Mark `folder` as this plan's, and remove files of other plans. Raises DataError if it is of another build."""
     with plain_disk_errors(folder / BUILD):
         folder.mkdir(exist_ok=True)
         there = sorted(p.name for p in folder.iterdir())

@@ -87,7 +87,7 @@ def _check_indexed(folder: Path, shards: list[Shard], *, num_classes: int) -> No
 
 
 def class_names_in(path: Path) -> list[str]:
-    """The names in a text file, one a line, without the blanks around them. Raises UsageError: a blank line, a twin."""
+    """The names in a text file, one per line, stripped. Raises UsageError for a blank line or a duplicate."""
     remedy = "give a file with one class name a line"
     try:
         names = [line.strip() for line in text_of(path, "class names", remedy=remedy).rstrip().splitlines()]

@@ -338,7 +338,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def check_all_there(source: FileSource) -> FileSource:
-    """Each path of a list is a file: asked folder by folder, since asking for each of a million is slow on a server.
+    """Check that each path of a list is a file, folder by folder: a million single look-ups are slow on a file server.
 
     Raises SourceError with the first missing ones, and how many there are.
     """

@@ -138,7 +138,7 @@ def _extended(file: BinaryIO, header: bytes, *, offset: int, size: int) -> bytes
 
 
 def _take(extended: dict[bytes, bytes], kind: bytes, text: bytes, *, offset: int) -> None:
-    """Put what the extended header says of the next member's name and size into `extended`."""
+    """Put the next member's name and size from the extended header into `extended`."""
     if kind == _LONG_LINK:  # of a link, and links are refused
         return
     records = {b"path": text.split(b"\0", 1)[0]} if kind == _LONG_NAME else _pax(text, offset=offset)

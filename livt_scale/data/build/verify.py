@@ -74,8 +74,8 @@ def verify(
 ) -> list[Fault]:
     """All faults of the set, by shard and offset; none: complete. Samples in quarantine are checked like the others.
 
-    Raises ManifestError where there is no set at all, DataError where a quarantine is asked for and cannot be written
-    or would not be enough.
+    Raises ManifestError if there is no set at all, DataError if a quarantine is requested and cannot be written
+    or would not suffice.
     """
     if isinstance(folder, str) and is_url(folder):
         if quarantine:
@@ -185,7 +185,7 @@ def _check_shard(job: _Job) -> list[Fault]:
 
 
 def _check_samples(job: _Job) -> list[Fault]:
-    """CRC-32 of each sample and, if asked for, its image decoded. A sample that the file no longer has is a fault."""
+    """Check the CRC-32 of each sample and, if requested, decode its image. A sample missing in the file is a fault."""
     faults = []
     try:
         handle = open_fd(job.path, "shard")

@@ -55,7 +55,7 @@ def prepared(image_type: str, data: bytes, prepare: Prepare) -> tuple[str, bytes
 
 @dataclass(frozen=True)
 class Shard:
-    """What the manifest and the index say about one shard. In `rows`, key_end counts from this shard's first key."""
+    """The entries of one shard in the manifest and the index. In `rows`, key_end counts from this shard's first key."""
 
     info: ShardInfo
     rows: np.ndarray  # [samples] of INDEX_DTYPE; image_type: which of tar.IMAGE_TYPES
@@ -74,7 +74,7 @@ class ShardJob:
 
 
 def make_shard(job: ShardJob) -> Shard:
-    """Write a shard, or keep it if it is there: same keys and labels, and the bytes that the manifest knows."""
+    """Write a shard, or keep an existing one with the same keys and labels and the bytes in the manifest."""
     if job.path.exists():
         try:
             found = scan_shard(job.path)

@@ -73,7 +73,7 @@ def augment(slot: Tensor, operations: RandAugment, rng: np.random.Generator) -> 
 
 
 def _apply(operation: AugmentOp, pixels: np.ndarray) -> np.ndarray:
-    """AugmentOp.__call__ on pixels [T, T, C]: these themselves where the draw says so."""
+    """AugmentOp.__call__ on pixels [T, T, C]: returns them unchanged if the draw says so."""
     if operation.prob < 1 and random.random() > operation.prob:
         return pixels
     magnitude = operation.magnitude

@@ -20,7 +20,7 @@ def _invert(pixels: np.ndarray) -> np.ndarray:
 
 
 def _posterize(pixels: np.ndarray, bits: int) -> np.ndarray:
-    """With strength 10 timm asks for 0 bits: black, until Pillow 13 made it an error (timm 1.0.31)."""
+    """With strength 10 timm requests 0 bits: black, until Pillow 13 made it an error (timm 1.0.31)."""
     return pixels & np.uint8(0xFF << (8 - max(bits, 0)) & 0xFF if bits < 8 else 0xFF)
 
 

@@ -46,7 +46,7 @@ TOO_LARGE = "more pixels than are read"
 
 
 class BadImage(ValueError):
-    """These bytes are no image that can be used; the message says why. The caller knows shard and key."""
+    """The bytes are not a usable image; the message gives the reason. The caller adds shard and key."""
 
     def __init__(self, message: str, *, reason: str = DOES_NOT_DECODE) -> None:
         super().__init__(message)

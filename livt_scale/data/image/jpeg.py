@@ -47,9 +47,9 @@ def outline(data: bytes) -> Outline:
 
 
 def shortened(data: bytes, known: Outline, rows: int) -> bytes:
-    """The image of its first `rows` rows alone: its header says so, the data are the same.
+    """The image cut to its first `rows` rows: the header has the new height, the data are the same.
 
-    Only where there is one scan, from top to bottom: the decoder then stops there, and passes over what follows.
+    Only for one scan, from top to bottom: the decoder then stops there, and skips what follows.
     """
     assert known.height_at
     return data[: known.height_at] + rows.to_bytes(2, "big") + data[known.height_at + 2 :]
@@ -71,8 +71,8 @@ def exif_orientation(exif: bytes) -> int:
 def repaired(data: bytes) -> bytes:
     """The image without defects that libjpeg warns about but that affect no pixel.
 
-    Bytes between segments, an unknown JFIF version, and a sequential scan that says it held a part of its coefficients
-    (phones wrote such).
+    Bytes between segments, an unknown JFIF version, and a sequential scan that claims to hold a part of its
+    coefficients (written by phones).
     """
     out = bytearray(data[:2])
     sequential = False
@@ -91,7 +91,7 @@ def repaired(data: bytes) -> bytes:
 
 
 def num_scans(data: bytes) -> int:
-    """How many passes over the pixels: 1 for most, ten for progressive ones, any number for a bomb (at most this)."""
+    """At most how many passes over the pixels: 1 for most, ten for progressive ones, any number for a hostile file."""
     components = 0
     for marker, start, end in _segments(data):
         if marker in _SEQUENTIAL and end - start > 9:

@@ -61,7 +61,7 @@ class ClassOrder:
     """An order in which each class is drawn by its share.
 
     `labels`: int64 [N] the class of each position. `steps`: of an epoch. `epochs`: T, what progress is measured by.
-    `shares`: asked once an epoch. DataError: what it gives are not shares.
+    `shares`: called once per epoch. Raises DataError if its result is not shares.
     """
 
     def __init__(

@@ -71,7 +71,7 @@ def order_for(
     lane_groups: int | None = None,
     window: int = 65536,
 ) -> SampleOrder:
-    """The order that the stage `part` asks for. `labels()`: int64 [N], the class of each position; called if needed.
+    """The order that the stage `part` requests. `labels()`: int64 [N], the class of each position; called if needed.
 
     Raises DataError if an epoch does not fill one global batch.
     """

@@ -37,7 +37,7 @@ MAX_LANE_GROUPS = 512  # bounds the memory of one process that reads all groups:
 
 
 class SampleOrder(Protocol):
-    """What a stage's order answers, whatever its sampling policy: the same at any world size, from any step on."""
+    """The interface of a stage's order, for any sampling policy: the same at any world size, from any step on."""
 
     global_batch: int
     steps_per_epoch: int

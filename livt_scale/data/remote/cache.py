@@ -66,7 +66,7 @@ class ShardCache:
 
     @classmethod
     def of(cls, part: recipe.Cache) -> ShardCache:
-        """As the recipe says. Makes the folder. Raises UsageError where it cannot be, or is somebody else's."""
+        """The cache that the recipe sets. Makes the folder. Raises UsageError if it cannot, or it is another user's."""
         folder = Path(part.dir).expanduser().absolute() if part.dir else default_folder()
         for one in (folder, folder / VERSION):
             try:
@@ -90,8 +90,8 @@ class ShardCache:
         """A descriptor of the file for reading; while it is open the file stays. The caller closes it.
 
         If the file is not here, one process calls `fetch(path)`, which writes and checks it; the others wait, and the
-        next one takes over should that one die. Raises DataError where this takes longer than `wait_s`, or the limit
-        is too small; and what `fetch` raises.
+        next one takes over if that one dies. Raises DataError if this takes longer than `wait_s`, or the limit is too
+        small; and what `fetch` raises.
         """
         if info.bytes > self.limit:
             raise too_small(self.limit, info.bytes, f"{info.name} alone")

@@ -56,7 +56,7 @@ _NO_CREDENTIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "P
 
 
 class WrongBody(Exception):
-    """What came is not the file; `digest`: of what came, to know it again."""
+    """The received body is not the file; `digest`: of that body, to recognise it when it repeats."""
 
     def __init__(self, what: str, digest: str = "") -> None:
         super().__init__(what)
@@ -64,7 +64,7 @@ class WrongBody(Exception):
 
 
 class Cancelled(Exception):
-    """Nobody needs the file any more."""
+    """The file is no longer needed."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Fetcher:
     ) -> bool:
         """Write the file to `into`, overwriting it in place; False if it `may_miss` and is not there.
 
-        `check(path)` says what is wrong with what came, "" if nothing. Raises RemoteError; DataError for a full disk;
+        `check(path)` returns what is wrong with the file, "" if nothing. Raises RemoteError; DataError for a full disk;
         Cancelled soon after `cancelled` is set.
         """
         url, begun, seen = below(self.url, name), time.monotonic(), set[str]()
@@ -172,7 +172,7 @@ def _copy(path: str, into: Path, *, most_bytes: int, cancelled: threading.Event)
 
 
 def _watch(most_bytes: int, cancelled: threading.Event) -> Any:
-    """Counts what comes: a body without end, or one that nobody waits for any more, is broken off."""
+    """Counts the bytes received: aborts an endless body, or one that is no longer needed."""
     from fsspec.callbacks import Callback
 
     class Watch(Callback):

@@ -52,7 +52,7 @@ def write_report(collected: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def check(collected: Mapping[str, Any]) -> None:
-    """Raises DataError for what is no collected study, or one of a later format."""
+    """Raises DataError unless `collected` is a collected study of this format and version."""
     if not isinstance(collected, Mapping) or collected.get("format") != FORMAT:
         raise DataError("this is not a collected study", remedy="make one with `livt study collect`")
     if collected.get("version") != VERSION:

@@ -39,7 +39,7 @@ class Fact(NamedTuple):
 
 
 def sections_of(collected: Mapping[str, Any]) -> list[Section]:
-    """The parts that this study has something to show in; that on scaling also where only a law was asked for."""
+    """The sections for which this study has data; the one on scaling also if only a law was requested."""
     found = [
         Section(
             "scaling",
