@@ -45,7 +45,7 @@ def _load(name: str) -> None:
             _load_file(Path(name).resolve())
         else:
             importlib.import_module(name)
-    except LivtError:  # a name that is taken: it says where
+    except LivtError:  # a name that is taken: the error has the place
         raise
     except Exception as error:
         at = traceback.extract_tb(error.__traceback__)[-1]

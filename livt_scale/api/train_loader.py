@@ -96,7 +96,7 @@ class TrainLoader:
 
         self.steps_per_epoch = training_order(shards, self._settings).steps_per_epoch
         self._stream: Batches | None = None
-        self._next: tuple[int, int, World] | None = None  # where the stream is, if nobody reads it
+        self._next: tuple[int, int, World] | None = None  # the stream's position, while it is not being read
 
     @property
     def micro_batches_per_step(self) -> int:

@@ -53,7 +53,7 @@ def publish(job: SaveJob, peers: Peers) -> None:
     except CheckpointError:  # raised by all ranks, so none of them still writes
         peers.on_rank0(lambda: _discard(job))
         raise
-    except Exception as error:  # a peer is gone, and nobody is left to agree with
+    except Exception as error:  # a peer is gone, so the ranks cannot agree any more
         if peers.leads:
             _discard(job)
         raise CheckpointError(f"{step_name(job.step)} was not saved: {error}") from error

@@ -101,7 +101,7 @@ class Staging:
         for device in devices:
             if device.type == "cuda":
                 torch.cuda.current_stream(device).synchronize()
-        self._buffers = copies  # a piece that is no longer saved gives its memory back
+        self._buffers = copies  # free the memory of pieces that are no longer saved
         return Pieces(copies)
 
     @property

@@ -94,7 +94,7 @@ def forget_all_but(place: Place, kept: LocalSave | None) -> None:
         for info in list_checkpoints(place.folder, quick=True):
             if kept is None or info.path.name != step_name(kept.step):
                 io.remove_folder(info.path)
-    place.peers.all_gather(None)  # nobody saves before they are gone
+    place.peers.all_gather(None)  # no rank saves before they are gone
 
 
 def remove(place: Place) -> None:

@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, *, sets: Sequence[str] | Mapping[str, Any] = (
         for text in sets:
             _apply_set(tree, text)
     recipe = _validate(tree, path)
-    if to_start and not by_name:  # livt:NAME is no file of the user's: it means the working directory
+    if to_start and not by_name:  # livt:NAME is not a file of the user's: use the working directory
         _refuse_second_run(recipe, path)
     return _resolve_paths(recipe, path)
 
@@ -158,7 +158,7 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
 def _validate(tree: Tree, path: Path) -> Recipe:
     load_extensions()
     try:
-        # by way of JSON: strict (no "12" or true for 12), yet a list is a tuple
+        # as JSON: strict (no "12" or true for 12), but a list is accepted for a tuple
         return Recipe.model_validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as error:
         lines = [_explain(e, tree, path) for e in mistakes_in(error)]

@@ -45,7 +45,7 @@ def draw_mix(
         if cuts:
             box[k] = _draw_box(float(lam[k]), image_px, rng)
             lam[k] = 1 - (box[k, 1] - box[k, 0]) * (box[k, 3] - box[k, 2]) / image_px**2
-            if lam[k] == 1:  # an empty box at the border: nothing is exchanged, say so in one way only
+            if lam[k] == 1:  # an empty box at the border exchanges nothing: one representation only
                 box[k] = 0
     return lam, box
 

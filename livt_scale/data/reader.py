@@ -91,7 +91,7 @@ class SampleReader:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def __del__(self) -> None:  # descriptors are plain integers: nothing else closes them
+    def __del__(self) -> None:  # descriptors are plain integers, which nothing closes automatically
         self.close()
 
     def _fetch(self, shard: int, start: int, nbytes: int, key: str) -> bytes:

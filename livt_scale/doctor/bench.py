@@ -93,7 +93,7 @@ class Together:
         try:
             peers = self._world.peers
             return peers.all_gather(peers.run_all(work))
-        except RuntimeError as error:  # a collective that broke or timed out: somebody left
+        except RuntimeError as error:  # a collective that broke or timed out: a rank is gone
             self._call_names(f"in {phase!r}")
             raise RunError(f"livt doctor failed in {phase!r}: {str(error).splitlines()[0]}") from error
 

@@ -32,7 +32,7 @@ from livt_scale.util.errors import DataError
 
 PAIRS, PER_PAIR = 20, 6
 IMAGE_PX = 160  # longer side, at most
-MAX_BYTES = 4_500_000  # of the file; images beyond it are left out, and the page says how many
+MAX_BYTES = 4_500_000  # of the file; images beyond it are left out, and the page has their number
 UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode's categories
 LOSSLESS_PX = 64  # images of at most this size per side are stored losslessly; larger ones become JPEG
 

@@ -146,7 +146,7 @@ def _to_rank_0(own: Tensor, world: World) -> Tensor | None:
     if world.world_size == 1:
         return own
     sizes = world.peers.all_gather(len(own))
-    padded = torch.zeros(max(sizes), own.shape[1])  # gather wants equal shapes
+    padded = torch.zeros(max(sizes), own.shape[1])  # gather requires equal shapes
     padded[: len(own)] = own
     parts = [torch.empty_like(padded) for _ in sizes] if world.is_main else None
     dist.gather(padded, parts, dst=0)

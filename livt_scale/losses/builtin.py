@@ -106,7 +106,7 @@ class ClassBalancedCrossEntropy(LossOptions):
 class ClassBalancedBinaryCrossEntropy(LossOptions):
     """Class-balanced loss as LiVT's code has it under mixup (CB_BCE): binary cross entropy, each class weighted.
 
-    Each term has the weight of its own class, for all images alike, not the weight of the image's class.
+    Each term has the weight of its class, for all images alike, not the weight of the image's class.
     """
 
     name: Literal["cb_bce"] = "cb_bce"

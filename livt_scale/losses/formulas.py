@@ -31,7 +31,7 @@ Counts = npt.NDArray[np.float64]
 GROUP_ELEMENTS = {
     "cpu": 2
     ** 18,  # for each thread, 1 MB of float32: larger ones leave the cache, smaller ones wait for threads oftener
-    "other": 2**24,  # a GPU wants few and large kernels
+    "other": 2**24,  # few and large kernels are faster on a GPU
 }
 RowFormula = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

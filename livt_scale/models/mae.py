@@ -152,7 +152,7 @@ class MaskedAutoencoder(nn.Module):
     def _decode(self, encoded: Tensor, masking: Masking) -> Tensor:
         """Encoder's tokens `[B, 1 + K, D]` to predictions `[B, M, p·p·C]` of the masked patches."""
         seen = self.decoder_embed(encoded)
-        # the official code puts tokens back to their places here; positions say them as well
+        # the official code unshuffles the tokens here; their position embeddings suffice
         unseen = self.mask_token.expand(len(seen), masking.masked.shape[1], -1)
         place = torch.cat((torch.zeros_like(masking.kept[:, :1]), masking.kept + 1, masking.masked + 1), dim=1)
         tokens = torch.cat((seen, unseen), dim=1) + self.decoder_pos_embed[0][place]  # [B, 1 + K + M, D']

@@ -105,7 +105,7 @@ def array_scripts(prepared: PreparedArray, frozen: Frozen | None) -> list[str]:
     """The batch script of each array."""
     runs = [settings_of(run, frozen) for run in prepared.runs]
     bad = {node.name: node for run in prepared.runs for node in read_bad_nodes(run.run_dir)}
-    slurm = excluding(prepared.runs[0].recipe.slurm, list(bad.values()))  # what one run found bad, none of them uses
+    slurm = excluding(prepared.runs[0].recipe.slurm, list(bad.values()))  # no run uses a node that another found bad
     array = ArraySettings(tuple(replace(run, slurm=slurm) for run in runs), prepared.max_parallel)
     return [render(template(), job, array.runs[0], array=array) for job in prepared.jobs]
 

@@ -48,7 +48,7 @@ MEASURED_LINES = 50  # of metrics.jsonl: what a step takes now, and not a week a
 BRIEF_BYTES = 2**14  # that hold about as many
 MIN_FRESH_S = 60.0
 FRESH_BEATS = 4  # heartbeats that may be missed before a run counts as silent
-HEARTBEAT_S = 5.0  # where recipe.yaml does not say
+HEARTBEAT_S = 5.0  # if recipe.yaml does not have it
 MAX_RANKS = 65536
 MAX_DEPTH = 100  # of a recipe; libyaml's loader calls itself for each level, and would overflow the C stack
 

@@ -35,7 +35,7 @@ from livt_scale.util.errors import LivtError
 from livt_scale.util.outside import read_note
 
 State = Literal["pending", "running", "preempted", "failed", "stalled", "done"]
-LAST = "evaluate"  # the chain's last job, which is no stage of the recipe
+LAST = "evaluate"  # the chain's last job, which is not a stage of the recipe
 
 
 @dataclass(frozen=True)

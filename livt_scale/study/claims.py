@@ -254,7 +254,7 @@ _SMALL = {
 }
 _LARGE = {name: {} if name == "vit_b" else {"model.size": name} for name in ("vit_s", "vit_b", "vit_l", "vit_h")}
 _FASHION = "fashion_mnist_lt/claims"
-# Twice the recipe's epochs of fine-tuning: nothing was pretrained. Evaluated at the end alone, as the claim asks.
+# Twice the recipe's epochs of fine-tuning: nothing was pretrained. Evaluated only at the end, as the claim requires.
 _FASHION_SCRATCH = {"stages.finetune.epochs": 6, "stages.finetune.eval_every_epochs": None}
 _RESNET_MICRO = {"model.size": "resnet_micro", "model.patch_px": None}
 SETTINGS = {

@@ -89,7 +89,7 @@ class _Found:
         self.minutes: dict[str, list[float]] = {}
         self.weights: dict[str, int] = {}
         self.missing: dict[str, str] = {}
-        self._digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and who says so
+        self._digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and where it was read
 
     def add(self, arm: str, seed: int, run: Run, folder: Path, *, num_classes: int) -> None:
         place, who = run.at(folder), f"{arm}, seed {seed}"

@@ -59,7 +59,7 @@ ABOUT: dict[str, Stage] = {  # axes of one stage alone
 # runs that differ in these alone share one pretraining
 FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
 MAX_RUNS = 2000
-KEPT = "study.yaml"  # the file of the study, beside its runs
+KEPT = "study.yaml"  # the study's file, next to its runs
 
 
 class Axes(RecipePart):

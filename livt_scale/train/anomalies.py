@@ -29,7 +29,7 @@ from livt_scale.distributed.strategy import StepResult
 
 _log = logging.getLogger(__name__)
 MAX_OVERFLOWS = 24  # 2^16, where the scale begins, is down at 1 after 16
-MIN_DEVIATION = 0.01  # of the median: losses that hardly differ say nothing about what is usual
+MIN_DEVIATION = 0.01  # of the median: losses that hardly differ do not show what is usual
 NORMAL = 1.4826
 
 

@@ -63,7 +63,7 @@ class StageTask:
     evaluate_every_epochs: int | None = None
     scored_on: str | None = None  # digest of the set that `evaluate` evaluates on
     origin: dict[str, Any] | None = None  # lineage of the initial weights; None: from the seed
-    draw: Callable[[Strategy, Path], None] | None = None  # a picture beside each checkpoint, into this file
+    draw: Callable[[Strategy, Path], None] | None = None  # a picture for each checkpoint, into this file
     average: Ema | None = None  # of the weights, kept beside them
 
 

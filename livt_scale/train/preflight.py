@@ -105,7 +105,7 @@ def refuse(problems: Iterable[Problem]) -> None:
 def _read_set(
     name: str, location: str | None, recipe: Recipe, known: KnownSets, found: list[Problem]
 ) -> SetFacts | None:
-    """The known facts of a set; None if there are none, and a problem has the reason."""
+    """The known facts of a set; None without any: a problem then has the reason."""
     if location is None:
         return None
     try:

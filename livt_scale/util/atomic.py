@@ -77,7 +77,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path)
     temporary.mkdir()
-    mode = temporary.stat().st_mode & 0o666  # of a file, as the umask says
+    mode = temporary.stat().st_mode & 0o666  # of a file, by the umask
     try:
         yield temporary
         for file in temporary.rglob("*"):

@@ -33,7 +33,7 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, Pyd
 from livt_scale.util.errors import nearest
 from livt_scale.util.registry import Registry
 
-UNKNOWN_NAME: LiteralString = "unknown_name"  # types of errors; `hint` in their context says what would be right
+UNKNOWN_NAME: LiteralString = "unknown_name"  # types of errors; `hint` in their context has the valid value
 UNKNOWN_OPTION = "unknown_option"
 
 

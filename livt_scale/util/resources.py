@@ -18,7 +18,7 @@ from typing import Literal
 from livt_scale.util.errors import InstallationError, UsageError, nearest
 
 PREFIX = "livt:"
-MARKER = "recipes/base/livt.yaml"  # a folder named recipes beside the package may be somebody else's
+MARKER = "recipes/base/livt.yaml"  # a folder named recipes next to the package may be another project's
 Kind = Literal["recipes", "shards", "studies", "counts"]
 SINGULAR: dict[Kind, str] = {
     "recipes": "recipe", "shards": "shard spec", "studies": "study", "counts": "list of class counts",

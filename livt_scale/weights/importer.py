@@ -66,7 +66,7 @@ def open_weights(path: Path, *, layout: str = "auto") -> Weights:
     if layout not in ("auto", *LAYOUTS):
         raise UsageError(f"no layout is called {layout!r} ({nearest(layout, ('auto', *LAYOUTS))})")
     file = find_file(path)
-    state, beside = read_state(file)  # before the digest: what is no file of weights may be terabytes long
+    state, beside = read_state(file)  # before the digest: a file that is not weights may have terabytes
     digest = sha256_of(file)
     found = detect(state)
     told: Layout = found if layout == "auto" else layout  # type: ignore[assignment]

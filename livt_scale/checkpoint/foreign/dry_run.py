@@ -70,7 +70,7 @@ class DryRun:
     stack: list[Any] = field(default_factory=list)
     marks: list[int] = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
-    stored: dict[str, int] = field(default_factory=dict)  # bytes of each piece that is asked for
+    stored: dict[str, int] = field(default_factory=dict)  # bytes of each piece that is read
     shown: int = 0  # bytes of all tensors together
     num_ops: int = 0
 

@@ -118,7 +118,7 @@ class SetState:
     built: Built | None = None  # None: there is work to do
     record: SourceRecord | None = None  # of a finished set
     problem: str = ""  # the images are no longer those that it was built from
-    is_changed: bool = False  # what is there is no part of the set to come
+    is_changed: bool = False  # what is there is not part of the new set
 
 
 def _state(spec: Spec, name: str, folder: Path, sources: dict[str, Source], options: BuildOptions) -> SetState:

@@ -97,7 +97,7 @@ def scan_shard(path: Path) -> Shard:
     try:
         with open_checked(path, "shard") as file:
             for k, s in enumerate(samples):
-                while position < s.start:  # what is no sample may be large
+                while position < s.start:  # a file that is not a sample may be large
                     skipped = file.read(min(1 << 20, s.start - position))
                     digest.update(skipped)
                     if not skipped:

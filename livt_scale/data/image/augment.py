@@ -108,7 +108,7 @@ def _moved(pixels: np.ndarray, moved_px: np.ndarray, fill: np.ndarray, *, axis: 
     for first, last in _runs(whole):
         move = int(whole[first]) + 1
         left, right = max(0, -move), min(width + 3, width + 4 - move)
-        if left < right:  # else all of these lines come from outside
+        if left < right:  # else all of these lines are outside
             taps[first:last, left:right] = padded[first:last, left + move : right + move]
     moved = _four_taps(taps, (moved_px - whole).astype(np.float32))
     _fill_outside(moved, moved_px, fill)

@@ -33,7 +33,7 @@ MAX_SIDE_PX = 1 << 16  # as JPEG has it; of 67 million x 1 pixels resizing makes
 MAX_PIXELS = 1 << 26  # 67 million (8192 x 8192), 200 MB as RGB; Pillow itself warns from 89 million on
 MAX_SCANS = 100  # of a large progressive JPEG: each is one pass over all pixels; ten are usual
 MAX_KEPT_BYTES = 1 << 24  # by a workspace; larger images (5.6 million pixels) get separate memory
-FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreter (EPS), no stranger
+FORMATS = ("PNG", "BMP", "WEBP")  # of Pillow's many: no interpreters (EPS), no rare formats
 SHRINKS = (8, 4, 2)  # DCT scalings for which libjpeg-turbo has fast code; 7/8 … 5/8 are slower than a full decode
 
 _READ_TO_THE_END = "before marker 0xd9"  # surplus bytes between the last pixel and the end: nothing is lost
@@ -268,7 +268,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip at 255 instead of scaling
         high_byte = np.asarray(image).astype(np.int64) >> 8
         image = Image.fromarray(high_byte.clip(0, 255).astype(np.uint8))
-    if image.mode == "P":  # over RGBA: with transparency in the palette Pillow asks for that detour
+    if image.mode == "P":  # over RGBA: Pillow requires that detour if the palette has transparency
         image = image.convert("RGBA")
     return image.convert(mode)
 

@@ -71,7 +71,7 @@ class Cancelled(Exception):
 class _Verdict:
     what: str
     again: bool = True
-    wait_s: float = 0.0  # at least, as the server asks
+    wait_s: float = 0.0  # the minimum that the server requests
     remedy: str = "check that the server is up and reachable from here, then run the command again: it resumes"
     missing: bool = False
 
@@ -290,6 +290,6 @@ def _retry_after(error: BaseException) -> float:
     text = str((getattr(error, "headers", None) or {}).get("Retry-After", "")).strip()
     with contextlib.suppress(ValueError):
         return max(0.0, float(text))
-    with contextlib.suppress(Exception):  # the parser raises whatever it likes for what is no date
+    with contextlib.suppress(Exception):  # the parser raises various errors for an invalid date
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     return 0.0

@@ -69,7 +69,7 @@ def check(collected: Mapping[str, Any]) -> None:
 
 def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) -> str:
     """The complete page. Links lead from `folder` to the runs' directories."""
-    library = interactive.library().replace("</script", "<\\/script")  # first: it says what is missing
+    library = interactive.library().replace("</script", "<\\/script")  # first: it reports what is missing
 
     import bokeh
     import jinja2
