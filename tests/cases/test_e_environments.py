@@ -405,7 +405,7 @@ def test_e6_the_reason_is_the_last_line_since_accelerates_launcher_is_ended_belo
     parent = SimpleNamespace(cmdline=lambda: words, terminate=lambda: calls.append(capsys.readouterr().err))
     monkeypatch.setattr(psutil, "Process", lambda: SimpleNamespace(parent=lambda: parent))
     monkeypatch.setattr(sys, "argv", ["livt"])
-    monkeypatch.setattr(cli, "app", lambda **_: detect(USE_CPU))
+    monkeypatch.setattr(cli, "command", lambda: lambda **_: detect(USE_CPU))
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2

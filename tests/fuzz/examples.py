@@ -1,4 +1,4 @@
-"""Each fuzzer as two slow tests: 60 examples, the same ones each time; and 5,000 new ones.
+"""Each fuzzer as two tests: 60 examples, the same ones each time; and, among the slow tests, 5,000 new ones.
 
 test_recipes = few(recipes, check, seeds=[…])          # seeds: what was once handled wrongly
 test_many_recipes = many(recipes, check)
@@ -30,7 +30,7 @@ def few(cases: SearchStrategy[Any], check: Callable[..., None], *, seeds: Sequen
     test = given(case=cases)(check)
     for case in seeds:
         test = seed(case=case)(test)
-    return pytest.mark.slow(FEW(test))  # not yet run to the end of each kind on a machine that is free
+    return FEW(test)
 
 
 def many(cases: SearchStrategy[Any], check: Callable[..., None]) -> Callable[..., None]:

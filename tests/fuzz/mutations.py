@@ -99,10 +99,14 @@ def change_tree(tree: Any, changes: list[tuple[str, float, Any]]) -> Any:
 
 
 def _places(tree: Any) -> Any:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
-    for key, child in list(items):
-        yield tree, key
-        yield from _places(child)
+    """(parent, key) of everything in it. No recursion: a value may be nested thousands of times."""
+    left = [tree]
+    while left:
+        parent = left.pop()
+        items = parent.items() if isinstance(parent, dict) else enumerate(parent) if isinstance(parent, list) else ()
+        for key, child in list(items):
+            yield parent, key
+            left.append(child)
 
 
 def change_bytes(data: bytes, changes: list[tuple[str, float, int]]) -> bytes:
