@@ -1,4 +1,4 @@
-"""Which valid name a wrong one was meant to be: one wrong letter, then a common beginning, then more wrong letters.
+"""Which valid name a wrong one was meant to be: the one with the longest common beginning, then with the fewest slips.
 
     closest("vit_base", ["vit_b", "vit_s"])           ["vit_b"]           one name is the beginning of the other
     closest("epocs", ["epochs", "seed"])              ["epochs"]          one letter is missing
@@ -29,8 +29,13 @@ def closest(name: str, names: Iterable[str]) -> list[str]:
         short, long = sorted((wanted, other), key=len)
         return len(long) - len(short) if len(short) >= MIN_PREFIX and long.startswith(short) else None
 
+    in_common = max(
+        (min(len(wanted), len(text)) for text in folded.values() if longer_part(text) is not None), default=0
+    )
+
     def slip(other: str) -> int | None:
-        return _edits(wanted, other, most=1) if _digits(wanted) == _digits(other) else None
+        is_likely = _digits(wanted) == _digits(other) and wanted[:in_common] == other[:in_common]
+        return _edits(wanted, other, most=1) if is_likely else None
 
     return (
         _least({other: slip(text) for other, text in folded.items()})

@@ -172,13 +172,14 @@ def test_shards_that_are_not_there_are_told_once_with_the_command_that_makes_the
     spec = tmp_path / "my-set.yaml"
     spec.write_text("name: my-set\n")
     train, out = tmp_path / "my-set" / "train", tmp_path / "out"
-    code, captured = livt(monkeypatch, capsys, "losses", f"--out={out}", f"--set=data.train={train}")
+    words = ("losses", f"--out={out}", f"--set=data.train={train}", "--set=data.val=shards/fashion-mnist-lt/val")
+    code, captured = livt(monkeypatch, capsys, *words)
     assert code
     assert captured.err.count("there is no folder") == 1
-    assert f"there is no folder {train}. Make it: livt shards build {spec}" in captured.err
+    assert f"there is no folder {train}. Build it: livt shards build {spec}" in captured.err
     assert not out.exists(), "nothing was started"
     spec.unlink()
-    _, captured = livt(monkeypatch, capsys, "losses", f"--out={out}", f"--set=data.train={train}")
+    _, captured = livt(monkeypatch, capsys, *words)
     assert "Give the folder that contains manifest.json" in captured.err
 
 
