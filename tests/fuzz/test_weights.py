@@ -66,7 +66,7 @@ SNIPPETS = [  # put between two opcodes of a pickle that is in order
 TENSORS: dict[str, Any] = {
     "expanded": lambda: torch.zeros(1).expand(1 << 20, 1 << 14),
     "meta": lambda: torch.empty(3, device="meta"),
-    "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
     "sparse": lambda: torch.eye(3).to_sparse(),
     "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8),
     "nothing": lambda: torch.zeros(0, 5),
