@@ -240,7 +240,7 @@ def _piece(name: str, chunk: Any, shape: tuple[int, ...], places: dict[Any, Any]
     inside = len(offset) == len(size) == len(shape) and all(
         o + s <= whole for o, s, whole in zip(offset, size, shape, strict=True)
     )
-    _want(inside, f"a piece of {name!r} lies outside the tensor")
+    _want(inside, f"a piece of {name!r} is outside the tensor")
     _want((name, offset) in places, f"no place is given for a piece of {name!r}")
     place = places[name, offset]
     file, start, length = _text(place["relative_path"]), place["offset"], place["length"]

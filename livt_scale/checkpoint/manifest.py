@@ -137,7 +137,7 @@ def read_manifest(path: Path) -> CheckpointManifest:
     try:
         manifest = CheckpointManifest.from_bytes(read_checked(file, "checkpoint manifest"))
     except FileNotFoundError:
-        raise CheckpointDamaged(f"{path}: {MANIFEST} is missing, so this is not a whole checkpoint") from None
+        raise CheckpointDamaged(f"{path}: {MANIFEST} is missing, so this is not a complete checkpoint") from None
     except OSError as error:
         raise CheckpointDamaged(f"{path}: {MANIFEST} cannot be read ({error.strerror})") from error
     except ValidationError as error:

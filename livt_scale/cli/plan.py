@@ -55,7 +55,7 @@ def plan(
     loaded = load_recipe(recipe, sets=sets or ())
     if not loaded.model.is_vit:
         raise UsageError(
-            f"{recipe}: model.size is {loaded.model.size}, and a plan reckons the memory of ViTs alone",
+            f"{recipe}: model.size is {loaded.model.size}, and a plan estimates the memory of ViTs only",
             remedy="take a vit_*, or train a few steps: metrics.jsonl has their time and memory",
         )
     kind = accelerator(device)

@@ -164,7 +164,7 @@ def _missing_data(recipe: Recipe) -> list[str]:
     """Notes on shards that are missing here; a URL cannot be checked from here."""
     folders = {"data.train": recipe.data.train, "data.val": recipe.data.val}
     return [
-        f"{name}: no shards in {folder} (docs/data.md tells how they are made)"
+        f"{name}: no shards in {folder} (docs/data.md shows how to make them)"
         for name, folder in folders.items()
         if folder and "://" not in folder and not (Path(folder) / "manifest.json").is_file()
     ]

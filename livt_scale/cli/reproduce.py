@@ -59,7 +59,7 @@ def reproduce(
     if claim != "all" and claim not in CLAIMS:
         raise UsageError(f"there is no claim {claim!r}", remedy=nearest(claim, [*CLAIMS, "all"]))
     if not dry_run and (device is not None or mfu is not None):
-        raise UsageError("--device and --mfu tell the cost of runs", remedy="add --dry-run, or leave them out")
+        raise UsageError("--device and --mfu are for the cost of runs", remedy="add --dry-run, or leave them out")
     names = list(CLAIMS) if claim == "all" else [claim]
     laid, folder = _parsed(sets or []), out / on  # a run of one setting is never taken for another's
     runs = _runs(names, on, range(seeds), laid)

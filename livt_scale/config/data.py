@@ -24,9 +24,11 @@ class Cache(RecipePart):
 class Remote(RecipePart):
     """How a file is fetched from a URL."""
 
-    tries: PositiveInt = Field(8, description="of a time-out, reset, wrong body, 429 or 5xx; 404 and 403 end at once")
+    tries: PositiveInt = Field(
+        8, description="of a time-out, reset, wrong body, 429 or 5xx; 404 and 403 are not retried"
+    )
     connect_timeout_s: PositiveFloat = Field(10, description="for the connection to be made")
-    stall_timeout_s: PositiveFloat = Field(30, description="a connection that says nothing for so long is cut")
+    stall_timeout_s: PositiveFloat = Field(30, description="a connection that sends nothing for this time is closed")
     deadline_s: PositiveFloat = Field(900, description="for one file, all tries and waits together")
 
 

@@ -63,17 +63,17 @@ class Checkpoint(RecipePart):
     """When to save, and what to keep. The end of a stage is always saved and never pruned."""
 
     every_steps: PositiveInt | None = Field(None, description="None: at the end of every epoch")
-    mode: Literal["async", "sync"] = Field("async", description="async: written while training goes on")
+    mode: Literal["async", "sync"] = Field("async", description="async: written while training continues")
     keep_last: PositiveInt = 2
     keep_every_epochs: PositiveInt | None = Field(None, description="also keep each nth epoch's; None: none")
     keep_best: bool = Field(True, description="also keep the one with the best evaluation (fine-tuning)")
     retries: NonNegativeInt = Field(1, description="a failed save is tried again so often, from the copy in memory")
     max_failed_saves: PositiveInt = Field(
         3,
-        description="failed saves in a row that end the run; fewer are told. 1: the first. The last of a stage always",
+        description="failed saves in a row that end the run; fewer are logged. The last of a stage always does",
     )
     max_unsaved_min: PositiveFloat | None = Field(
-        None, description="a failed save also ends the run if nothing was saved for so long; None: however long"
+        None, description="a failed save also ends the run if nothing was saved for this time; None: no limit"
     )
     local_dir: str | None = Field(
         None, pattern="^/", description="a folder on each node's own disk, for quick saves between the shared ones"
@@ -105,7 +105,7 @@ class Faults(RecipePart):
         "become those of the last checkpoint again, and the steps since then are stepped over",
     )
     on_spike: Literal["none", "warn", "skip", "rollback"] = Field(
-        "warn", description="the loss lies far above those before it; decided before the update"
+        "warn", description="the loss is far above those before it; decided before the update"
     )
     spike_window: int = Field(100, ge=10, description="losses before it that a loss is compared with; fewer: no spike")
     spike_deviations: PositiveFloat = Field(
@@ -116,7 +116,7 @@ class Faults(RecipePart):
     )
     stall_timeout_s: PositiveFloat | None = Field(
         None,
-        description="a rank that ends no step for so long writes its stacks and ends; six times as long for the start, "
+        description="a rank that ends no step for this time writes its stacks and ends; six times that for the start, "
         "the first step, evaluation and saving. None: 0.9 · parallel.timeout_s",
     )
     heartbeat_s: PositiveFloat = Field(5, description="how often each rank writes how far it is")

@@ -142,7 +142,7 @@ class Slurm(RecipePart):
         "auto: segments where the partition's PreemptMode is CANCEL or the profile forbids requeue, else requeue",
     )
     signal_lead_s: PositiveInt = Field(
-        300, ge=10, le=65535, description="before its time limit a job is told to save; Slurm may be 60 s early"
+        300, ge=10, le=65535, description="before its time limit a job gets the signal to save; Slurm may be 60 s early"
     )
     step_s: PositiveFloat | None = Field(None, description="planned seconds of a step; None: measured, else unknown")
     save_s: PositiveFloat | None = Field(None, description="planned seconds of a save; None: measured, else unknown")
@@ -154,9 +154,9 @@ class Slurm(RecipePart):
     check_nodes: Literal["no", "report", "exclude"] = Field(
         "report",
         description="a quick look at each node before its tasks start. report: a bad one ends the job and is named; "
-        "exclude: the job also goes on without it, by itself",
+        "exclude: the job also continues without it",
     )
-    check_min: PositiveInt = Field(5, description="a node that has not answered after so many minutes is bad")
+    check_min: PositiveInt = Field(5, description="a node that has not answered after this many minutes is bad")
     code: Literal["frozen", "checkout"] = Field(
         "frozen",
         description="frozen: package and recipe as they were submitted, kept in RUN/code; checkout: as they lie",

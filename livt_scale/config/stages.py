@@ -120,7 +120,7 @@ class Pretrain(StagePart):
         None, description="side of the images of this stage, e.g. 128 before a fine-tuning at 224; None: model.image_px"
     )
     weights: Annotated[str | None, FREE] = Field(
-        None, description="go on from these: what `livt import` wrote, a file; None: from the seed"
+        None, description="start from these: what `livt import` wrote, a file; None: from the seed"
     )
 
 

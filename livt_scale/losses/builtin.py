@@ -125,7 +125,7 @@ class LargeMargin(LossOptions):
     name: Literal["ldam"] = "ldam"
     max_margin: NonNegativeFloat = Field(0.5, description="margin of the smallest class (default: the paper)")
     scale: PositiveFloat = Field(30.0, description="what logits are multiplied by (default: the paper's code)")
-    no_single_class: ClassVar[str] = "there is none to keep a margin from"
+    no_single_class: ClassVar[str] = "there is no other class to keep a margin from"
 
     @property
     def logit_scale(self) -> float:

@@ -78,13 +78,13 @@ def measure_computing(
     except subprocess.TimeoutExpired as error:
         raise RunError(
             f"measuring {stage} under {spread.strategy} took longer than {bound_s:g} s",
-            remedy="leave --exact out: the formula answers at once",
+            remedy="leave --exact out: the formula answers immediately",
         ) from error
     if ended.returncode:
         said = ended.stderr.strip().splitlines() or ["nothing"]
         raise RunError(
             f"measuring {stage} under {spread.strategy} failed: {said[-1][:300]}",
-            remedy="leave --exact out: the formula answers at once",
+            remedy="leave --exact out: the formula answers immediately",
         )
     return Measurement(**json.loads(ended.stdout.splitlines()[-1]))
 

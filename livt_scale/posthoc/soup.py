@@ -68,7 +68,9 @@ def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weight
         if all_checkpoints:
             places = [c.path for c in load.list_checkpoints(path / "finetune" / "checkpoints", quick=True) if c.whole]
             if not places:
-                raise RunError(f"there is no whole fine-tuning checkpoint in {path}", remedy="see `livt ckpt ls RUN`")
+                raise RunError(
+                    f"there is no complete fine-tuning checkpoint in {path}", remedy="see `livt ckpt ls RUN`"
+                )
         for place in places:
             is_checkpoint = (place / MANIFEST).is_file()
             trained = read_trained(place, weights=weights) if is_checkpoint else open_trained(place, weights=weights)
@@ -78,7 +80,7 @@ def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weight
     if not members[0].trained.recipe.model.is_vit:
         raise UsageError(
             f"{members[0].path} is a {members[0].trained.recipe.model.size}: for the mean of weights, batch norm's "
-            "statistics would have to be counted anew, which is not offered",
+            "statistics would have to be computed again, which is not supported",
             remedy="make soups of ViTs",
         )
     for other in members[1:]:

@@ -59,7 +59,7 @@ def sbatch(
     also in the folder to which the path is relative (seen with Slurm 22.05).
     """
     if "\\" in str(chdir):  # Slurm would then not expand %j: one log for all jobs
-        raise UsageError(f"run_dir is {str(chdir)!r}: Slurm cannot write logs beneath a name with a backslash")
+        raise UsageError(f"run_dir is {str(chdir)!r}: Slurm cannot write logs below a name with a backslash")
     output = f"{chdir}/".replace("%", "%%") + log
     words = ["--parsable", f"--chdir={chdir}", f"--output={output}", f"--comment={comment}"]
     if dependency:

@@ -100,7 +100,7 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1) -> Outcome:
 
 
 def _stop(number: int, _: FrameType | None) -> NoReturn:
-    raise Preempted(f"stopped by {signal.Signals(number).name}; the runs are saved", remedy="start again to go on")
+    raise Preempted(f"stopped by {signal.Signals(number).name}; the runs are saved", remedy="start again to resume")
 
 
 def start(run: Run, folder: Path, *, source: Path | None) -> subprocess.Popen[bytes]:

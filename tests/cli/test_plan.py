@@ -60,7 +60,7 @@ def test_a_resnet_is_refused_with_one_clear_error(more):
     recipe = str(Path(VIT_H).with_name("resnet50_scratch.yaml"))
     result = CliRunner().invoke(main.app, ["plan", recipe, "--gpus", "8", *more])
     assert isinstance(result.exception, UsageError)
-    assert "model.size is resnet50, and a plan reckons the memory of ViTs alone" in str(result.exception)
+    assert "model.size is resnet50, and a plan estimates the memory of ViTs only" in str(result.exception)
 
 
 def test_a_stage_is_planned_at_its_own_resolution():

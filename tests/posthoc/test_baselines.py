@@ -220,7 +220,7 @@ def test_what_cannot_be_averaged_is_said(run_dir: Path, tmp_path: Path) -> None:
 def test_missing_and_unfinished_runs_and_foreign_targets_are_refused(
     command: tuple[str, ...], run_dir: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises((UsageError, RunError), match=r"neither a run|no whole fine-tuning"):
+    with pytest.raises((UsageError, RunError), match=r"neither a run|no complete fine-tuning"):
         livt(*command, tmp_path / "nothing", "--out", tmp_path / "x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")

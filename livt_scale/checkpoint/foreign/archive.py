@@ -40,7 +40,7 @@ def read_archive(file: BinaryIO, *, check_crc: bool = True) -> Archive | None:
     try:
         entries = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, ValueError, struct.error, NotImplementedError) as error:
-        raise ValueError(f"it is not a whole zip archive: {error}") from None
+        raise ValueError(f"it is not a complete zip archive: {error}") from None
     _check_entries(file, entries, check_crc=check_crc)
     by_name = {entry.filename.partition("/")[2]: entry for entry in entries}
     if "constants.pkl" in by_name:

@@ -275,7 +275,7 @@ def _named(kind: str, tensors: dict[str, Tensor], left: list[str]) -> Converted:
         ours[target] = tensor.contiguous()
     made = []
     if not any(name.startswith("optim.") for name in ours):
-        made.append("no moments are in it: weights alone, from which training does not go on")
+        made.append("it has weights but no moments: training cannot resume from it")
     return Converted(kind, ours, left=left, made=made)
 
 

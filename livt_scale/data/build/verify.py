@@ -80,7 +80,7 @@ def verify(
     if isinstance(folder, str) and is_url(folder):
         if quarantine:
             raise UsageError(
-                "a quarantine is written where the set lies", remedy="give --quarantine there, to the folder"
+                "a quarantine is written to the folder of the set", remedy="give --quarantine there, to the folder"
             )
         return _verify_url(folder, decode=decode, progress=progress)
     folder = Path(folder)

@@ -206,7 +206,7 @@ def test_verify_and_info_take_a_url(server, local):
     faults = verify(server.url)
     assert [f.shard for f in faults] == [bad.name]
     assert "SHA-256 is not the manifest's" in faults[0].what
-    with pytest.raises(UsageError, match="where the set lies"):
+    with pytest.raises(UsageError, match="to the folder of the set"):
         verify(server.url, quarantine=True)
 
 
