@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from livt_scale.config.recipe import Finetune, Recipe, Stage
+from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.data.classes import TrainingClasses, check_same_classes, read_group_counts
 from livt_scale.data.order.for_stage import check_order
 from livt_scale.data.shard_set import SetFacts
@@ -75,7 +76,7 @@ def check_run(
 
     stages: None: those that the run directory does not have done. world_sizes: ranks of a stage, where they are known.
     """
-    run_dir = Path(recipe.run_dir or Path("runs") / recipe.name)
+    run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
     if stages is None:
         stages = [stage for stage in recipe.stage_names if not is_done(run_dir, stage)]
     if not stages:
@@ -205,7 +206,7 @@ def first_checkpoints_bytes(recipe: Recipe, stages: Collection[Stage], train: Se
     Those that are there already, from an earlier start, are not counted again.
     """
     most = kept = 0
-    run_dir = Path(recipe.run_dir or Path("runs") / recipe.name)
+    run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
     for stage in stages:
         part = recipe.stage(stage)
         weights = stage_weights(recipe.at(stage), stage, num_classes=train.num_classes)
