@@ -220,6 +220,9 @@ def _meet_at(job: BatchJob) -> list[str]:
 
 def _judge(job: BatchJob, name: str, exit_code: int, *, signalled: bool) -> JobOutcome | None:
     """The outcome of the last step that ended; None: the next one may start."""
+    if exit_code and lost_a_node(job.facts, restarts=int(job.environ.get("SLURM_RESTART_COUNT") or 0)):
+        log(f"a node of this job is down: {name} ended with exit code {exit_code}")
+        return JobOutcome("stopped")
     if name == "check":
         return None if signalled else _judge_nodes(job, exit_code)
 
@@ -265,6 +268,22 @@ def _new_state(job: BatchJob) -> str:
 def was_preempted(facts: Mapping[str, str]) -> bool:
     """Whether Slurm has recorded a preemption. It signals the tasks of the job, and not always its batch shell."""
     return facts.get("PreemptTime", "")[:1].isdigit()
+
+
+def was_requeued(facts: Mapping[str, str], *, restarts: int) -> bool:
+    """Whether Slurm has put this job back into the queue already: it counts that as a restart immediately."""
+    counted = facts.get("Restarts", "")
+    return counted.isdecimal() and int(counted) > restarts
+
+
+def lost_a_node(facts: Mapping[str, str], *, restarts: int) -> bool:
+    """Whether Slurm ends this job because a node is down: what its tasks report then is not their own failure.
+
+    The ranks on the other nodes lose their connections and fail, but srun waits for the lost node until the controller
+    takes it for down. By then Slurm has put the job back, or ended it where it may not be requeued.
+    """
+    is_down = facts.get("Reason") == "NodeDown" and facts.get("JobState") in ("COMPLETING", "NODE_FAIL")
+    return is_down or was_requeued(facts, restarts=restarts)
 
 
 def was_cancelled(facts: Mapping[str, str], *, restarts: int) -> bool:
@@ -320,7 +339,7 @@ def _finish(job: BatchJob, outcome: JobOutcome) -> JobExit:
         if not bad_nodes.exclude_from_waiting_jobs(job.id, bad_nodes.without(job.run_dir, job.exclude)):
             log("waiting jobs of this chain could not be changed to exclude them")
     else:
-        log(f"{job.stage} was asked to stop; its newest checkpoint: {newest_checkpoint(job) or 'none'}")
+        log(f"{job.stage} was stopped; its newest checkpoint: {newest_checkpoint(job) or 'none'}")
     if was_cancelled(job.facts, restarts=int(job.environ.get("SLURM_RESTART_COUNT") or 0)):
         return _fail(job, f"{job.stage} was cancelled and is not restarted; livt submit continues it where it stopped")
     if job.when_stopped == "requeue":

@@ -112,6 +112,54 @@ def test_a_job_that_slurm_ends_for_another_reason_was_not_cancelled(batch, shows
     assert batch.changes == [REQUEUED]
 
 
+# what it said when srun ended, after slurmd, slurmstepd and task were killed on the node that is not the batch node
+NODE_LOST = (
+    "JobId=77 JobState=COMPLETING Reason=NodeDown Dependency=(null) Requeue=0 Restarts=0 BatchFlag=1 ExitCode=0:0",
+    "JobId=77 JobState=NODE_FAIL Reason=NodeDown Dependency=(null) Requeue=0 Restarts=0 BatchFlag=1 ExitCode=0:9",
+)
+NODE_LOST_AND_REQUEUED = "JobId=77 JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=1 BatchFlag=1"
+
+
+@pytest.mark.parametrize("shows", NODE_LOST)
+@pytest.mark.parametrize("signalled", [True, False], ids=["with the shell's SIGTERM", "before it"])
+@pytest.mark.parametrize(("stage", "step"), [("pretrain", "train"), ("evaluate", "export"), ("evaluate", "eval")])
+def test_a_lost_node_leaves_the_rest_to_the_next_segment(batch, stage, step, signalled, shows):
+    """The rank that is left records its lost peer as a failure: it cannot know that the node is down."""
+    batch.status("running")
+    batch.ends[step] = lambda: batch.status("failed") or 1
+    batch.signal_in = step if signalled else ""
+    batch.shows = shows
+    code, log = batch(stage, when_stopped="next", segments=2)
+    assert code == 0
+    assert f"a node of this job is down: {step} ended with exit code 1" in log
+    batch.ends[step], batch.signal_in, batch.shows = 0, "", ""
+    assert batch(stage, when_stopped="last", segment=2, segments=2)[0] == 0, "the next segment starts"
+
+
+def test_a_node_lost_in_the_last_segment_leaves_the_rest_to_a_submission(batch):
+    batch.ends["train"], batch.shows = 143, NODE_LOST[0]
+    assert batch(when_stopped="last", segment=2, segments=2)[0] == 85
+
+
+def test_a_node_lost_during_the_check_is_no_bad_node(batch):
+    batch.nodes, batch.environ["SLURM_JOB_NODELIST"] = ("n1", "n2"), "n[1-2]"
+    batch.ends["check"], batch.shows = 1, NODE_LOST[0]
+    assert batch(slurm={"check_nodes": "report"}, when_stopped="next", segments=2)[0] == 0
+    assert read_bad_nodes(batch.run) == []
+
+
+def test_a_job_that_slurm_has_put_back_because_of_a_lost_node_has_not_failed(batch):
+    batch.ends["train"], batch.shows = 1, NODE_LOST_AND_REQUEUED
+    assert batch()[0] == 85
+    batch.environ["SLURM_RESTART_COUNT"] = "1"
+    assert batch()[0] == 1, "the same report in the restart is of the time before it"
+
+
+def test_a_bug_is_a_failure_where_all_nodes_are_up(batch):
+    batch.ends["train"], batch.shows = 1, ENDED_OTHERWISE[-1]
+    assert batch(when_stopped="next", segments=2)[0] == 1
+
+
 def test_a_restart_that_is_cancelled_was_cancelled():
     facts = {"JobState": "COMPLETING", "Reason": "None", "Restarts": "3"}
     assert was_cancelled(facts, restarts=3)

@@ -315,6 +315,6 @@ def test_a_job_that_is_signalled_saves_and_is_requeued(script):
     process.send_signal(signal.SIGUSR2)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 85, log
-    assert "was asked to stop" in log
+    assert "was stopped; its newest checkpoint" in log
     assert "scontrol requeue 77" in script.calls("scontrol")
     assert script.calls("srun got")
