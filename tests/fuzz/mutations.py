@@ -6,10 +6,13 @@ so hypothesis can shrink it without knowing the format.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,13 @@ ODD = [
 ]  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Nested:
+    """Lists in each other; in JSON alone, for copying and printing so many would exceed Python's recursion limit."""
+
+    depth: int
+
+
 def chosen(values: Sequence[Any]) -> st.SearchStrategy[Any]:
     """One of `values`; unlike st.sampled_from it does not spell them out, which hypothesis warns of."""
     return st.integers(0, len(values) - 1).map(lambda k: values[k])
@@ -46,7 +56,7 @@ odd_values = st.one_of(
     st.integers(-(2**70), 2**70),
     st.floats(allow_nan=False, allow_infinity=False),
     st.text(max_size=20),
-    st.integers(2, 2000).map(lambda depth: _nested(depth)),
+    st.integers(2, 2000).map(lambda depth: Nested(depth)),
 )
 tree_changes = st.lists(
     st.tuples(chosen(["put", "put", "put", "drop", "rename", "add", "repeat", "swap"]), fractions, odd_values),
@@ -66,13 +76,6 @@ file_changes = st.tuples(
     chosen(["pipe", "folder", "zeros", "nowhere", "itself", "empty", "gone", "huge", "socket", "unreadable"]),
     fractions,
 )
-
-
-def _nested(depth: int) -> Any:
-    value: Any = []
-    for _ in range(depth):
-        value = [value]
-    return value
 
 
 def change_tree(tree: Any, changes: list[tuple[str, float, Any]]) -> Any:
@@ -98,8 +101,14 @@ def change_tree(tree: Any, changes: list[tuple[str, float, Any]]) -> Any:
     return tree
 
 
+def as_json(tree: Any, *, indent: int | None = None, allow_nan: bool = True) -> str:
+    """What json.dumps returns, with the lists that a `Nested` stands for."""
+    text = json.dumps(tree, indent=indent, allow_nan=allow_nan, default=lambda nested: f"nested {nested.depth} times")
+    return re.sub('"nested ([0-9]+) times"', lambda found: "[" * int(found[1]) + "]" * int(found[1]), text)
+
+
 def _places(tree: Any) -> Any:
-    """(parent, key) of everything in it. No recursion: a value may be nested thousands of times."""
+    """(parent, key) of everything in it."""
     left = [tree]
     while left:
         parent = left.pop()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests.fuzz.examples import few, many
 from tests.fuzz.limited import example, livt
 from tests.fuzz.mutations import (
+    as_json,
     byte_changes,
     change_bytes,
     change_file,
@@ -78,7 +79,7 @@ def write(folder: Path, case: dict) -> None:
     if case["status"] is not None:
         write_json(run / "finetune" / "status.json", change_tree(STATUS, case["status"]))
     if case["line"] is not None:
-        lines = [json.dumps(LINE), as_line(change_tree(LINE, case["line"])), json.dumps(LINE)]
+        lines = [json.dumps(LINE), as_json(change_tree(LINE, case["line"])), json.dumps(LINE)]
         (run / "finetune" / "metrics.jsonl").write_text("\n".join(lines), encoding="utf-8", errors="replace")
     if case["chain"] is not None:
         (run / "slurm").mkdir(exist_ok=True)
@@ -94,17 +95,10 @@ def sealed(body: object) -> object:
         return body
     rest = {key: value for key, value in body.items() if key != "sha256"}
     try:
-        text = json.dumps({"sha256": "", **rest}, indent=1, allow_nan=False) + "\n"
-    except (ValueError, RecursionError):
+        text = as_json({"sha256": "", **rest}, indent=1, allow_nan=False) + "\n"
+    except ValueError:
         return body
     return {"sha256": hashlib.sha256(text.encode()).hexdigest(), **rest}
-
-
-def as_line(body: object) -> str:
-    try:
-        return json.dumps(body)
-    except RecursionError:
-        return "[" * 2000
 
 
 def check(base: Path, run: Path, case: dict) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from tests.fuzz.examples import few, many
 from tests.fuzz.limited import example, livt
 from tests.fuzz.mutations import (
     EVIL,
+    as_json,
     byte_changes,
     change_bytes,
     change_file,
@@ -68,7 +68,7 @@ recipes = st.fixed_dictionaries(
 
 
 def write(folder: Path, case: dict) -> None:
-    text = json.dumps(change_tree(RECIPE, case["tree"]), indent=1)
+    text = as_json(change_tree(RECIPE, case["tree"]), indent=1)
     if case["piece"]:
         lines = text.split("\n")
         at = int(case["piece"][1] * len(lines))

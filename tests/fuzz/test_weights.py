@@ -19,6 +19,7 @@ from tests.fuzz.examples import few, many
 from tests.fuzz.limited import example, livt
 from tests.fuzz.mutations import (
     EVIL,
+    as_json,
     byte_changes,
     change_bytes,
     change_file,
@@ -198,13 +199,6 @@ def safetensors_file(case: dict) -> bytes:
     text += b" " * (-len(text) % 8)
     claimed = len(text) if case["length"] is None else case["length"]
     return change_bytes(claimed.to_bytes(8, "little") + text + raw[8 + length :], case["bytes"])
-
-
-def as_json(value: Any) -> str:
-    try:
-        return json.dumps(value)
-    except RecursionError:
-        return "[" * 3000 + "]" * 3000
 
 
 def check(base: Path, case: tuple) -> None:
