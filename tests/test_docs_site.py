@@ -15,6 +15,7 @@ MAX_WORDS = 2000
 MADE = {"results.md"}  # as long as its results
 
 
+@pytest.mark.slow  # .ci/run makes the site
 def test_the_site_builds_without_a_warning(tmp_path):
     build = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--keep-going", "--quiet", "-d", f"{tmp_path}/cache"]
     result = subprocess.run(

@@ -103,6 +103,7 @@ def test_counts_of_a_fraction_and_of_an_imbalance_factor():
     assert subset_counts(whole, fraction=0.1, imbalance=8).tolist() == [100, 50, 25, 12]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/usr/share/datasets/fashion-mnist").is_dir(), reason="needs dataset-fashion-mnist")
 def test_subsets_are_built_once_nest_and_are_what_the_recipes_read(tmp_path):
     spec = {"spec": str(ROOT / "shards" / "fashion-mnist-lt.yaml"), "set": "train-lt"}
