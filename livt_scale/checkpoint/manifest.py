@@ -11,15 +11,25 @@ found. Reading one needs neither torch nor pickle.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from livt_scale.util.errors import CheckpointDamaged
 from livt_scale.util.outside import first_mistake, parse_json, read_checked
@@ -36,6 +46,19 @@ class Position:
 
     epoch: int
     step: int
+
+
+def _check_moment(text: str) -> str:
+    try:
+        moment = datetime.datetime.fromisoformat(text)
+    except ValueError:
+        raise ValueError("it is not a date and time in ISO 8601") from None
+    if moment.utcoffset() is None:
+        raise ValueError("it has no offset from UTC, such as +00:00")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_check_moment)]
 
 
 class _Part(BaseModel):
@@ -56,9 +79,13 @@ class FileEntry(_Part):
         return name
 
 
-class _Place(_Part):
+class SavedPosition(_Part):
     epoch: NonNegativeInt
     step: NonNegativeInt
+
+    @property
+    def position(self) -> Position:
+        return Position(self.epoch, self.step)
 
 
 class CheckpointManifest(_Part):
@@ -66,8 +93,8 @@ class CheckpointManifest(_Part):
 
     format: Literal["livt-checkpoint"] = "livt-checkpoint"
     version: Literal[1] = 1
-    saved_at: str = Field(description="UTC, ISO 8601")
-    place: _Place = Field(alias="position")
+    saved_at: Moment = Field(description="UTC, ISO 8601")
+    place: SavedPosition = Field(alias="position")
     world_size: PositiveInt
     score: float | None
     final: bool
@@ -85,7 +112,7 @@ class CheckpointManifest(_Part):
 
     @property
     def position(self) -> Position:
-        return Position(self.place.epoch, self.place.step)
+        return self.place.position
 
     @property
     def num_bytes(self) -> int:

@@ -196,7 +196,7 @@ class _Reader:
             return text.lower() == "true"
         number = _number(text, kind)
         if number is None:
-            raise self._error(node, where, f"is {text[:40]}", remedy="give a finite number")
+            raise self._error(node, where, f"is {text[:40]}", remedy="give a finite number, an integer within 64 bits")
         return number
 
     def _check_text(self, text: str, node: yaml.Node, where: Where) -> None:
@@ -217,9 +217,10 @@ class _Reader:
 
 
 def _number(text: str, kind: str) -> int | float | None:
-    """The number; None if it is not finite, or longer than any number that could be meant."""
+    """The number; None if it is not finite, or an integer that needs more than 64 bits: our JSON refuses those too."""
     if kind == "int":
-        return int(text.replace("_", "")) if len(text) <= 30 else None
+        integer = int(text.replace("_", "")) if len(text) <= 30 else 2**63
+        return integer if -(2**63) <= integer < 2**63 else None
     if text.lower().lstrip("+-") in (".inf", ".nan"):
         return None
     number = float(text.replace("_", ""))

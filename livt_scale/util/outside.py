@@ -90,6 +90,7 @@ MAX_VALUES = 10_000_000  # in one JSON file: at 100 bytes each, a gigabyte
 MAX_DEPTH = 64  # of lists and objects in each other: what writes JSON is recursive
 _TOO_DEEP = f"its lists or objects are nested more than {MAX_DEPTH} deep"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONG_NUMBER = re.compile(r"[0-9]{19}")
 
 
 class RefusedFile(OSError):
@@ -158,12 +159,16 @@ def read_json(path: Path, kind: Kind) -> Any:
 
 
 def parse_json(raw: bytes, *, max_values: int = MAX_VALUES) -> Any:
-    """The value that `raw` spells. ValueError: not JSON in UTF-8, too deep, too many values, half a character."""
+    """The value that `raw` spells.
+
+    ValueError: not JSON in UTF-8, too deep, too many values, half a character, an integer of more than 64 bits.
+    """
     text = decoded(raw)
     if text.count(",") + text.count("[") + text.count("{") > max_values:
         raise ValueError(f"it has more than {max_values:,} values")
     try:
-        value = json.loads(text)
+        # A call for each integer takes longer than all the rest, so only where one may be too large.
+        value = json.loads(text, parse_int=_int64 if _LONG_NUMBER.search(text) else None)
         _check_depth(value)
         if _SURROGATE.search(text):
             json.dumps(value, ensure_ascii=False).encode()
@@ -173,11 +178,14 @@ def parse_json(raw: bytes, *, max_values: int = MAX_VALUES) -> Any:
         raise ValueError("it contains half a character (a lone surrogate)") from None
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
-    except ValueError as error:
-        if "digits" in str(error):  # Python limits those of an integer
-            raise ValueError("it contains a number of thousands of digits") from None
-        raise
     return value
+
+
+def _int64(digits: str) -> int:
+    # Python refuses to read thousands of digits with an error of its own.
+    if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+        raise ValueError("it contains an integer of more than 64 bits")
+    return int(digits)
 
 
 def _check_depth(value: Any) -> None:

@@ -75,7 +75,9 @@ def test_d2_imported_weights_and_converted_checkpoints_have_the_umasks_mode(tmp_
 
 def checkpoint() -> Converted:
     tensors = {f"model.{name}": torch.full((3, 2), float(k)) for k, name in enumerate("cab")}
-    return Converted("x", tensors, Position(1, 8), {"stage": "pretrain"}, 0.5, final=True, saved_at="2026-01-02T03:04")
+    return Converted(
+        "x", tensors, Position(1, 8), {"stage": "pretrain"}, 0.5, final=True, saved_at="2026-01-02T03:04:05+00:00"
+    )
 
 
 METADATA = {name: f'"{name}"\n\x01é' for name in ("format", "z", "a", "livt_checkpoint", "é")}

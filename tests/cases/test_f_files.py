@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -16,19 +17,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from livt_scale.checkpoint.foreign.convert import read
 from livt_scale.checkpoint.foreign.pickles import read_pickle
-from livt_scale.checkpoint.manifest import CheckpointManifest
+from livt_scale.checkpoint.manifest import CheckpointManifest, read_manifest
+from livt_scale.cli.ckpt import ls
 from livt_scale.config.load import load_recipe
+from livt_scale.data.build.verify import verify as verify_set
 from livt_scale.data.image.decode import BadImage, decode
+from livt_scale.data.manifest import canonical_json
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.export.timm import is_export
 from livt_scale.util.atomic import file_lock
-from livt_scale.util.errors import CheckpointDamaged, LivtError, RecipeError, UsageError, WeightsError
+from livt_scale.util.errors import CheckpointDamaged, LivtError, ManifestError, RecipeError, UsageError, WeightsError
 from livt_scale.util.log import OneLine
 from livt_scale.weights.importer import import_weights, open_weights
 from livt_scale.weights.layouts import infer_model
-from tests.tiny_run import tiny_classifier, tiny_recipe
+from tests.tiny_run import tiny_classifier, tiny_recipe, tiny_run
 
 BASE = "name: r\ndata: {train: t}\nstages:\n  pretrain:\n    epochs: 90\n"
 
@@ -160,8 +166,8 @@ def test_f4_a_file_that_a_manifest_lists_twice_is_refused():
     entry = {"name": "a", "bytes": 1, "sha256": "0" * 64, "rank": 0}
     with pytest.raises(ValueError, match="listed twice"):
         CheckpointManifest.model_validate(
-            {"saved_at": "x", "position": {"epoch": 0, "step": 0}, "world_size": 1, "score": None, "final": False,
-             "num_tensors": 1, "torch": "2", "files": [entry, entry], "facts": {}}
+            {"saved_at": "2026-01-02T03:04:05+00:00", "position": {"epoch": 0, "step": 0}, "world_size": 1,
+             "score": None, "final": False, "num_tensors": 1, "torch": "2", "files": [entry, entry], "facts": {}}
         )  # fmt: skip
 
 
@@ -245,9 +251,13 @@ def test_f9_weights_json_and_config_json_without_a_model_are_one_line(info, tmp_
         lambda: torch.eye(3).to_sparse(),
         lambda: torch.ones(2, dtype=torch.complex64),
         lambda: torch.zeros(2**40, 0),
+        lambda: torch.ones(2, 4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+        lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+        lambda: torch.nested.nested_tensor([torch.ones(1), torch.ones(2)], layout=torch.jagged),
     ],
-    ids=["meta", "float8", "sparse", "complex", "empty"],
+    ids=["meta", "float8", "sparse", "complex", "empty", "float4", "nested", "jagged"],
 )
+@pytest.mark.filterwarnings("ignore:.*nested tensors:UserWarning")
 def test_f9_tensors_that_are_no_weights_are_one_line(make, tmp_path, weights):
     torch.save({**weights, "head.weight": make()}, tmp_path / "x.pth")
     with pytest.raises(LivtError) as error:
@@ -255,7 +265,58 @@ def test_f9_tensors_that_are_no_weights_are_one_line(make, tmp_path, weights):
     one_line(error.value)
 
 
-@pytest.mark.parametrize("sets", [[".".join("a" * 3000) + "=1"], ["a" * 10**6 + "=1"], ["seed=" + "[" * 1000]])
+DATES = ["not a date", "", "2026-13-45T00:00:00+00:00", "2026-01-02T03:04:05", "2026-W05", "9" * 6000]
+
+
+@pytest.mark.parametrize("field", [{"saved_at": date} for date in DATES] + [{"world_size": 10**30}])
+def test_f9_a_checkpoint_whose_manifest_has_an_impossible_value_is_listed_as_damaged(field, tmp_path, capsys):
+    tiny_run(tmp_path, tiny_recipe(width=16, depth=1, heads=1), steps=(40, 80))
+    path = tmp_path / "finetune" / "checkpoints" / "step-00000080" / "manifest.json"
+    path.write_bytes(sealed({**json.loads(path.read_bytes()), **field}))
+    with pytest.raises(CheckpointDamaged, match=r"manifest\.json") as error:
+        read_manifest(path.parent)
+    one_line(error.value)
+    ls(tmp_path, as_json=True)
+    listed = {row["step"]: row["whole"] for row in json.loads(capsys.readouterr().out)["checkpoints"]}
+    assert listed == {40: True, 80: False}
+
+
+def sealed(body: dict) -> bytes:
+    """A checkpoint's manifest with the SHA-256 of itself."""
+    digest = hashlib.sha256(spelled({**body, "sha256": ""})).hexdigest()
+    return spelled({**body, "sha256": digest})
+
+
+def spelled(body: dict) -> bytes:
+    return (json.dumps(body, indent=1) + "\n").encode()
+
+
+@pytest.mark.parametrize("field", [*({"saved_at": date} for date in DATES), {"score": "x"}, {"position": {"epoch": 1}}])
+def test_f9_a_converted_checkpoint_with_an_impossible_value_is_one_line(field, tmp_path, weights):
+    about = {"position": None, "score": None, "final": False, "saved_at": None, "facts": None, **field}
+    save_file(weights, tmp_path / "x.safetensors", metadata={"format": "pt", "livt_checkpoint": json.dumps(about)})
+    with pytest.raises(CheckpointDamaged, match="livt_checkpoint") as error:
+        read(tmp_path / "x.safetensors")
+    one_line(error.value)
+
+
+@pytest.mark.parametrize("bytes_", [10**30, 2**63, 10**400], ids=["1e30", "2^63", "1e400"])
+def test_f9_a_set_whose_manifest_gives_a_shard_impossible_bytes_is_one_line(bytes_, tiny_shards, copy_of):
+    folder = copy_of(tiny_shards / "val")
+    body = json.loads((folder / "manifest.json").read_bytes())
+    del body["digest"]
+    body["shards"][0]["bytes"] = bytes_
+    body["digest"] = hashlib.sha256(canonical_json(body)).hexdigest()
+    (folder / "manifest.json").write_bytes(canonical_json(body))
+    with pytest.raises(ManifestError, match="more than 64 bits") as error:
+        ShardSet.open(folder)
+    one_line(error.value)
+    assert [fault.shard for fault in verify_set(folder, workers=1)] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "sets", [[".".join("a" * 3000) + "=1"], ["a" * 10**6 + "=1"], ["seed=" + "[" * 1000], [f"seed={2**63}"]]
+)
 def test_f9_set_with_a_name_or_value_without_end_is_one_line(sets, tmp_path):
     (tmp_path / "r.yaml").write_text(BASE)
     with pytest.raises(UsageError) as error:

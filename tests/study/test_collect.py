@@ -55,9 +55,9 @@ def lay_pretraining(place, recipe, *, digest=PRETRAINED):
     write(place / "pretrain" / "status.json", {"state": "done"})
     facts = {"recipe": recipe, "recipe_digest": digest, "learnt_from": {"data.manifest": TRAIN}}
     told = {
-        "saved_at": "", "position": {"epoch": 1, "step": 9}, "world_size": 1, "score": None, "final": True,
-        "num_tensors": 1, "torch": "", "files": [{"name": "w", "bytes": 0, "sha256": "0" * 64, "rank": 0}],
-        "facts": facts,
+        "saved_at": "2026-01-02T03:04:05+00:00", "position": {"epoch": 1, "step": 9}, "world_size": 1, "score": None,
+        "final": True, "num_tensors": 1, "torch": "", "facts": facts,
+        "files": [{"name": "w", "bytes": 0, "sha256": "0" * 64, "rank": 0}],
     }  # fmt: skip
     checkpoint = place / "pretrain" / "checkpoints" / "step-00000009"
     checkpoint.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,9 @@ def test_descriptors_do_not_leak(tmp_path):
         (b'["\\ud800"]', "half a character"),
         (b"[" * 10**5 + b"]" * 10**5, "nested more than 64 deep"),
         (b"[" * 70 + b"]" * 70, "nested more than 64 deep"),
-        (b"9" * 5000, "thousands of digits"),
+        (b"9" * 5000, "more than 64 bits"),
+        (b'{"bytes": 9223372036854775808}', "more than 64 bits"),
+        (b"[-9223372036854775809]", "more than 64 bits"),
         (b"[" + b"1," * 10**7 + b"1]", "more than 10,000,000 values"),
     ],
 )
@@ -97,7 +99,8 @@ def test_json_is_bounded_and_errors_fit_on_one_line(raw, said):
 
 @given(
     st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
+        st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text(),
+        lambda c: st.lists(c) | st.dictionaries(st.text(), c),
     )
 )
 def test_what_json_can_hold_is_read_as_it_is(value):

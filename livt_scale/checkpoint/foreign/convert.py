@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from livt_scale.checkpoint import io
@@ -31,7 +32,9 @@ from livt_scale.checkpoint.load import read_tensors
 from livt_scale.checkpoint.manifest import (
     MANIFEST,
     CheckpointManifest,
+    Moment,
     Position,
+    SavedPosition,
     plain_score,
     read_manifest,
     step_name,
@@ -42,7 +45,7 @@ from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.state_dict import AVERAGE, MOMENTS, plain_name
 from livt_scale.util.atomic import new_file, new_folder, plain_disk_errors, sync_folder
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError, UsageError
-from livt_scale.util.outside import parse_json
+from livt_scale.util.outside import first_mistake, parse_json
 
 KEY = "livt_checkpoint"  # in a safetensors file's metadata
 TORCH_FILES = ("pytorch_model.bin", "checkpoint.pth", "checkpoint.pt", "model.pth", "model.pt")
@@ -75,6 +78,18 @@ class Converted:
         averaged = sum(name.startswith(AVERAGE) for name in self.tensors) - 1  # without the count
         average = f"{averaged} of its average, " if averaged > 0 else ""
         return f"{model} tensors of the model, {moments} of its AdamW, {average}{io.readable(num_bytes)}"
+
+
+class _FileMetadata(BaseModel):
+    """The metadata KEY of a safetensors file that `write_safetensors` wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    position: SavedPosition | None
+    score: float | None
+    final: bool
+    saved_at: Moment | None
+    facts: dict[str, Any] | None
 
 
 def read(path: Path) -> Converted:
@@ -178,14 +193,13 @@ def _of_safetensors(path: Path) -> Converted:
     if about is None:
         return _named("a safetensors file from elsewhere", tensors, [])
     try:
-        place = about["position"]
-        position = None if place is None else Position(int(place["epoch"]), int(place["step"]))
-        return Converted(
-            "a checkpoint of livt in a safetensors file", tensors, position, about["facts"], about["score"],
-            bool(about["final"]), about["saved_at"],
-        )  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointDamaged(f"{path}: the metadata {KEY} is not what livt writes: {error!r}") from error
+        it = _FileMetadata.model_validate(about)
+    except ValidationError as error:
+        problem = first_mistake(error)
+        raise CheckpointDamaged(f"{path}: the metadata {KEY} is not what livt writes: {problem}") from error
+    position = None if it.position is None else it.position.position
+    kind = "a checkpoint of livt in a safetensors file"
+    return Converted(kind, tensors, position, it.facts, it.score, it.final, it.saved_at)
 
 
 def _of_deepspeed(path: Path) -> Converted:
