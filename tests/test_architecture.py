@@ -225,6 +225,12 @@ def test_commands_print_by_one_function_that_escapes_names():
     assert printing == set(PRINTERS)  # cli/output.py: echo
 
 
+def test_tables_and_bars_come_from_one_file_that_takes_no_name_for_markup():
+    made = re.compile(r"(?<!\w)(Console|Table|Text|TextColumn|Progress)\(")
+    making = [name_of(path) for path in SOURCES if made.search(path.read_text(encoding="utf-8"))]
+    assert making == ["livt_scale/util/tables.py"]
+
+
 # --- the command line ---
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from livt_scale.cli.output import echo
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.cpu_cores import share_with_loader
@@ -25,6 +23,7 @@ from livt_scale.export.timm import Evaluated, evaluate_path, run_of
 from livt_scale.train.run_files import read_eval
 from livt_scale.util.errors import LivtError, UsageError
 from livt_scale.util.outputs import check_output
+from livt_scale.util.tables import plain_console
 
 TIMEOUT_S = 1800  # how long ranks wait for the slowest
 
@@ -146,7 +145,7 @@ def _files(told: EvalReport, *, data: str | None, wanted: Wanted) -> list[str]:
 
 def print_report(done: Done) -> None:
     """The report as tables and lines."""
-    report, console = done.report, Console()
+    report, console = done.report, plain_console()
     console.print(accuracy_table(report))
     if "tau_sweep" in report:
         console.print(sweep_table(report))

@@ -46,18 +46,13 @@ def import_(
 
 
 def _show(report: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from livt_scale.util.tables import plain_console, plain_table
 
-    from livt_scale.util.text import escaped
-
-    table = Table("what", "tensors", "which")
+    rows = []
     for what in ("used", "left", "made"):
         names = report[what]
-        first = escaped(", ".join(names[:4]))
-        table.add_row(what, str(len(names)), first + (" …" if len(names) > 4 else ""))
-    for name, how in report["changed"].items():
-        table.add_row("changed", "1", f"{name}: {how}")
-    Console(markup=False).print(table)
+        rows.append([what, str(len(names)), ", ".join(names[:4]) + (" …" if len(names) > 4 else "")])
+    rows += [["changed", "1", f"{name}: {how}"] for name, how in report["changed"].items()]
+    plain_console().print(plain_table(["what", "tensors", "which"], rows))
     source = report["source"]
     echo(f"{source['file']}, layout {source['layout']}, is in {report['out']}")

@@ -23,6 +23,7 @@ import typer
 
 from livt_scale.cli.output import echo
 from livt_scale.cli.shards_bench import bench
+from livt_scale.util.text import escaped
 
 if TYPE_CHECKING:
     from livt_scale.data.build.scan import Progress
@@ -317,19 +318,15 @@ def _progress(unit: str) -> Iterator[Progress]:
     if not sys.stderr.isatty():
         yield _Lines(unit)
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from livt_scale.util.tables import plain_bar
 
-    columns = ("[progress.description]{task.description}", BarColumn(), MofNCompleteColumn(), unit)
-    with Progress(
-        *columns, TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), console=Console(stderr=True)
-    ) as bar:
+    with plain_bar(unit, "{task.fields[rate]}") as bar:
         tasks: dict[str, Any] = {}
         rate = _Rate(unit)
 
         def show(name: str, done: int, total: int, num_bytes: int) -> None:
             if name not in tasks:
-                tasks[name] = bar.add_task(name, total=total, rate="")
+                tasks[name] = bar.add_task(escaped(name), total=total, rate="")
             bar.update(tasks[name], completed=done, rate=rate(name, done, num_bytes))
 
         yield show

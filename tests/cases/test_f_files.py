@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -13,6 +14,8 @@ import time
 import warnings
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,11 +26,14 @@ from livt_scale.checkpoint.foreign.convert import read
 from livt_scale.checkpoint.foreign.pickles import read_pickle
 from livt_scale.checkpoint.manifest import CheckpointManifest, read_manifest
 from livt_scale.cli.ckpt import ls
+from livt_scale.cli.import_ import _show as show_import
+from livt_scale.cli.shards import _progress, info
 from livt_scale.config.load import load_recipe
 from livt_scale.data.build.verify import verify as verify_set
 from livt_scale.data.image.decode import BadImage, decode
 from livt_scale.data.manifest import canonical_json
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.evaluation.results import results_table
 from livt_scale.export.timm import is_export
 from livt_scale.util.atomic import file_lock
 from livt_scale.util.errors import CheckpointDamaged, LivtError, ManifestError, RecipeError, UsageError, WeightsError
@@ -303,15 +309,22 @@ def test_f9_a_converted_checkpoint_with_an_impossible_value_is_one_line(field, t
 @pytest.mark.parametrize("bytes_", [10**30, 2**63, 10**400], ids=["1e30", "2^63", "1e400"])
 def test_f9_a_set_whose_manifest_gives_a_shard_impossible_bytes_is_one_line(bytes_, tiny_shards, copy_of):
     folder = copy_of(tiny_shards / "val")
-    body = json.loads((folder / "manifest.json").read_bytes())
-    del body["digest"]
-    body["shards"][0]["bytes"] = bytes_
-    body["digest"] = hashlib.sha256(canonical_json(body)).hexdigest()
-    (folder / "manifest.json").write_bytes(canonical_json(body))
+    with changed_set(folder) as body:
+        body["shards"][0]["bytes"] = bytes_
     with pytest.raises(ManifestError, match="more than 64 bits") as error:
         ShardSet.open(folder)
     one_line(error.value)
     assert [fault.shard for fault in verify_set(folder, workers=1)] == ["manifest.json"]
+
+
+@contextmanager
+def changed_set(folder: Path) -> Iterator[dict]:
+    """The values of the manifest in `folder`, to be changed in the block; its digest is made right again."""
+    body = json.loads((folder / "manifest.json").read_bytes())
+    yield body
+    del body["digest"]
+    body["digest"] = hashlib.sha256(canonical_json(body)).hexdigest()
+    (folder / "manifest.json").write_bytes(canonical_json(body))
 
 
 @pytest.mark.parametrize(
@@ -333,6 +346,39 @@ def test_f10_names_reach_neither_error_nor_log_unescaped(tmp_path):
     record = logging.LogRecord("livt_scale", 30, "", 0, "%s is damaged", (evil,), None)
     assert OneLine().format(record).isprintable()
     assert str(LivtError(["first", evil])).count("\n") == 1  # of two mistakes, one line each
+
+
+MARKUP = "[red]x[/][link=file:///etc]y[/link][/b]:bomb:\x1b[2J"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_f10_names_are_no_markup_in_tables_and_bars(tmp_path, monkeypatch, capsys):
+    seen = MARKUP.replace("\x1b", "\\x1b")
+    monkeypatch.setenv("COLUMNS", "200")
+    figures = dict.fromkeys(("all", "many", "medium", "few"), 0.5)
+    report = {"num_samples": MARKUP, "top1": figures, "top5": figures, "calibration": {"ece": 0.1}}
+    results_table(tmp_path / MARKUP, report)
+    told = {"used": [MARKUP], "left": [], "made": [], "changed": {MARKUP: MARKUP}}
+    show_import({**told, "source": {"file": MARKUP, "layout": "mae"}, "out": MARKUP})
+    printed = "".join(capsys.readouterr().out.split())  # a title is wrapped
+    assert printed.count(seen) == 6
+    monkeypatch.setattr("sys.stderr", terminal := Terminal())
+    with _progress("shards") as progress:
+        progress(MARKUP, 1, 2, 10)
+    assert seen in terminal.getvalue()
+
+
+def test_f10_class_names_are_printed_as_they_are(tiny_shards, copy_of, capsys):
+    folder = copy_of(tiny_shards / "val")
+    names = ["[red]x[/]", "[link=file:///]y[/link]", "[/b]", ":bomb:"]
+    with changed_set(folder) as body:
+        body["class_names"] = names
+    info(str(folder))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-4:]] == names
 
 
 def test_f11_a_foreign_file_is_not_quoted(tmp_path):

@@ -14,10 +14,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING, Any
 
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, drop_lines_after, read_metrics
@@ -25,6 +22,10 @@ from livt_scale.train.telemetry.clock import DEVICE_PARTS, PARTS
 from livt_scale.train.telemetry.mfu import Speed, memory_peak_gib
 from livt_scale.train.telemetry.trackers import Trackers
 from livt_scale.util.errors import RunError
+from livt_scale.util.tables import plain_bar
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PLAIN_LINE_EVERY_S = 10.0
 MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
@@ -141,14 +142,7 @@ class MetricsLog(Hook):
             _log.warning("%s cannot be written: %s; training continues, lines are missing", folder, why)
 
     def _start_bar(self, done: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self._progress = Progress(
-            *columns,
-            TextColumn("{task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        self._progress = plain_bar("{task.fields[loss]}")
         self._bar = self._progress.add_task(self._stage, total=self._schedule.total, completed=done, loss="")
         self._progress.start()
 
