@@ -30,7 +30,7 @@ def export(
 
     python -c "import timm; timm.create_model('local-dir:exports/try', pretrained=True)"
     """
-    from livt_scale.export.timm import export_run
+    from livt_scale.export.write_export import export_run
     from livt_scale.util.errors import UsageError
 
     target = out or run / ("export" if layout == "timm" else f"export-{layout}")

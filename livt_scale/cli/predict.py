@@ -41,7 +41,7 @@ def predict(
     """
     from livt_scale.distributed.world import detect
     from livt_scale.evaluation.tta import Views
-    from livt_scale.export.timm import open_trained
+    from livt_scale.export.open_trained import open_trained
     from livt_scale.posthoc.predict import CSV_MARK, Prediction
     from livt_scale.posthoc.predict import predict as run
     from livt_scale.util.errors import UsageError

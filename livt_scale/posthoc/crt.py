@@ -27,7 +27,9 @@ from livt_scale.data.classes import check_same_classes
 from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.evaluate import data_lineage
-from livt_scale.export.timm import check_target, is_export, open_trained, write_export
+from livt_scale.export.export_info import is_export
+from livt_scale.export.open_trained import open_trained
+from livt_scale.export.write_export import check_target, write_export
 from livt_scale.losses import make_loss
 from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import head_name

@@ -23,7 +23,8 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
 from livt_scale.evaluation.evaluate import BATCH, data_lineage
 from livt_scale.evaluation.holdout import SEED
-from livt_scale.export.timm import evaluation_set, is_export
+from livt_scale.export.export_info import is_export
+from livt_scale.export.open_trained import evaluation_set
 from livt_scale.metrics import Tally
 from livt_scale.models.classifier import head_name
 from livt_scale.train.load_trained import Trained

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from livt_scale.evaluation.holdout import half_rows
-from livt_scale.export.timm import check_target, open_trained, write_export
+from livt_scale.export.open_trained import open_trained
+from livt_scale.export.write_export import check_target, write_export
 from livt_scale.models.classifier import head_name
 from livt_scale.posthoc import features
 from livt_scale.util.errors import UsageError

@@ -2,7 +2,8 @@
 
     check_output(Path("photos.csv"), marks=[b"file,error,number_1"], command="predict", force=False)
 
-What the command wrote is recognised by a mark near the start of the file. Folders of exports: `livt_scale.export.timm`.
+What the command wrote is recognised by a mark near the start of the file. For folders of exports see
+`livt_scale.export.write_export`.
 """
 
 from __future__ import annotations

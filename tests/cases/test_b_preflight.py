@@ -29,10 +29,11 @@ from livt_scale.data.classes import TrainingClasses, read_group_counts
 from livt_scale.data.shard_set import SetFacts
 from livt_scale.evaluation.logits import load_outputs, save_outputs
 from livt_scale.evaluation.per_class import class_rows
-from livt_scale.export.timm import evaluate_path, export_run
+from livt_scale.export.write_export import export_run
 from livt_scale.longtail import shot_groups
 from livt_scale.plan.assumptions import accelerator
 from livt_scale.plan.devices import DEVICES
+from livt_scale.posthoc.evaluate_path import evaluate_path
 from livt_scale.slurm import submit
 from livt_scale.study.local_runner import check_runs
 from livt_scale.study.runs import Run, as_words

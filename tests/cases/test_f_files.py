@@ -34,7 +34,7 @@ from livt_scale.data.image.decode import BadImage, decode
 from livt_scale.data.manifest import canonical_json
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.results import results_table
-from livt_scale.export.timm import is_export
+from livt_scale.export.export_info import is_export
 from livt_scale.util.atomic import file_lock
 from livt_scale.util.errors import CheckpointDamaged, LivtError, ManifestError, RecipeError, UsageError, WeightsError
 from livt_scale.util.log import OneLine

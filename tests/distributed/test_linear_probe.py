@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from livt_scale.checkpoint.load import load, read_tensors
 from livt_scale.config.load import load_recipe
 from livt_scale.distributed.state_dict import collect
-from livt_scale.export.timm import export_run
+from livt_scale.export.write_export import export_run
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.train.load_trained import load_trained

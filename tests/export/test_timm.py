@@ -11,8 +11,13 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
+from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Recipe
-from livt_scale.export import timm as export
+from livt_scale.export import timm as for_timm
+from livt_scale.export.export_info import CONFIG, WEIGHTS, ExportInfo
+from livt_scale.export.open_trained import load_export, open_trained
+from livt_scale.export.timm import timm_network
+from livt_scale.export.write_export import export_run, write_export
 from livt_scale.train.load_trained import load_trained, pick_checkpoint
 from livt_scale.util.errors import CheckpointDamaged, ExportError, RunError, UsageError
 from tests.tiny_run import CLASS_COUNTS, CLASS_NAMES, tiny_recipe, tiny_run
@@ -41,9 +46,9 @@ def test_timm_builds_the_same_logits_from_the_folder_alone(tmp_path: Path, model
     recipe = tiny_recipe(**model)
     run_dir, out = tmp_path / HOSTILE, tmp_path / "exports 'x'" / "tiny"
     live = tiny_run(run_dir, recipe, steps=(40,))[40]
-    export.export_run(run_dir, out)
+    export_run(run_dir, out)
     theirs = timm.create_model(f"local-dir:{out}", pretrained=True)
-    read_back, info = export.load_export(out)
+    read_back, info = load_export(out)
     assert torch.equal(logits(theirs, recipe), logits(live, recipe))
     assert torch.equal(logits(read_back, recipe), logits(live, recipe))
     assert info.class_names == CLASS_NAMES
@@ -64,10 +69,10 @@ def test_timm_builds_a_resnet_from_the_folder_alone_and_a_small_one_as_the_docs_
         out = tmp_path / f"out-{size}-{px}"
         trained = load_trained(run_dir)
         trained.model.load_state_dict(live.state_dict())
-        export.write_export(trained, out)
-        read_back, _ = export.load_export(out)
+        write_export(trained, out)
+        read_back, _ = load_export(out)
         assert torch.equal(logits(read_back, recipe), logits(live, recipe))
-        assert torch.equal(logits(export.timm_network(out, recipe.model), recipe), logits(live, recipe))
+        assert torch.equal(logits(timm_network(out, recipe.model), recipe), logits(live, recipe))
         if px == 65:
             assert torch.equal(
                 logits(timm.create_model(f"local-dir:{out}", pretrained=True), recipe), logits(live, recipe)
@@ -79,7 +84,7 @@ def test_timm_builds_a_resnet_from_the_folder_alone_and_a_small_one_as_the_docs_
 
 def test_timm_knows_size_pixels_and_classes(tmp_path: Path) -> None:
     tiny_run(tmp_path / "run", tiny_recipe(), steps=(40,))
-    export.export_run(tmp_path / "run", tmp_path / "out")
+    export_run(tmp_path / "run", tmp_path / "out")
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     config = resolve_model_data_config(model)
     assert config["input_size"] == (1, 28, 28)
@@ -95,20 +100,20 @@ def test_timm_knows_size_pixels_and_classes(tmp_path: Path) -> None:
 def test_the_same_weights_give_the_same_bytes_wherever_the_run_lies(tmp_path: Path) -> None:
     for name in ("one", "another place"):
         tiny_run(tmp_path / name / "run", tiny_recipe(), steps=(40,))
-        export.export_run(tmp_path / name / "run", tmp_path / name / "out")
-    for file in (export.WEIGHTS, export.CONFIG):
+        export_run(tmp_path / name / "run", tmp_path / name / "out")
+    for file in (WEIGHTS, CONFIG):
         assert (tmp_path / "one/out" / file).read_bytes() == (tmp_path / "another place/out" / file).read_bytes()
-    assert str(tmp_path) not in (tmp_path / "one/out" / export.CONFIG).read_text()
+    assert str(tmp_path) not in (tmp_path / "one/out" / CONFIG).read_text()
 
 
 def test_it_says_where_the_weights_come_from(tmp_path: Path) -> None:
     tiny_run(tmp_path / "run", tiny_recipe(), steps=(40,), manifest_digest="ab" * 32)
-    lineage = export.export_run(tmp_path / "run", tmp_path / "out").lineage
+    lineage = export_run(tmp_path / "run", tmp_path / "out").lineage
     assert lineage["checkpoint"] == "step-00000040"
     assert lineage["position"] == {"epoch": 2, "step": 40}
     assert lineage["trained_on"] == "ab" * 32
     assert lineage["learnt_from"]["stages.finetune.loss.name"] == "bal_bce"
-    assert lineage["recipe_digest"] == export.open_trained(tmp_path / "out").weights["recipe_digest"]
+    assert lineage["recipe_digest"] == open_trained(tmp_path / "out").weights["recipe_digest"]
 
 
 def test_the_final_checkpoint_is_taken_unless_another_is_asked_for(tmp_path: Path) -> None:
@@ -130,17 +135,17 @@ def test_unfinished_fine_tuning_is_an_error_that_says_what_is_there(tmp_path: Pa
     with pytest.raises(
         RunError, match=r"not ended.*pretrain: done at step 900 of 900.*step-00000040.*choose checkpoint newest"
     ):
-        export.export_run(tmp_path, tmp_path / "out")
+        export_run(tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export.export_run(tmp_path, tmp_path / "out", which="newest")
+    export_run(tmp_path, tmp_path / "out", which="newest")
 
 
 def test_a_run_without_fine_tuning_and_a_folder_without_run_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("")
     with pytest.raises(RunError, match="finetune: not started"):
-        export.export_run(tmp_path, tmp_path / "out")
+        export_run(tmp_path, tmp_path / "out")
     with pytest.raises(UsageError, match="neither a run nor an export"):
-        export.open_trained(tmp_path / "nothing here")
+        open_trained(tmp_path / "nothing here")
 
 
 def test_a_damaged_checkpoint_is_named_and_nothing_is_written(tmp_path: Path) -> None:
@@ -150,7 +155,7 @@ def test_a_damaged_checkpoint_is_named_and_nothing_is_written(tmp_path: Path) ->
     raw[len(raw) // 2] ^= 1
     part.write_bytes(raw)
     with pytest.raises(CheckpointDamaged, match=part.name):
-        export.export_run(tmp_path / "run", tmp_path / "out")
+        export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -169,11 +174,11 @@ def test_what_is_not_an_export_of_ours_is_never_replaced(tmp_path: Path, kind: s
         elif kind == "foreign model":
             (out / "config.json").write_text('{"architecture": "resnet18"}')
         else:
-            export.export_run(tmp_path / "run", out)
+            export_run(tmp_path / "run", out)
             (out / "README.md").write_text("precious")
     before = sorted((p, p.read_bytes()) for p in tmp_path.glob("out/*")) if out.is_dir() else out.is_symlink()
     with pytest.raises(ExportError):
-        export.export_run(tmp_path / "run", out)
+        export_run(tmp_path / "run", out)
     after = sorted((p, p.read_bytes()) for p in tmp_path.glob("out/*")) if out.is_dir() else out.is_symlink()
     assert before == after
 
@@ -183,83 +188,83 @@ def test_an_empty_folder_and_an_older_export_are_replaced(tmp_path: Path) -> Non
     models = tiny_run(tmp_path / "run", recipe)
     out = tmp_path / "out"
     out.mkdir()
-    export.export_run(tmp_path / "run", out, which="40")
-    export.export_run(tmp_path / "run", out)
-    assert torch.equal(logits(export.load_export(out)[0], recipe), logits(models[80], recipe))
+    export_run(tmp_path / "run", out, which="40")
+    export_run(tmp_path / "run", out)
+    assert torch.equal(logits(load_export(out)[0], recipe), logits(models[80], recipe))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_a_failed_write_leaves_the_older_export_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_run(tmp_path / "run", tiny_recipe())
     out = tmp_path / "out"
-    export.export_run(tmp_path / "run", out, which="40")
+    export_run(tmp_path / "run", out, which="40")
     before = {p.name: p.read_bytes() for p in out.iterdir()}
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "write_tensors", full)
+    monkeypatch.setattr("livt_scale.export.write_export.write_tensors", full)
     with pytest.raises(ExportError, match="No space left"):
-        export.export_run(tmp_path / "run", out)
+        export_run(tmp_path / "run", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "run"]
 
 
 def test_an_export_that_timm_reads_otherwise_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_run(tmp_path / "run", tiny_recipe(), steps=(40,))
-    true_config = export.timm_config
+    true_config = for_timm.timm_config
 
-    def with_token_pooling(info: export.ExportInfo) -> dict[str, object]:
+    def with_token_pooling(info: ExportInfo) -> dict[str, object]:
         config = true_config(info)
         config["model_args"] |= {"global_pool": "token", "fc_norm": True}
         return config
 
-    monkeypatch.setattr(export, "timm_config", with_token_pooling)
+    monkeypatch.setattr("livt_scale.export.write_export.timm_config", with_token_pooling)
     with pytest.raises(ExportError, match="timm reads other logits"):
-        export.export_run(tmp_path / "run", tmp_path / "out")
+        export_run(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_changed_weights_and_a_changed_config_are_found(tmp_path: Path) -> None:
     tiny_run(tmp_path / "run", tiny_recipe(), steps=(40,))
     out = tmp_path / "out"
-    export.export_run(tmp_path / "run", out)
-    weights, config = (out / export.WEIGHTS).read_bytes(), json.loads((out / export.CONFIG).read_text())
+    export_run(tmp_path / "run", out)
+    weights, config = (out / WEIGHTS).read_bytes(), json.loads((out / CONFIG).read_text())
     for damage in (weights[:-1], weights[:-1] + bytes([weights[-1] ^ 1]), b""):
-        (out / export.WEIGHTS).write_bytes(damage)
-        with pytest.raises(ExportError, match=export.WEIGHTS):
-            export.load_export(out)
-    (out / export.WEIGHTS).write_bytes(weights)
+        (out / WEIGHTS).write_bytes(damage)
+        with pytest.raises(ExportError, match=WEIGHTS):
+            load_export(out)
+    (out / WEIGHTS).write_bytes(weights)
     for part, message in (
         ({"version": 2}, "livt: version"),
         ({"class_names": ["a"]}, "class_names"),
         ({"model": {"size": "vit_micro", "image_px": 28, "channels": 1}}, r"does not fit the model.*missing"),
         ({"unheard_of": 1}, "unheard_of"),
     ):
-        (out / export.CONFIG).write_text(json.dumps(config | {"livt": config["livt"] | part}))
+        (out / CONFIG).write_text(json.dumps(config | {"livt": config["livt"] | part}))
         with pytest.raises(ExportError, match=message):
-            export.load_export(out)
-    (out / export.CONFIG).write_text("[" * 100_000)
+            load_export(out)
+    (out / CONFIG).write_text("[" * 100_000)
     with pytest.raises(ExportError, match="not of an export"):
-        export.load_export(out)
+        load_export(out)
 
 
 def test_a_pickle_in_place_of_the_weights_is_never_opened(tmp_path: Path) -> None:
     tiny_run(tmp_path / "run", tiny_recipe(), steps=(40,))
     out, mark = tmp_path / "out", tmp_path / "mark"
-    export.export_run(tmp_path / "run", out)
+    export_run(tmp_path / "run", out)
 
     class Payload:
         def __reduce__(self) -> tuple[object, ...]:
             return Path.touch, (mark,)
 
-    torch.save({"x": Payload(), "y": np.zeros(3)}, out / export.WEIGHTS)
-    config = json.loads((out / export.CONFIG).read_text())
+    torch.save({"x": Payload(), "y": np.zeros(3)}, out / WEIGHTS)
+    config = json.loads((out / CONFIG).read_text())
     config["livt"]["weights"] = {
-        "bytes": (out / export.WEIGHTS).stat().st_size,
-        "sha256": export.sha256_of(out / export.WEIGHTS),
+        "bytes": (out / WEIGHTS).stat().st_size,
+        "sha256": sha256_of(out / WEIGHTS),
     }
-    (out / export.CONFIG).write_text(json.dumps(config))
+    (out / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ExportError, match="cannot be read"):
-        export.load_export(out)
+        load_export(out)
     assert not mark.exists()

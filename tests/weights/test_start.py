@@ -14,7 +14,7 @@ from livt_scale.checkpoint.load import Position, Retention, Saver
 from livt_scale.config.recipe import Recipe, digest, learnt_from
 from livt_scale.distributed.state_dict import collect
 from livt_scale.distributed.world import World
-from livt_scale.export.timm import export_run
+from livt_scale.export.write_export import export_run
 from livt_scale.models.mae import build_mae
 from livt_scale.train.finetune import initial_classifier
 from livt_scale.train.pretrain import pretrain_task

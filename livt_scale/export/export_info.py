@@ -1,0 +1,96 @@
+"""The facts about an export: the part `livt` of its config.json, and whose weights it holds.
+
+    info = read_info(Path("exports/try"))
+    info.class_names, info.mean, info.lineage["checkpoint"]
+
+Classes and their training counts, loss, pixel statistics, and the origin of the weights (run, checkpoint, position,
+evaluation set). No path and no date: the same weights give the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+
+from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
+from livt_scale.config.stages import AnyLoss
+from livt_scale.extensions import load_extensions
+from livt_scale.util.errors import ExportError
+from livt_scale.util.outside import first_mistake, read_json
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class WeightsFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class ExportInfo(BaseModel):
+    """The part `livt` of config.json: the facts about the model that timm's part lacks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["livt-export"] = "livt-export"
+    version: Literal[1] = 1
+    model: Model
+    class_names: tuple[str, ...]
+    class_counts: tuple[NonNegativeInt, ...]  # of the training set, without its quarantine
+    group_counts: tuple[NonNegativeInt, ...] | None = None  # of what decides the groups; None: class_counts do
+    mean: tuple[float, ...]  # of the pixels in [0, 1]
+    std: tuple[float, ...]
+    many_over: int
+    few_under: int
+    precision: Literal["fp32", "bf16"]  # of the forward pass in training and evaluation; the weights are fp32
+    loss: AnyLoss
+    lineage: dict[str, Any]
+    weights: WeightsFile
+
+    @model_validator(mode="after")
+    def _every_class_has_a_count(self) -> Self:
+        for name in ("class_counts", "group_counts"):
+            counts = getattr(self, name)
+            if counts is not None and len(self.class_names) != len(counts):
+                raise ValueError(f"{len(self.class_names)} class_names for {len(counts)} {name}")
+        return self
+
+    def recipe(self, folder: Path) -> Recipe:
+        """What evaluating this model needs of a recipe; its training data are not known here."""
+        data = Data(train=str(folder), mean=self.mean, std=self.std, many_over=self.many_over, few_under=self.few_under)
+        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0))
+        parallel = Parallel(precision=self.precision)
+        return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
+
+
+def is_export(path: Path) -> bool:
+    """Whether config.json in `path` is marked as ours; nothing else is checked."""
+    try:
+        part = read_json(path / CONFIG, "description of weights").get("livt")
+        return bool(part.get("format") == "livt-export")
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def read_info(folder: Path) -> ExportInfo:
+    """The part `livt` of `folder`'s config.json. Raises ExportError."""
+    path = folder / CONFIG
+    if not is_export(folder):
+        raise ExportError(f"{path} is not of an export by livt", remedy="write one with `livt export RUN --out DIR`")
+    load_extensions()
+    try:
+        return ExportInfo.model_validate(read_json(path, "description of weights")["livt"])
+    except ValidationError as error:
+        why = f"livt: {first_mistake(error)}"
+        raise ExportError(f"{path}: {why}", remedy="was it written by another livt_scale?") from None
+
+
+def identity(lineage: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(the run that weights are of, the method that changed them after training; None: none did)."""
+    baseline = lineage.get("baseline") or {}
+    return str(lineage.get("run") or lineage.get("recipe_digest")), baseline.get("method")
