@@ -129,7 +129,7 @@ class Predictor:
         temperature: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        self.temperature = (trained.temperature or 1.0) if temperature is None else temperature
+        self.temperature = (trained.calibration.temperature or 1.0) if temperature is None else temperature
         if not 0 < self.temperature < float("inf"):
             raise UsageError(f"temperature is {self.temperature:g}, which divides no logits", remedy="give more than 0")
         self.device = World().device if device is None else torch.device(device)

@@ -12,9 +12,10 @@ metadata what the numbers describe. No pickle. Rows are in the order of the set,
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
+from livt_scale.config.recipe import Recipe
+from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.metrics import Tally
@@ -48,6 +51,22 @@ class About:
     logit_scale: float  # what that loss multiplied the logits by
     facts: dict[str, Any]  # of eval.json what is not counted from the logits: precision, views, data, weights
     group_counts: tuple[int, ...] | None = None  # images that decide the groups; None: class_counts do
+
+    @classmethod
+    def of(cls, classes: TrainingClasses, recipe: Recipe, report: Mapping[str, Any]) -> Self:
+        """Of the logits that `report` was counted from."""
+        finetune, data = recipe.stages.finetune, recipe.data
+        assert finetune is not None
+        return cls(
+            class_names=classes.names,
+            class_counts=classes.counts,
+            group_counts=classes.group_counts,
+            many_over=data.many_over,
+            few_under=data.few_under,
+            loss=finetune.loss.name,
+            logit_scale=finetune.loss.logit_scale,
+            facts={name: report[name] for name in ("precision", "views", "data", "weights") if name in report},
+        )
 
 
 @dataclass(frozen=True)

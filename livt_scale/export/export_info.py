@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, mod
 
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
+from livt_scale.evaluation.calibration import Calibration
 from livt_scale.extensions import load_extensions
 from livt_scale.util.errors import ExportError
 from livt_scale.util.outside import first_mistake, read_json
@@ -49,6 +50,7 @@ class ExportInfo(BaseModel):
     few_under: int
     precision: Literal["fp32", "bf16"]  # of the forward pass in training and evaluation; the weights are fp32
     loss: AnyLoss
+    calibration: Calibration  # of the logits
     lineage: dict[str, Any]
     weights: WeightsFile
 

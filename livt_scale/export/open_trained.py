@@ -41,7 +41,7 @@ def open_trained(path: Path, *, which: str | None = None, weights: Weights = "ra
     classes = TrainingClasses(info.class_names, info.class_counts, where=str(path), group_counts=info.group_counts)
     lineage = dict(info.lineage)
     learnt_from = lineage.pop("learnt_from", {})
-    return Trained(model, info.recipe(path), classes, lineage, learnt_from)
+    return Trained(model, info.recipe(path), classes, lineage, learnt_from, info.calibration)
 
 
 def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:

@@ -10,6 +10,7 @@ run; one of another run only with --force, and never a folder that holds anythin
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from livt_scale.export.timm import compare_with_timm, timm_config
 from livt_scale.train.load_trained import Trained, Weights, load_trained
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ExportError
+
+_log = logging.getLogger(__name__)
 
 
 def export_run(
@@ -52,6 +55,7 @@ def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportI
         raise ExportError(
             f"{out} cannot be written: {error}", remedy="see to free space and rights there, or give another --out"
         ) from error
+    _log.info("export: %s", info.calibration)
     return info
 
 
@@ -102,6 +106,7 @@ def _info(trained: Trained, weights: Path) -> ExportInfo:
         few_under=recipe.data.few_under,
         precision=recipe.parallel.precision,
         loss=recipe.stages.finetune.loss,
+        calibration=trained.calibration,
         lineage={**trained.weights, "learnt_from": trained.learnt_from},
         weights=WeightsFile(bytes=weights.stat().st_size, sha256=sha256_of(weights)),
     )

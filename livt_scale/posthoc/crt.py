@@ -26,6 +26,7 @@ from livt_scale.config.sampling import ClassBalanced
 from livt_scale.data.classes import check_same_classes
 from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.evaluation.calibration import Calibration
 from livt_scale.evaluation.evaluate import data_lineage
 from livt_scale.export.export_info import is_export
 from livt_scale.export.open_trained import open_trained
@@ -109,24 +110,28 @@ def retrain_head(
         "method": "crt", **asdict(settings), "steps": steps, "sampling": "class_balanced", "loss": "ce",
         "trained_on": data_lineage(shards)["manifest_digest"],
     }  # fmt: skip
-    write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out, force=force)
-    return {"out": str(out), **made, **_compared(source, trained, head, data)}
+    figures, calibration = _compared(source, trained, head, data)
+    weights = {**trained.weights, "baseline": made}
+    write_export(replace(trained, model=model, weights=weights, calibration=calibration), out, force=force)
+    return {"out": str(out), **made, **figures}
 
 
-def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None) -> dict[str, Any]:
+def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None) -> tuple[dict[str, Any], Calibration]:
+    """Top-1 before and after, and the temperature that fits the new head."""
     try:
         shards = features.held_out_set(trained, source, data)
-    except UsageError:  # no held-out set
-        return {"before": None, "after": None}
+    except UsageError:
+        return {"before": None, "after": None}, Calibration(why="there was no evaluation set to fit one on")
     outputs = features.features(trained, shards)
     about = (outputs.labels, trained.classes, trained.recipe)
     with torch.inference_mode():
         old = getattr(trained.model, head_name(trained.model))
         before, after = old(outputs.values), head(outputs.values)
-    return {
+    figures = {
         "before": features.figures(before, *about)["top1"],
         "after": features.figures(after, *about)["top1"],
     }
+    return figures, features.calibration(after, outputs.labels, shards)
 
 
 def _check_finite(loss: Tensor, step: int) -> None:

@@ -14,7 +14,7 @@ from livt_scale.evaluation.evaluate import BATCH, evaluate
 from livt_scale.evaluation.logits import About, Outputs, gather
 from livt_scale.evaluation.tta import Views
 from livt_scale.export.open_trained import evaluation_set, open_trained
-from livt_scale.train.load_trained import Trained, Weights
+from livt_scale.train.load_trained import Weights
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.errors import UsageError
 
@@ -61,20 +61,7 @@ def evaluate_path(
         keep=kept,
     )
     report |= {"weights": {**trained.weights, "read_from": str(path)}}
-    outputs = None if kept is None else gather(kept, shards, _about(trained, report), world=world)
-    return Evaluated(report, outputs)
-
-
-def _about(trained: Trained, report: dict[str, Any]) -> About:
-    finetune, data = trained.recipe.stages.finetune, trained.recipe.data
-    assert finetune is not None
-    return About(
-        class_names=trained.classes.names,
-        class_counts=trained.classes.counts,
-        group_counts=trained.classes.group_counts,
-        many_over=data.many_over,
-        few_under=data.few_under,
-        loss=finetune.loss.name,
-        logit_scale=finetune.loss.logit_scale,
-        facts={name: report[name] for name in ("precision", "views", "data", "weights")},
-    )
+    if kept is None:
+        return Evaluated(report, None)
+    about = About.of(trained.classes, trained.recipe, report)
+    return Evaluated(report, gather(kept, shards, about, world=world))

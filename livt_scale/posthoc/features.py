@@ -21,8 +21,9 @@ from livt_scale.data.classes import TrainingClasses, check_same_classes
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
+from livt_scale.evaluation.calibration import Calibration, fit_calibration
 from livt_scale.evaluation.evaluate import BATCH, data_lineage
-from livt_scale.evaluation.holdout import SEED
+from livt_scale.evaluation.holdout import SEED, half_rows
 from livt_scale.export.export_info import is_export
 from livt_scale.export.open_trained import evaluation_set
 from livt_scale.metrics import Tally
@@ -88,6 +89,14 @@ def figures(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Re
 def mean_class_accuracy(logits: Tensor, labels: Tensor, classes: TrainingClasses, recipe: Recipe) -> float:
     """What choices are made by: mean of the classes' top-1, so that no class counts more for having more images."""
     return float(figures(logits, labels, classes, recipe)["top1"]["mean_class"])
+
+
+def calibration(logits: Tensor, labels: Tensor, shards: ShardSet) -> Calibration:
+    """The temperature of logits float [N, C] of `shards`, fitted on the half that choices are made on."""
+    if len(labels) < 2:
+        return Calibration(why="the evaluation set has a single image")
+    rows = torch.from_numpy(half_rows(labels.numpy())[0])
+    return fit_calibration(logits[rows], labels[rows], data=data_lineage(shards))
 
 
 def about_halves(shards: ShardSet, chosen: NDArray[np.int64], reported: NDArray[np.int64]) -> dict[str, Any]:

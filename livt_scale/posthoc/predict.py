@@ -88,6 +88,8 @@ def predict(
     decoding processes; None: as many as the machine has cores, up to 8. Raises DataError where there is no image.
     """
     predictor = Predictor(trained, tau=how.tau, temperature=how.temperature)
+    given = how.temperature is not None
+    _log.info("predict: %s", f"temperature {how.temperature:g}, as given" if given else trained.calibration)
     files, others = images_below(folder)
     if not files:
         raise DataError(f"there is no image below {folder}", remedy="give the folder that holds them")
@@ -122,6 +124,7 @@ def predict(
         "classes": {names[c]: n for c, n in sorted(counts.items())},
         "tau": how.tau,
         "temperature": predictor.temperature,
+        "calibration": trained.calibration.model_dump(mode="json", exclude_none=True),
         "views": how.views.facts(),
         "weights": trained.weights,
     }

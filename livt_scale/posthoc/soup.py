@@ -115,14 +115,17 @@ def make_soup(
     if method == "greedy":
         chosen = _greedy(members, ranked, scores[ranked[0]], shards, rows[0])
     model = mean_of([members[k].trained.model for k in chosen])
-    ended = features.model_outputs(model, shards, first.recipe).rows(rows[1])
+    mixed_outputs = features.model_outputs(model, shards, first.recipe)
+    ended = mixed_outputs.rows(rows[1])
+    calibration = features.calibration(mixed_outputs.values, mixed_outputs.labels, shards)
     before = alone[ranked[0]].rows(rows[1])
     table = [
         {**_named(member), "mean_class": score, "in": k in chosen}
         for k, (member, score) in enumerate(zip(members, scores, strict=True))
     ]
     made = {"method": f"{method} soup", "members": table, "held_out": features.about_halves(shards, *rows)}
-    mixed = _lineage([members[k] for k in chosen], replace(first, model=model), made, run=of_all)
+    own = replace(first, model=model, calibration=calibration)
+    mixed = _lineage([members[k] for k in chosen], own, made, run=of_all)
     write_export(mixed, out, force=force)
     about = (first.classes, first.recipe)
     return {

@@ -82,7 +82,9 @@ def tau_normalise(
             new_head.bias.zero_()
     halves = features.about_halves(shards, *rows)
     made = {"method": "tau-norm", "tau": best, "bias": "kept" if keep_bias else "dropped", "held_out": halves}
-    write_export(replace(trained, model=model, weights={**trained.weights, "baseline": made}), out, force=force)
+    calibration = features.calibration(logits(outputs.values, best), outputs.labels, shards)
+    weights = {**trained.weights, "baseline": made}
+    write_export(replace(trained, model=model, weights=weights, calibration=calibration), out, force=force)
     return {
         "out": str(out),
         **made,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,18 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import WithEma
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
+from livt_scale.evaluation.calibration import temperature_report
 from livt_scale.evaluation.evaluate import check_room, evaluate, weights_lineage
+from livt_scale.evaluation.logits import About, gather
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
-from livt_scale.train.loop import Evaluation, StageTask
+from livt_scale.train.loop import Evaluation, Evaluator, StageTask
 from livt_scale.train.run_dir import is_done, is_run
 from livt_scale.train.run_files import read_status
-from livt_scale.util.errors import RunError, UsageError, WeightsError
+from livt_scale.util.errors import DataError, RunError, UsageError, WeightsError
 from livt_scale.weights.adapt import start_classifier
 from livt_scale.weights.importer import open_weights
+
+_log = logging.getLogger(__name__)
 
 
 def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: World) -> StageTask:
@@ -142,18 +147,32 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
     return objective
 
 
-def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World) -> Callable[[Strategy], Evaluation]:
+def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World) -> Evaluator:
     classes = TrainingClasses.of(train, recipe.data)
     check_room(val, recipe.data, world=world, train=train)  # now, not after the first epoch
 
-    def run(strategy: Strategy) -> Evaluation:
-        report = evaluate(strategy, val, recipe, world=world, classes=classes)
+    def measured(strategy: Strategy, *, final: bool) -> dict[str, Any]:
+        """The report; of the final weights, on rank 0, with the temperature for exports and predictions."""
+        kept: list[Tensor] | None = [] if final else None
+        report = evaluate(strategy, val, recipe, world=world, classes=classes, keep=kept)
+        if kept is None:
+            return report
+        try:
+            outputs = gather(kept, val, About.of(classes, recipe, report), world=world)
+            return report if outputs is None else {**report, "temperature": temperature_report(outputs)}
+        except (RunError, DataError) as error:  # a logit is not finite; a single image
+            _log.warning("finetune: no temperature for exports and predictions: %s", error.message)
+            return report
+
+    def run(strategy: Strategy, *, final: bool) -> Evaluation:
+        report = measured(strategy, final=final)
         top1 = report["top1"]
         values = {f"top1_{group}": value for group, value in top1.items() if value is not None}
         if isinstance(strategy, WithEma):
             with strategy.average_in_place():
-                of_average = evaluate(strategy, val, recipe, world=world, classes=classes)
-            report["ema"] = {name: of_average[name] for name in ("top1", "top5", "calibration")}
+                of_average = measured(strategy, final=final)
+            own = ("top1", "top5", "calibration", "temperature")
+            report["ema"] = {name: of_average[name] for name in own if name in of_average}
             values |= {f"ema_top1_{k}": value for k, value in of_average["top1"].items() if value is not None}
         return Evaluation(values, top1["all"], report)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.distributed.strategy import Strategy
-from livt_scale.train.loop import Evaluation, Hook, Loop, Step
+from livt_scale.train.loop import Evaluation, Evaluator, Hook, Loop, Step
 from livt_scale.train.preempt import Preemption
 from livt_scale.train.run_dir import Status
 from livt_scale.train.telemetry.metrics_log import MetricsLog
@@ -30,7 +30,7 @@ from livt_scale.train.watchdog import Watchdog
 class Evaluate(Hook):
     """Evaluates after the steps of the schedule, and after the last one."""
 
-    def __init__(self, evaluate: Callable[[Strategy], Evaluation], *, log: MetricsLog, watchdog: Watchdog) -> None:
+    def __init__(self, evaluate: Evaluator, *, log: MetricsLog, watchdog: Watchdog) -> None:
         self._evaluate, self._log, self._watchdog = evaluate, log, watchdog
         self._of_final: Evaluation | None = None
 
@@ -39,17 +39,18 @@ class Evaluate(Hook):
             return
         self._watchdog.at("evaluation", step.number)
         with loop.clock.host("evaluation"):
-            step.evaluation = self._evaluate(loop.state.strategy)
+            final = step.number == loop.schedule.total
+            step.evaluation = self._evaluate(loop.state.strategy, final=final)
         self._log.note(step.number, **step.evaluation.values)
         step.save = True
-        if step.number == loop.schedule.total:
+        if final:
             self._of_final = step.evaluation
 
     def of_final(self, loop: Loop) -> Evaluation:
         """The evaluation of the final weights. A run killed between its last checkpoint and here evaluates again."""
         self._watchdog.at("evaluation", loop.state.step)
         if self._of_final is None:
-            self._of_final = self._evaluate(loop.state.strategy)
+            self._of_final = self._evaluate(loop.state.strategy, final=True)
         return self._of_final
 
 

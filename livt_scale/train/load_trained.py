@@ -11,7 +11,7 @@ the checkpoint, so a run directory that was moved or copied, away from its data,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +23,11 @@ from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.distributed.state_dict import AVERAGE, collect
+from livt_scale.evaluation.calibration import NOT_FITTED, Calibration, recorded_calibration
 from livt_scale.evaluation.evaluate import weights_lineage
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier
 from livt_scale.train.run_dir import is_run
-from livt_scale.train.run_files import read_status
+from livt_scale.train.run_files import EVAL, read_eval, read_status
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
 
 NAMED = ("best", "newest")
@@ -42,7 +43,7 @@ class Trained:
     classes: TrainingClasses
     weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
     learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
-    temperature: float | None = None  # what logits are divided by before softmax; None: none was fitted
+    calibration: Calibration = NOT_FITTED
 
 
 def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:
@@ -52,7 +53,19 @@ def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = 
     RunError (fine-tuning has not finished, no such checkpoint: it lists what is there), CheckpointDamaged and
     CheckpointMismatch.
     """
-    return read_trained(pick_checkpoint(run_dir, which=which), weights=weights)
+    trained = read_trained(pick_checkpoint(run_dir, which=which), weights=weights)
+    return replace(trained, calibration=_calibration(run_dir, trained, weights))
+
+
+def _calibration(run_dir: Path, trained: Trained, weights: Weights) -> Calibration:
+    path = run_dir / "finetune" / EVAL
+    if not path.exists():
+        return Calibration(why="the run has no finetune/eval.json: fine-tuning has not finished, or had no data.val")
+    try:
+        report = read_eval(path)
+    except RunError:
+        return Calibration(why="finetune/eval.json cannot be read")
+    return recorded_calibration(report, checkpoint_digest=trained.weights["checkpoint_digest"], weights=weights)
 
 
 def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -47,6 +47,12 @@ class Evaluation:
     report: dict[str, Any]
 
 
+class Evaluator(Protocol):
+    """Evaluates the weights that a strategy holds; a collective call. final: they are those of the finished stage."""
+
+    def __call__(self, strategy: Strategy, *, final: bool) -> Evaluation: ...
+
+
 @dataclass
 class StageTask:
     """The loop's interface to a stage.
@@ -59,7 +65,7 @@ class StageTask:
     model: nn.Module
     groups: Groups
     objective: Callable[[Callable[..., Any], Batch], Tensor]
-    evaluate: Callable[[Strategy], Evaluation] | None = None
+    evaluate: Evaluator | None = None
     evaluate_every_epochs: int | None = None
     scored_on: str | None = None  # digest of the set that `evaluate` evaluates on
     origin: dict[str, Any] | None = None  # lineage of the initial weights; None: from the seed

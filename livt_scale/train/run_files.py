@@ -133,7 +133,7 @@ def read_anomalies(path: Path) -> Lines[dict[str, Any]]:
 
 def read_eval(path: Path) -> dict[str, Any]:
     """The report in an eval.json. Raises RunError if it is missing or damaged."""
-    again = f"write it again: livt eval {path.parent.parent} --out {path}"
+    again = f"write it again: livt eval {path.parent.parent} --temperature --out {path}"
     report = _read_object(path, max_bytes=MAX_EVAL_BYTES, remedy=again)
     if report is None:
         raise RunError(f"there is no {path}", remedy="fine-tuning has not finished, or the recipe has no data.val")

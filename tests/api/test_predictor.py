@@ -12,6 +12,7 @@ from PIL import Image
 import livt_scale as livt
 from livt_scale.api.predictor import Predictor
 from livt_scale.data.loader import eval_batches, normalise
+from livt_scale.evaluation.calibration import Calibration
 from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.util.errors import RecipeError, RunError, SampleError, UsageError
@@ -74,7 +75,8 @@ def test_the_likeliest_classes_come_first_and_a_temperature_divides_the_logits(r
     assert (plain.temperature, flat.temperature) == (1.0, 4.0)
     cooled = plain(paths).probabilities.double().log() / 4
     torch.testing.assert_close(flat(paths).probabilities, cooled.softmax(1).float())
-    fitted = dataclasses.replace(open_trained(runs / "export"), temperature=4.0)  # as it comes with the weights
+    calibration = Calibration(temperature=4.0, images=9, data="val")  # as it comes with the weights
+    fitted = dataclasses.replace(open_trained(runs / "export"), calibration=calibration)
     assert torch.equal(Predictor(fitted)(paths).probabilities, flat(paths).probabilities)
     assert Predictor(fitted, temperature=1.0).temperature == 1.0
 
