@@ -59,9 +59,25 @@ def import_deepspeed(world: World) -> Any:
     warnings.filterwarnings(  # names that torch 2.14 has renamed, used by deepspeed 0.19.8
         "ignore", r"`torch\.distributed\.(all_gather_into|reduce_scatter)_tensor` is deprecated", FutureWarning
     )
+    _import_muon_uncompiled()
     # an all-reduce through shared memory, only for inference: do not compile it at the start of a run
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _import_muon_uncompiled() -> None:
+    """Import what the engine imports at its start, without torch.compile.
+
+    Its optimizer Muon is compiled by decorators, which import torch._inductor: 4 s of CPU on each rank, for an optimizer
+    that no recipe uses.
+    """
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = decorator
 
 
 def start_engine(
