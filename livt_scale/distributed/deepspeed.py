@@ -68,10 +68,10 @@ def import_deepspeed(world: World) -> Any:
 def _import_muon_uncompiled() -> None:
     """Import what the engine imports at its start, without torch.compile.
 
-    Its optimizer Muon is compiled by decorators, which import torch._inductor: 4 s of CPU on each rank, for an optimizer
-    that no recipe uses.
+    Its optimizer Muon is compiled by decorators, which import torch._inductor: 4 s of CPU on each rank, for an
+    optimizer that no recipe uses.
     """
-    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     decorator = compiler.compile
     compiler.compile = lambda: lambda function: function
     try:
