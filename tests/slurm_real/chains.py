@@ -119,6 +119,11 @@ class Chain:
         assert self.cluster.wait(self.jobs["pretrain"], *ENDED, seconds=CHAIN_S)["JobState"] == "COMPLETED", self.tell()
         assert_same_run(self.run_dir, reference, stages=("pretrain",))
 
+    def preempt(self, *nodes: str, seconds: int = 8) -> None:
+        """A more urgent job takes the nodes."""
+        where = ("--partition=urgent", f"--nodelist={','.join(nodes)}", f"--nodes={len(nodes)}", "--exclusive")
+        self.cluster.run("sbatch", *where, "--time=5", f"--wrap=sleep {seconds}", cwd=self.folder)
+
     def restarts(self, name: str) -> int:
         return int(self.cluster.show(self.jobs[name])["Restarts"])
 

@@ -1,14 +1,11 @@
-"""A real Slurm of two nodes on this machine, all of it in one folder: what the tests of the chain run on.
+"""A real Slurm on this machine, all of it in one folder: what the tests of the chain run on.
 
-munged, mariadbd, slurmdbd, slurmctld and two slurmd, each on a port or socket of its own, none of them reading
-anything beneath /etc. The nodes say that they have 16 CPUs and 2 GPUs each, whatever this machine has. Needs root, and
-Debian's slurm-wlm, slurmdbd, munge and mariadb-server. Beside the tests a person can look around in it:
+munged, mariadbd, slurmdbd, slurmctld and a slurmd for each node of a description (`descriptions.py`), each on its own
+port or socket; none reads anything below /etc. A cluster without accounting has no mariadbd and no slurmdbd. Needs
+root, and Debian's slurm-wlm, slurmdbd, munge and mariadb-server. To look around in one outside the tests:
 
-    python -m tests.slurm_real.cluster /tmp/little      # starts it, prints what to export, ends with Ctrl-C
+    python -m tests.slurm_real.cluster /tmp/little UNEVEN     # starts it, prints what to export, ends with Ctrl-C
     SLURM_CONF=/tmp/little/slurm.conf sinfo
-
-Partitions: normal (no preemption), spare (preempted and requeued), scrap (preempted and cancelled) and urgent (preempts
-both). Where a site waits two minutes before it starts a requeued job again, this one waits REQUEUE_S.
 """
 
 from __future__ import annotations
@@ -28,69 +25,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-NODES = ("livt-n1", "livt-n2")
-PARTITIONS = ("normal", "spare", "scrap", "urgent")
-CPUS, GPUS = (
-    16,
-    2,
-)  # of each node, as it says: more than there are, so that chains whose steps mostly sleep run beside each other
-REQUEUE_S = (
-    6  # cred_expire: how long a requeued job waits, and how long a credential holds: long enough to start a step
-)
-KILL_WAIT_S = 5  # from SIGTERM to SIGKILL at the time limit
+from tests.slurm_real import descriptions
+from tests.slurm_real.descriptions import GPUS, TWO_NODES, Description
+
 DAEMONS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacct", "sacctmgr")
 START_S = 60.0  # a daemon that does not answer after this long has failed
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# the nodes of livt_scale's test cluster"
 
-SLURM_CONF = """\
-ClusterName=livt
-SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ctld_port}
-SlurmUser=root
-SlurmdUser=root
-AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket,cred_expire={requeue_s}
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-JobAcctGatherType=jobacct_gather/linux
-JobAcctGatherFrequency=task=5
-MpiDefault=none
-SwitchType=switch/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_CPU
-SlurmdParameters=config_overrides
-GresTypes=gpu
-PreemptType=preempt/partition_prio
-PreemptMode=REQUEUE
-SlurmctldParameters=preempt_send_user_signal
-JobRequeue=1
-MinJobAge=3600
-KillWait={kill_wait_s}
-ReturnToService=2
-SchedulerType=sched/backfill
-SchedulerParameters=bf_interval=2,sched_interval=2,batch_sched_delay=0
-StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd-%n.pid
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd-%n.log
-AccountingStorageType=accounting_storage/slurmdbd
-AccountingStorageHost=127.0.0.1
-AccountingStoragePort={dbd_port}
-AccountingStoragePass={folder}/munge.socket
-AccountingStorageEnforce=associations,limits,qos
-{nodes}
-PartitionName=normal Nodes=ALL Default=YES MaxTime=1-00:00:00 PriorityTier=1 PreemptMode=OFF
-PartitionName=spare  Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=scrap  Nodes=ALL MaxTime=1-00:00:00 PriorityTier=1 PreemptMode=CANCEL GraceTime=30
-PartitionName=urgent Nodes=ALL MaxTime=1:00:00 PriorityTier=10 PreemptMode=OFF
-"""
-NODE = (
-    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=8000 "
-    "Gres=gpu:{gpus} Feature=little State=UNKNOWN"
-)
 SLURMDBD_CONF = """\
 DbdHost={host}
 DbdAddr=127.0.0.1
@@ -132,13 +74,18 @@ def which(name: str) -> str | None:
 
 
 class Cluster:
-    """Two nodes beneath `folder`, whose path is short: a socket's has at most 107 bytes."""
+    """The cluster of `description` below `folder`, whose path is short: a socket's has at most 107 bytes."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, description: Description = TWO_NODES) -> None:
+        self.folder, self.description = folder, description
         self.conf = folder / "slurm.conf"
         self._daemons: list[tuple[str, subprocess.Popen[bytes]]] = []
-        self._ports = dict(zip(("ctld", "dbd", "sql", *NODES), free_ports(3 + len(NODES)), strict=True))
+        names = ("ctld", "dbd", "sql", *self.nodes)
+        self._ports = dict(zip(names, free_ports(len(names)), strict=True))
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        return self.description.nodes
 
     @property
     def environ(self) -> dict[str, str]:
@@ -147,11 +94,12 @@ class Cluster:
         return kept | {"SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
-        """All daemons up, both nodes idle, an account for root. ClusterError where one does not come up."""
+        """All daemons up, all nodes idle, an account for root. ClusterError where one does not come up."""
         try:
             self._lay_out()
             self._start_munge()
-            self._start_database()
+            if self.description.accounting:
+                self._start_database()
             self._start_slurm()
         except BaseException:
             self.stop()
@@ -177,6 +125,12 @@ class Cluster:
         self.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
         wait_for(lambda: not self.run("squeue", "--noheader").stdout.strip(), "the queue to be empty", seconds=90)
 
+    def settle(self) -> None:
+        """No job is left, and all nodes take jobs."""
+        self.cancel_all()
+        for node in self.nodes:
+            self.bring_back(node)
+
     def run(self, *words: str | Path, check: bool = True, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
         """A command of Slurm (or of ours) against this cluster."""
         command = [str(w) for w in words]
@@ -186,12 +140,31 @@ class Cluster:
         return done
 
     def lose(self, node: str) -> None:
-        """The node is down, as after a broken cable: what ran there is lost."""
+        """The controller takes the node for down; its processes run on, as behind a broken cable."""
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    def kill(self, node: str, *, noticed_s: float) -> None:
+        """Nothing runs on the node any more, as after a power cut; after `noticed_s` the controller takes it for down.
+
+        A real controller notices after SlurmdTimeout, which is minutes and cannot be short on a busy machine.
+        """
+        for name, process in [d for d in self._daemons if d[0] == f"slurmd-{node}"]:
+            process.kill()
+            process.wait()
+            self._daemons.remove((name, process))
+        tasks = [pid for pid in self._strays() if f"SLURMD_NODENAME={node}".encode() in environ_of(pid)]
+        steps = {parent for pid in tasks if comm_of(parent := parent_of(pid)) == "slurmstepd"}
+        for pid in (*steps, *tasks):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(noticed_s)
+        self.lose(node)
 
     def bring_back(self, node: str) -> None:
         """The node takes jobs again. It may have come back by itself: its slurmd is alive and calls the controller."""
-        seen = ("sinfo", "--noheader", "--Node", f"--nodes={node}", "--partition=normal", "--format=%t")
+        if all(name != f"slurmd-{node}" for name, _ in self._daemons):
+            self._start_node(node)
+        seen = ("sinfo", "--noheader", "--Node", f"--nodes={node}", "--format=%t")
 
         def up() -> bool:
             self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
@@ -218,21 +191,19 @@ class Cluster:
         folder, ports, host = self.folder, self._ports, socket.gethostname().split(".")[0]
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)  # munged refuses a socket that others cannot reach
-        for name in ("state", "sql", *(f"spool-{node}" for node in NODES)):
+        for name in ("state", "sql", *(f"spool-{node}" for node in self.nodes)):
             (folder / name).mkdir(exist_ok=True)
         gpus = [folder / f"gpu{n}" for n in range(GPUS)]
         for gpu in gpus:  # Slurm deals them out and says which are whose: CUDA_VISIBLE_DEVICES. Nobody opens them.
             os.mknod(gpu, stat.S_IFCHR | 0o600, os.makedev(1, 3))
-        named = {"folder": folder, "host": host, "requeue_s": REQUEUE_S, "kill_wait_s": KILL_WAIT_S}
-        named |= {f"{daemon}_port": ports[daemon] for daemon in ("ctld", "dbd", "sql")}
-        nodes = "\n".join(NODE.format(name=n, host=host, port=ports[n], cpus=CPUS, gpus=GPUS) for n in NODES)
-        self.conf.write_text(SLURM_CONF.format(nodes=nodes, **named))
+        self.conf.write_text(self.description.slurm_conf(folder, host, ports))
         (folder / "gres.conf").write_text("".join(f"Name=gpu File={gpu}\n" for gpu in gpus))
+        named = {"folder": folder, "host": host, "dbd_port": ports["dbd"], "sql_port": ports["sql"]}
         (folder / "slurmdbd.conf").write_text(SLURMDBD_CONF.format(**named))
         (folder / "slurmdbd.conf").chmod(0o600)
         (folder / "munge.key").write_bytes(os.urandom(1024))
         (folder / "munge.key").chmod(0o400)
-        remember_hosts(self.folder)
+        remember_hosts(self.folder, self.nodes)
 
     def _start_munge(self) -> None:
         files = {
@@ -272,14 +243,17 @@ class Cluster:
     def _start_slurm(self) -> None:
         self._spawn("slurmctld", "-D", "-c")
         self._await("slurmctld", lambda: self.run("scontrol", "ping", check=False).returncode == 0)
-        for node in NODES:
-            self._spawn("slurmd", "-D", "-N", node)
-        idle = ("sinfo", "--noheader", "--Node", "--partition=normal", "--format=%t")
-        self._await("slurmd", lambda: self.run(*idle, check=False).stdout.split() == ["idle"] * len(NODES))
+        for node in self.nodes:
+            self._start_node(node)
+        first = self.description.partitions[0].name
+        idle = ("sinfo", "--noheader", "--Node", f"--partition={first}", "--format=%t")
+        self._await("slurmd", lambda: self.run(*idle, check=False).stdout.split() == ["idle"] * len(self.nodes))
 
-    def _spawn(self, name: str, *words: str) -> None:
-        log = self.folder / f"{name}{'-' + words[-1] if name == 'slurmd' else ''}.out"
-        with log.open("wb") as out:
+    def _start_node(self, node: str) -> None:
+        self._spawn("slurmd", "-D", "-N", node, log=f"slurmd-{node}")
+
+    def _spawn(self, name: str, *words: str, log: str = "") -> None:
+        with (self.folder / f"{log or name}.out").open("ab") as out:
             command = [which(name) or name, *words]
             process = subprocess.Popen(
                 command,
@@ -290,11 +264,11 @@ class Cluster:
                 start_new_session=True,
                 preexec_fn=ends_with_us,
             )
-        self._daemons.append((name, process))
+        self._daemons.append((log or name, process))
 
     def _await(self, name: str, answers) -> None:
         def dead() -> bool:
-            return any(n == name and p.poll() is not None for n, p in self._daemons)
+            return any(n.partition("-")[0] == name and p.poll() is not None for n, p in self._daemons)
 
         try:
             wait_for(lambda: answers() or dead(), f"{name} to answer", seconds=START_S)
@@ -309,17 +283,33 @@ class Cluster:
         return "\n".join(f"{f.name}: " + "\n".join(f.read_text(errors="replace").splitlines()[-15:]) for f in files)
 
     def _strays(self) -> Iterator[int]:
-        """Processes of this cluster's jobs that outlived their daemons."""
+        """Processes of this cluster's jobs."""
         mine = f"SLURM_CONF={self.conf}".encode()
         for entry in Path("/proc").iterdir():
             if not entry.name.isdigit() or int(entry.name) == os.getpid():
                 continue
-            try:
-                names = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:
-                continue  # ended meanwhile
+            names = environ_of(int(entry.name))
             if mine in names and any(name.startswith(b"SLURM_JOB_ID=") for name in names):
                 yield int(entry.name)
+
+
+def environ_of(pid: int) -> list[bytes]:
+    """NAME=VALUE of a process; empty if it has ended meanwhile."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return []
+
+
+def parent_of(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def comm_of(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
 
 
 def wait_for(ready, what, *, seconds: float, every_s: float = 0.2):
@@ -372,9 +362,9 @@ def listens(port: int) -> bool:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
-def remember_hosts(folder: Path) -> None:
+def remember_hosts(folder: Path, nodes: tuple[str, ...]) -> None:
     """The nodes' names resolve, as they do on any cluster: tasks meet at the first node's name."""
-    _rewrite_hosts(folder, [f"127.0.0.1 {' '.join(NODES)} {HOSTS_MARK} {folder}\n"])
+    _rewrite_hosts(folder, [f"127.0.0.1 {' '.join(nodes)} {HOSTS_MARK} {folder}\n"])
 
 
 def forget_hosts(folder: Path) -> None:
@@ -399,7 +389,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else short_folder()
     if reason := why_not():
         sys.exit(reason)
-    cluster = Cluster(folder)
+    cluster = Cluster(folder, getattr(descriptions, sys.argv[2] if len(sys.argv) > 2 else "TWO_NODES"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()

@@ -1,33 +1,53 @@
-"""The cluster: one for all tests here, started when the first asks for it, gone when the last is done."""
+"""The clusters: each description has one for all tests, started when the first asks for it, stopped after the last."""
 
 import shutil
 
 import pytest
 
 from tests.slurm_real import cluster as slurm
+from tests.slurm_real.chains import RECIPE
+from tests.slurm_real.cluster import Cluster
+from tests.slurm_real.descriptions import TWO_NODES, Description
+from tests.whole_runs import Livt
 
 
 @pytest.fixture(scope="session")
-def _running_cluster():
+def clusters():
+    """`clusters(description)`: the cluster of that description, started when it is first asked for."""
     if reason := slurm.why_not():
         pytest.skip(reason)
-    folder = slurm.short_folder()
-    running = slurm.Cluster(folder)
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    running: dict[Description, Cluster] = {}
+
+    def get(description: Description) -> Cluster:
+        if description not in running:
+            running[description] = Cluster(slurm.short_folder(), description)
+            running[description].start()
+        return running[description]
+
+    yield get
+    for each in running.values():
+        each.stop()
+        shutil.rmtree(each.folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def _running_cluster(clusters):
+    return clusters(TWO_NODES)
 
 
 @pytest.fixture
 def cluster(_running_cluster):
     """Two idle nodes. A test that ends, however it does, leaves no job behind."""
     yield _running_cluster
-    _running_cluster.cancel_all()
-    for node in slurm.NODES:
-        _running_cluster.bring_back(node)
+    _running_cluster.settle()
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """Both stages by torchrun, two processes, undisturbed. Read only."""
+    livt = Livt(tmp_path_factory.mktemp("torchrun"))
+    livt.train(livt.folder / "run", processes=2, **{k.replace(".", "__"): v for k, v in RECIPE.items()})
+    return livt.folder / "run"
 
 
 @pytest.fixture

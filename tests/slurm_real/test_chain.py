@@ -12,23 +12,16 @@ import time
 
 import pytest
 
-from tests.slurm_real.chains import ENDED, RECIPE, Chain, rank_pid
-from tests.slurm_real.cluster import NODES, wait_for
-from tests.whole_runs import Livt, assert_same_run
+from tests.slurm_real.chains import ENDED, Chain, rank_pid
+from tests.slurm_real.cluster import wait_for
+from tests.slurm_real.descriptions import TWO_NODES
+from tests.whole_runs import assert_same_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 LOST_S = 60.0  # from kill -9 of a task to the end of its job
 SHORT = {"slurm__time_min": 2, "slurm__signal_lead_s": 30}
 PACE = "7 2"  # two starts of 2 minutes at 7 s a step cannot do 27 steps; the third has time for them
-
-
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """Both stages by torchrun, two processes, undisturbed. Read only."""
-    livt = Livt(tmp_path_factory.mktemp("torchrun"))
-    livt.train(livt.folder / "run", processes=2, **{k.replace(".", "__"): v for k, v in RECIPE.items()})
-    return livt.folder / "run"
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +210,14 @@ def test_a_preempted_chain_saves_waits_and_goes_on(chain, reference):
     chain.lay("pace", "1 1")
     chain.submit()
     chain.await_steps(4)
-    rest = ("--partition=urgent", f"--nodelist={NODES[0]}", "--nodes=1", "--exclusive", "--time=5", "--wrap=sleep 8")
+    rest = (
+        "--partition=urgent",
+        f"--nodelist={TWO_NODES.nodes[0]}",
+        "--nodes=1",
+        "--exclusive",
+        "--time=5",
+        "--wrap=sleep 8",
+    )
     chain.cluster.run("sbatch", *rest, cwd=chain.folder)
     chain.await_restart("pretrain")
     assert chain.status("pretrain")["state"] == "preempted"
@@ -229,8 +229,8 @@ def test_a_lost_node_costs_a_restart_and_nothing_else(chain, reference):
     chain.lay("pace", "1 1")
     chain.submit()
     chain.await_steps(6)
-    chain.cluster.lose(NODES[1])
+    chain.cluster.lose(TWO_NODES.nodes[1])
     chain.cluster.wait(chain.jobs["pretrain"], "PENDING", seconds=60)
-    chain.cluster.bring_back(NODES[1])
+    chain.cluster.bring_back(TWO_NODES.nodes[1])
     chain.assert_pretrains_like(reference)
     assert len(chain.lines("starts")) == 2

@@ -7,11 +7,13 @@ import time
 
 import pytest
 
-from tests.slurm_real.cluster import NODES, REQUEUE_S, ClusterError, wait_for
+from tests.slurm_real.cluster import ClusterError, wait_for
+from tests.slurm_real.descriptions import REQUEUE_S, TWO_NODES
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(240)]
 
-TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--time=5")
+NODES = TWO_NODES.nodes
+ON_BOTH = ("--nodes=2", "--ntasks-per-node=1", "--time=5")
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 
 
@@ -27,14 +29,14 @@ def said(tmp_path, job, text, seconds=60):
 
 def test_srun_starts_a_task_on_each_node_and_all_know_the_first_nodes_name(cluster, sbatch, tmp_path):
     body = "srun bash -c 'echo $SLURM_PROCID $SLURMD_NODENAME $SLURM_STEP_NODELIST $(getent hosts livt-n1)'"
-    job = sbatch(body, *TWO_NODES)
+    job = sbatch(body, *ON_BOTH)
     assert cluster.wait(job, *DONE)["JobState"] == "COMPLETED"
     lines = sorted(line.split()[:3] for line in (tmp_path / f"{job}.out").read_text().splitlines())
     assert lines == [[str(n), node, "livt-n[1-2]"] for n, node in enumerate(NODES)]
 
 
 def test_tasks_are_told_their_gpus(cluster, sbatch, tmp_path):
-    job = sbatch("srun bash -c 'echo $SLURM_PROCID sees $CUDA_VISIBLE_DEVICES'", *TWO_NODES, "--gpus-per-node=2")
+    job = sbatch("srun bash -c 'echo $SLURM_PROCID sees $CUDA_VISIBLE_DEVICES'", *ON_BOTH, "--gpus-per-node=2")
     cluster.wait(job, "COMPLETED")
     assert sorted((tmp_path / f"{job}.out").read_text().splitlines()) == ["0 sees 0,1", "1 sees 0,1"]
 
@@ -75,7 +77,7 @@ def test_a_job_puts_itself_back_on_exit_85_and_goes_on_writing_the_same_file(clu
     [ $code -eq 85 ] || exit $code
     scontrol requeue "$SLURM_JOB_ID" && sleep 60
     """
-    job = sbatch(body, *TWO_NODES, "--requeue")
+    job = sbatch(body, *ON_BOTH, "--requeue")
     after = sbatch("echo after", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes")
     began = time.monotonic()
     assert cluster.wait(job, *DONE, seconds=150)["Restarts"] == "2"
@@ -98,7 +100,7 @@ def test_one_lost_task_ends_the_step_and_the_code_is_of_those_that_were_ended(cl
     srun --kill-on-bad-exit=1 bash -c '[ $SLURM_PROCID = 1 ] && {ending}; sleep 300'
     echo "srun ended with $? after $SECONDS s"
     """
-    job = sbatch(body, *TWO_NODES)
+    job = sbatch(body, *ON_BOTH)
     after = re.search(r"ended with (\d+) after (\d+) s", said(tmp_path, job, "srun ended with"))
     assert after[1] in ("143", "137")
     assert int(after[2]) < 30
@@ -162,7 +164,7 @@ def test_who_is_preempted_on_a_partition_that_cancels_is_gone_whatever_requeue_s
 
 
 def test_a_lost_node_puts_the_job_back(cluster, sbatch, tmp_path):
-    job = sbatch('echo "start ${SLURM_RESTART_COUNT:-0}"; srun sleep 600', *TWO_NODES, "--requeue")
+    job = sbatch('echo "start ${SLURM_RESTART_COUNT:-0}"; srun sleep 600', *ON_BOTH, "--requeue")
     said(tmp_path, job, "start 0")
     cluster.lose(NODES[1])
     cluster.wait(job, "PENDING")
