@@ -43,6 +43,7 @@ from livt_scale.util.outside import read_json, read_note
 
 CLEAN_UP = "clean-up"
 KILLED_BY_SIGNAL = (128 + 12, 128 + 15)  # SIGUSR2, SIGTERM: srun gives this for a task that does not handle them yet
+RESUMED_S = 120.0  # in which ranks find that they have lost one another, and end
 EXCLUDE_TRIES, EXCLUDE_WAIT_S = 8, 0.5  # only a job that waits can be changed, and after a requeue it soon does
 
 
@@ -220,8 +221,8 @@ def _meet_at(job: BatchJob) -> list[str]:
 
 def _judge(job: BatchJob, name: str, exit_code: int, *, signalled: bool) -> JobOutcome | None:
     """The outcome of the last step that ended; None: the next one may start."""
-    if exit_code and lost_a_node(job.facts, restarts=int(job.environ.get("SLURM_RESTART_COUNT") or 0)):
-        log(f"a node of this job is down: {name} ended with exit code {exit_code}")
+    if exit_code and (why := cause_outside(job.facts, restarts=int(job.environ.get("SLURM_RESTART_COUNT") or 0))):
+        log(f"{why}: {name} ended with exit code {exit_code}")
         return JobOutcome("stopped")
     if name == "check":
         return None if signalled else _judge_nodes(job, exit_code)
@@ -276,14 +277,21 @@ def was_requeued(facts: Mapping[str, str], *, restarts: int) -> bool:
     return counted.isdecimal() and int(counted) > restarts
 
 
-def lost_a_node(facts: Mapping[str, str], *, restarts: int) -> bool:
-    """Whether Slurm ends this job because a node is down: what its tasks report then is not their own failure.
+def cause_outside(facts: Mapping[str, str], *, restarts: int) -> str:
+    """What Slurm reports that ends tasks through no fault of theirs; empty: nothing.
 
-    The ranks on the other nodes lose their connections and fail, but srun waits for the lost node until the controller
-    takes it for down. By then Slurm has put the job back, or ended it where it may not be requeued.
+    Where a node is lost, the ranks on the others lose their connections and fail, but srun waits for the node until the
+    controller takes it for down. By then Slurm has put the job back, or ended it where it may not be requeued. Where a
+    job was suspended for longer than a collective may wait, that ends as soon as the job is resumed.
     """
-    is_down = facts.get("Reason") == "NodeDown" and facts.get("JobState") in ("COMPLETING", "NODE_FAIL")
-    return is_down or was_requeued(facts, restarts=restarts)
+    if facts.get("Reason") == "NodeDown" and facts.get("JobState") in ("COMPLETING", "NODE_FAIL"):
+        return "a node of this job is down"
+    if was_requeued(facts, restarts=restarts):
+        return "this job is back in the queue"
+    resumed = commands.seconds(facts.get("SuspendTime", ""))  # of the last suspension or resumption
+    if resumed is not None and 0 <= time.time() - resumed <= RESUMED_S:
+        return f"this job was resumed at {facts['SuspendTime']}"
+    return ""
 
 
 def was_cancelled(facts: Mapping[str, str], *, restarts: int) -> bool:

@@ -7,8 +7,9 @@
 
 A phase that lasts longer than its bound (`faults.stall_timeout_s`, six times that for SLOW phases) ends the process
 with exit code 1, after the stacks of all its threads were written to RUN/STAGE/stacks/rank-N.txt. The other ranks wait
-for this one, so their watchdogs see no progress either, and each writes its own. If C code holds the interpreter's lock
-and no Python thread runs, faulthandler's own thread, which needs no lock, does both LOCKED_S later.
+for this one, so their watchdogs see no progress either, and each writes its own. Only time in which the process runs is
+counted: a job may be suspended for hours. If C code holds the interpreter's lock and no Python thread runs,
+faulthandler's own thread, which needs no lock, writes the stacks LOCKED_S later, and a second process kills this one.
 
 An error of this rank is in its heartbeat before its connections close. So a rank that loses its connection to another
 (gloo: "connection closed", NCCL: a time-out) reports which rank is gone and why, not what its socket saw.
@@ -35,9 +36,11 @@ import torch.distributed as dist
 from livt_scale.config.recipe import Faults
 from livt_scale.distributed.world import World
 from livt_scale.train import heartbeat
+from livt_scale.train.guard import Guard
 from livt_scale.train.heartbeat import Heartbeat
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run_dir import Status
+from livt_scale.train.running_clock import RunningClock
 from livt_scale.util.errors import EXIT_FAILED, LivtError, Preempted, RankLostError
 
 Phase = Literal["start", "first step", "data", "step", "evaluation", "checkpoint", "ending"]
@@ -45,7 +48,9 @@ SLOW: tuple[Phase, ...] = ("start", "first step", "evaluation", "checkpoint")
 SLOW_TIMES = 6
 HANG_SHARE = 0.9  # of the collectives' time-out: before NCCL's own watchdog ends the process without a stack
 ENDING_S = 60.0  # from an error to the process's end, closing files and connections
-LOCKED_S = 15.0  # after the bound, for what only faulthandler's own thread can end
+LOCKED_S = 15.0  # after the bound, for what no Python thread can end
+DUMP_S = 2.0  # for faulthandler's own thread to write the stacks, before the process is killed
+GAP_S = 5.0  # a thread that has not run for longer was stopped: a busy machine delays it by less
 LINGER_S = 3.0  # a stalled rank waits before it ends, so that the others find a stall too, not a dead peer
 STATUS_EVERY_S = 15.0
 MAX_SHOWN = 4  # ranks in one message
@@ -58,7 +63,7 @@ Item = TypeVar("Item")
 class _Now:
     phase: Phase
     step: int
-    since_s: float  # of time.monotonic
+    since_s: float  # of RunningClock
     since: float  # of time.time, for others to read
 
 
@@ -72,7 +77,8 @@ class Watchdog(Hook):
         self._folder, self._status, self._world = folder, status, world
         self._stall_timeout_s = faults.stall_timeout_s or HANG_SHARE * timeout_s
         self._beat_s = faults.heartbeat_s
-        self._now = _Now("start", 0, time.monotonic(), time.time())  # replaced, never changed: two threads read it
+        self._clock = RunningClock(gap_s=min(GAP_S, self._stall_timeout_s / 4))
+        self._now = _Now("start", 0, self._clock.now(), time.time())  # replaced, never changed: two threads read it
         self._state: heartbeat.State = "running"
         self._why = ""
         self._ended = threading.Event()
@@ -82,7 +88,7 @@ class Watchdog(Hook):
 
     def at(self, phase: Phase, step: int | None = None) -> None:
         """This rank has reached `phase`, with `step` steps complete (None: as many as before)."""
-        self._now = _Now(phase, self._now.step if step is None else step, time.monotonic(), time.time())
+        self._now = _Now(phase, self._now.step if step is None else step, self._clock.now(), time.time())
 
     def at_start(self, loop: Loop) -> None:
         self._start = loop.state.step
@@ -111,6 +117,7 @@ class Watchdog(Hook):
             (self._folder / "stacks").mkdir(parents=True, exist_ok=True)
             self._stacks = self._stacks_path.open("w", encoding="utf-8")
         self._write()
+        self._guard = Guard()
         self._thread.start()
         return self
 
@@ -118,6 +125,7 @@ class Watchdog(Hook):
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
+        self._guard.end()
         if self._state == "running":
             self._end("done" if error is None else _state_after(error), error)
         if self._stacks is not None:
@@ -162,11 +170,14 @@ class Watchdog(Hook):
         tick_s = min(1.0, self._beat_s, self._stall_timeout_s / 10)
         written = reported = time.monotonic()
         while not self._ended.wait(tick_s):
-            now, here = time.monotonic(), self._now
-            left_s = here.since_s + self.bound_s(here.phase) - now
+            now, was_stopped, here = time.monotonic(), self._clock.tick(), self._now
+            left_s = here.since_s + self.bound_s(here.phase) - self._clock.now()
             if left_s <= 0:
                 self._hangs(here)
-            faulthandler.dump_traceback_later(left_s + LOCKED_S, exit=True, file=self._stacks or sys.stderr)
+            if was_stopped:
+                self._forget_stacks()
+            faulthandler.dump_traceback_later(left_s + LOCKED_S, file=self._stacks or sys.stderr)
+            self._guard.allow(left_s + LOCKED_S + DUMP_S)
             if now - written >= self._beat_s:
                 written = now
                 self._write()
@@ -190,7 +201,7 @@ class Watchdog(Hook):
 
     def _hangs(self, here: _Now) -> None:
         """Write the stacks, name the ranks that are behind, end the process. Runs in the thread; does not return."""
-        lasted_s = time.monotonic() - here.since_s
+        lasted_s = self._clock.now() - here.since_s
         what = f"rank {self._world.rank} came no further for {lasted_s:.0f} s"
         what += f" in phase {here.phase!r} after step {here.step}, at {_main_thread_is_at()}"
         self._keep(f"{what} (bound {self.bound_s(here.phase):.0f} s), {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
@@ -216,6 +227,14 @@ class Watchdog(Hook):
             self._status.take_over()
         with suppress(OSError):
             self._status.write("failed", why=why)
+
+    def _forget_stacks(self) -> None:
+        """Faulthandler's timer expires while the process is stopped, and writes as soon as it is resumed."""
+        with suppress(OSError, ValueError):
+            faulthandler.cancel_dump_traceback_later()  # waits for it
+            if self._stacks is not None:
+                self._stacks.seek(0)
+                self._stacks.truncate()
 
     def _keep(self, text: str) -> None:
         with suppress(OSError, ValueError):

@@ -9,7 +9,7 @@ import pytest
 
 from livt_scale.train import heartbeat
 from livt_scale.train.run_files import read_status
-from livt_scale.train.watchdog import LINGER_S, LOCKED_S
+from livt_scale.train.watchdog import DUMP_S, LINGER_S, LOCKED_S
 from tests.chaos.ranks import Ranks, assert_same_pretraining
 
 GONE_S = 15.0  # on top of a bound: what ending takes where many others compute; alone it is 1 s
@@ -82,8 +82,8 @@ def test_a_rank_whose_interpreter_is_locked_ends_too_and_leaves_its_stack(livt):
     with Ranks(livt, run_dir, "slow:0.7", "lock:4:0", world=1, faults__stall_timeout_s=HANG_S) as ranks:
         ranks.wait_for(lambda: first_steps_done(run_dir, 3))
         codes, took_s = ranks.ended(within_s=60)
-    assert codes == [1]
-    assert took_s < HANG_S + LOCKED_S + GONE_S
+    assert codes == [-signal.SIGKILL]
+    assert took_s < HANG_S + LOCKED_S + DUMP_S + GONE_S
     assert "sabotage.py" in (run_dir / "pretrain" / "stacks" / "rank-0.txt").read_text()
 
 

@@ -155,6 +155,16 @@ def test_a_job_that_slurm_has_put_back_because_of_a_lost_node_has_not_failed(bat
     assert batch()[0] == 1, "the same report in the restart is of the time before it"
 
 
+SUSPENDED = "JobId=77 JobState=RUNNING Reason=None Requeue=0 Restarts=0 BatchFlag=1 SuspendTime={} SecsPreSuspend=9"
+
+
+@pytest.mark.parametrize(("resumed_s", "code"), [(5, 0), (3600, 1)])
+def test_ranks_that_lose_one_another_when_their_job_is_resumed_have_not_failed(batch, resumed_s, code):
+    batch.ends["train"] = lambda: batch.status("failed") or 1
+    batch.shows = SUSPENDED.format(time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() - resumed_s)))
+    assert batch(when_stopped="next", segments=2)[0] == code
+
+
 def test_a_bug_is_a_failure_where_all_nodes_are_up(batch):
     batch.ends["train"], batch.shows = 1, ENDED_OTHERWISE[-1]
     assert batch(when_stopped="next", segments=2)[0] == 1

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from livt_scale.slurm import commands
 from tests.slurm_real.chains import ENDED, Chain, rank_pid
 from tests.slurm_real.cluster import wait_for
 from tests.slurm_real.descriptions import TWO_NODES
@@ -234,3 +235,20 @@ def test_a_lost_node_costs_a_restart_and_nothing_else(chain, reference):
     chain.cluster.bring_back(TWO_NODES.nodes[1])
     chain.assert_pretrains_like(reference)
     assert len(chain.lines("starts")) == 2
+
+
+def test_a_suspended_chain_continues_in_the_same_job(chain, reference):
+    chain.sets |= {"faults.stall_timeout_s": 10, "faults.heartbeat_s": 1}
+    chain.lay("pace", "0.5 1")
+    chain.submit()
+    chain.await_steps(4)
+    job = chain.jobs["pretrain"]
+    chain.cluster.run("scontrol", "suspend", job)
+    time.sleep(16)  # and 2 s in which Slurm asks by SIGTSTP, before SIGSTOP
+    assert chain.cluster.show(job)["JobState"] == "SUSPENDED"
+    chain.cluster.run("scontrol", "resume", job)
+    resumed = time.time()
+    chain.assert_pretrains_like(reference)
+    assert len(chain.lines("starts")) == 1
+    shown = commands.seconds(chain.cluster.show(job)["SuspendTime"])
+    assert abs(shown - resumed) < 10, "SuspendTime is the time of the resumption"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from livt_scale.train.heartbeat import Heartbeat
 from livt_scale.train.run_dir import Status
 from livt_scale.train.watchdog import SLOW_TIMES, Watchdog
 from livt_scale.util.errors import Preempted, RankLostError, SampleError
+from tests import warm
 from tests.train.loops import a_step, idle_loop, take
 
 BEAT = Heartbeat(0, socket.gethostname(), os.getpid(), "running", "step", 12, since=100.0, at=103.0)
@@ -123,6 +125,36 @@ def test_waiting_for_data_is_a_phase_of_its_own_after_the_first_step(tmp_path):
     assert [next(taken), next(taken)] == [2, 3]
     assert seen == ["first step", "data", "data"]
     assert watched.phase == "step"
+
+
+STOPPED = """
+import sys, time
+from pathlib import Path
+from livt_scale.config.recipe import Faults
+from livt_scale.distributed.world import World
+from livt_scale.train import watchdog
+from livt_scale.train.run_dir import Status
+watchdog.LOCKED_S = watchdog.DUMP_S = 0.0
+folder, faults = Path(sys.argv[1]), Faults(heartbeat_s=0.05, stall_timeout_s=float(sys.argv[2]))
+status = Status(folder, stage="pretrain", writes=True)
+with watchdog.Watchdog(folder, status, world=World(), faults=faults, timeout_s=60) as it:
+    it.at("step", 1)
+    print("ready", flush=True)
+    for _ in range(10):
+        time.sleep(0.1)
+"""
+
+
+def test_time_in_which_the_process_was_stopped_is_not_counted(tmp_path):
+    bound_s = 3.0
+    process = warm.Popen(["-c", STOPPED, tmp_path, str(bound_s)], stdout=warm.PIPE, stderr=warm.PIPE)
+    assert process.stdout.readline()
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(bound_s + 2)
+    os.kill(process.pid, signal.SIGCONT)
+    _, said = process.communicate(timeout=30)
+    assert (process.returncode, said) == (0, "")
+    assert not (tmp_path / "stacks").exists()
 
 
 def test_slow_phases_have_a_longer_bound(tmp_path):
