@@ -91,16 +91,15 @@ def _wait(runs: list[Path], *, wait_s: float) -> None:
 def _submit_one(recipe: Recipe, *, allow: Sequence[str], dry_run: bool, as_json: bool) -> list[Path]:
     """The run directory, if it has jobs now."""
     from livt_scale.slurm import submit as chains  # reads cluster, run and shards
-    from livt_scale.slurm.chain import dependency
+    from livt_scale.slurm.chain import dependencies
 
     prepared = chains.prepare(recipe, allow=allow)
     plan = prepared.plan
     if dry_run:
         code = chains.code_now(prepared)
         texts = chains.scripts(prepared, code.frozen_in(prepared.run_dir) if code else None)
-        _print_dry_run(
-            plan.jobs, texts, [dependency(plan.jobs, k) for k in range(len(plan.jobs))], plan, as_json=as_json
-        )
+        waits = [dependencies(plan.jobs, k) for k in range(len(plan.jobs))]
+        _print_dry_run(plan.jobs, texts, waits, plan, as_json=as_json)
         return []
     if not plan.jobs:
         echo(json.dumps({"jobs": []}) if as_json else f"This run is done: {prepared.run_dir}")
@@ -120,7 +119,7 @@ def _submit_array(
 ) -> list[Path]:
     """The run directories that have jobs now."""
     from livt_scale.slurm import array
-    from livt_scale.slurm.chain import ChainPlan
+    from livt_scale.slurm.chain import ChainPlan, array_dependencies
     from livt_scale.slurm.submit import code_now
 
     prepared = array.prepare_array(recipes, max_parallel=jobs, allow=allow)
@@ -130,9 +129,9 @@ def _submit_array(
     if dry_run:
         code = code_now(prepared.runs[0])
         texts = array.array_scripts(prepared, code.frozen_in(prepared.parent) if code else None)
-        after = [("aftercorr", k - 1) if k else None for k in range(len(prepared.jobs))]
-        plan = ChainPlan("requeue", prepared.why, notes=prepared.notes)
-        _print_dry_run(prepared.jobs, texts, after, plan, as_json=as_json)
+        waits = [array_dependencies(prepared.jobs, k) for k in range(len(prepared.jobs))]
+        plan = ChainPlan(prepared.mode, prepared.why, notes=prepared.notes)
+        _print_dry_run(prepared.jobs, texts, waits, plan, as_json=as_json)
         return []
     told, runs = array.submit_array(prepared), [run.run_dir for run in prepared.runs]
     if as_json:
@@ -164,7 +163,7 @@ def _asked(resources: dict[str, Any]) -> str:
 def _print_dry_run(
     jobs: Sequence[JobPlan],
     texts: Sequence[str],
-    waits: Sequence[tuple[str, int] | None],
+    waits: Sequence[Sequence[tuple[str, int]]],
     plan: ChainPlan,
     *,
     as_json: bool,
@@ -181,7 +180,7 @@ def _print_dry_run(
         echo(f"# ===== {job.name} =====\n{text}")
     echo(f"# plan: {plan.mode}, because {plan.why}")
     for job, after in zip(jobs, waits, strict=True):
-        then = f"{after[0]} {jobs[after[1]].name}" if after else "starts first"
+        then = ", ".join(f"{kind} {jobs[number].name}" for kind, number in after) or "starts first"
         echo(f"#   {job.name:<14} {_asked(asdict(job.resources))}  {then}")
     for note in plan.notes:
         echo(f"# note: {note}")

@@ -5,6 +5,8 @@
     pretrain[0-11%4] ──aftercorr──> finetune[0-11%4] ──aftercorr──> evaluate[0-11%4]
 
 Element k is run k in each array, and waits for element k of the one before it alone: a run that fails stops no other.
+Where jobs are not requeued, each segment of a stage is an array, whose elements wait until all of the segment before it
+have ended.
 Each run has its own directory, recipe and chain.json, whose jobs are its elements (12_3), so that livt status, cancel
 and logs treat it as any other. All run the same code: one copy in PARENT/code. Their scripts and logs are in
 PARENT/array-HEX/slurm.
@@ -23,8 +25,10 @@ from typing import Any
 from livt_scale.config.recipe import Recipe
 from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
+from livt_scale.slurm.chain import Mode, array_dependencies
 from livt_scale.slurm.code_snapshot import Code, Frozen, freeze, keep_git_view
 from livt_scale.slurm.script import LOGS, ArraySettings, JobPlan, log_name, render
+from livt_scale.slurm.sites import JobKind
 from livt_scale.slurm.submit import (
     Prepared,
     alone,
@@ -52,7 +56,8 @@ class PreparedArray:
     runs: tuple[Prepared, ...]
     jobs: tuple[JobPlan, ...]
     max_parallel: int
-    why: str  # the mode is what it is
+    mode: Mode
+    why: str  # this mode
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -71,7 +76,7 @@ def prepare_array(
     runs = tuple(run for run in prepared if run.plan.jobs)
     notes = [f"done already: {run.run_dir}" for run in prepared if not run.plan.jobs]
     if not runs:
-        return PreparedArray((), (), 0, "", notes)
+        return PreparedArray((), (), 0, "requeue", "", notes)
     first = runs[0]
     for run in runs:
         if run.recipe.slurm != first.recipe.slurm:
@@ -79,15 +84,15 @@ def prepare_array(
                 f"{run.recipe.name} and {first.recipe.name} ask Slurm for different things, and an array asks once",
                 remedy="submit them in two commands, or set the same slurm.* for all with --set",
             )
-        if run.plan.mode != "requeue":
-            raise UsageError(
-                f"an array needs jobs that are put back into the queue, and here {run.plan.why}",
-                remedy="take another partition, or submit the runs one by one",
-            )
-    jobs = {job.job: job for run in runs for job in run.plan.jobs}
-    order = [jobs[name] for name in ("pretrain", "finetune", "evaluate") if name in jobs]
     notes += list(dict.fromkeys(note for run in runs for note in run.plan.notes))
-    return PreparedArray(runs, tuple(order), min(max_parallel or len(runs), len(runs)), first.plan.why, notes)
+    jobs = tuple(job for kind in ("pretrain", "finetune", "evaluate") for job in _longest(runs, kind))
+    most = min(max_parallel or len(runs), len(runs))
+    return PreparedArray(runs, jobs, most, first.plan.mode, first.plan.why, notes)
+
+
+def _longest(runs: Sequence[Prepared], kind: JobKind) -> list[JobPlan]:
+    """The jobs of a stage of the run that has most of them: its segments."""
+    return max(([job for job in run.plan.jobs if job.job == kind] for run in runs), key=len)
 
 
 def _check_apart(prepared: Sequence[Prepared]) -> None:
@@ -175,8 +180,9 @@ def _submit_all(
     places = [(run.run_dir, chain) for run, chain in zip(prepared.runs, chains, strict=True)]
     try:
         _write_all(places)
-        for job, script in zip(prepared.jobs, written, strict=True):
-            after = f"aftercorr:{ids[-1]}" if ids else None
+        for number, (job, script) in enumerate(zip(prepared.jobs, written, strict=True)):
+            waits = [(kind, ids[other]) for kind, other in array_dependencies(prepared.jobs, number)]
+            after = ",".join(f"{kind}:{array}" for kind, array in waits) or None
             log = f"{LOGS}/{log_name(job, array=True)}"
             submitted = commands.sbatch(
                 script, chdir=folder, log=log, comment=chains[0]["chain"], environ=environ, dependency=after
@@ -185,21 +191,28 @@ def _submit_all(
             told.append(entry(job, id=ids[-1], script=str(script), log=str(folder / log), dependency=after))
             for k, chain in enumerate(chains):
                 own = str(folder / log).replace("%A_%a", f"{ids[-1]}_{k}")
-                waits = f"{after}_{k}" if after else None
-                chain["jobs"].append(entry(job, id=f"{ids[-1]}_{k}", script=str(script), log=own, dependency=waits))
+                chain["jobs"].append(
+                    entry(job, id=f"{ids[-1]}_{k}", script=str(script), log=own, dependency=_of_element(waits, k))
+                )
         _write_all(places)  # not after each array: if this is killed before, the jobs are found by their comment
     except BaseException as error:
         take_back(places, ids, error)
         raise
     return {
         "chain": chains[0]["chain"],
-        "mode": "requeue",
+        "mode": prepared.mode,
         "why": prepared.why,
         "folder": str(folder),
         "max_parallel": prepared.max_parallel,
         "jobs": told,
         "runs": [str(run.run_dir) for run in prepared.runs],
     }
+
+
+def _of_element(waits: Sequence[tuple[str, str]], k: int) -> str | None:
+    """What element k of an array waits for, for its run's chain.json."""
+    own = (f"{kind}:{array}_{k}" if kind == "aftercorr" else f"{kind}:{array}" for kind, array in waits)
+    return ",".join(own) or None
 
 
 def _write_all(places: Sequence[tuple[Path, dict[str, Any]]]) -> None:

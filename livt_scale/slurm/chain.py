@@ -4,14 +4,15 @@
     segments    pretrain-1 ──afterany──> pretrain-2 ──afterok──> finetune-1 …  a stopped stage continues in the next
 
 A segment waits for the end of the one before it, however that ended: preempted by cancelling, a lost node and the time
-limit are not "ok" to Slurm. Whether the stage continues is decided by the run's own record: where a segment has failed,
-the next ones end immediately and later stages are never started. A stage that is done is not in the plan.
+limit are not "ok" to Slurm. Each segment of a stage also waits for the last one of the stage before (afterok). Whether
+the stage continues is decided by the run's own record: where a segment has failed, the next ones end immediately and
+later stages are never started. A stage that is done is not in the plan.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -28,6 +29,7 @@ Mode = Literal["requeue", "segments"]
 SIGNAL_EARLY_S = 60  # sbatch's --signal: "the signal may be sent up to 60 seconds earlier than specified"
 MAX_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
 SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing to do ends in seconds
+MIN_SEGMENTS = 2  # of what is not given: one preemption must not end the chain
 
 
 @dataclass
@@ -40,11 +42,19 @@ class ChainPlan:
     notes: list[str] = field(default_factory=list)
 
 
-def dependency(jobs: list[JobPlan], number: int) -> tuple[str, int] | None:
-    """(kind, number of the job) that job `number` waits for; None for the first."""
-    if number == 0:
-        return None
-    return ("afterany" if jobs[number].job == jobs[number - 1].job else "afterok", number - 1)
+def dependencies(jobs: Sequence[JobPlan], number: int) -> list[tuple[str, int]]:
+    """(kind, number of the job) that job `number` waits for: all of them."""
+    first = next(k for k, job in enumerate(jobs) if job.job == jobs[number].job)
+    waits = [("afterok", first - 1)] if first else []
+    return [*waits, ("afterany", number - 1)] if number > first else waits
+
+
+def array_dependencies(jobs: Sequence[JobPlan], number: int) -> list[tuple[str, int]]:
+    """The same for arrays: an element waits for its own one in the stage before, but for all of the segment before.
+
+    Slurm has "aftercorr" for the elements of jobs that end well, and nothing of the kind for "afterany".
+    """
+    return [("aftercorr" if kind == "afterok" else kind, other) for kind, other in dependencies(jobs, number)]
 
 
 def plan_chain(
@@ -84,7 +94,7 @@ def plan_chain(
             plan.notes.append(f"{stage}: {how}")
         plan.jobs += _jobs(stage, resources[stage], segments, mode)
     if evaluates:
-        plan.jobs += _jobs("evaluate", resources["evaluate"], 1, mode)
+        plan.jobs += _jobs("evaluate", resources["evaluate"], MIN_SEGMENTS, mode)
     return plan
 
 
@@ -243,13 +253,14 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) 
     step_s = slurm.step_s or known.step_s
     if step_s is None or known.total is None:
         what = "a step's time" if step_s is None else "the number of steps"
-        return 1, f"1 segment, because {what} is not known: set slurm.{stage}.segments, or slurm.step_s"
+        how = f"{MIN_SEGMENTS} segments, because {what} is not known: set slurm.{stage}.segments, or slurm.step_s"
+        return MIN_SEGMENTS, how
     measured = slurm.step_s is None and known.world_size is not None
     if measured and known.world_size is not None:
         step_s *= known.world_size / asked.world_size
     left = max(known.total - known.step, 0)
     useful_s = asked.time_min * 60 - slurm.start_s - end_s(slurm, known)
-    count = math.ceil(left * step_s / useful_s) + SPARE_SEGMENTS
+    count = max(math.ceil(left * step_s / useful_s) + SPARE_SEGMENTS, MIN_SEGMENTS)
     how = (
         f"{count} segments = {left} steps · {step_s:.3g} s ({'measured' if measured else 'slurm.step_s'}) / "
         f"{useful_s:.0f} s that train in each job of {asked.time_min} min, and {SPARE_SEGMENTS} to spare"

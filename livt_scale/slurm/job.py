@@ -146,7 +146,7 @@ def parse_ended(words: Sequence[str]) -> list[tuple[str, int]]:
 
 def _begin(job: BatchJob) -> JobExit | None:
     """End here if the stage is done, has failed in an earlier segment, or makes no progress; None: there is work."""
-    if job.stage != "evaluate" and _status(job).get("state") == "done":
+    if _is_evaluated(job) if job.stage == "evaluate" else _status(job).get("state") == "done":
         log(f"{job.stage} is already done in {job.run_dir}: nothing to do")
         return JobExit(0)
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -156,6 +156,16 @@ def _begin(job: BatchJob) -> JobExit | None:
         log(f"{job.stage} failed in an earlier segment, so this one does not start: {reason}")
         return JobExit(EXIT_FAILED)
     return None if job.stage == "evaluate" else _count_start(job)
+
+
+def _is_evaluated(job: BatchJob) -> bool:
+    """Whether an earlier segment has exported, and evaluated, the weights that fine-tuning has ended with."""
+    if job.segment == 1:
+        return False  # asked for again
+    made = job.run_dir / "export" / ("eval.json" if job.recipe.data.val else "config.json")
+    with suppress(FileNotFoundError):
+        return made.stat().st_mtime >= (job.run_dir / "finetune" / "status.json").stat().st_mtime
+    return False
 
 
 def _count_start(job: BatchJob) -> JobExit | None:

@@ -31,7 +31,7 @@ from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
-from livt_scale.slurm.chain import ChainPlan, dependency, plan_chain
+from livt_scale.slurm.chain import ChainPlan, dependencies, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
 from livt_scale.slurm.facts import ClusterFacts
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
@@ -249,8 +249,7 @@ def _submit_all(prepared: Prepared, written: Sequence[Path], chain: dict[str, An
     try:
         write_chain(run_dir, chain)
         for number, (job, script) in enumerate(zip(jobs, written, strict=True)):
-            waits = dependency(jobs, number)
-            after = f"{waits[0]}:{ids[waits[1]]}" if waits else None
+            after = ",".join(f"{kind}:{ids[other]}" for kind, other in dependencies(jobs, number)) or None
             log = f"{LOGS}/{log_name(job, array=False)}"
             submitted = commands.sbatch(
                 script, chdir=run_dir, log=log, comment=chain["chain"], environ=environ, dependency=after

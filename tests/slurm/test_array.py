@@ -57,6 +57,26 @@ def test_one_array_a_stage_each_element_after_its_own_and_a_bounded_number_at_on
         assert Path(chain["jobs"][0]["log"]).parent == Path(told["folder"]) / "slurm" / "logs"
 
 
+def test_where_jobs_are_cancelled_each_segment_is_an_array_that_waits_for_all_of_the_one_before(tmp_path, fake):
+    recipes = three(tmp_path, slurm={"partition": "scrap", "finetune": {"segments": 1}})
+    told = submit(recipes)
+    assert told["mode"] == "segments"
+    names = ["pretrain-1", "pretrain-2", "finetune", "evaluate-1", "evaluate-2"]
+    assert [job["name"] for job in told["jobs"]] == names
+    calls = fake.calls("sbatch")
+    after = [next((w.partition("=")[2] for w in call if w.startswith("--dependency")), None) for call in calls]
+    both = "aftercorr:103,afterany:104"
+    assert after == [None, "afterany:101", "aftercorr:102", "aftercorr:103", both]
+    assert all("#SBATCH --no-requeue" in Path(call[-1]).read_text() for call in calls)
+    chain = read_chain(Path(recipes[1].run_dir))
+    assert [(job["segment"], job["segments"], job["id"]) for job in chain["jobs"]] == [
+        (1, 2, "101_1"), (2, 2, "102_1"), (1, 1, "103_1"), (1, 2, "104_1"), (2, 2, "105_1"),
+    ]  # fmt: skip
+    assert [job["dependency"] for job in chain["jobs"]][1:] == [
+        "afterany:101", "aftercorr:102_1", "aftercorr:103_1", "aftercorr:103_1,afterany:104",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("element", [0, 1, 2])
 def test_an_element_trains_its_own_recipe_into_its_own_folder(tmp_path, fake, element):
     names = ["plain", HOSTILE[2].replace("/", "_"), HOSTILE[4].replace("/", "_")]
@@ -105,7 +125,6 @@ def test_runs_that_do_not_go_together_are_refused_before_anything_is_written(tmp
     for recipes, why in (
         ([recipe(tmp_path, "a"), recipe(tmp_path, "a", seed=1)], "the same run directory"),
         ([recipe(tmp_path, "a"), recipe(tmp_path, "b", slurm={"nodes": 2})], "ask Slurm for different things"),
-        (three(tmp_path, slurm={"partition": "scrap"}), "cancels the jobs that it preempts"),
     ):
         with pytest.raises(UsageError, match=why):
             prepare_array(recipes)

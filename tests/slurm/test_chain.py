@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Slurm
-from livt_scale.slurm.chain import MAX_SEGMENTS, check_times, choose_mode, num_segments, plan_chain
+from livt_scale.slurm.chain import MAX_SEGMENTS, check_times, choose_mode, dependencies, num_segments, plan_chain
 from livt_scale.slurm.facts import PartitionFacts, minutes, read_facts
 from livt_scale.slurm.sites import Resources, load_site, resources_for
 from livt_scale.slurm.step_times import Measured
@@ -278,10 +278,26 @@ def test_a_given_number_of_segments_holds():
     assert num_segments(Slurm(pretrain={"segments": 7}), "pretrain", asked(60), NOTHING)[0] == 7
 
 
-def test_an_unknown_step_time_gives_one_segment_and_says_so():
+def test_an_unknown_step_time_gives_two_segments_and_says_so():
     count, how = num_segments(Slurm(), "pretrain", asked(60), Measured(total=5))
-    assert count == 1
-    assert "a step's time is not known" in how
+    assert count == 2
+    assert "2 segments, because a step's time is not known" in how
+
+
+def test_one_preemption_ends_no_chain():
+    """Each stage has a segment for what is left; of one that is given, a person has decided."""
+    last_step = Measured(step=99, total=100, step_s=1.0, save_s=1.0)
+    jobs = plan(recipe(partition="scrap", finetune={"segments": 1}), pretrain=last_step).jobs
+    names = ["pretrain-1", "pretrain-2", "finetune", "evaluate-1", "evaluate-2"]
+    assert [job.name for job in jobs] == names
+    waits = [[(kind, names[k]) for kind, k in dependencies(jobs, number)] for number in range(len(names))]
+    assert waits == [
+        [],
+        [("afterany", "pretrain-1")],
+        [("afterok", "pretrain-2")],
+        [("afterok", "finetune")],
+        [("afterok", "finetune"), ("afterany", "evaluate-1")],
+    ]
 
 
 def test_too_many_segments_are_a_mistake():

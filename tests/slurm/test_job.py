@@ -1,5 +1,6 @@
 """What a batch job decides: its next step, the meaning of exit codes, its end. The shell's part: test_script.py."""
 
+import os
 import random
 import re
 import socket
@@ -358,6 +359,26 @@ def test_the_evaluation_is_of_the_export(batch):
     assert export.endswith(f"livt_scale export {batch.run}")
     assert evaluation.endswith(f"eval {batch.run}/export --data /shards/val --out {batch.run}/export/eval.json")
     assert all("--ntasks=1" in words for words in (export, evaluation))
+
+
+def test_the_second_segment_of_an_evaluation_does_what_the_first_has_left(batch):
+    """It starts however the first one ended. An earlier submission's result is of other weights."""
+    made = batch.run / "export" / "eval.json"
+    for folder in (made.parent, batch.run / "finetune"):
+        folder.mkdir()
+    made.write_text("{}")
+    os.utime(made, (1000, 1000))
+    batch.status("done", stage="finetune")
+    second = {"when_stopped": "last", "segment": 2, "segments": 2}
+    assert batch("evaluate", **second)[0] == 0
+    assert batch.names == ["export", "eval"]
+    os.utime(made)
+    batch.steps.clear()
+    code, log = batch("evaluate", **second)
+    assert (code, batch.names) == (0, [])
+    assert "evaluate is already done" in log
+    assert batch("evaluate")[0] == 0
+    assert batch.names == ["export", "eval"], "by hand it is evaluated again"
 
 
 def test_an_export_that_fails_is_not_evaluated(batch):

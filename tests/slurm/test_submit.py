@@ -99,8 +99,9 @@ def test_segments_go_on_however_the_one_before_ended_and_stages_only_after_succe
         ("pretrain-2", "afterany:101"),
         ("pretrain-3", "afterany:102"),
         ("finetune-1", "afterok:103"),
-        ("finetune-2", "afterany:104"),
-        ("evaluate", "afterok:105"),
+        ("finetune-2", "afterok:103,afterany:104"),
+        ("evaluate-1", "afterok:105"),
+        ("evaluate-2", "afterok:105,afterany:106"),
     ]
 
 
