@@ -3,52 +3,75 @@
 from __future__ import annotations
 
 import json
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from livt_scale.cli.options import AsJson, Force, Weights, WeightsName, WhichCheckpoint
+from livt_scale.cli.options import AsJson, Force, RunOrExport, Weights, WeightsName, WhichCheckpoint
 from livt_scale.cli.output import echo
+from livt_scale.cli.train import StageName
+
+
+class Layout(StrEnum):
+    timm = "timm"
+    onnx = "onnx"
+    mae = "mae"
+    hf = "hf"
+
+
+OUT_HELP = "Folder to write. Default: RUN/export, with --to RUN/export-TO."
+TO_HELP = "Whose layout: timm, ONNX, MAE's code or Hugging Face."
+STAGE_HELP = "Stage to export, with --to mae. Default: pretrain for mae and hf, else finetune."
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The run directory.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Folder to write. Default: RUN/export.")] = None,
+    path: RunOrExport,
+    out: Annotated[Path | None, typer.Option("--out", help=OUT_HELP)] = None,
+    to: Annotated[Layout, typer.Option("--to", help=TO_HELP)] = Layout.timm,
     which: WhichCheckpoint = None,
-    layout: Annotated[str, typer.Option(help="File layout: timm, mae or hf.")] = "timm",
-    stage: Annotated[str | None, typer.Option(help="pretrain or finetune. Default for mae and hf: pretrain.")] = None,
+    stage: Annotated[StageName | None, typer.Option(help=STAGE_HELP)] = None,
     weights: Weights = WeightsName.raw,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Export a run for timm, MAE's code or Hugging Face.
+    """Export a run for timm, ONNX, MAE's code or Hugging Face.
 
     livt export runs/try --out exports/try
 
-    livt export runs/try --layout hf --out exports/mae-hf
+    livt export runs/try --to onnx --out exports/onnx
+
+    livt export runs/try --to hf --out exports/mae-hf
 
     python -c "import timm; timm.create_model('local-dir:exports/try', pretrained=True)"
     """
-    from livt_scale.export.write_export import export_run
     from livt_scale.util.errors import UsageError
 
-    target = out or run / ("export" if layout == "timm" else f"export-{layout}")
-    if layout != "timm" or stage not in (None, "finetune"):
-        if weights != WeightsName.raw:
-            raise UsageError(
-                "--weights ema needs the timm layout and the fine-tuning stage", remedy="leave out --weights"
-            )
+    target = out or path / ("export" if to is Layout.timm else f"export-{to}")
+    if to in (Layout.mae, Layout.hf) or stage is StageName.pretrain:
+        if weights is not WeightsName.raw:
+            raise UsageError("--weights ema needs --to timm or onnx", remedy="leave out --weights")
         from livt_scale.export.mae_hf import export_as
 
-        written = export_as(run, target, layout=layout, stage=stage or "pretrain", which=which, force=force)
-        text = f"{written['file']}: {written['tensors']} tensors, {layout} layout"
+        written = export_as(path, target, layout=to, stage=stage or "pretrain", which=which, force=force)
+        text = f"{written['file']}: {written['tensors']} tensors, {to} layout"
         echo(json.dumps(written) if as_json else text)
         return
-    info = export_run(run, target, which=which, weights=weights.value, force=force)
+
+    if to is Layout.onnx:
+        from livt_scale.export.onnx import ONNX, export_onnx
+        from livt_scale.export.open_trained import open_trained
+
+        info = export_onnx(open_trained(path, which=which, weights=weights.value), target, force=force)
+        use = f"onnxruntime.InferenceSession({str(target / ONNX)!r})"
+    else:
+        from livt_scale.export.write_export import export_run
+
+        info = export_run(path, target, which=which, weights=weights.value, force=force)
+        use = f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)"
     if as_json:
         echo(json.dumps({"out": str(target), **info.model_dump(mode="json")}))
         return
-    lineage = info.lineage
-    echo(f"{lineage['checkpoint']} of {run}: {len(info.class_names)} classes, {info.weights.bytes:,} bytes")
-    echo(f"timm.create_model({'local-dir:' + str(target)!r}, pretrained=True)")
+    echo(f"{info.lineage['checkpoint']} of {path}: {len(info.class_names)} classes, {info.weights.bytes:,} bytes")
+    echo(use)

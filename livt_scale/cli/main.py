@@ -139,7 +139,7 @@ app.add_typer(job.app, name="job", hidden=True)
 
 
 LAUNCHERS = ("accelerate", "accelerate-launch")
-RENAMED_OPTIONS = {"--at-once": "--jobs", "--from": "--checkpoint"}
+RENAMED_OPTIONS = {"--at-once": "--jobs", "--from": "--checkpoint", "--layout": "--to"}
 # typer brings click's classes along under a private name
 CLICK_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 

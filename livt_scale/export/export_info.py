@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
 
+from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
 from livt_scale.evaluation.calibration import Calibration
@@ -23,18 +24,26 @@ from livt_scale.util.errors import ExportError
 from livt_scale.util.outside import first_mistake, read_json
 
 WEIGHTS = "model.safetensors"
+ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
 CONFIG = "config.json"
 
 
 class WeightsFile(BaseModel):
+    """The file that holds the weights."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: Literal["model.safetensors", "model.onnx", "model.onnx.data"]
     bytes: NonNegativeInt
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        return cls.model_validate({"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)})
 
-class ExportInfo(BaseModel):
-    """The part `livt` of config.json: the facts about the model that timm's part lacks."""
+
+class ModelFacts(BaseModel):
+    """What a reader of an export may want to know of the model, in whatever file its weights are."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -52,7 +61,6 @@ class ExportInfo(BaseModel):
     loss: AnyLoss
     calibration: Calibration  # of the logits
     lineage: dict[str, Any]
-    weights: WeightsFile
 
     @model_validator(mode="after")
     def _every_class_has_a_count(self) -> Self:
@@ -68,6 +76,12 @@ class ExportInfo(BaseModel):
         stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0))
         parallel = Parallel(precision=self.precision)
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
+
+
+class ExportInfo(ModelFacts):
+    """The part `livt` of config.json."""
+
+    weights: WeightsFile
 
 
 def is_export(path: Path) -> bool:

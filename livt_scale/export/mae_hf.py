@@ -1,4 +1,4 @@
-"""A run's weights in the files of other code: MAE's `.pth`, Hugging Face's ViTMAE. For timm: `livt_scale.export.timm`.
+"""A run's weights in the files of other code: MAE's `.pth`, Hugging Face's ViTMAE.
 
     mae   checkpoint.pth                      {"model": state dict}, tensors alone: what the official code loads
     hf    model.safetensors, config.json      what ViTMAEForPreTraining.from_pretrained reads
@@ -26,7 +26,7 @@ from livt_scale.weights.importer import open_weights
 from livt_scale.weights.layouts import to_hf
 from livt_scale.weights.locate import SAFETENSORS
 
-LAYOUTS = ("timm", "mae", "hf")
+LAYOUTS = ("timm", "onnx", "mae", "hf")
 PTH = "checkpoint.pth"
 
 
@@ -95,7 +95,7 @@ def hf_config(recipe: Recipe) -> dict[str, Any]:
 def _classifier(run_dir: Path, which: str | None) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
     trained = load_trained(run_dir, which=which)
     if not trained.recipe.model.is_vit:
-        raise UsageError(f"MAE's code has no place for a {trained.recipe.model.size}", remedy="give --layout timm")
+        raise UsageError(f"MAE's code has no place for a {trained.recipe.model.size}", remedy="give --to timm")
     return dict(trained.model.state_dict()), trained.weights, trained.recipe
 
 
@@ -104,12 +104,10 @@ def _check(layout: str, stage: str, which: str | None) -> None:
         raise UsageError(f"no layout is called {layout!r} ({nearest(layout, LAYOUTS)})")
     if stage not in ("pretrain", "finetune"):
         raise UsageError(f"no stage is called {stage!r} ({nearest(stage, ('pretrain', 'finetune'))})")
-    if layout == "timm":
-        raise UsageError("timm has no place for a masked autoencoder", remedy="give --layout mae or hf")
+    if layout in ("timm", "onnx"):
+        raise UsageError(f"{layout} has no place for a masked autoencoder", remedy="give --to mae or hf")
     if layout == "hf" and stage == "finetune":
-        raise UsageError(
-            "Hugging Face's ViTMAE has no classifier", remedy="give --stage pretrain, or --layout timm or mae"
-        )
+        raise UsageError("Hugging Face's ViTMAE has no classifier", remedy="give --stage pretrain, or --to timm or mae")
     if which is not None and stage == "pretrain":
         raise UsageError(
             "--checkpoint chooses among fine-tuning checkpoints", remedy="leave it out, or give --stage finetune"

@@ -51,6 +51,8 @@ def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
     """
     info = read_info(folder)
     path = folder / WEIGHTS
+    if info.weights.name != WEIGHTS:
+        raise ExportError(f"{folder} is an export for onnxruntime", remedy="export the run with --to timm as well")
     remedy = "copy the export again, or write it again with `livt export`"
     try:
         size = path.stat().st_size

@@ -17,9 +17,19 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.tensor_file import write_tensors
-from livt_scale.export.export_info import CONFIG, WEIGHTS, ExportInfo, WeightsFile, identity, is_export, read_info
+from livt_scale.export.export_info import (
+    CONFIG,
+    ONNX,
+    ONNX_DATA,
+    WEIGHTS,
+    ExportInfo,
+    ModelFacts,
+    WeightsFile,
+    identity,
+    is_export,
+    read_info,
+)
 from livt_scale.export.timm import compare_with_timm, timm_config
 from livt_scale.train.load_trained import Trained, Weights, load_trained
 from livt_scale.util.atomic import new_folder
@@ -42,12 +52,12 @@ def export_run(
 
 def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportInfo:
     """Write `trained` to `out` atomically. What is replaced there: see `check_target`."""
-    check_target(out, weights=trained.weights, force=force)
+    check_target(out, weights=trained.weights, file=WEIGHTS, force=force)
     tensors = {name: t.detach().cpu().contiguous() for name, t in trained.model.state_dict().items()}
     try:
         with new_folder(out.resolve()) as temporary:
             write_tensors(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-            info = _info(trained, temporary / WEIGHTS)
+            info = ExportInfo(**dict(model_facts(trained)), weights=WeightsFile.of(temporary / WEIGHTS))
             config = timm_config(info) | {"livt": info.model_dump(mode="json")}
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
             compare_with_timm(trained.model, temporary, info.model)
@@ -59,11 +69,13 @@ def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportI
     return info
 
 
-def check_target(out: Path, *, weights: Mapping[str, Any] | None = None, force: bool = False) -> None:
+def check_target(
+    out: Path, *, weights: Mapping[str, Any] | None = None, file: str = WEIGHTS, force: bool = False
+) -> None:
     """Raise ExportError unless `out` may be written: absent, an empty folder, or only an export of ours.
 
-    weights: the lineage of what is to be exported (None: not known yet). An export of another run, or by another
-    method, is replaced only with `force`.
+    weights: the lineage of what is to be exported (None: not known yet). An export of another run, by another method,
+    or without `file`, so in another layout, is replaced only with `force`.
     """
     if out.is_symlink() and not out.exists():
         raise ExportError(f"{out} is a link that leads nowhere", remedy="remove it, or give another --out")
@@ -72,15 +84,15 @@ def check_target(out: Path, *, weights: Mapping[str, Any] | None = None, force: 
     if not out.is_dir():
         raise ExportError(f"{out} is a file", remedy="give a folder as --out")
     inside = sorted(p.name for p in out.iterdir())
-    foreign = [name for name in inside if name not in (WEIGHTS, CONFIG)]
+    foreign = [name for name in inside if name not in (WEIGHTS, ONNX, ONNX_DATA, CONFIG)]
     if foreign or (inside and not is_export(out)):
         named = ", ".join(repr(name) for name in (foreign or inside)[:5])
         raise ExportError(f"{out} holds what is not an export ({named})", remedy="give a new folder as --out")
     if inside and weights is not None and not force:
-        _refuse_other_export(out, weights)
+        _refuse_other_export(out, weights, is_alike=file in inside)
 
 
-def _refuse_other_export(out: Path, weights: Mapping[str, Any]) -> None:
+def _refuse_other_export(out: Path, weights: Mapping[str, Any], *, is_alike: bool) -> None:
     remedy = "give a new folder as --out, or --force to replace it"
     try:
         there = read_info(out).lineage
@@ -90,12 +102,14 @@ def _refuse_other_export(out: Path, weights: Mapping[str, Any]) -> None:
         run, method = identity(there)
         by = f" by {method}" if method else ""
         raise ExportError(f"{out} holds another export: {there.get('checkpoint')} of run {run[:12]}{by}", remedy=remedy)
+    if not is_alike:
+        raise ExportError(f"{out} holds an export in another layout", remedy=remedy)
 
 
-def _info(trained: Trained, weights: Path) -> ExportInfo:
+def model_facts(trained: Trained) -> ModelFacts:
     recipe = trained.recipe
     assert recipe.stages.finetune is not None
-    return ExportInfo(
+    return ModelFacts(
         model=recipe.model,
         class_names=trained.classes.names,
         class_counts=trained.classes.counts,
@@ -108,5 +122,4 @@ def _info(trained: Trained, weights: Path) -> ExportInfo:
         loss=recipe.stages.finetune.loss,
         calibration=trained.calibration,
         lineage={**trained.weights, "learnt_from": trained.learnt_from},
-        weights=WeightsFile(bytes=weights.stat().st_size, sha256=sha256_of(weights)),
     )

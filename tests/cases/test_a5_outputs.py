@@ -74,7 +74,7 @@ def test_a5_other_layouts_replace_nothing_without_force(two_runs, tmp_path, layo
     (tmp_path / "out" / "photo.jpg").write_bytes(b"x")
     stage = ("--stage", "finetune") if layout == "mae" else ()
     for words in ((), ("--force",)):
-        code, error = livt("export", two_runs[0], "--layout", layout, *stage, "--out", tmp_path / "out", *words)
+        code, error = livt("export", two_runs[0], "--to", layout, *stage, "--out", tmp_path / "out", *words)
         assert code != 0
         assert isinstance(error, ExportError)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["photo.jpg"]

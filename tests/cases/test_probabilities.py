@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import importlib.util
 import json
 import logging
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import livt_scale as livt
+from livt_scale.cli.main import app
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import load_spec
-from livt_scale.evaluation.calibration import Calibration, recorded_calibration, temperature_report
+from livt_scale.data.image.transforms import EvalTransform
+from livt_scale.data.settings import ImageSettings
+from livt_scale.evaluation.calibration import NOT_FITTED, Calibration, recorded_calibration, temperature_report
 from livt_scale.export.export_info import read_info
+from livt_scale.export.onnx import TOLERANCE, PixelsToProbabilities, compare_with_onnxruntime, export_onnx
+from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.posthoc.evaluate_path import evaluate_path
 from livt_scale.posthoc.predict import predict
 from livt_scale.posthoc.soup import make_soup, read_members
 from livt_scale.posthoc.tau_norm import tau_normalise
+from livt_scale.train.load_trained import load_trained
+from livt_scale.util.errors import ExportError, UsageError
+from tests.tiny_run import tiny_recipe as a_recipe
+from tests.tiny_run import tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +117,77 @@ def test_a_changed_model_gets_its_own(unsure_run, tmp_path):
         own = livt.load(tmp_path / made).temperature
         assert own == pytest.approx(temperature_report(outputs)["temperature"], rel=1e-4)
         assert own != report["temperature"]["temperature"]
+
+
+@pytest.fixture(scope="module")
+def onnx_export(unsure_run, tmp_path_factory):
+    """What `livt export --to onnx` writes."""
+    out = tmp_path_factory.mktemp("onnx") / "out"
+    assert CliRunner().invoke(app, ["export", str(unsure_run), "--to", "onnx", "--out", str(out)]).exit_code == 0
+    return out
+
+
+def test_onnx_takes_pixels_and_gives_the_predictors_probabilities(unsure_run, onnx_export, tiny_images):
+    session = onnxruntime.InferenceSession(onnx_export / "model.onnx")
+    files, predictor = sorted((tiny_images / "val").rglob("*.jpg")), livt.load(unsure_run)
+    settings = ImageSettings.of_recipe(open_trained(unsure_run).recipe)
+    pixels = torch.empty((len(files), 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for file, slot in zip(files, pixels, strict=True):
+        EvalTransform(settings).crops(file.read_bytes(), slot[None])
+    for count in (len(files), 1):
+        [found] = session.run(["probabilities"], {"images": np.ascontiguousarray(pixels[:count])})
+        torch.testing.assert_close(
+            torch.from_numpy(found), predictor(files[:count]).probabilities, rtol=0, atol=TOLERANCE
+        )
+
+
+def test_onnx_says_of_which_run_checkpoint_and_set_it_is(unsure_run, onnx_export, tmp_path):
+    info = read_info(onnx_export)
+    own = json.loads(onnx.load(onnx_export / "model.onnx").metadata_props[0].value)
+    assert own == {k: v for k, v in info.model_dump(mode="json").items() if k != "weights"}
+    assert own["lineage"] == export_run(unsure_run, tmp_path / "timm").lineage
+    assert (info.weights.name, info.calibration.images) == ("model.onnx", 12)
+    assert sha256((onnx_export / "model.onnx").read_bytes()).hexdigest() == info.weights.sha256
+    assert str(unsure_run.parent).encode() not in (onnx_export / "model.onnx").read_bytes()
+
+
+def test_onnx_and_timm_do_not_replace_each_other_unasked(unsure_run, onnx_export, tmp_path):
+    shutil.copytree(onnx_export, tmp_path / "out")
+    with pytest.raises(ExportError, match="another layout"):
+        export_run(unsure_run, tmp_path / "out")
+    with pytest.raises(ExportError, match="for onnxruntime"):
+        livt.load(tmp_path / "out")
+    export_run(unsure_run, tmp_path / "out", force=True)
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_an_onnx_graph_with_other_probabilities_is_refused_and_what_is_missing_is_named(
+    unsure_run, onnx_export, tmp_path, monkeypatch
+):
+    trained = open_trained(unsure_run)
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    compare_with_onnxruntime(PixelsToProbabilities(trained), onnx_export / "model.onnx", images=images)
+    other = PixelsToProbabilities(dataclasses.replace(trained, calibration=NOT_FITTED))
+    with pytest.raises(ExportError, match="differ by"):
+        compare_with_onnxruntime(other, onnx_export / "model.onnx", images=images)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="onnx and onnxscript"):
+        export_onnx(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [{"size": "resnet_micro"}, {"size": "vit_h", "width": 80, "heads": 5}], ids=str)
+def test_onnx_of_other_models_is_the_same_bytes_each_time_in_one_file_or_two(tmp_path, monkeypatch, model):
+    tiny_run(tmp_path / "run", a_recipe(**model), steps=(40,))
+    trained = load_trained(tmp_path / "run")
+    for out in ("one", "again"):
+        export_onnx(trained, tmp_path / out)
+    assert (tmp_path / "one/model.onnx").read_bytes() == (tmp_path / "again/model.onnx").read_bytes()
+    monkeypatch.setattr("livt_scale.export.onnx.ONE_FILE_BYTES", 1000)
+    info = export_onnx(trained, tmp_path / "two")
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
+    assert info.weights.name == "model.onnx.data"
 
 
 def part(**fields):
