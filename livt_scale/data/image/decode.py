@@ -130,7 +130,8 @@ class _JpegImage:
             pixels = self._decoded_leniently(shrink, error)
         if self._colours in _FOUR_INKS:
             inks = Image.frombuffer("CMYK", pixels.shape[1::-1], 255 - pixels)  # as Adobe writes them: inverted
-            pixels = np.asarray(inks.convert("RGB" if self._channels == 3 else "L")).reshape(*pixels.shape[:2], -1)
+            # a copy: Pillow's own memory is read-only, of which torch warns
+            pixels = np.array(inks.convert("RGB" if self._channels == 3 else "L")).reshape(*pixels.shape[:2], -1)
         return pixels if self._orientation == 1 else _upright(pixels, self._orientation)
 
     def _upper_part(self, bottom: int, shrink: int, workspace: Workspace | None) -> Pixels | None:

@@ -64,7 +64,9 @@ def test_every_mode_of_png_becomes_rgb(mode):
 def test_cmyk_jpegs_become_rgb():
     file = io.BytesIO()
     Image.fromarray(PHOTO).convert("CMYK").save(file, "JPEG", quality=95)
-    np.testing.assert_array_equal(decode(file.getvalue()), pillow(file.getvalue()))
+    pixels = decode(file.getvalue())
+    np.testing.assert_array_equal(pixels, pillow(file.getvalue()))
+    assert pixels.flags.writeable  # else torch warns of each epoch's first one
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
