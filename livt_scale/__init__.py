@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # for type checkers and editors; `_HOMES` says the same
     from livt_scale import optim as optim
     from livt_scale.api.eval_loader import EvalLoader as EvalLoader
     from livt_scale.api.eval_loader import evaluate as evaluate
+    from livt_scale.api.init import init as init
     from livt_scale.api.models import build_classifier as build_classifier
     from livt_scale.api.predictor import Predicted as Predicted
     from livt_scale.api.predictor import Predictor as Predictor
@@ -52,6 +53,7 @@ _HOMES = {  # name: the module below livt_scale that has it
     "load": "api.predictor",
     "Predictor": "api.predictor",
     "Predicted": "api.predictor",
+    "init": "api.init",
     "train": "api.train",
     "to_webdataset": "api.streams",
     "register_loss": "api.registration",
@@ -91,6 +93,7 @@ __all__ = [
     "__version__",
     "build_classifier",
     "evaluate",
+    "init",
     "load",
     "losses",
     "optim",

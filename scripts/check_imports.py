@@ -30,6 +30,7 @@ CHECKS = "a library that is missing or broken is a finding of livt doctor, not i
 DEFERRED: dict[str, str] = {
     "cli/": START_UP,
     "losses/options.py": TORCH,
+    "api/init.py": TORCH,
     "api/registration.py": TORCH,
     "api/train.py": TORCH,
     "data/build/writer.py": "start-up: webdataset imports torch, and only writing a shard needs it",

@@ -1,6 +1,7 @@
 """A folder of photographs as people have them: crops of those that scikit-image and scikit-learn bring along.
 
     photograph_folder(tmp_path / "photos", images=600, seed=0)     # root/CLASS/NUMBER.ending, in eight formats
+    photograph_folder(tmp_path / "photos", counts=LONG_TAIL)       # 600 of 12 classes, 200 to 3 images
     add_bad_files(tmp_path / "photos")                             # twenty files of twelve kinds beside them
 
 Formats: JPEG (also .jfif, CMYK, turned by EXIF), MPO, PNG (also with a palette, of 16 bits), WebP, BMP, TIFF (also of
@@ -22,6 +23,10 @@ from tests.data.build.hostile import ihdr, png
 
 CLASSES = ("astronaut", "cat", "china", "coffee", "flower", "rocket")
 SHARES = (0.4, 0.25, 0.15, 0.1, 0.06, 0.04)  # of the images: a long tail
+LONG_TAIL = {
+    "astronaut": 200, "cat": 132, "china": 88, "coffee": 60, "flower": 41, "rocket": 28, "galaxies": 19, "tissue": 12,
+    "retina": 8, "brick": 5, "camera": 4, "grass": 3,
+}  # fmt: skip
 
 
 @cache
@@ -34,14 +39,30 @@ def photographs() -> tuple[np.ndarray, ...]:
     return data.astronaut(), data.chelsea(), china, data.coffee(), flower, data.rocket()
 
 
-def photograph_folder(root: Path, images: int, seed: int = 0) -> dict[str, int]:
-    """Write `images` crops, no two alike, below `root`; how many of each class."""
+@cache
+def photograph_of(name: str) -> np.ndarray:
+    """uint8 [H, W, 3] for each class of LONG_TAIL."""
+    from skimage import data
+
+    if name in CLASSES:
+        return photographs()[CLASSES.index(name)]
+    loaders = {"galaxies": data.hubble_deep_field, "tissue": data.immunohistochemistry}
+    photo = (loaders.get(name) or getattr(data, name))()
+    return photo if photo.ndim == 3 else np.stack([photo] * 3, axis=-1)
+
+
+def photograph_folder(
+    root: Path, images: int = 600, seed: int = 0, *, counts: dict[str, int] | None = None
+) -> dict[str, int]:
+    """Write `images` crops, no two alike, below `root`, or `counts` of each class; how many of each class."""
     rng = np.random.default_rng(seed)
-    counts = [max(int(images * share), 1) for share in SHARES]
-    counts[0] += images - sum(counts)
+    if counts is None:
+        counts = {name: max(int(images * share), 1) for name, share in zip(CLASSES, SHARES, strict=True)}
+        counts[CLASSES[0]] += images - sum(counts.values())
     writers = list(WRITERS.items())
     number = 0
-    for name, photo, count in zip(CLASSES, photographs(), counts, strict=True):
+    for name, count in counts.items():
+        photo = photograph_of(name)
         (root / name).mkdir(parents=True)
         for k in range(count):
             ending, write = writers[number % len(writers)]
@@ -50,7 +71,7 @@ def photograph_folder(root: Path, images: int, seed: int = 0) -> dict[str, int]:
             crop = Image.fromarray(photo[top : top + height, left : left + width])
             write(crop, root / name / f"{k:04}{ending.partition(' ')[0]}")
             number += 1
-    return dict(zip(CLASSES, counts, strict=True))
+    return counts
 
 
 def _save(kind: str, **options: Any) -> Callable[[Image.Image, Path], None]:

@@ -22,6 +22,7 @@ from livt_scale.cli import (
     eval,
     export,
     import_,
+    init,
     job,
     logs,
     plan,
@@ -116,6 +117,7 @@ def _print_version() -> None:
 
 
 app.command()(quickstart.quickstart)
+app.command()(init.init)
 app.command()(train.train)
 app.command()(plan.plan)
 app.command()(submit.submit)

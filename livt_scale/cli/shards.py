@@ -11,28 +11,20 @@ livt shards bench recipes/fashion_mnist_lt/quickstart.yaml --gpus 8 --images-per
 from __future__ import annotations
 
 import json
-import logging
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from livt_scale.cli.output import echo
+from livt_scale.cli.progress import MIB, progress_of
 from livt_scale.cli.shards_bench import bench
-from livt_scale.util.text import escaped
 
 if TYPE_CHECKING:
-    from livt_scale.data.build.scan import Progress
     from livt_scale.data.build.verify import Fault
 
-_log = logging.getLogger(__name__)
 app = typer.Typer(help="Build, verify and inspect shards.", no_args_is_help=True)
-MIB = 2**20
-EVERY_S = 10.0  # a plain line of progress, where there is no terminal
 MAX_FAULTS = 20  # shown; --json has all
 MAX_CLASSES = 20  # rows of the histogram
 BAR = 40  # characters of the longest bar
@@ -85,7 +77,7 @@ def build(
     # A shipped spec may be in a folder of the system; recipes look for its sets in shards/ here.
     out = out or (Path("shards") if is_name(spec) else loaded.folder) / loaded.build.name
     options = BuildOptions(skip_bad=skip_bad, again=again, decode=decode, report=echo)
-    with _progress("images") as progress:
+    with progress_of("images") as progress:
         built = build_shards(loaded, out, options=options, workers=workers, progress=progress)
     for one in built:
         there = f" ({one.kept} were there)" if one.kept and one.made else ""
@@ -109,7 +101,7 @@ def verify(
     """
     from livt_scale.data.build.verify import verify as verify_shards
 
-    with _progress("shards") as progress:
+    with progress_of("shards") as progress:
         faults = verify_shards(folder, decode=decode, quarantine=quarantine, workers=workers, progress=progress)
     if as_json:
         rows = [{"shard": f.shard, "key": f.key, "offset": f.offset, "what": f.what} for f in faults]
@@ -132,7 +124,7 @@ def index(
     from livt_scale.data.build.indexing import class_names_in, index_tars
 
     names = class_names_in(class_names) if class_names else None
-    with _progress("shards") as progress:
+    with progress_of("shards") as progress:
         shards = index_tars(folder, class_names=names, workers=workers, progress=progress)
     empty = [n for n, count in zip(shards.manifest.class_names, shards.manifest.class_counts, strict=True) if not count]
     echo(f"{folder}: {shards.num_samples:,} images of {shards.num_classes} classes: manifest written")
@@ -310,53 +302,3 @@ def _print_faults(folder: str, faults: list[Fault], *, decode: bool, quarantine:
 
         facts = shard_info(folder)
         echo(f"in quarantine: {facts['quarantined']} samples: {_by_class(facts)}. Training leaves them out")
-
-
-@contextmanager
-def _progress(unit: str) -> Iterator[Progress]:
-    """A bar on a terminal, else a line every EVERY_S seconds; on stderr, so that --json stays JSON."""
-    if not sys.stderr.isatty():
-        yield _Lines(unit)
-        return
-    from livt_scale.util.tables import plain_bar
-
-    with plain_bar(unit, "{task.fields[rate]}") as bar:
-        tasks: dict[str, Any] = {}
-        rate = _Rate(unit)
-
-        def show(name: str, done: int, total: int, num_bytes: int) -> None:
-            if name not in tasks:
-                tasks[name] = bar.add_task(escaped(name), total=total, rate="")
-            bar.update(tasks[name], completed=done, rate=rate(name, done, num_bytes))
-
-        yield show
-
-
-class _Lines:
-    """Progress for a log file."""
-
-    def __init__(self, unit: str) -> None:
-        self._unit = unit
-        self._rate = _Rate(unit)
-        self._logged = time.monotonic()
-
-    def __call__(self, name: str, done: int, total: int, num_bytes: int) -> None:
-        rate = self._rate(name, done, num_bytes)
-        if time.monotonic() - self._logged >= EVERY_S or done == total:
-            self._logged = time.monotonic()
-            _log.info("%s: %s of %s %s, %s", name, f"{done:,}", f"{total:,}", self._unit, rate)
-
-
-class _Rate:
-    """Units and MiB a second of the set in work; its clock starts where the set before ended."""
-
-    def __init__(self, unit: str) -> None:
-        self._unit, self._name = unit, ""
-        self._begun = self._last = time.monotonic()
-
-    def __call__(self, name: str, done: int, num_bytes: int) -> str:
-        if name != self._name:
-            self._name, self._begun = name, self._last
-        self._last = time.monotonic()
-        seconds = max(self._last - self._begun, 1e-3)
-        return f"{done / seconds:,.0f} {self._unit}/s, {num_bytes / MIB / seconds:,.1f} MiB/s"

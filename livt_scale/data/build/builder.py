@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from livt_scale.data.build.record import RECORD, SourceRecord, changes
 from livt_scale.data.build.scan import SHOWN, Progress, Scan, by_reason, first_names, scan, table
 from livt_scale.data.build.set_plan import (
@@ -34,6 +36,7 @@ from livt_scale.data.build.writer import Shard, ShardJob, make_shard, publish
 from livt_scale.data.manifest import INDEX, KEYS, MANIFEST, QUARANTINE, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.extensions import load_extensions
+from livt_scale.longtail import Counts
 from livt_scale.util.atomic import PREFIX, FileLock, LockHeld, file_lock, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, SourceError, UsageError
 from livt_scale.util.outside import read_json
@@ -83,12 +86,30 @@ def build(
     UsageError (`out` within a source). Shards that are finished are kept whatever happens; a manifest is only there
     if all is.
     """
+    planned = plan_build(spec, out, options=options, workers=workers, progress=progress)
+    return planned.write(workers=workers, progress=progress)
+
+
+def plan_build(
+    spec: Spec,
+    out: str | Path,
+    *,
+    options: BuildOptions = DEFAULTS,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    opened: Mapping[str, Source] | None = None,
+) -> PlannedBuild:
+    """Look at every image and decide what goes where; write nothing. Raises as `build`.
+
+    opened: sources of the spec that are open already, by name.
+    """
     out = Path(out)
     _check_outside(spec, out)
-    sources: dict[str, Source] = {}
+    sources = dict(opened or {})
     states = {name: _state(spec, name, out / name, sources, options) for name in spec.build.sets}
     _refuse_changed(states, options)
     todo = [name for name, state in states.items() if state.built is None]
+    plans: list[SetPlan] = []
     if todo:
         workers = workers or usable_cores()
         scans = {
@@ -97,15 +118,38 @@ def build(
         }
         _report_scans(list(scans.values()), options)
         plans = _plans(spec, todo, scans, states, options.report)
-        with plain_disk_errors(out):
-            out.mkdir(parents=True, exist_ok=True)
-        with _alone(out):
-            for plan in plans:
-                _claim(plan, out / plan.name, again=states[plan.name].is_changed, report=options.report)
-            for plan in plans:
-                built = _build_set(plan, out / plan.name, workers=workers, progress=progress)
-                states[plan.name] = SetState(built)
-    return [state.built for state in states.values() if state.built]
+    return PlannedBuild(out, plans, states, options)
+
+
+@dataclass(frozen=True)
+class PlannedBuild:
+    """A build of which nothing is written yet."""
+
+    out: Path
+    plans: list[SetPlan]  # of the sets that are not finished
+    states: dict[str, SetState]  # of every set
+    options: BuildOptions
+
+    def class_counts(self) -> dict[str, Counts]:
+        """[C] Images of each class, by set."""
+        finished = {name: ShardManifest.read(state.built.folder) for name, state in self.states.items() if state.built}
+        counts = {name: np.array(manifest.class_counts, dtype=np.int64) for name, manifest in finished.items()}
+        return counts | {plan.name: plan.class_counts for plan in self.plans}
+
+    def write(self, *, workers: int | None = None, progress: Progress | None = None) -> list[Built]:
+        """Write what is missing. Raises as `build`."""
+        built = {name: state.built for name, state in self.states.items()}
+        if self.plans:
+            with plain_disk_errors(self.out):
+                self.out.mkdir(parents=True, exist_ok=True)
+            with _alone(self.out):
+                for plan in self.plans:
+                    again = self.states[plan.name].is_changed
+                    _claim(plan, self.out / plan.name, again=again, report=self.options.report)
+                for plan in self.plans:
+                    folder = self.out / plan.name
+                    built[plan.name] = _build_set(plan, folder, workers=workers or usable_cores(), progress=progress)
+        return [one for one in built.values() if one]
 
 
 # --- what is there ---

@@ -33,8 +33,7 @@ NOT_READ_ENDINGS = (".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg")  # images 
 
 def open_folder(name: str, root: Path, *, class_names: tuple[str, ...] | None = None) -> FileSource:
     """root/CLASS/**/image. Without `class_names`, the classes are the folders in the order of their names."""
-    entries = listed(root)
-    folders = sorted(e.name for e in entries if _is_folder(e) and not _is_hidden(e.name))
+    folders = class_folders(root)
     if not folders:
         raise SourceError(f"{root} holds no folders", remedy="a folder source has one folder a class, images in it")
     unknown = sorted(set(folders) - set(class_names or folders))
@@ -49,7 +48,7 @@ def open_folder(name: str, root: Path, *, class_names: tuple[str, ...] | None = 
         if folder in folders:
             walk.take_class(folder)
         labels += [label] * (len(walk.images) - len(labels))
-    for entry in entries:
+    for entry in listed(root):
         if _is_hidden(entry.name):
             walk.ignored.append((entry.name, HIDDEN))
         elif not _is_folder(entry):
@@ -58,6 +57,11 @@ def open_folder(name: str, root: Path, *, class_names: tuple[str, ...] | None = 
     return file_source(
         name, classes, labels, root, walk.images, unusable=sorted(walk.unusable), ignored=sorted(walk.ignored)
     )
+
+
+def class_folders(root: Path) -> list[str]:
+    """The names of the folders in `root`, sorted, without hidden ones. Raises SourceError."""
+    return sorted(e.name for e in listed(root) if _is_folder(e) and not _is_hidden(e.name))
 
 
 class _Walk:
