@@ -39,7 +39,7 @@ def test_an_array_of_100_takes_at_most_20_s_and_10_mb(tmp_path, fake):
 
 def test_a_chain_of_65_jobs_takes_at_most_5_s(tmp_path, fake):
     began = time.process_time()
-    segments = ("slurm.mode=segments", "slurm.pretrain.segments=32", "slurm.finetune.segments=32")
+    segments = ("slurm.mode=segments", "slurm.pretrain.segments=31", "slurm.finetune.segments=32")
     prepared = submit.prepare(load_recipe(QUICKSTART, sets=[f"run_dir={tmp_path}/run", *KNOWN, *segments]))
     assert len(submit.submit(prepared)["jobs"]) == 65
     assert time.process_time() - began < 5
