@@ -41,7 +41,7 @@ def next_(
 ) -> None:
     """Print what the batch script does next.
 
-    Prints `run STEP WORD...` or `exit CODE`, each word followed by a NUL character.
+    Prints `run STEP WORD...` or `exit CODE KIND WHY`, each word followed by a NUL character.
     """
     from typing import cast, get_args
 
@@ -70,5 +70,8 @@ def next_(
         loaded.slurm.stage_in_dir or stage_in_dir or os.environ.get("TMPDIR") or "/tmp",  # noqa: S108 - as Slurm has it
     )
     action = next_action(job, parse_ended(ended or ()), signalled=signalled == "yes")
-    words = ("exit", str(action.code)) if isinstance(action, JobExit) else ("run", action.name, *action.words)
+    if isinstance(action, JobExit):
+        words: tuple[str, ...] = ("exit", str(action.code), action.kind, action.why)
+    else:
+        words = ("run", action.name, *action.words)
     sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))

@@ -27,6 +27,7 @@ from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
 from livt_scale.slurm.chain import Mode, array_dependencies
 from livt_scale.slurm.code_snapshot import Code, Frozen, freeze, keep_git_view
+from livt_scale.slurm.records import read_chain
 from livt_scale.slurm.script import LOGS, ArraySettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import JobKind
 from livt_scale.slurm.submit import (
@@ -37,7 +38,6 @@ from livt_scale.slurm.submit import (
     entry,
     look_at_cluster,
     prepare,
-    read_chain,
     settings_of,
     start_over,
     take_back,

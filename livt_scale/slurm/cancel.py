@@ -25,7 +25,7 @@ from livt_scale.config.recipe import STAGES
 from livt_scale.slurm import commands, processes, progress
 from livt_scale.slurm.commands import RUNS, query
 from livt_scale.slurm.progress import Record
-from livt_scale.slurm.submit import read_chain
+from livt_scale.slurm.records import read_chain
 from livt_scale.util.errors import ClusterError, LivtError, RunError
 
 POLL_S = 1.0

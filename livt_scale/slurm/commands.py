@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,7 +125,7 @@ def _run(*words: str, environ: Mapping[str, str] | None = None) -> str:
 
 ASK_S = 15.0  # a screen should not wait longer; --watch asks again
 JOB_ID = r"[0-9]+(_[0-9]+)?"  # 12, or 12_3 of an array
-SQUEUE = "--format=%i|%T|%r|%M|%L|%S|%N|%k"
+SQUEUE = "--format=%i|%T|%r|%e|%L|%S|%N|%k"
 SACCT = "--format=JobID,State,ExitCode,Start,End,NodeList,Reason"
 EARLIER_S = 120.0  # the most that clocks of login node and controller may differ
 
@@ -167,33 +167,44 @@ class JobState:
 
 @dataclass
 class Queue:
-    """The known jobs, by id, and the queries that failed."""
+    """The known jobs, by id, and the queries that failed. answered: squeue has listed the jobs that it knows."""
 
     jobs: dict[str, JobState] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    answered: bool = False
+
+    def is_over(self, job: str) -> bool:
+        """Whether `job` has ended, or is not known any more."""
+        return job not in self.jobs or self.jobs[job].ended
 
 
 def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
-    """Ask for the jobs of each chain.json: squeue first, sacct for those that it does not show any more."""
+    """Ask for the jobs of each chain.json: squeue first, then sacct for those that have ended.
+
+    squeue knows a job for some minutes after its end (MinJobAge), which is all that there is without accounting.
+    """
     ids = [[job for job in (str(j.get("id")) for j in c.get("jobs", [])) if re.fullmatch(JOB_ID, job)] for c in chains]
     queues, wanted = [Queue() for _ in chains], list(dict.fromkeys(job for jobs in ids for job in jobs))
     if not wanted:
         return queues
-    told, why, _ = query("squeue", "--noheader", "--array", f"--jobs={','.join(wanted)}", SQUEUE)
+    told, why, _ = query("squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(wanted)}", SQUEUE)
     if "Invalid job id" in why:  # squeue's message for a single job that it has forgotten
         why = ""
     for queue, chain, jobs in zip(queues, chains, ids, strict=True):
         queue.notes += [why] if why and jobs else []
+        queue.answered = not why
         queue.jobs |= read_squeue(told, comment=str(chain.get("chain")))
-    gone = [[job for job in jobs if job not in q.jobs] for q, jobs in zip(queues, ids, strict=True)]
-    wanted = list(dict.fromkeys(job for jobs in gone for job in jobs))
+    over = [
+        [job for job in jobs if job not in q.jobs or q.jobs[job].ended] for q, jobs in zip(queues, ids, strict=True)
+    ]
+    wanted = list(dict.fromkeys(job for jobs in over for job in jobs))
     if not wanted:
         return queues
     told, why, _ = query(
         "sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", f"-j{','.join(wanted)}", SACCT
     )
-    for queue, chain, jobs in zip(queues, chains, gone, strict=True):
-        queue.notes += [why] if why and jobs else []
+    for queue, chain, jobs in zip(queues, chains, over, strict=True):
+        queue.notes += [why] if why and any(job not in queue.jobs for job in jobs) else []
         submitted = {str(job.get("id")): str(job.get("submitted_at", "")) for job in chain.get("jobs", [])}
         queue.jobs |= read_sacct(told, submitted={job: submitted[job] for job in jobs})
     return queues
@@ -225,16 +236,31 @@ def query(*words: str) -> Answer:
     return Answer(done.stdout, "", 0)
 
 
+def show_job(job: str) -> dict[str, str]:
+    """What the controller reports about a job, by name; empty where it does not know the job, or does not answer."""
+    text = query("scontrol", "--oneliner", "show", "job", job).text
+    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
+    return next((row for row in rows if row.get("JobId") == job), {})
+
+
+def end_state(job: str) -> str:
+    """The state in which a job ended: by the controller, which forgets it, else by accounting; empty: not known."""
+    if state := show_job(job).get("JobState"):
+        return state
+    told = query("sacct", "--noheader", "--parsable2", "--allocations", f"-j{job}", SACCT).text
+    known = read_sacct(told, submitted={job: ""}).get(job)
+    return known.state if known else ""
+
+
 def read_squeue(told: str, *, comment: str) -> dict[str, JobState]:
     """The jobs that carry `comment`, from rows as SQUEUE orders them."""
     found = {}
     for line in told.splitlines():
         parts = [part.strip() for part in line.split("|", 7)]
         if len(parts) == 8 and parts[7] == comment:
-            job, state, reason, _, left, start, nodes, _ = parts
-            found[job] = JobState(
-                job, state, reason=_said(reason), left=_said(left), start=_said(start), nodes=_said(nodes)
-            )
+            job, state, reason, end, left, start, nodes, _ = parts
+            now = JobState(job, state, _said(reason), _said(left), _said(start), _said(end), _said(nodes))
+            found[job] = now if now.ended else replace(now, end="")  # of one that has not, when it will at the latest
     return found
 
 

@@ -8,7 +8,7 @@ The batch shell asks after each step (`livt job next`) and follows the answer. S
 exit codes, are arguments; all else is in the run directory, so that a job may be killed between any two decisions:
 
     RUN/slurm/starts-STAGE.json   the newest checkpoint at the last start, and the starts since then without a newer one
-    RUN/slurm/failed-STAGE        why the stage failed: later segments end with this reason
+    RUN/slurm/ends/ID             how each job ended: a segment does not start behind one that failed or was cancelled
     RUN/slurm/nodes/ID/NODE       what each node answered to the check
 """
 
@@ -32,18 +32,19 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.distributed.ports import free_port, port_of_job
 from livt_scale.slurm import bad_nodes, commands
 from livt_scale.slurm.bad_nodes import BadNode
+from livt_scale.slurm.causes import cause_outside, was_cancelled, was_preempted, was_requeued
 from livt_scale.slurm.code_snapshot import PACKAGE
+from livt_scale.slurm.records import EndKind, read_end, segments_before
 from livt_scale.slurm.script import WhenStopped
 from livt_scale.slurm.sites import JobKind
 from livt_scale.slurm.srun import Srun
 from livt_scale.train.run_files import read_status
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, RunError
-from livt_scale.util.outside import read_json, read_note
+from livt_scale.util.outside import read_json
 
 CLEAN_UP = "clean-up"
 KILLED_BY_SIGNAL = (128 + 12, 128 + 15)  # SIGUSR2, SIGTERM: srun gives this for a task that does not handle them yet
-RESUMED_S = 120.0  # in which ranks find that they have lost one another, and end
 EXCLUDE_TRIES, EXCLUDE_WAIT_S = 8, 0.5  # only a job that waits can be changed, and after a requeue it soon does
 
 
@@ -57,9 +58,11 @@ class JobStep:
 
 @dataclass(frozen=True)
 class JobExit:
-    """End the batch script."""
+    """End the batch script. kind, why: for the record of this end."""
 
     code: int
+    kind: EndKind
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,9 +113,16 @@ class BatchJob:
     @cached_property
     def facts(self) -> dict[str, str]:
         """What the controller reports about this job; empty if it does not answer."""
-        text, _, _ = commands.query("scontrol", "--oneliner", "show", "job", self.id)
-        rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
-        return next((row for row in rows if row.get("JobId") == self.id), {})
+        return self.ask()
+
+    def ask(self) -> dict[str, str]:
+        """The same, as it is now."""
+        return commands.show_job(self.id)
+
+    @property
+    def restarts(self) -> int:
+        """How often Slurm had restarted this job when this start of it began."""
+        return int(self.environ.get("SLURM_RESTART_COUNT") or 0)
 
     def steps(self) -> list[str]:
         """The steps in their order; the clean-up is not one of them."""
@@ -148,13 +158,10 @@ def _begin(job: BatchJob) -> JobExit | None:
     """End here if the stage is done, has failed in an earlier segment, or makes no progress; None: there is work."""
     if _is_evaluated(job) if job.stage == "evaluate" else _status(job).get("state") == "done":
         log(f"{job.stage} is already done in {job.run_dir}: nothing to do")
-        return JobExit(0)
+        return JobExit(0, "done")
     job.folder.mkdir(parents=True, exist_ok=True)
-    record = job.folder / f"failed-{job.stage}"
-    if job.when_stopped != "requeue" and record.exists():
-        reason = read_note(record)
-        log(f"{job.stage} failed in an earlier segment, so this one does not start: {reason}")
-        return JobExit(EXIT_FAILED)
+    if job.segment > 1 and (stop := _ended_before(job)) is not None:
+        return stop
     return None if job.stage == "evaluate" else _count_start(job)
 
 
@@ -166,6 +173,23 @@ def _is_evaluated(job: BatchJob) -> bool:
     with suppress(FileNotFoundError):
         return made.stat().st_mtime >= (job.run_dir / "finetune" / "status.json").stat().st_mtime
     return False
+
+
+def _ended_before(job: BatchJob) -> JobExit | None:
+    """End here if an earlier segment has failed or was cancelled; None: the rest of the stage was left to this one.
+
+    One whose saving took longer than Slurm waits before it kills has no record: then Slurm is asked.
+    """
+    before = segments_before(job.run_dir, job.stage, job.segment)
+    ends = [read_end(job.run_dir, each) for each in before]
+    for end in ends:
+        if end is not None and end.kind in ("failed", "cancelled"):
+            word = "failed" if end.kind == "failed" else "was cancelled"
+            log(f"{job.stage} {word} in an earlier segment, so this one does not start: {end.why}")
+            return JobExit(EXIT_FAILED, end.kind, end.why)
+    if before and ends[-1] is None and commands.end_state(before[-1]) == "CANCELLED":
+        return _cancelled(job, f"job {before[-1]}, the segment before this one, was cancelled and has not saved")
+    return None
 
 
 def _count_start(job: BatchJob) -> JobExit | None:
@@ -181,7 +205,7 @@ def _count_start(job: BatchJob) -> JobExit | None:
         return None
     why = (
         f"no progress: {repeats} starts of {job.stage} in a row found the same newest checkpoint ({newest or 'none'}). "
-        f"What ended them is above in this log and in {job.run_dir / job.stage / 'status.json'}"
+        f"What ended them is in the log of this stage's jobs and in {job.run_dir / job.stage / 'status.json'}"
     )
     return _fail(job, why)
 
@@ -231,7 +255,7 @@ def _meet_at(job: BatchJob) -> list[str]:
 
 def _judge(job: BatchJob, name: str, exit_code: int, *, signalled: bool) -> JobOutcome | None:
     """The outcome of the last step that ended; None: the next one may start."""
-    if exit_code and (why := cause_outside(job.facts, restarts=int(job.environ.get("SLURM_RESTART_COUNT") or 0))):
+    if exit_code and (why := cause_outside(job.facts, restarts=job.restarts)):
         log(f"{why}: {name} ended with exit code {exit_code}")
         return JobOutcome("stopped")
     if name == "check":
@@ -242,13 +266,12 @@ def _judge(job: BatchJob, name: str, exit_code: int, *, signalled: bool) -> JobO
 
     if name == "stage-in":
         meaning = meaning_of(exit_code, new_state="", was_asked=was_asked)
-        why = f"the shards could not be copied to {job.srun.staged} on each node: see above"
+        why = f"the shards could not be copied to {job.srun.staged} on each node"
         return None if meaning == "done" else JobOutcome(meaning, why)
     meaning = meaning_of(exit_code, new_state=_new_state(job), was_asked=was_asked)
     if meaning == "done" and name == "export":
         return None
-    status = job.run_dir / job.stage / "status.json"
-    return JobOutcome(meaning, f"{job.stage} failed with exit code {exit_code}; why: see above and {status}")
+    return JobOutcome(meaning, f"{job.stage} failed with exit code {exit_code}")
 
 
 def meaning_of(
@@ -276,46 +299,6 @@ def _new_state(job: BatchJob) -> str:
     return str(now.get("state", ""))
 
 
-def was_preempted(facts: Mapping[str, str]) -> bool:
-    """Whether Slurm has recorded a preemption. It signals the tasks of the job, and not always its batch shell."""
-    return facts.get("PreemptTime", "")[:1].isdigit()
-
-
-def was_requeued(facts: Mapping[str, str], *, restarts: int) -> bool:
-    """Whether Slurm has put this job back into the queue already: it counts that as a restart immediately."""
-    counted = facts.get("Restarts", "")
-    return counted.isdecimal() and int(counted) > restarts
-
-
-def cause_outside(facts: Mapping[str, str], *, restarts: int) -> str:
-    """What Slurm reports that ends tasks through no fault of theirs; empty: nothing.
-
-    Where a node is lost, the ranks on the others lose their connections and fail, but srun waits for the node until the
-    controller takes it for down. By then Slurm has put the job back, or ended it where it may not be requeued. Where a
-    job was suspended for longer than a collective may wait, that ends as soon as the job is resumed.
-    """
-    if facts.get("Reason") == "NodeDown" and facts.get("JobState") in ("COMPLETING", "NODE_FAIL"):
-        return "a node of this job is down"
-    if was_requeued(facts, restarts=restarts):
-        return "this job is back in the queue"
-    resumed = commands.seconds(facts.get("SuspendTime", ""))  # of the last suspension or resumption
-    if resumed is not None and 0 <= time.time() - resumed <= RESUMED_S:
-        return f"this job was resumed at {facts['SuspendTime']}"
-    return ""
-
-
-def was_cancelled(facts: Mapping[str, str], *, restarts: int) -> bool:
-    """Whether this job was cancelled.
-
-    Until the last task has ended, Slurm calls a job COMPLETING, whatever ended it. But it counts a requeue as a restart
-    immediately, and names a time limit, a lost node and a preemption.
-    """
-    if facts.get("JobState") == "CANCELLED":
-        return True
-    ended = (facts.get("JobState"), facts.get("Reason"), facts.get("Restarts"))
-    return not was_preempted(facts) and ended == ("COMPLETING", "None", str(restarts))
-
-
 def _judge_nodes(job: BatchJob, exit_code: int) -> JobOutcome | None:
     """Read what each node answered. Bad nodes are recorded, and end the job or are excluded from its next start."""
     answers = bad_nodes.read_answers(
@@ -328,14 +311,12 @@ def _judge_nodes(job: BatchJob, exit_code: int) -> JobOutcome | None:
     if not bad:
         return None
     if not answers.started:
-        why = f"srun failed with exit code {exit_code} and started the check on no node: see above. No node is to blame"
+        why = f"srun failed with exit code {exit_code} and started the check on no node. No node is to blame"
         return JobOutcome("failed", why)
     for node in bad:
         log(f"node {node.name} is bad: {node.why}")
     if len(bad) == len(answers.nodes) > 1:
-        return JobOutcome(
-            "failed", f"none of the {len(bad)} nodes passes the check, so the nodes are not the cause: see above"
-        )
+        return JobOutcome("failed", f"none of the {len(bad)} nodes passes the check, so the nodes are not the cause")
     bad_nodes.append(job.run_dir, bad)
     if job.recipe.slurm.check_nodes == "report":
         names = " ".join(node.name for node in bad)
@@ -348,7 +329,7 @@ def _judge_nodes(job: BatchJob, exit_code: int) -> JobOutcome | None:
 def _finish(job: BatchJob, outcome: JobOutcome) -> JobExit:
     if outcome.kind == "done":
         log(f"{job.stage}: the step ended successfully")
-        return JobExit(0)
+        return JobExit(0, "done")
     if outcome.kind == "failed":
         return _fail(job, outcome.why)
     if outcome.bad:
@@ -358,36 +339,52 @@ def _finish(job: BatchJob, outcome: JobOutcome) -> JobExit:
             log("waiting jobs of this chain could not be changed to exclude them")
     else:
         log(f"{job.stage} was stopped; its newest checkpoint: {newest_checkpoint(job) or 'none'}")
-    if was_cancelled(job.facts, restarts=int(job.environ.get("SLURM_RESTART_COUNT") or 0)):
-        return _fail(job, f"{job.stage} was cancelled and is not restarted; livt submit continues it where it stopped")
+    if was_cancelled(job.facts, restarts=job.restarts):
+        return _cancelled(job, f"{job.stage} was cancelled")
     if job.when_stopped == "requeue":
         return _requeue(job, excluding=bool(outcome.bad))
     if job.when_stopped == "next":
-        log(f"segment {job.segment} of {job.segments} ended; the next one continues")
-        return JobExit(0)
-    log(f"segment {job.segment} of {job.segments} was the last; livt submit continues where it stopped")
-    return JobExit(EXIT_PREEMPTED)
+        return _stop(0, f"segment {job.segment} of {job.segments} ended; the next one continues")
+    return _stop(
+        EXIT_PREEMPTED,
+        f"segment {job.segment} of {job.segments} was the last; livt submit continues where it stopped",
+    )
 
 
 def _requeue(job: BatchJob, *, excluding: bool) -> JobExit:
     """Put this job back into the queue, which ends its script: often before scontrol itself has ended."""
+    if was_requeued(job.facts, restarts=job.restarts):
+        return _stop(EXIT_PREEMPTED, "this job is back in the queue already")
     _, problem, code = commands.query("scontrol", "requeue", job.name_for_scontrol)
-    if problem and not (code is not None and code < 0):
-        log(f"this job could not be put back into the queue: {problem}. livt submit continues where it stopped")
     if excluding:
         for _ in range(EXCLUDE_TRIES):
             if bad_nodes.exclude(job.name_for_scontrol, bad_nodes.without(job.run_dir, job.exclude)):
                 break
             time.sleep(EXCLUDE_WAIT_S)
-    return JobExit(EXIT_PREEMPTED)
+    if not problem or (code is not None and code < 0) or was_requeued(job.ask(), restarts=job.restarts):
+        return JobExit(EXIT_PREEMPTED, "stopped", "this job was put back into the queue")
+    why = f"this job could not be put back into the queue: {problem}. livt submit continues where it stopped"
+    return _stop(EXIT_PREEMPTED, why)
+
+
+def _stop(code: int, why: str) -> JobExit:
+    """End with the rest of the stage left to the next start or segment."""
+    log(why)
+    return JobExit(code, "stopped", why)
+
+
+def _cancelled(job: BatchJob, why: str) -> JobExit:
+    """End a stage that a person has cancelled: neither a requeue nor a later segment continues it."""
+    why = f"{why}, so {job.stage} is not restarted; livt submit continues it where it stopped"
+    log(why)
+    return JobExit(EXIT_FAILED, "cancelled", why)
 
 
 def _fail(job: BatchJob, why: str) -> JobExit:
     """End as a failure; later segments of the stage end with the same reason."""
-    log(why)
-    if job.when_stopped != "requeue":
-        (job.folder / f"failed-{job.stage}").write_text(f"job {job.id}: {why}\n")
-    return JobExit(EXIT_FAILED)
+    status = job.run_dir / job.stage / "status.json"
+    log(f"{why}. The lines above{f' and {status}' if status.exists() else ''} say why")
+    return JobExit(EXIT_FAILED, "failed", why)
 
 
 def newest_checkpoint(job: BatchJob) -> str | None:

@@ -20,6 +20,7 @@ from typing import Literal
 
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.slurm import Option, Slurm
+from livt_scale.slurm.records import ENDS
 from livt_scale.slurm.sites import JobKind, Resources, Site, gpu_options
 from livt_scale.slurm.srun import mounts
 from livt_scale.util.errors import ClusterError, UsageError
@@ -149,7 +150,7 @@ def settings(job: JobPlan, chain: ChainSettings) -> list[str]:
     staging = (chain.stage_in_dir or "/tmp") if slurm.stage_in else None  # noqa: S108 - checked, not written to
     mounts(chain.recipe, Path(chain.run_dir), Path(chain.code), stage_in_dir=staging)
     return [
-        f"cd -- {shlex.quote(chain.work_dir)} || exit 1",
+        f"work_dir={shlex.quote(chain.work_dir)}",
         f"python={shlex.quote(chain.python)}",
         f"code={shlex.quote(chain.code)}",
         f"code_sha256={shlex.quote(chain.code_sha256)}",
@@ -174,11 +175,10 @@ def _own(job: JobPlan, chain: ChainSettings) -> list[str]:
     }
     words = [f"--{name}={value}" for name, value in options.items() if value is not None]
     words += [f"--allow={field}" for field in chain.allow if job.job != "evaluate"]
-    record = f"{chain.run_dir}/slurm/failed-{job.job}" if job.when_stopped != "requeue" else ""
     return [
         _array("job", (job.job, chain.recipe_path, *words)),
         f"recipe_sha256={shlex.quote(chain.recipe_sha256)}",
-        f"failure_record={shlex.quote(record)}",
+        f"ends={shlex.quote(f'{chain.run_dir}/{ENDS}')}",
     ]
 
 

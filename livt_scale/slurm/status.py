@@ -28,11 +28,10 @@ from livt_scale.slurm import processes, progress
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.commands import FAILS, JobState, Queue, look, seconds
 from livt_scale.slurm.progress import Record, RunPlan
-from livt_scale.slurm.submit import CHAIN, read_chain
+from livt_scale.slurm.records import CHAIN, EndRecord, read_chain, read_end
 from livt_scale.train.compare_run import compare_run
 from livt_scale.train.resume_rules import describe
 from livt_scale.util.errors import LivtError
-from livt_scale.util.outside import read_note
 
 State = Literal["pending", "running", "preempted", "failed", "stalled", "done"]
 LAST = "evaluate"  # the chain's last job, which is not a stage of the recipe
@@ -40,7 +39,7 @@ LAST = "evaluate"  # the chain's last job, which is not a stage of the recipe
 
 @dataclass(frozen=True)
 class ChainJob:
-    """One job of the chain: what was submitted, and what Slurm reports about it."""
+    """One job of the chain: what was submitted, what Slurm reports about it, and what it has recorded of its end."""
 
     id: str
     stage: str
@@ -49,6 +48,20 @@ class ChainJob:
     log: str
     submitted_at: str
     now: JobState
+    end: EndRecord | None = None  # of its last start
+    gone: bool = False  # Slurm was asked, and does not know it
+    has_log: bool = False
+
+    @property
+    def runs(self) -> bool:
+        return self.now.runs and self.end is None
+
+    @property
+    def ended_at(self) -> float | None:
+        """In seconds since 1970; None: it has not ended, or that is not known."""
+        if self.end is not None:
+            return self.end.at
+        return seconds(self.now.end) if self.now.ended else None
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ def look_at(run_dir: Path, *, queue: Queue | None = None, brief: bool = False) -
     submitted = chain.get("jobs", [])
     if queue is None:
         (queue,) = look([chain])
-    jobs = [_job(entry, queue) for entry in submitted]
+    jobs = [_job(entry, queue, run_dir) for entry in submitted]
     notes += queue.notes
     names = [*plan.stages, *([LAST] if any(job.stage == LAST for job in jobs) else [])]
     records = {name: progress.read_record(run_dir, name, brief=brief) for name in names}
@@ -118,7 +131,7 @@ def look_at(run_dir: Path, *, queue: Queue | None = None, brief: bool = False) -
     for name in names:
         signs = signs_of(run_dir, records[name], fresh_s=plan.fresh_s, is_current=name == current)
         of_it = [job for job in jobs if job.stage == name]
-        state, why = judge(records[name], of_it, signs, gave_up=_gave_up(run_dir, name))
+        state, why = judge(records[name], of_it, signs)
         stages.append(StageView(name, state, why, records[name], plan.stages.get(name)))
         notes += records[name].damage
     notes += [] if brief else _other_recipe(run_dir)  # no line shows notes
@@ -151,15 +164,22 @@ def chain_of(run_dir: Path) -> tuple[dict[str, Any], list[str]]:
         return {}, [told if str(run_dir) in told else f"{run_dir / CHAIN} cannot be read: {told}"]
 
 
-def _job(entry: dict[str, Any], queue: Queue) -> ChainJob:
+def _job(entry: dict[str, Any], queue: Queue, run_dir: Path) -> ChainJob:
+    job = str(entry["id"])
+    now, end = queue.jobs.get(job, JobState(job, "")), read_end(run_dir, job)
+    if end is not None and (now.waits or _began_after(now, end.at)):
+        end = None  # of an earlier start
     return ChainJob(
-        str(entry["id"]),
+        job,
         str(entry.get("stage", "")),
         int(entry["segment"]) if progress.is_number(entry.get("segment")) else 1,
         int(entry["segments"]) if progress.is_number(entry.get("segments")) else 1,
         str(entry.get("log") or ""),
         str(entry.get("submitted_at") or ""),
-        queue.jobs.get(str(entry["id"]), JobState(str(entry["id"]), "")),
+        now,
+        end,
+        gone=queue.answered and not now.state,
+        has_log=bool(entry.get("log")) and (run_dir / str(entry["log"])).is_file(),
     )
 
 
@@ -176,20 +196,20 @@ def signs_of(run_dir: Path, record: Record, *, fresh_s: float, is_current: bool)
     return Signs(process, silent_s, fresh_s, starting)
 
 
-def judge(record: Record, jobs: Sequence[ChainJob], signs: Signs, *, gave_up: str = "") -> tuple[State, str]:
-    """(state, why) of a stage, by its record, then by its jobs. gave_up: the reason that a batch job has recorded."""
+def judge(record: Record, jobs: Sequence[ChainJob], signs: Signs) -> tuple[State, str]:
+    """(state, why) of a stage, by its record, then by its jobs."""
     said, why = record.state, str(record.status.get("why") or "")
     if said == "done":
         return "done", why
     jobs = [job for job in jobs if not _is_older(job, record.since)]
-    runs = next((job for job in jobs if job.now.runs), None)
+    runs = next((job for job in jobs if job.runs), None)
     waits = next((job for job in jobs if job.now.waits), None)
-    if gave_up and not signs.starting:
-        return "failed", why if said == "failed" and why else gave_up
+    if not signs.starting and (gave_up := _gave_up(jobs, said, why)) is not None:
+        return gave_up
     if said == "running":
         return _says_running(jobs, runs, waits, signs)
     if said == "failed":
-        again = runs is not None and _began_after(runs, record.since)
+        again = runs is not None and _began_after(runs.now, record.since)
         put_back = waits is not None and not waits.now.reason.startswith("Dependency")
         if not (again or put_back or signs.starting):
             return "failed", why
@@ -202,6 +222,17 @@ def judge(record: Record, jobs: Sequence[ChainJob], signs: Signs, *, gave_up: st
     if said:
         return "preempted", why
     return _ended(jobs) or ("pending", "not started, and no job of it is in the queue")
+
+
+def _gave_up(jobs: Sequence[ChainJob], said: str, why: str) -> tuple[State, str] | None:
+    """By the first job whose record says that nothing continues the stage. said, why: by the run's own record."""
+    job = next((job for job in jobs if job.end is not None and job.end.kind in ("failed", "cancelled")), None)
+    if job is None or job.end is None:
+        return None
+    told = f"job {job.id}: {job.end.why or f'ended with exit code {job.end.code}'}"
+    if job.end.kind == "cancelled":
+        return ("preempted" if said == "preempted" else "stalled"), told
+    return "failed", why if said == "failed" and why else f"{told}; its log: {job.log}"
 
 
 def _says_running(
@@ -221,15 +252,20 @@ def _says_running(
 
 def _is_older(job: ChainJob, since: float | None) -> bool:
     """Whether it had ended before the stage entered its recorded state."""
-    end = seconds(job.now.end)
-    return job.now.ended and since is not None and end is not None and end < since
+    return since is not None and job.ended_at is not None and job.ended_at < since
 
 
 def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
-    """What accounting reports about the last job that ended, if the run itself recorded nothing."""
-    last = next((job for job in reversed(jobs) if job.now.ended), None)
-    if last is None or last.now.state == "COMPLETED":
+    """What is known about the last job that ended, where the run itself recorded nothing."""
+    last = next((job for job in reversed(jobs) if job.now.ended or job.end or job.gone), None)
+    if last is None or (last.end is None and last.now.state == "COMPLETED"):
         return None
+    if last.end is not None:
+        told = f"job {last.id}: {last.end.why}" if last.end.why else f"job {last.id} ended with {last.end.code}"
+        return "preempted" if last.end.kind == "stopped" else "stalled", told
+    if last.gone:
+        log = f"its log: {last.log}" if last.has_log else f"it never started, or could not write its log, {last.log}"
+        return "stalled", f"job {last.id} is gone from the queue and left no record of its end; {log}"
     told = f"job {last.id} ended as {last.now.state}" + (
         f", exit code {last.now.exit_code}" if last.now.exit_code not in ("", "0:0") else ""
     )
@@ -246,9 +282,9 @@ def _waits(job: ChainJob) -> str:
     return f"job {job.id} waits ({job.now.reason or 'no reason given'})"
 
 
-def _began_after(job: ChainJob, since: float | None) -> bool:
-    start = seconds(job.now.start)
-    return since is not None and start is not None and start > since
+def _began_after(job: JobState, at: float | None) -> bool:
+    start = seconds(job.start)
+    return at is not None and start is not None and start > at
 
 
 def _other_recipe(run_dir: Path) -> list[str]:
@@ -257,14 +293,6 @@ def _other_recipe(run_dir: Path) -> list[str]:
         differences = compare_run(load_saved(run_dir / SAVED), run_dir, sets=False)
         return [f"{SAVED} is not what {d.stage} was trained by: {describe(d.change)}" for d in differences]
     return []
-
-
-def _gave_up(run_dir: Path, stage: str) -> str:
-    """What a job has recorded for later segments: why the stage does not continue."""
-    try:
-        return read_note(run_dir / "slurm" / f"failed-{stage}")[:2000] or "it has failed"
-    except OSError:
-        return ""
 
 
 def _evaluation(run_dir: Path, plan: RunPlan, *, after: Record | None) -> Record:

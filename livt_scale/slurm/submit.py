@@ -3,7 +3,8 @@
     RUN/slurm/chain.json      what was submitted: mode, code, and for each job stage, segment, id, script, log, time
     RUN/slurm/scripts/        the batch scripts, as they were submitted
     RUN/slurm/logs/           JOB-ID.log, added to by each restart
-    RUN/slurm/starts-STAGE.json, failed-STAGE   what the jobs record (`livt_scale.slurm.job`)
+    RUN/slurm/starts-STAGE.json   what the jobs record (`livt_scale.slurm.job`)
+    RUN/slurm/ends/ID         how each job ended (`livt_scale.slurm.records`)
     RUN/slurm/submitted.yaml     what the jobs train
     RUN/code/                 what the jobs run from (`livt_scale.slurm.code_snapshot`)
 
@@ -34,6 +35,7 @@ from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.slurm.chain import ChainPlan, dependencies, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
 from livt_scale.slurm.facts import ClusterFacts
+from livt_scale.slurm.records import CHAIN, ENDS, read_chain
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site, with_site
 from livt_scale.slurm.step_times import measure
@@ -42,11 +44,9 @@ from livt_scale.train.preflight import check_run, is_absent, refuse
 from livt_scale.train.resume_rules import check_allowable
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, UsageError
-from livt_scale.util.outside import read_json
 from livt_scale.util.resources import shipped
 from livt_scale.util.urls import is_url
 
-CHAIN = "slurm/chain.json"
 VERSION = 1
 
 
@@ -190,21 +190,8 @@ def what_runs(prepared: Prepared, code: Code | None) -> str:
 def start_over(prepared: Prepared) -> None:
     """Write the recipe that the jobs of a new chain read, and remove what would end them immediately."""
     write_atomic(prepared.recipe_path, prepared.recipe_bytes)
-    for old in (*prepared.recipe_path.parent.glob("starts-*"), *prepared.recipe_path.parent.glob("failed-*")):
+    for old in (*prepared.recipe_path.parent.glob("starts-*"), *(prepared.run_dir / ENDS).glob("*")):
         old.unlink()  # who submits again has seen why it stopped
-
-
-def read_chain(run_dir: Path) -> dict[str, Any] | None:
-    """RUN/slurm/chain.json; None where nothing was submitted. Raises ClusterError where it cannot be read."""
-    try:
-        chain: dict[str, Any] = read_json(run_dir / CHAIN, "record")
-        if not chain["chain"] or not all(isinstance(job, dict) for job in chain["jobs"]):
-            raise ValueError("its jobs are not a list of objects")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ClusterError(f"{run_dir / CHAIN} cannot be read: {error}", remedy="see squeue, then remove it") from error
-    return chain
 
 
 def describe(

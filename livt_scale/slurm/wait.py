@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from livt_scale.slurm import commands
+from livt_scale.slurm.records import read_chain
 from livt_scale.slurm.status import RunView, look_at, span
-from livt_scale.slurm.submit import read_chain
 from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, ClusterError
 
 POLL_S = 30.0  # controllers are shared

@@ -17,6 +17,7 @@ from pathlib import Path
 from livt_scale.slurm import commands
 from livt_scale.slurm.commands import Answer
 from livt_scale.slurm.job import BatchJob, JobExit, next_action
+from livt_scale.slurm.records import ENDS
 from tests.slurm.test_script_text import recipe
 
 
@@ -30,6 +31,8 @@ class Batch:
         self.ends: dict[str, int | Callable[[], int]] = {}
         self.signal_in = ""  # the step in which the batch shell gets a signal
         self.shows = ""
+        self.ended: dict[str, str] = {}  # the state of jobs before this one, by the command that knows it
+        self.on_change: Callable[[], None] = lambda: None
         self.squeue: dict[str, str] = {}  # by the option that the question has
         self.nodes: tuple[str, ...] = ()
         self.refused: dict[str, Answer] = {}  # by scontrol's command
@@ -44,19 +47,35 @@ class Batch:
     def checkpoint(self, step: int) -> None:
         (self.run / "pretrain" / "checkpoints" / f"step-{step:08d}").mkdir()
 
+    def chain(self, stage: str, segments: int) -> None:
+        """chain.json as livt submit writes it: the segments of one stage are jobs 77, 78, …"""
+        jobs = [{"stage": stage, "segment": k, "id": str(76 + k)} for k in range(1, segments + 1)]
+        (self.run / "slurm").mkdir(exist_ok=True)
+        (self.run / "slurm" / "chain.json").write_text(json.dumps({"chain": "livt 7cc2", "jobs": jobs}))
+
     def __call__(self, stage: str = "pretrain", *, slurm: dict | None = None, val: str | None = "/set/val", **plan):
         of = recipe(slurm or {}, run_dir=str(self.run), data={"train": "/set/train", "val": val})
         ended: list[tuple[str, int]] = []
         signalled = self.signal_in == "before"
+        if plan.get("segments", 1) > 1:
+            self.chain(stage, plan["segments"])
+            self.environ["SLURM_JOB_ID"] = str(76 + plan.get("segment", 1))
         while True:
             job = BatchJob(stage, of, "/code/recipe.yaml", self.run, environ=self.environ, **plan)  # type: ignore[arg-type]
             action = next_action(job, ended, signalled=signalled)
             if isinstance(action, JobExit):
+                self.record(action)
                 return action.code, self._capsys.readouterr().err
             self.steps.append((action.name, " ".join(action.words)))
             signalled |= action.name == self.signal_in
             end = self.ends.get(action.name, 0)
             ended.append((action.name, end if isinstance(end, int) else end()))
+
+    def record(self, end: JobExit) -> None:
+        """As the batch shell does when it exits."""
+        (self.run / ENDS).mkdir(parents=True, exist_ok=True)
+        text = f"2026-01-01T00:00:00+0000 {end.code} {end.kind}\n{end.why}\n"
+        (self.run / ENDS / self.environ["SLURM_JOB_ID"]).write_text(text)
 
     @property
     def names(self) -> list[str]:
@@ -66,8 +85,15 @@ class Batch:
         if words[:3] == ("scontrol", "show", "hostnames"):
             return Answer("\n".join(self.nodes))
         if words[:4] == ("scontrol", "--oneliner", "show", "job"):
-            return Answer(self.shows)
+            if words[4] == self.environ["SLURM_JOB_ID"]:
+                return Answer(self.shows.replace("JobId=77 ", f"JobId={words[4]} "))
+            known = self.ended.get("scontrol")
+            return Answer(f"JobId={words[4]} JobState={known}") if known else Answer("", "Invalid job id", 1)
+        if words[0] == "sacct":
+            known = self.ended.get("sacct")
+            return Answer(f"{words[-2].removeprefix('-j')}|{known} by 1000|0:15|x|x|n1|None" if known else "")
         if words[0] == "squeue":
             return Answer(next((text for option, text in self.squeue.items() if option in words), ""))
         self.changes.append([*words])
+        self.on_change()
         return self.refused.get(words[1], Answer(""))

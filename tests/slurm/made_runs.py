@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from livt_scale.slurm.submit import CHAIN
+from livt_scale.slurm.records import CHAIN, ENDS
 from livt_scale.train import heartbeat
 from livt_scale.train import run_dir as rundir
 from livt_scale.train.heartbeat import Heartbeat
@@ -77,10 +77,22 @@ class MadeRun:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps({"version": 1, "chain": CHAIN_NAME, "mode": "requeue", "jobs": written} | facts))
 
+    def end(self, job: str, kind: str = "failed", why: str = "", *, code: int = 1, old_s: float = 1) -> None:
+        """The record that the batch script of `job` writes when it exits."""
+        path = self.dir / ENDS / job
+        path.parent.mkdir(parents=True, exist_ok=True)
+        at = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - old_s))
+        path.write_text(f"{at} {code} {kind}\n{why}\n")
 
-def row(job: str, state: str, reason: str = "None", *, start: str = "N/A", nodes: str = "") -> str:
+    def log(self, job: str, stage: str = "pretrain", text: str = "a line\n") -> None:
+        path = self.dir / "slurm" / "logs" / f"{stage}-{job}.log"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def row(job: str, state: str, reason: str = "None", *, start: str = "N/A", end: str = "N/A", nodes: str = "") -> str:
     """A line of squeue, as 22.05 prints it for our format."""
-    return f"{job}|{state}|{reason}|0:09|0:51|{start}|{nodes}|{CHAIN_NAME}"
+    return f"{job}|{state}|{reason}|{end}|0:51|{start}|{nodes}|{CHAIN_NAME}"
 
 
 def ended(job: str, state: str, code: str = "0:0", *, old_s: float = 1) -> str:

@@ -8,7 +8,7 @@ import pytest
 from livt_scale.config.recipe import Recipe
 from livt_scale.slurm.array import array_scripts, prepare_array, submit_array
 from livt_scale.slurm.commands import look
-from livt_scale.slurm.submit import read_chain
+from livt_scale.slurm.records import read_chain
 from livt_scale.util.errors import ClusterError, UsageError
 from tests.slurm.fake_slurm import FakeSlurm
 from tests.slurm.test_script_text import HOSTILE, run_script, write_recipe

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from livt_scale.slurm.code_snapshot import freeze, read_code
+from livt_scale.slurm.records import ENDS, EndRecord, read_end
 from livt_scale.slurm.script import JobPlan, render
 from livt_scale.slurm.sites import resources_for
 from tests.slurm.test_script_text import REPO, recipe, settings, template, write_recipe
@@ -76,8 +77,8 @@ class Script:
         return [line for line in path.read_text().splitlines() if line.startswith(name)] if path.exists() else []
 
     @property
-    def failure(self) -> Path:
-        return self.run / "slurm" / "failed-pretrain"
+    def end(self) -> EndRecord | None:
+        return read_end(self.run, self.environ.get("SLURM_JOB_ID", "77"))
 
 
 @pytest.fixture
@@ -109,34 +110,86 @@ def test_it_does_what_python_says_and_tells_python_how_each_step_ended(script, c
 # --- failures before or without an answer ---
 
 
-@pytest.mark.parametrize("when_stopped", ["requeue", "next"])
-def test_where_python_fails_the_job_fails_and_later_segments_know_why(script, when_stopped):
+MODES = pytest.mark.parametrize("when_stopped", ["requeue", "next"])
+
+
+@MODES
+def test_where_python_fails_the_job_fails_and_its_record_says_why(script, when_stopped):
     script.answers(RUN)
     code, log = script(when_stopped=when_stopped)
     assert code == 1
     assert "livt job next failed" in log
     assert len(script.calls("python")) == 2
-    assert script.failure.exists() == (when_stopped == "next")
-    if when_stopped == "next":
-        assert script.failure.read_text() == "job 77: livt job next failed: see above\n"
+    assert (script.end.kind, script.end.code) == ("failed", 1)
+    assert "livt job next failed" in script.end.why
 
 
-def test_a_module_that_cannot_be_loaded_fails_the_job_and_the_first_reason_is_kept(script):
+@MODES
+def test_a_module_that_cannot_be_loaded_fails_the_job(script, when_stopped):
     script.environ["BASH_FUNC_module%%"] = '() { echo "no such module: $2" >&2; [ "$2" = good ]; }'
-    code, log = script(slurm={"modules": ["good", "bad"]}, when_stopped="next")
+    code, log = script(slurm={"modules": ["good", "bad"]}, when_stopped=when_stopped)
     assert code == 1
     assert "no such module: bad" in log
-    assert script.failure.read_text() == "job 77: module load bad failed\n"
-    script(slurm={"modules": ["worse"]}, when_stopped="next")
-    assert "module load bad failed" in script.failure.read_text()
+    assert (script.end.kind, script.end.why) == ("failed", "module load bad failed")
     assert script.calls() == []
+
+
+def test_a_working_folder_that_is_not_there_fails_the_job(script):
+    code, log = script(work_dir="/no/such folder", when_stopped="next")
+    assert code == 1
+    assert "there is no folder /no/such folder on " in log
+    assert script.end.kind == "failed"
+    assert script.calls() == []
+
+
+def test_the_kind_and_reason_that_python_gives_are_recorded(script):
+    script.answers(["exit", "85", "stopped", "it's saved:\n $(touch pwned) *"])
+    before = time.time() - 2
+    assert script()[0] == 85
+    end = script.end
+    assert (end.kind, end.code, end.why) == ("stopped", 85, "it's saved: $(touch pwned) *")
+    assert before < end.at < time.time() + 1
+    assert [path.name for path in (script.run / ENDS).iterdir()] == ["77"]
+
+
+def test_an_element_of_an_array_has_a_record_by_its_own_id(script):
+    script.environ |= {"SLURM_JOB_ID": "79", "SLURM_ARRAY_JOB_ID": "75", "SLURM_ARRAY_TASK_ID": "4"}
+    script.answers(["exit", "0", "done", ""])
+    script()
+    assert read_end(script.run, "75_4").kind == "done"
+
+
+def test_a_start_removes_the_record_of_the_start_before(script):
+    """So that one that is killed leaves none, rather than that of another start."""
+    script.answers(["exit", "85", "stopped", ""], RUN)
+    script()
+    assert script.end.kind == "stopped"
+    script.program("srun", 'kill -9 "$PPID"')
+    script.answers(RUN)
+    (script.folder / "calls").unlink()
+    assert script()[0] == -signal.SIGKILL
+    assert script.end is None
+
+
+def test_a_record_that_cannot_be_written_does_not_change_the_exit_code(script):
+    (script.run / ENDS).write_text("a file")
+    script.answers(["exit", "85", "stopped", ""])
+    assert script()[0] == 85
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_shell_that_a_signal_ends_leaves_a_record(script, number):
+    script.program("srun", f'kill -s {number} "$PPID"; sleep 0.2')
+    script.answers(RUN)
+    script()
+    assert script.end.kind == "failed"
 
 
 def test_an_interpreter_that_is_not_there_fails_the_job(script):
     code, log = script(python="/no/such python", when_stopped="last")
     assert code == 1
     assert "/no/such python" in log
-    assert script.failure.exists()
+    assert script.end.kind == "failed"
 
 
 # --- signals ---
@@ -195,7 +248,7 @@ def test_a_segment_that_is_killed_leaves_no_record_of_a_failure(script):
     script.program("srun", 'kill -9 "$PPID"')  # as Slurm does with a preempted job that it cancels, or at a lost node
     script.answers(RUN)
     assert script(when_stopped="next")[0] == -signal.SIGKILL
-    assert not script.failure.exists()
+    assert script.end is None
 
 
 # --- the code that was submitted ---
@@ -233,7 +286,7 @@ def test_code_or_a_recipe_that_was_changed_since_is_refused_before_any_of_it_run
     assert code == 1
     what = "is not the recipe that was submitted" if name == "submitted.yaml" else "is not what was submitted"
     assert what in log
-    assert what in script.failure.read_text()
+    assert what in script.end.why
     assert script.calls() == []
 
 
@@ -273,7 +326,6 @@ def test_what_the_submitting_shell_has_exported_does_not_decide_how_the_script_r
     script.environ |= {f"BASH_FUNC_{name}%%": '() { echo "function" >>"$CALLS"; return 9; }' for name in hides}
     script.environ["BASH_FUNC_module%%"] = '() { echo "module $*" >>"$CALLS"; }'
     script.program("srun", 'echo "options <$SHELLOPTS>" >>"$CALLS"; exit 7')
-    script.failure.write_text("")
     script.answers(["run", "check", "srun", "x"], RUN, ["exit", "0"])
     code, log = script(slurm={"modules": ["cuda"]}, when_stopped="next")
     assert (code, log) == (0, "")

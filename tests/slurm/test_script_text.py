@@ -225,7 +225,7 @@ def test_names_and_paths_with_anything_in_them_are_only_names(tmp_path, text):
 def test_a_line_of_sbatch_in_a_name_comes_too_late_for_sbatch_to_read():
     lines = script_of(recipe(), work_dir="/a\n#SBATCH --time=9").splitlines()
     first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
-    assert lines.index("#SBATCH --time=9' || exit 1") > first_command  # sbatch reads no further than the first command
+    assert lines.index("#SBATCH --time=9'") > first_command  # sbatch reads no further than the first command
 
 
 def test_a_script_started_by_hand_takes_stage_recipe_and_options(tmp_path):

@@ -121,15 +121,98 @@ def test_a_stage_that_failed_stays_so_while_its_dependants_wait(run, fake):
     assert status.look_at(run.dir).state == "pending"
 
 
-def test_what_a_segment_left_is_a_failure_until_somebody_goes_on(run, fake):
+def test_what_a_job_recorded_is_a_failure_until_somebody_continues_the_run(run, fake):
     run.chain(("14", "pretrain"))
-    run.status("preempted", why="SIGUSR2")
-    (run.dir / "slurm" / "failed-pretrain").write_text("job 14: no progress: 4 starts of pretrain\n")
+    run.status("preempted", why="SIGUSR2", old_s=60)
+    run.end("14", why="no progress: 4 starts of pretrain", old_s=30)
     view = status.look_at(run.dir)
-    assert (view.state, view.why) == ("failed", "job 14: no progress: 4 starts of pretrain")
+    log = "its log: slurm/logs/pretrain-14.log"
+    assert (view.state, view.why) == ("failed", f"job 14: no progress: 4 starts of pretrain; {log}")
     with hold(run.dir):  # by hand, in this process
         assert status.look_at(run.dir).state == "running"
     assert status.look_at(run.dir).state == "failed"  # the lock is free again, its file is there
+    run.status("preempted", why="SIGUSR2", old_s=5)  # that start has ended since
+    assert status.look_at(run.dir).state == "preempted"
+
+
+@pytest.mark.parametrize("slurm", ["forgotten", "squeue", "sacct"])
+def test_a_failure_before_the_run_itself_wrote_anything_is_known_with_and_without_accounting(run, fake, slurm):
+    run.chain(("14", "pretrain"), ("15", "finetune"))
+    run.end("14", why="module load cuda failed")
+    if slurm == "sacct":
+        fake.sacct(ended("14", "FAILED", "1:0"))
+    else:
+        fake.says("sacct", error="Slurm accounting storage is disabled\n", code=1)
+    if slurm == "squeue":
+        fake.squeue(row("14", "FAILED", "NonZeroExitCode", end="2026-11-23T23:06:32"))
+    view = status.look_at(run.dir)
+    why = "job 14: module load cuda failed; its log: slurm/logs/pretrain-14.log"
+    assert (view.state, view.stage, view.why) == ("failed", "pretrain", why)
+    assert "--states=all" in fake.calls[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "state"), [("stopped", 85, "preempted"), ("cancelled", 1, "stalled"), ("failed", 1, "failed")]
+)
+def test_an_evaluation_that_ended_early_is_not_pending(run, fake, kind, code, state):
+    """It keeps no status.json: the record of its job is all that there is without accounting."""
+    run.chain(("14", "pretrain"), ("15", "finetune"), ("16", "evaluate"))
+    run.status("done", old_s=60)
+    run.status("done", "finetune", old_s=50)
+    run.end("16", kind, "why it ended", code=code)
+    view = status.look_at(run.dir)
+    assert (view.stage, view.state) == ("evaluate", state)
+    assert view.why.startswith("job 16: why it ended")
+
+
+def test_a_job_that_was_cancelled_by_hand_and_saved_is_preempted(run, fake):
+    run.chain(("14", "pretrain"), ("15", "pretrain"))
+    run.status("preempted", why="SIGTERM", step=120, old_s=10)
+    for job in ("14", "15"):
+        run.end(job, "cancelled", "pretrain was cancelled, so it is not restarted")
+    view = status.look_at(run.dir)
+    assert (view.state, view.why) == ("preempted", "job 14: pretrain was cancelled, so it is not restarted")
+
+
+@pytest.mark.parametrize("has_log", [True, False])
+def test_a_job_that_is_gone_without_any_trace_is_stalled_and_its_log_is_named(run, fake, has_log):
+    run.chain(("14", "pretrain"))
+    fake.says("sacct", error="Slurm accounting storage is disabled\n", code=1)
+    if has_log:
+        run.log("14")
+    view = status.look_at(run.dir)
+    assert view.state == "stalled"
+    assert view.why.startswith("job 14 is gone from the queue and left no record of its end; ")
+    assert "slurm/logs/pretrain-14.log" in view.why
+    assert ("never started" in view.why) != has_log
+
+
+@pytest.mark.parametrize(("slurm", "state"), [("TIMEOUT", "stalled"), ("PREEMPTED", "preempted"), ("FAILED", "failed")])
+def test_what_squeue_still_knows_of_an_ended_job_is_used_where_there_is_no_accounting(run, fake, slurm, state):
+    run.chain(("14", "pretrain"))
+    fake.says("sacct", error="Slurm accounting storage is disabled\n", code=1)
+    fake.squeue(row("14", slurm, end="2026-11-23T23:06:32"))
+    view = status.look_at(run.dir)
+    assert view.state == state
+    assert f"job 14 ended as {slurm}" in view.why
+    assert view.notes == []  # nothing is missing
+
+
+@pytest.mark.parametrize("kind", ["stopped", "failed"])
+def test_the_record_of_an_earlier_start_does_not_count(run, fake, kind):
+    run.chain(("14", "pretrain"))
+    run.end("14", kind, "back in the queue", code=85, old_s=60)
+    fake.squeue(row("14", "PENDING", "BeginTime"))
+    assert status.look_at(run.dir).state == "pending"
+    fake.squeue(row("14", "RUNNING", start=time.strftime("%Y-%m-%dT%H:%M:%S")))
+    assert status.look_at(run.dir).state == "running"
+
+
+def test_a_job_that_slurm_still_completes_has_ended_by_its_record(run, fake):
+    run.chain(("14", "pretrain"))
+    run.end("14", why="module load cuda failed")
+    fake.squeue(row("14", "COMPLETING", start="2026-11-23T23:06:32"))
+    assert status.look_at(run.dir).state == "failed"
 
 
 def test_the_evaluation_is_done_when_its_file_is_there(run, fake):
@@ -151,7 +234,7 @@ def test_jobs_of_another_chain_with_the_same_number_do_not_count(run, fake):
     fake.squeue(row("14", "RUNNING").replace(CHAIN_NAME, "livt 0123456789abcdef"))
     fake.sacct(ended("14", "FAILED", "1:0", old_s=5000))  # before this chain was submitted
     view = status.look_at(run.dir)
-    assert view.state == "pending"
+    assert view.state == "stalled"
     assert view.jobs[0].now == JobState("14", "")
 
 

@@ -179,12 +179,12 @@ def test_two_submissions_at_once_are_not_possible(tmp_path, fake):
 def test_counts_and_failures_of_the_chain_before_are_forgotten(tmp_path, fake):
     of = recipe(tmp_path)
     folder = Path(of.run_dir) / "slurm"
-    folder.mkdir(parents=True)
-    for name in ("starts-pretrain", "failed-pretrain"):
+    (folder / "ends").mkdir(parents=True)
+    for name in ("starts-pretrain", "ends/77"):
         (folder / name).write_text("step-00000001 3\n")
     submit(of)
     assert not list(folder.glob("starts-*"))
-    assert not list(folder.glob("failed-*"))
+    assert not list((folder / "ends").iterdir())
 
 
 def test_a_stage_that_is_done_is_not_submitted(tmp_path, fake):
