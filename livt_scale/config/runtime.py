@@ -51,6 +51,11 @@ class Parallel(RecipePart):
                 f"offload has no effect on strategy {self.strategy!r}: "
                 f"set strategy to {choices('offload')}, or remove offload"
             )
+        if self.offload == "cpu" and self.strategy == "fsdp" and self.precision == "fp16":
+            raise ValueError(
+                "offload 'cpu' and precision 'fp16' do not go together under fsdp: gradients may still be on their "
+                "way to the host when the loss scaler looks for infinities. Set precision to bf16, or strategy to zero2"
+            )
         if self.shard_within == "node" and not supports(self.strategy, "hybrid"):
             raise ValueError(
                 f"shard_within 'node' has no effect on strategy {self.strategy!r}: "

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import threading
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +28,10 @@ import torch.distributed as dist
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.ports import port_of_job
 from livt_scale.distributed.rendezvous import meet
-from livt_scale.util.errors import LauncherError, UsageError
+from livt_scale.util.errors import EXIT_FAILED, LauncherError, LivtError, UsageError
 from livt_scale.util.host_list import expand
 
+LEAVE_S = 30.0  # for destroying the process group
 FIRST_SPECIAL_STEP = (
     0xFFFFFFF0  # slurm.h numbers the steps that are not srun's from the top: interactive, batch, extern
 )
@@ -56,7 +60,13 @@ class World:
     def device(self) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        gpus = torch.cuda.device_count()
+        if self.local_rank >= gpus > 1:  # one: Slurm may show each task its own
+            raise UsageError(
+                f"process {self.local_rank} of this node, of {self.local_size}, has no GPU: {gpus} are visible",
+                remedy=f"start {gpus} processes on each node, or see CUDA_VISIBLE_DEVICES",
+            )
+        return torch.device("cuda", self.local_rank if gpus > 1 else 0)
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> World:
@@ -176,11 +186,33 @@ def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
     backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     store = meet(world.rank, world.world_size, timeout_s=timeout_s)
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout)
+    gpu = world.device if world.device.type == "cuda" else None
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, device_id=gpu
+    )
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        _leave(world, error)
+        raise
+    _leave(world, None)
+
+
+def _leave(world: World, error: BaseException | None) -> None:
+    """Destroy the process group; if that lasts longer than LEAVE_S, print `error` and end the process.
+
+    NCCL waits there for the other ranks, which may be gone (pytorch/torchtitan#1342).
+    """
+    leaving = threading.Thread(target=dist.destroy_process_group, name="destroy process group", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_S)
+    if not leaving.is_alive():
+        return
+    if error is not None and not isinstance(error, LivtError):
+        traceback.print_exception(error)
+    why = error or f"the other ranks did not leave the process group within {LEAVE_S:.0f} s"
+    print(f"livt: error on rank {world.rank}: {why}", file=sys.stderr, flush=True)
+    os._exit(error.exit_code if isinstance(error, LivtError) else EXIT_FAILED)
 
 
 def _slurm_master(environ: Mapping[str, str]) -> str:

@@ -120,6 +120,8 @@ def _set_up_torch(parallel: Parallel) -> None:
     if parallel.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
         torch.use_deterministic_algorithms(True)
+        # for finding faults: it writes to each new tensor
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def run_dir_of(recipe: Recipe) -> Path:

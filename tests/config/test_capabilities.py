@@ -27,6 +27,13 @@ ASKED: dict[Feature, list[str]] = {
 }
 
 
+def test_offloading_with_a_loss_scaler_is_refused_under_fsdp_alone():
+    sets = ["parallel.offload=cpu", "parallel.precision=fp16"]
+    load_recipe(QUICKSTART, sets=[*sets, "parallel.strategy=zero2"])
+    with pytest.raises(RecipeError, match="do not go together under fsdp"):
+        load_recipe(QUICKSTART, sets=[*sets, "parallel.strategy=fsdp"])
+
+
 @pytest.mark.parametrize("strategy", ["auto", *STRATEGIES])
 @pytest.mark.parametrize("feature", ASKED)
 def test_a_recipe_is_refused_where_the_table_says_no(strategy, feature):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from livt_scale.distributed.world import World, _slurm_master, _slurm_port, detect
 from livt_scale.util.errors import UsageError
+from tests import warm
 
 
 def test_alone_without_a_launcher():
@@ -108,3 +110,72 @@ def test_the_port_follows_from_the_job():
     assert [_slurm_port({"SLURM_JOB_ID": job}) for job in ("71", "20071", "3")] == ["12071", "12071", "12003"]
     with pytest.raises(UsageError, match="SLURM_JOB_ID is 'x'"):
         _slurm_port({"SLURM_JOB_ID": "x"})
+
+
+# --- leaving the process group ---
+
+LEAVES = """
+import sys, time
+import torch.distributed as dist
+from livt_scale.distributed import world
+from livt_scale.util.errors import DataError, Preempted
+
+def wait_for_peers():  # as NCCL does
+    print("destroyed", flush=True)
+    time.sleep({destroy_s})
+
+dist.init_process_group = lambda *_, **__: None
+dist.destroy_process_group = wait_for_peers
+world.meet = lambda *_, **__: None
+world.LEAVE_S = 1.0
+with world.process_group(world.World(1, 2, 1, 2), timeout_s=5):
+    {body}
+print("after it", flush=True)
+"""
+
+
+def leaves(tmp_path, body, destroy_s=600):
+    program = tmp_path / "leaves.py"
+    program.write_text(LEAVES.format(body=body, destroy_s=destroy_s))
+    return warm.run([program], cwd=tmp_path, timeout=30)
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "printed"),
+    [
+        ("raise DataError('a damaged sample', remedy='build it again')", 1, "a damaged sample. Build it again"),
+        ("raise Preempted('stopped and saved')", 85, "stopped and saved"),
+        ("raise KeyError('x')", 1, "KeyError: 'x'"),
+        ("pass", 1, "the other ranks did not leave the process group within 1 s"),
+    ],
+)
+def test_a_rank_whose_peers_are_gone_prints_its_error_and_ends(tmp_path, body, code, printed):
+    done = leaves(tmp_path, body)
+    assert (done.returncode, done.stdout) == (code, "destroyed\n")
+    assert "livt: error on rank 1: " in done.stderr
+    assert printed in done.stderr
+
+
+def test_a_group_that_can_be_destroyed_leaves_the_error_to_the_caller(tmp_path):
+    done = leaves(tmp_path, "raise KeyError('x')", destroy_s=0)
+    assert (done.returncode, done.stdout) == (1, "destroyed\n")
+    assert "livt: error" not in done.stderr
+    assert leaves(tmp_path, "pass", destroy_s=0).stdout == "destroyed\nafter it\n"
+
+
+# --- the device ---
+
+
+@pytest.mark.parametrize(("gpus", "local_rank", "index"), [(1, 3, 0), (4, 3, 3), (4, 0, 0)])
+def test_each_process_of_a_node_has_a_gpu(monkeypatch, gpus, local_rank, index):
+    """One visible GPU: Slurm has shown each task its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert World(local_rank, 4, local_rank, 4).device == torch.device("cuda", index)
+
+
+def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match="process 2 of this node, of 4, has no GPU: 2 are visible"):
+        _ = World(2, 4, 2, 4).device
