@@ -34,8 +34,8 @@ test: $(READY)  ## the tests, without the slow ones
 test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 	$(BIN)/python -m pytest -m "slow and not slurm" $(TEST_FLAGS)
 
-test-slurm: $(READY)  ## the tests on a real Slurm of two nodes, started for them; as root
-	$(BIN)/python -m pytest -m slurm -rs tests/slurm_real $(TEST_FLAGS)
+test-slurm: $(READY)  ## the tests on real Slurm clusters, started for them; as root
+	$(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)
 
 lint: $(READY)  ## ruff, mypy and the contracts on imports
 	$(BIN)/ruff check .

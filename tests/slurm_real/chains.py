@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from tests import warm
 from tests.slurm_real.cluster import Cluster, wait_for
 from tests.whole_runs import TINY, Livt, assert_same_run, small_data, spelt
 
@@ -22,6 +22,7 @@ if [ "$1 $2 $3 $4" = "-P -m livt_scale train" ]; then
   shift 3
   exec '{python}' -P '{faulty}' "$@"
 fi
+while [ "$4" = export ] && [ -e "$FAULTS/hold-export" ]; do sleep 0.2; done
 if [ "$5" = --node ] && [ -e "$FAULTS/bad-$SLURMD_NODENAME" ]; then
   echo "planted: no doctor on $SLURMD_NODENAME" >&2
   exit 1
@@ -55,16 +56,10 @@ class Chain:
         self.sets |= {f"slurm.{name}": value for name, value in slurm.items()}
         self.sets |= {name.replace("__", "."): value for name, value in sets.items()}
 
-    def livt(self, *words: str | Path, expect: int | tuple[int, ...] = 0) -> subprocess.CompletedProcess[str]:
-        """A `livt` command, from the login node so to speak."""
-        done = subprocess.run(
-            [sys.executable, "-m", "livt_scale", *map(str, words)],
-            cwd=self.folder,
-            env=self.cluster.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+    def livt(self, *words: str | Path, expect: int | tuple[int, ...] = 0) -> warm.CompletedProcess[str]:
+        """A `livt` command, as on a login node."""
+        environ = self.cluster.environ | {"OMP_NUM_THREADS": "1"}
+        done = warm.run(["-m", "livt_scale", *words], cwd=self.folder, env=environ)
         allowed = expect if isinstance(expect, tuple) else (expect,)
         assert done.returncode in allowed, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -86,6 +81,10 @@ class Chain:
 
     def status(self, stage: str) -> dict[str, Any]:
         return json.loads((self.run_dir / stage / "status.json").read_text())
+
+    def await_state(self, name: str, *states: str) -> dict[str, str]:
+        """Until the job has one of the states; what Slurm shows of it."""
+        return self.cluster.wait(self.jobs[name], *states, seconds=CHAIN_S)
 
     def lay(self, fault: str, text: str = "") -> None:
         """The fault is there from the next step on, whole at once."""

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 from tests.slurm_real import cluster as slurm
-from tests.slurm_real.chains import RECIPE
+from tests.slurm_real.chains import RECIPE, Chain
 from tests.slurm_real.cluster import Cluster
-from tests.slurm_real.descriptions import TWO_NODES, Description
+from tests.slurm_real.descriptions import OTHERS, TWO_NODES, Description
 from tests.whole_runs import Livt
 
 
@@ -48,6 +48,29 @@ def reference(tmp_path_factory):
     livt = Livt(tmp_path_factory.mktemp("torchrun"))
     livt.train(livt.folder / "run", processes=2, **{k.replace(".", "__"): v for k, v in RECIPE.items()})
     return livt.folder / "run"
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory):
+    """Both stages in one process, undisturbed. Read only."""
+    livt = Livt(tmp_path_factory.mktemp("local"))
+    livt.train(livt.folder / "run", **{k.replace(".", "__"): v for k, v in RECIPE.items()})
+    return livt.folder / "run"
+
+
+@pytest.fixture(scope="session")
+def preempted(clusters, tmp_path_factory):
+    """Chains of one task on the other clusters, preempted while they pretrain. They run beside the tests that wait."""
+    folder = tmp_path_factory.mktemp("preempted")
+    chains = {name: Chain(clusters(which), folder / name, slurm__nodes=1) for name, which in OTHERS.items()}
+    for chain in chains.values():
+        chain.lay("pace", "1 1")
+        chain.submit()
+    for chain in chains.values():
+        chain.await_steps(4)
+        (pretrain, *_) = chain.jobs.values()
+        chain.preempt(chain.cluster.show(pretrain)["NodeList"])
+    return chains
 
 
 @pytest.fixture

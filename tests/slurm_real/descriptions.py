@@ -91,6 +91,7 @@ class Description:
     kill_wait_s: int  # from SIGTERM to SIGKILL
     accounting: bool
     mem_per_cpu_mb: int | None = None  # DefMemPerCPU; None: memory is not allocated
+    first_job: int = 1  # clusters run at the same time, and ranks meet at a port that follows from their job's number
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -104,6 +105,7 @@ class Description:
         lines += [f"PreemptMode={self.preempt}", f"JobRequeue={self.job_requeue}", f"KillWait={self.kill_wait_s}"]
         lines.append(f"SelectTypeParameters={'CR_CPU' if self.mem_per_cpu_mb is None else 'CR_CPU_Memory'}")
         lines += [f"DefMemPerCPU={self.mem_per_cpu_mb}"] if self.mem_per_cpu_mb is not None else []
+        lines.append(f"FirstJobId={self.first_job}")
         nodes = "".join(
             NODE.format(name=name, host=host, port=ports[name], cpus=cpus, gpus=GPUS)
             for name, cpus in zip(self.nodes, self.cpus, strict=True)
@@ -133,6 +135,7 @@ UNEVEN = Description(
     job_requeue=0,
     kill_wait_s=5,
     accounting=False,
+    first_job=1001,
 )
 LIMITED = Description(
     cpus=(8, 8),
@@ -145,4 +148,6 @@ LIMITED = Description(
     kill_wait_s=15,
     accounting=True,
     mem_per_cpu_mb=300,
+    first_job=2001,
 )
+OTHERS = {"uneven": UNEVEN, "limited": LIMITED}

@@ -17,6 +17,13 @@ ON_BOTH = ("--nodes=2", "--ntasks-per-node=1", "--time=5")
 DONE = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _chains_of_other_clusters_first(request):
+    """They run while the tests here wait."""
+    if any("preempted" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("preempted")
+
+
 def said(tmp_path, job, text, seconds=60):
     """The job's output, once it holds `text`."""
     out = tmp_path / f"{job}.out"
