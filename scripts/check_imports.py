@@ -37,6 +37,7 @@ DEFERRED: dict[str, str] = {
     "data/image/augment.py": "start-up: timm takes seconds, and only RandAugment needs it",
     "data/remote/fetch.py": "start-up: fsspec and aiohttp take half a second, and only sets at a URL need them",
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",
+    "train/telemetry/tensorboard.py": "start-up: accelerate and TensorBoard, which a recipe may turn off",
     "export/timm.py": "start-up: timm takes seconds, and only the check of an export needs it",
     "export/onnx.py": "optional: onnxruntime comes with an extra, and without it an export is not checked",
     "plan/exact.py": "start-up: torch is for the process that it starts",

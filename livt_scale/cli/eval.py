@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import AsJson, EvaluationShards, Force, Weights, WeightsName, WhichCheckpoint
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 
 VIEWS_HELP = "Views of each image to average: 1 (centre crop), 2 (and its mirror image), 5 (crops) or 10 (both)."
 AVERAGE_HELP = "What to average over the views. Default: logits."
@@ -59,6 +59,7 @@ def eval_(
 
     livt eval logits.safetensors --tau 0,0.5,1 --reports reports/try
     """
+    starting(f"eval {path}")
     from livt_scale.cli.evaluation import Wanted, evaluated, print_report
 
     wanted = Wanted(tau, temperature, reports, gallery, save_logits, out, force)

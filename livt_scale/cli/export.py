@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import AsJson, Force, RunOrExport, Weights, WeightsName, WhichCheckpoint
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 from livt_scale.cli.train import StageName
 
 
@@ -46,6 +46,7 @@ def export(
 
     python -c "import timm; timm.create_model('local-dir:exports/try', pretrained=True)"
     """
+    starting(f"export {path}")
     from livt_scale.util.errors import UsageError
 
     target = out or path / ("export" if to is Layout.timm else f"export-{to}")

@@ -1,4 +1,4 @@
-"""`livt logs`: what the jobs of a stage printed, and what its ranks left when they failed or hung."""
+"""`livt logs`: what a stage printed, and what its ranks left when they failed or hung."""
 
 from __future__ import annotations
 
@@ -90,17 +90,17 @@ def _show(run: Path, stage: str | None, *, rank: int | None, lines: int, files: 
     chosen = next((each for each in view.stages if each.name == (stage or _last_started(view))), None)
     if chosen is None:
         raise UsageError(f"nothing of {run} was started", remedy=f"livt status {run}")
-    job = _newest_log(view, chosen.name)
+    log = _log_of(view, chosen.name)
     _say(f"== {chosen.name}: {chosen.state}" + (f", {chosen.why}" if chosen.why else ""))
     if rank is not None:
-        _rank(view, chosen, rank, lines=lines, job=job)
+        _rank(view, chosen, rank, lines=lines, log=log)
         return None
     _failures(view, chosen, lines=lines)
-    if job is None:
+    if log is None:
         _no_log(view, chosen)
         return None
-    path = run / job.log
-    _say(f"== job {job.id}: {path}")
+    title, path = log
+    _say(f"== {title}: {path}")
     handle = files.enter_context(open_checked(path, "log")).fileno()
     for line in _tail(handle, lines):
         _say(line)
@@ -118,6 +118,17 @@ def _newest_log(view: RunView, stage: str) -> ChainJob | None:
     return jobs[-1] if jobs else None
 
 
+def _log_of(view: RunView, stage: str) -> tuple[str, Path] | None:
+    """(what it is of, its path): of the stage's newest job, or what a run without jobs keeps itself."""
+    job = _newest_log(view, stage)
+    if job is not None:
+        return f"job {job.id}", view.run_dir / job.log
+    from livt_scale.train.run_files import LOG
+
+    own = view.run_dir / LOG
+    return ("all starts", own) if own.is_file() else None
+
+
 def _failures(view: RunView, stage: StageView, *, lines: int) -> None:
     """Each rank's own error, and the files of stacks."""
     for beat in stage.record.beats:
@@ -128,7 +139,7 @@ def _failures(view: RunView, stage: StageView, *, lines: int) -> None:
         _head(path, lines)
 
 
-def _rank(view: RunView, stage: StageView, rank: int, *, lines: int, job: ChainJob | None) -> None:
+def _rank(view: RunView, stage: StageView, rank: int, *, lines: int, log: tuple[str, Path] | None) -> None:
     """Heartbeat and stacks of one rank, and the lines of the job's log that name it."""
     from livt_scale.util.errors import UsageError
 
@@ -142,8 +153,8 @@ def _rank(view: RunView, stage: StageView, rank: int, *, lines: int, job: ChainJ
     if stacks.is_file():
         _say(f"== {stacks}")
         _head(stacks, lines)
-    if job is not None:
-        path = view.run_dir / job.log
+    if log is not None:
+        _, path = log
         with open_checked(path, "log") as file:
             named = [line for line in _tail(file.fileno(), sys.maxsize) if f"rank {rank}:" in line]
         _say(f"== lines of rank {rank} in {path} (all ranks print to it; most lines do not say whose they are)")

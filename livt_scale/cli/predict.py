@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import AsJson, Force, RunOrExport, WhichCheckpoint
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 
 
 def predict(
@@ -39,6 +39,7 @@ def predict(
 
     livt predict runs/try photos --out photos.csv --top-k 3 --skip-bad --json
     """
+    starting(f"predict {path}")
     from livt_scale.distributed.world import detect
     from livt_scale.evaluation.tta import Views
     from livt_scale.export.open_trained import open_trained

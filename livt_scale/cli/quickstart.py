@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from livt_scale.cli.options import Sets
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 
 
 def quickstart(sets: Sets = None) -> None:
     """Train both stages on the shipped long-tailed images; print accuracy."""
+    starting("quickstart", "checking the run")
     from livt_scale.config.load import load_recipe
     from livt_scale.evaluation.results import results_table
     from livt_scale.train.compare_run import check_start
@@ -21,6 +22,7 @@ def quickstart(sets: Sets = None) -> None:
     if not check_start(recipe, run_dir):
         echo(f"This run is finished. To run it again, remove {run_dir}.")
     else:
+        starting("quickstart")
         from livt_scale.train.run import train as run  # imports torch, which a finished run does not need
 
         run(recipe)

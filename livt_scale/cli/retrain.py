@@ -9,7 +9,7 @@ import typer
 
 from livt_scale.cli.change import print_change
 from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, RunOrExport, WhichCheckpoint
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 
 
 def retrain(
@@ -29,6 +29,7 @@ def retrain(
 
     livt retrain runs/try --out exports/crt
     """
+    starting(f"retrain {source}")
     from livt_scale.posthoc.crt import Settings, retrain_head
 
     settings = Settings(epochs=epochs, batch=batch, lr=lr, seed=seed)

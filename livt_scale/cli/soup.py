@@ -10,7 +10,7 @@ import typer
 
 from livt_scale.cli.change import print_change
 from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, Weights, WeightsName
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 
 
 def soup(
@@ -33,6 +33,7 @@ def soup(
 
     livt soup runs/try --all-checkpoints --greedy --out exports/soup
     """
+    starting(f"soup {', '.join(map(str, paths))}")
     from livt_scale.posthoc.soup import make_soup, read_members
 
     members = read_members(paths, all_checkpoints=all_checkpoints, weights=weights.value)

@@ -9,7 +9,7 @@ import typer
 
 from livt_scale.cli.change import print_change
 from livt_scale.cli.options import AsJson, EvaluationShards, ExportFolder, Force, RunOrExport, WhichCheckpoint
-from livt_scale.cli.output import echo
+from livt_scale.cli.output import echo, starting
 
 
 def tau_norm(
@@ -30,6 +30,7 @@ def tau_norm(
 
     livt tau-norm runs/try --out exports/tau
     """
+    starting(f"tau-norm {source}")
     from livt_scale.posthoc.tau_norm import TAUS, tau_normalise
 
     result = tau_normalise(source, out, taus=taus or TAUS, keep_bias=keep_bias, data=data, which=which, force=force)

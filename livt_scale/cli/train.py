@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from livt_scale.cli.options import Allow, RecipeFile, Sets
+from livt_scale.cli.output import starting
 
 
 class StageName(StrEnum):
@@ -29,6 +30,7 @@ def train(
 
         torchrun --nproc-per-node 2 -m livt_scale train RECIPE
     """
+    starting(f"train {recipe}")
     from livt_scale.api.train import train as run
 
     run(recipe, overrides=sets or (), stage=stage.value if stage else None, allow=allow or ())

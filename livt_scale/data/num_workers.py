@@ -29,6 +29,7 @@ from livt_scale.config.recipe import Data
 from livt_scale.data.order.for_rank import MicroBatch
 from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.util.process_pool import usable_cores
+from livt_scale.util.text import counted
 
 MEASURE_S = 2.0
 CHUNK = 8  # samples decoded between two looks at the clock; even, for pairs
@@ -53,7 +54,10 @@ class Loading:
         return max(self.workers * self.prefetch, 1) * self.batch_bytes
 
     def __str__(self) -> str:
-        ready = f"{self.workers} processes x {self.prefetch} micro-batches" if self.workers else "no processes"
+        ready = "no processes"
+        if self.workers:
+            each = counted(self.prefetch, "micro-batch", "micro-batches")
+            ready = f"{counted(self.workers, 'process', 'processes')} × {each}"
         most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.max_bytes / 1e6:.1f} MB ready"
         return f"loader: {ready} of {most} ({self.why})"
 

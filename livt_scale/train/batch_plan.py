@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.util.errors import UsageError
+from livt_scale.util.text import counted
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,8 @@ class BatchPlan:
         return self.micro_batch * self.accumulation
 
     def __str__(self) -> str:
-        return (
-            f"global batch {self.global_batch} = {self.world_size} ranks x {self.accumulation} micro-batches "
-            f"x {self.micro_batch} images"
-        )
+        ranks, steps = counted(self.world_size, "rank"), counted(self.accumulation, "micro-batch", "micro-batches")
+        return f"global batch {self.global_batch} = {ranks} × {steps} × {counted(self.micro_batch, 'image')}"
 
 
 def stage_batches(recipe: Recipe, stage: Stage, *, world_size: int) -> BatchPlan:

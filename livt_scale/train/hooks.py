@@ -95,11 +95,13 @@ class Save(Hook):
 class Pictures(Hook):
     """Draws a picture beside each checkpoint: RUN/STAGE/samples/step-00001234.png."""
 
-    def __init__(self, draw: Callable[[Strategy, Path], None], folder: Path) -> None:
-        self._draw, self._folder = draw, folder
+    def __init__(self, draw: Callable[[Strategy, Path], None], folder: Path, *, log: MetricsLog) -> None:
+        self._draw, self._folder, self._log = draw, folder, log
 
     def on_save(self, loop: Loop, step: Step) -> None:
-        self._draw(loop.state.strategy, self._folder / f"step-{step.number:08d}.png")
+        path = self._folder / f"step-{step.number:08d}.png"
+        self._draw(loop.state.strategy, path)
+        self._log.picture("reconstructions", path, step=step.number)
 
 
 class StopOnRequest(Hook):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,15 +41,18 @@ from livt_scale.train.preflight import check_run, refuse
 from livt_scale.train.pretrain import pretrain_task
 from livt_scale.train.replica_check import ReplicaCheck
 from livt_scale.train.resume_rules import check_allowable
+from livt_scale.train.run_files import LOG
 from livt_scale.train.schedule import Schedule
 from livt_scale.train.telemetry.layer_stats import LayerStats
 from livt_scale.train.telemetry.metrics_log import MetricsLog, last_step_written, measured_demand
 from livt_scale.train.telemetry.mfu import speed_of
 from livt_scale.train.telemetry.profiler import Profiler
+from livt_scale.train.telemetry.tensorboard import TensorBoard
 from livt_scale.train.telemetry.trackers import Trackers, check_installed, open_trackers
 from livt_scale.train.train_state import TrainState, run_facts
 from livt_scale.train.watchdog import Watchdog
 from livt_scale.util.errors import CheckpointMismatch, DataError, LivtError, UsageError
+from livt_scale.util.log import to_file
 
 _log = logging.getLogger(__name__)
 
@@ -90,8 +94,9 @@ def train_together(
         Preemption(limit if world.is_main else None) as preemption,
     ):
         world.peers.on_rank0(lambda: rundir.save_first(recipe, run_dir))
-        for name in _left_to_train(recipe, left, run_dir, world=world, allow=allow):
-            _StageRun(recipe, name, run_dir, world, preemption, allow, hooks).run()
+        with to_file(run_dir / LOG) if world.is_main else nullcontext():
+            for name in _left_to_train(recipe, left, run_dir, world=world, allow=allow):
+                _StageRun(recipe, name, run_dir, world, preemption, allow, hooks).run()
 
 
 def _left_to_train(
@@ -249,7 +254,7 @@ class _StageRun:
             ReplicaCheck(every_steps=every_steps) if every_steps else None,
             evaluate,
             save,
-            Pictures(task.draw, self.folder / "samples") if task.draw else None,
+            Pictures(task.draw, self.folder / "samples", log=log) if task.draw else None,
             AnomalyPolicy(saver, self.folder),
             *self.extra_hooks,
             StopOnRequest(self.preemption, saver),
@@ -293,7 +298,12 @@ class _StageRun:
         weights = evaluation.weights_lineage(loop.state.facts, step=end.step, epoch=end.epoch, checkpoint=checkpoint)
         weights["checkpoint_digest"] = read_manifest(self.folder / "checkpoints" / checkpoint).files_digest
         evaluation.write_eval(report, self.folder / "eval.json", weights=weights)
-        plots.confusion(report, train_set.manifest.class_names, self.folder / "samples" / "confusion.png")
+        picture = self.folder / "samples" / "confusion.png"
+        plots.confusion(report, train_set.manifest.class_names, picture)
+        if self.recipe.log.tensorboard and picture.is_file():
+            board = TensorBoard(self.folder)
+            board.picture("confusion", picture, step=end.step)
+            board.finish()
 
     def _announce(self, task: StageTask, plan: BatchPlan, strategy: Strategy, resumed: str | None) -> None:
         part, stage = task.part, self.stage

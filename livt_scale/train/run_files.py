@@ -5,6 +5,7 @@ RUN/STAGE/metrics.jsonl       read_metrics       one line per `log.every_steps` 
 RUN/STAGE/evaluations.jsonl   read_evaluations   one line per evaluation during training
 RUN/STAGE/anomalies.jsonl     read_anomalies     one line per step that was not taken as it was
 RUN/finetune/eval.json        read_eval          the report of the final evaluation
+RUN/log.txt                   `livt logs`        what rank 0 printed, with date and time
 
 The files are read while others write them, after a kill and on full disks. So an incomplete last line of a .jsonl file
 is skipped, a field of the wrong kind counts as missing, and sizes are bounded. A damaged line is counted, or with
@@ -28,6 +29,7 @@ from livt_scale.util.text import first_line
 State = Literal["running", "preempted", "failed", "done"]
 STATUS, METRICS, EVALUATIONS, ANOMALIES = "status.json", "metrics.jsonl", "evaluations.jsonl", "anomalies.jsonl"
 EVAL = "eval.json"
+LOG = "log.txt"  # of the run: what rank 0 printed, start after start
 
 TAIL_BYTES = 2**20  # what `tail` reads: thousands of lines
 MAX_LINES_BYTES = 2**28  # a million lines

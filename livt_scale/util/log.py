@@ -5,24 +5,31 @@
     _log.warning("the disk is full")                # any rank: "livt: warning on rank 3: the disk is full"
     _log.info("profile written", extra=EVERY_RANK)  # any rank: "rank 3: profile written"
 
+    to_stderr()              20:14:03 pretrain: 5.4 M parameters         with the date where stderr is no terminal
+    to_file(RUN/log.txt)     2026-11-29 20:14:03 pretrain: 5.4 M parameters
+
 The package installs no handler by itself: the command line does, with `to_stderr`, and a program that imports the
 package configures the logger `livt_scale` as it likes. `livt logs --rank 3` looks for the "rank 3:" of these lines.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from livt_scale.util.text import escaped
 
 _log = logging.getLogger(__name__)
 
 ROOT = "livt_scale"
+FILE_ONLY = {"file_only": True}  # as `extra`: a line for log.txt, whose content the terminal shows otherwise
 EVERY_RANK = {"every_rank": True}  # as `extra`: an INFO line that every rank prints
 # rank and number of ranks, by torchrun, mpirun and srun; the first pair that is set counts, as in distributed/world.py
 VARIABLES = (
@@ -31,6 +38,7 @@ VARIABLES = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("SLURM_PROCID", "SLURM_NTASKS"),
 )
+DATE_AND_TIME = "%Y-%m-%d %H:%M:%S"
 ANNOUNCE_AFTER_S = 2.0  # a wait that takes longer is announced
 
 
@@ -84,14 +92,12 @@ class RankHandler(logging.Handler):
 
     def filter(self, record: logging.LogRecord) -> bool:
         wanted = record.levelno >= logging.WARNING or getattr(record, "every_rank", False) or rank_of_process()[0] == 0
-        return wanted and bool(super().filter(record))
+        return wanted and not getattr(record, "file_only", False) and bool(super().filter(record))
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        if record.levelno >= logging.WARNING:
-            return line(record.levelname.lower(), text)
-        rank, world_size = rank_of_process()
-        return f"rank {rank}: {text}" if getattr(record, "every_rank", False) and world_size > 1 else text
+        at = time.localtime(record.created)
+        clock = time.strftime("%H:%M:%S" if sys.stderr.isatty() else DATE_AND_TIME, at)
+        return f"{clock} {_with_rank(record, super().format(record))}"
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -100,6 +106,60 @@ class RankHandler(logging.Handler):
             sys.stderr.flush()
         except Exception:
             self.handleError(record)
+
+
+class LogFile(logging.FileHandler):
+    """Lines at the end of a file. If the disk is full, that is logged once, and the lines are missing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.setFormatter(OneLine())
+        self._failed = False
+
+    def format(self, record: logging.LogRecord) -> str:
+        clock = time.strftime(DATE_AND_TIME, time.localtime(record.created))
+        return f"{clock} {_with_rank(record, super().format(record))}"
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002 - logging's signature
+        if not self._failed:
+            self._failed = True
+            _log.warning("%s cannot be written: %s; lines are missing there", self.baseFilename, sys.exc_info()[1])
+
+
+@contextmanager
+def to_file(path: Path) -> Iterator[None]:
+    """Append the package's log to `path` while the block runs, and at its end the error that ended it.
+
+    Anything else than a regular file there is left alone, and so is a file that cannot be opened: that is logged.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "not a regular file")
+        handler = LogFile(path)
+    except OSError as error:
+        _log.warning("%s cannot be written: %s", path, error.strerror)
+        yield
+        return
+
+    logger = logging.getLogger(ROOT)
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        kind, text = logging.ERROR, str(error) or type(error).__name__
+        handler.handle(logging.LogRecord(ROOT, kind, __file__, 0, "%s", (text,), None))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        with suppress(OSError):  # a full disk was logged
+            handler.close()
+
+
+def _with_rank(record: logging.LogRecord, text: str) -> str:
+    if record.levelno >= logging.WARNING:
+        return line(record.levelname.lower(), text)
+    rank, world_size = rank_of_process()
+    return f"rank {rank}: {text}" if getattr(record, "every_rank", False) and world_size > 1 else text
 
 
 def line(kind: str, text: str) -> str:

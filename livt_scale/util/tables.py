@@ -11,10 +11,11 @@ Text, which holds no markup, with control characters escaped, and the console re
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -47,10 +48,37 @@ def plain_bar(*texts: str) -> Progress:
     columns = [TextColumn(text, markup=False) for text in texts]
     return Progress(
         TextColumn("{task.description}", style="progress.description", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=None),
         MofNCompleteColumn(),
         *columns,
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        ElapsedColumn(),
+        RemainingColumn(),
         console=plain_console(stderr=True),
+        expand=True,
     )
+
+
+def plain_line(text: str = "") -> Text:
+    """A line that is cut where the terminal ends; its `plain` can be changed."""
+    return Text(escaped(text), no_wrap=True, overflow="ellipsis")
+
+
+class ElapsedColumn(ProgressColumn):
+    """elapsed 0:01:12"""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.finished_time if task.finished else task.elapsed
+        return Text(f"elapsed {time_text(seconds or 0.0)}", style="progress.elapsed")
+
+
+class RemainingColumn(ProgressColumn):
+    """remaining 0:02:24, at rich's estimate of the speed"""
+
+    def render(self, task: Task) -> Text:
+        seconds = task.time_remaining
+        return Text(f"remaining {'-:--:--' if seconds is None else time_text(seconds)}", style="progress.remaining")
+
+
+def time_text(seconds: float) -> str:
+    """0:02:24, or 3 days, 4:05:06."""
+    return str(timedelta(seconds=round(seconds)))

@@ -23,3 +23,8 @@ def first_line(error: BaseException, *, max_chars: int = 300) -> str:
     """The message of a library's `error`, as one short line; its class if the message is empty."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return escaped(lines[0])[:max_chars]
+
+
+def counted(count: int, one: str, many: str = "") -> str:
+    """1 rank, 2 ranks; `many`: the plural where it is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"

@@ -392,7 +392,14 @@ def test_logs_show_the_end_of_the_newest_log_and_why_it_failed(run, fake):
     assert "Did you mean 'finetune'?" in str(livt("logs", run.dir, "--stage", "finetun").exception)
 
 
-def test_logs_of_a_local_run_say_where_to_look(run):
+def test_logs_of_a_local_run_are_those_that_it_keeps(run):
+    run.status("running", step=3)
+    (run.dir / "log.txt").write_text("one\ntwo\nrank 1: three\n")
+    told = livt("logs", run.dir, "-n", "2").stdout.splitlines()
+    assert told[-3:] == [f"== all starts: {run.dir / 'log.txt'}", "two", "rank 1: three"]
+
+
+def test_logs_of_a_run_without_any_say_where_to_look(run):
     run.status("running", step=3)
     run.metrics(1.0)
     told = livt("logs", run.dir).stdout

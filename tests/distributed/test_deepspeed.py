@@ -219,6 +219,6 @@ def test_a_whole_run_says_nothing_that_is_deepspeeds(tmp_path: Path) -> None:
         *livt.train_words(tmp_path / "run", parallel__strategy="zero3", **{"stages__*__epochs": 1}), processes=2
     )
     lines = [line for line in (said.stdout + said.stderr).splitlines() if line.strip()]
-    assert all(line.startswith(("run directory: ", "pretrain", "finetune")) for line in lines), lines
+    assert all(line[20:].startswith(("train ", "run directory: ", "pretrain", "finetune")) for line in lines), lines
     assert (tmp_path / "run" / "finetune" / "eval.json").is_file()
     assert list((tmp_path / "run" / "pretrain" / "samples").glob("*.png"))

@@ -66,7 +66,7 @@ def test_accelerate_launch_trains_the_same_run(livt, tmp_path, by_torchrun):
     with launched(livt, launcher, tmp_path / "run") as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
-    assert "= 2 ranks x" in said
+    assert "= 2 ranks ×" in said
     assert_same_weights(tmp_path / "run", by_torchrun)
 
 

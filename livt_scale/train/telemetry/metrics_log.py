@@ -13,19 +13,22 @@ import math
 import sys
 import time
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, drop_lines_after, read_metrics
 from livt_scale.train.telemetry.clock import DEVICE_PARTS, PARTS
+from livt_scale.train.telemetry.display import Pace, TerminalProgress, log_line
 from livt_scale.train.telemetry.mfu import Speed, memory_peak_gib
+from livt_scale.train.telemetry.tensorboard import grouped
 from livt_scale.train.telemetry.trackers import Trackers
 from livt_scale.util.errors import RunError
-from livt_scale.util.tables import plain_bar
+from livt_scale.util.log import FILE_ONLY
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    pass
 
 PLAIN_LINE_EVERY_S = 10.0
 MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
@@ -43,7 +46,7 @@ class MetricsLog(Hook):
         self._path = folder / METRICS
         self._stage = folder.name
         self._speed, self._trackers = speed, trackers or Trackers([])
-        self._progress: Progress | None = None
+        self._terminal: TerminalProgress | None = None
         self._last_line_s = -math.inf
         self._warned_of_disk = False
 
@@ -54,8 +57,9 @@ class MetricsLog(Hook):
             for name in (METRICS, EVALUATIONS):
                 drop_lines_after(self._path.with_name(name), loop.state.step)
             self._file = self._path.open("a")
+            self._pace = Pace(loop.schedule.total, done=loop.state.step)
             if sys.stderr.isatty():
-                self._start_bar(loop.state.step)
+                self._terminal = TerminalProgress(self._stage, total=loop.schedule.total, done=loop.state.step)
 
     def after_step(self, loop: Loop, step: Step) -> None:
         result = step.result
@@ -68,14 +72,14 @@ class MetricsLog(Hook):
         self._sums["steps"] += 1
         self._sums["skipped_steps"] += not result.applied
 
-        if self._progress is not None:
-            self._progress.update(self._bar, completed=step.number, loss=f"loss {step.loss:.4f}")
+        if self._terminal is not None:
+            self._terminal.step(step.number, epoch=self._epoch(step.number), loss=step.loss, lr=step.lr)
         if self._schedule.logs(step.number):
             self._end_interval(loop, step)
 
     def close(self, loop: Loop) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        if self._terminal is not None:
+            self._terminal.stop()
         self._trackers.finish()
         if self._writes:
             with suppress(OSError):  # a line that the full disk refused was logged
@@ -87,12 +91,17 @@ class MetricsLog(Hook):
         self._add_parts()
         return dict(self._sums)
 
+    def picture(self, name: str, path: Path, *, step: int) -> None:
+        """Send a picture that was drawn to the trackers that show pictures."""
+        if self._writes and path.is_file():
+            self._trackers.picture(name, path, step=step)
+
     def note(self, done: int, **values: Any) -> None:
         """Log an evaluation's values: evaluations.jsonl, the trackers, the terminal."""
-        self._trackers.log(values, step=done)
+        self._trackers.log({"eval": values}, step=done)
         if not self._writes:
             return
-        line = {"step": done, "epoch": self._epoch(done), **values}
+        line = {"step": done, "epoch": self._epoch(done), **values, "time": _now()}
         try:
             with self._path.with_name(EVALUATIONS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
@@ -118,14 +127,18 @@ class MetricsLog(Hook):
             **_figures(sums, lr=step.lr, global_batch=loop.task.part.global_batch, speed=self._speed),
             "memory_peak_gib": memory_peak_gib(loop.world.device),
             "world_size": loop.world.world_size,
+            "time": _now(),
             **step.metrics,
         }
         self._write(line)
-        self._trackers.log({k: v for k, v in line.items() if k not in ("step", "world_size")}, step=step.number)
-        is_last = step.number == self._schedule.total
-        if self._progress is None and (time.monotonic() - self._last_line_s > PLAIN_LINE_EVERY_S or is_last):
+        self._trackers.log(grouped(line), step=step.number)
+        if self._terminal is not None:
+            self._terminal.interval(line)
+        total = self._schedule.total
+        if time.monotonic() - self._last_line_s > PLAIN_LINE_EVERY_S or step.number == total:
             self._last_line_s = time.monotonic()
-            _log.info("%s  %s", self._stage, _plain_line(line, total=self._schedule.total))
+            text = log_line(line, total=total, left_s=self._pace.left_s(step.number))
+            _log.info("%s  %s", self._stage, text, extra=FILE_ONLY if self._terminal is not None else None)
 
     def _write(self, line: dict[str, Any]) -> None:
         """Into metrics.jsonl. A full disk costs the line, not the run."""
@@ -140,11 +153,6 @@ class MetricsLog(Hook):
             self._warned_of_disk = True
             folder, why = self._path.parent, error.strerror
             _log.warning("%s cannot be written: %s; training continues, lines are missing", folder, why)
-
-    def _start_bar(self, done: int) -> None:
-        self._progress = plain_bar("{task.fields[loss]}")
-        self._bar = self._progress.add_task(self._stage, total=self._schedule.total, completed=done, loss="")
-        self._progress.start()
 
 
 def _figures(
@@ -176,16 +184,8 @@ def _mean(sums: dict[str, float], name: str) -> float | None:
     return sums[name] / count if count else None
 
 
-def _plain_line(line: dict[str, Any], *, total: int) -> str:
-    """A line of metrics.jsonl as a log file has it."""
-    loss = "none" if line["loss"] is None else f"{line['loss']:.4f}"
-    text = (
-        f"epoch {line['epoch']:.2f}  step {line['step']}/{total}  loss {loss}  lr {line['lr']:.3g}  "
-        f"{line['images_per_s']:.0f} images/s  waits for data {line['data_wait_s'] / line['step_s']:.0%}"
-    )
-    if line.get("mfu") is not None:
-        text += f"  mfu {line['mfu']:.1%}"
-    return text + (f"  {line['skipped_steps']} steps skipped" if line["skipped_steps"] else "")
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def measured_demand(folder: Path) -> float | None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from livt_scale.config.recipe import Log, Recipe, Stage
+from livt_scale.train.telemetry.tensorboard import TensorBoard
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
 from livt_scale.util.outside import read_json
@@ -67,6 +68,11 @@ class Trackers:
             if step > self._sent_to or not isinstance(tracker, InBackground):
                 tracker.log(numbers, step=step)
 
+    def picture(self, name: str, path: Path, *, step: int) -> None:
+        for tracker in self._trackers:
+            if isinstance(tracker, TensorBoard):
+                tracker.picture(name, path, step=step)
+
     def finish(self) -> None:
         for tracker in self._trackers:
             tracker.finish()
@@ -76,7 +82,9 @@ def open_trackers(recipe: Recipe, stage: Stage, *, run_dir: Path, start_step: in
     """Start the trackers of the recipe. UsageError if one does not start: no login, no server, no such run."""
     trackers: list[Tracker] = []
     if recipe.log.tensorboard:
-        trackers.append(_tensorboard(run_dir / stage, purge_step=start_step + 1))
+        board = TensorBoard(run_dir / stage, purge_step=start_step + 1)
+        board.describe(recipe, dict(_flat(recipe.model_dump(mode="json"))))
+        trackers.append(board)
     starts = {"wandb": _start_wandb, "mlflow": _start_mlflow}
     for name in recipe.log.trackers:
         ids = _read_ids(run_dir)
@@ -150,17 +158,6 @@ REMEDIES = {
     "wandb": "run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later",
     "mlflow": "check that MLFLOW_TRACKING_URI is a server that answers, or unset it for files in the run directory",
 }
-
-
-def _tensorboard(folder: Path, *, purge_step: int) -> Tracker:
-    """accelerate's tracker, writing into `folder`/tensorboard; events of repeated steps are dropped."""
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker
-
-    PartialState(cpu=True)  # the tracker asks it for the main process; the process group exists already
-    tracker = TensorBoardTracker("tensorboard", logging_dir=folder, purge_step=purge_step)
-    tracker.start()
-    return tracker
 
 
 def _start_wandb(recipe: Recipe, stage: Stage, run_dir: Path, known: str | None) -> tuple[Tracker, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -57,8 +58,8 @@ def test_a_continued_record_equals_an_unbroken_one(tmp_path, saved_at):
 
 
 def timeless(records):
-    """All but the process's own memory, which two processes do not share."""
-    return [{k: v for k, v in line.items() if k != "memory_peak_gib"} for line in records]
+    """All but the clock and the process's own memory, which two processes do not share."""
+    return [{k: v for k, v in line.items() if k not in ("memory_peak_gib", "time")} for line in records]
 
 
 def test_a_line_has_the_names_that_scripts_rely_on(tmp_path):
@@ -71,6 +72,9 @@ def test_a_line_has_the_names_that_scripts_rely_on(tmp_path):
     assert first["world_size"] == 2
     assert first["data_wait_s"] == 0.0625
     assert {"lr", "step_s", "memory_peak_gib"} <= first.keys()
+    at = datetime.fromisoformat(first["time"])
+    assert at.utcoffset() == timedelta(0)
+    assert abs((datetime.now(UTC) - at).total_seconds()) < 60
     assert measured_demand(tmp_path) == pytest.approx(256 / 2 / (1 - 0.0625 / 0.25))
 
 
