@@ -34,8 +34,8 @@ from livt_scale.checkpoint.foreign.pickles import read_tensor
 from livt_scale.checkpoint.io import HashedFile
 from livt_scale.checkpoint.manifest import FileEntry
 from livt_scale.distributed.collectives import Peers
-from livt_scale.util.errors import CheckpointDamaged
-from livt_scale.util.outside import open_checked
+from livt_scale.util.errors import CheckpointDamaged, CheckpointError
+from livt_scale.util.outside import MAX_BYTES, open_checked
 from livt_scale.util.text import first_line
 
 # a piece is a small zip archive: its records are aligned to 64 bytes and its directory is about 1.5 kB
@@ -165,6 +165,9 @@ class FolderWriter:
 
     def write_metadata(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         self._dcp.finish(dataclasses.replace(metadata), results)
+        size, limit = self._files.written[METADATA].bytes, MAX_BYTES["checkpoint index"]
+        if size > limit:
+            raise CheckpointError(f"{METADATA} has {size:,} bytes; one of more than {limit:,} would not be read again")
 
     def entries(self) -> list[FileEntry]:
         return [

@@ -34,7 +34,6 @@ from livt_scale.util.outside import read_checked
 from livt_scale.util.text import first_line
 
 METADATA = ".metadata"
-MAX_DRY_RUN_BYTES = 2**23
 _RECORDS = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -138,13 +137,9 @@ def read_foreign_index(folder: Path) -> tuple[TensorIndex, list[str]]:
 
 
 def _load(path: Path) -> Any:
-    """The records in the file `path`; first it is seen that making them takes no more than the file is worth.
-
-    Not of a larger index, as hundreds of ranks write it: that would take minutes.
-    """
+    """The records in the file `path`, once a dry run has shown that they take no more memory than the file is worth."""
     raw = read_checked(path, "checkpoint index")
-    if len(raw) <= MAX_DRY_RUN_BYTES:
-        dry_run(raw, allowed=lambda _: True)  # names are looked up by `_Restricted`
+    dry_run(raw, allowed=lambda _: True)  # names are looked up by `_Restricted`
     return _Restricted(io.BytesIO(raw)).load()
 
 

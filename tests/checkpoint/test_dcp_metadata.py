@@ -7,16 +7,28 @@ import io
 import os
 import pickle
 import pickletools
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
-from livt_scale.checkpoint.dcp_metadata import read_index
+from livt_scale.checkpoint.dcp_metadata import read_foreign_index, read_index
+from livt_scale.checkpoint.foreign import dry_run as foreign_dry_run
+from livt_scale.checkpoint.foreign.dry_run import dry_run
 from livt_scale.checkpoint.load import load, newest_whole, read_manifest, read_tensors, verify
-from livt_scale.util.errors import CheckpointDamaged
+from livt_scale.util.errors import CheckpointDamaged, CheckpointError
+from livt_scale.util.outside import MAX_BYTES
 
 
 class Hostile:
@@ -164,6 +176,55 @@ def test_our_reading_agrees_with_that_of_dcp(save):
         assert (torch.Size(saved.shape), saved.dtype) == (theirs.size, theirs.properties.dtype)
     assert not any("GLOBAL" in op.name and arg and "os" in str(arg).split() for op, arg, _ in pickletools.genops(
         (path / ".metadata").read_bytes()))  # fmt: skip
+
+
+def many_pieces(*, ranks: int) -> Metadata:
+    """What DCP writes for tensors of 0 to 5 dimensions on `ranks` ranks."""
+    tensors, places = {}, {}
+    for k in range(12):
+        name, sides = f"model.{'deep.' * k}w{k}", (2**33, 300, 70_000, 1, 5)[: k % 6]
+        starts = [(rank * sides[0], *[0] * (len(sides) - 1)) for rank in range(ranks)] if sides else [()]
+        chunks = [ChunkStorageMetadata(torch.Size(start), torch.Size(sides)) for start in starts]
+        size = torch.Size((ranks * sides[0], *sides[1:]) if sides else ())
+        tensors[name] = TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), size, chunks)
+        for rank, chunk in enumerate(chunks):
+            index = MetadataIndex(
+                name, chunk.offsets if k % 2 else torch.Size(list(chunk.offsets)), rank if k % 3 else None
+            )
+            places[index] = _StorageInfo(f"__{rank}_0.distcp" if k % 4 else "x" * 20 * k, rank * 2**35, 2**k)
+    return Metadata(tensors, storage_data=places)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_the_dry_run_of_a_piece_in_one_step_equals_that_of_its_opcodes(monkeypatch, protocol):
+    raw = pickle.dumps(many_pieces(ranks=20), protocol=protocol)
+    fast = dry_run(raw, allowed=lambda _: True)
+    monkeypatch.setattr(foreign_dry_run, "RECORD", re.compile(b"(?!)"))
+    slow = dry_run(raw, allowed=lambda _: True)
+    assert (fast.end, fast.stack, fast.marks) == (slow.end, slow.stack, slow.marks)
+    assert fast.memo.keys() == slow.memo.keys()
+    for place, value in fast.memo.items():  # a name, a text and whatever holds something are known in both
+        assert value is None or type(value) is type(slow.memo[place])
+    if protocol >= 4:
+        assert fast.num_ops < slow.num_ops / 3
+
+
+@pytest.mark.parametrize("bomb", [b"Nr\xff\xff\xff\x7f.", b"})" + b"2\x86" * 70 + b"Ns."])
+def test_a_large_index_is_dry_run_too(tmp_path, bomb):
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02X" + (2**24).to_bytes(4, "little") + b"a" * 2**24 + b"0" + bomb)
+    with pytest.raises(CheckpointDamaged, match=r"memo|too often") as error:
+        read_foreign_index(tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_an_index_beyond_the_bound_is_refused_with_size_and_bound_and_never_written(tmp_path, save, monkeypatch):
+    with (tmp_path / ".metadata").open("wb") as file:
+        file.truncate(MAX_BYTES["checkpoint index"] + 1)
+    with pytest.raises(CheckpointDamaged, match=r"201,326,593 bytes, more than .*: 201,326,592"):
+        read_foreign_index(tmp_path)
+    monkeypatch.setitem(MAX_BYTES, "checkpoint index", 1000)
+    with pytest.raises(CheckpointError, match="would not be read again"):
+        save(1)
 
 
 def place_at(metadata, key, offset: int, length: int) -> None:
