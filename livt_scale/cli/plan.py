@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import AsJson, RecipeFile, Sets
+from livt_scale.cli.options import AsJson, Force, RecipeFile, Sets
 from livt_scale.cli.output import echo
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
@@ -42,6 +42,7 @@ def plan(
     calibrate: Annotated[Path | None, typer.Option("--calibrate", help="Use the MFU of a metrics.jsonl.")] = None,
     exact: Annotated[bool, typer.Option("--exact", help="Measure the peak memory on fake tensors.")] = False,
     picture: Annotated[Path | None, typer.Option("--picture", help="PNG file: plot memory and hours.")] = None,
+    force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Estimate memory, time and cost of a run on given GPUs.
@@ -65,8 +66,8 @@ def plan(
     names = ("auto", *STRATEGIES)
     if wanted not in names:
         raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, names))
-    if picture is not None and picture.suffix.lower() != ".png":
-        raise UsageError(f"--picture {picture}: it is a PNG", remedy=f"name it {picture.with_suffix('.png').name}")
+    if picture is not None:
+        _check_picture(picture, force=force)
     found, plans = [], []
     for stage in loaded.stage_names:
         task = PlanTask(loaded.at(stage), stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
@@ -79,6 +80,15 @@ def plan(
         draw(plans, picture)
     answer = _answer(found, kind=kind, assumed=assumed, changed=changed, data=data, gpus=gpus, price=price)
     echo(json.dumps(answer, indent=2)) if as_json else _print(answer)
+
+
+def _check_picture(picture: Path, *, force: bool) -> None:
+    from livt_scale.plan.figure import MARK
+    from livt_scale.util.outputs import check_output
+
+    if picture.suffix.lower() != ".png":
+        raise UsageError(f"--picture {picture}: it is a PNG", remedy=f"name it {picture.with_suffix('.png').name}")
+    check_output(picture, marks=[MARK], command="plan", force=force)
 
 
 def _assumptions(

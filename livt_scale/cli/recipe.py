@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import Force
 from livt_scale.cli.output import echo
 from livt_scale.util.errors import LivtError
 
@@ -33,15 +34,18 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command(name="list")
 def list_(
     page: Annotated[Path | None, typer.Option("--page", help="Also write the table as this Markdown page.")] = None,
+    force: Force = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the shipped recipes and what each reproduces."""
+    from livt_scale.config.catalog import MARK, rows
     from livt_scale.config.catalog import page as made
-    from livt_scale.config.catalog import rows
     from livt_scale.util.atomic import write_atomic
+    from livt_scale.util.outputs import check_output
 
     found = rows()
     if page is not None:
+        check_output(page, marks=[MARK], command="recipe list", force=force)
         write_atomic(page, made(found).encode())
     if as_json:
         keys = ("name", "path", "reproduces", "hardware", "expect", "command")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import Force
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:  # `livt --help` does without what is heavy
@@ -35,6 +36,7 @@ def reproduce(
     page: Annotated[
         Path | None, typer.Option("--page", help="Also write this page, from all results in results/ beside it.")
     ] = None,
+    force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
     device: Annotated[
         str | None, typer.Option(help=f"With --dry-run: device to estimate hours for. Default: {DEVICE}.")
@@ -66,6 +68,7 @@ def reproduce(
     if dry_run:
         _tell_cost(runs, on, folder, device=device or DEVICE, mfu=mfu or MFU, as_json=as_json)
         return
+    _check_page(page, force=force)
     failed = {} if collect_only else _run(runs, folder, jobs=jobs)
     results = _collect(names, on, folder, range(seeds), laid)
     if page is not None:
@@ -119,6 +122,15 @@ def _collect(names: list[str], on: str, folder: Path, seeds: range, sets: Mappin
     for result in results:
         _keep(result, folder / "results")
     return results
+
+
+def _check_page(page: Path | None, *, force: bool) -> None:
+    """Raise UsageError, before anything is trained, if the page would replace what another command wrote."""
+    from livt_scale.study.results_page import MARK
+    from livt_scale.util.outputs import check_output
+
+    if page is not None:
+        check_output(page, marks=[MARK], command="reproduce", force=force)
 
 
 def _write_page(page: Path, results: list[dict[str, Any]]) -> None:

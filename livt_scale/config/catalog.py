@@ -17,6 +17,7 @@ from livt_scale.util.errors import UsageError
 from livt_scale.util.resources import PREFIX, shipped
 
 HEAD = re.compile(r"^# (Reproduces|Hardware|Expect|Command|Note):\s*(.*)$")  # a note is not in the table
+MARK = b"made by `livt recipe list"  # in every page
 PAGE = """\
 # Recipes
 

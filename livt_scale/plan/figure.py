@@ -19,6 +19,8 @@ from livt_scale.plan.memory import GIB, MemoryPeak
 from livt_scale.plan.stage_plan import PlanTask, StagePlan, candidates, plan_stage, spread_of
 from livt_scale.util.plots import GREY, MARKERS, PALETTE, log_scale, png_figure
 
+MADE_BY = "livt plan"
+MARK = f"Software\0{MADE_BY}".encode()  # in every picture
 MAX_GPUS = 4096
 PARTS = {  # of a `MemoryPeak`, in the order in which they are stacked: label and colour
     "weights": ("parameters", PALETTE[0]),
@@ -33,7 +35,7 @@ UNITS = ((1, "h"), (60, "min"), (3600, "s"))
 
 def draw(plans: Sequence[StagePlan], path: Path) -> None:
     """Write the picture of a run's stages, all on one number of GPUs, to `path` (PNG)."""
-    with png_figure(path, width=4.6 * (len(plans) + 1), height=4.4) as figure:
+    with png_figure(path, width=4.6 * (len(plans) + 1), height=4.4, made_by=MADE_BY) as figure:
         axes = figure.subplots(1, len(plans) + 1, squeeze=False)[0]
         for panel, planned in zip(axes, plans, strict=False):
             _memory(panel, planned)

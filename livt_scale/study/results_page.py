@@ -18,6 +18,7 @@ COLUMNS = {
     "top1_all": "all", "top1_many": "many", "top1_medium": "medium", "top1_few": "few",
     "top1_mean_over_epochs": "mean over epochs", "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
+MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\
 # Results: the paper's claims, checked here
 

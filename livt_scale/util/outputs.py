@@ -1,4 +1,4 @@
-"""Files that a command writes where --out says: it replaces what it wrote itself, and anything else only with --force.
+"""Files that a command writes where an option says: it replaces its own, and anything else only with --force.
 
     check_output(Path("photos.csv"), marks=[b"file,error,number_1"], command="predict", force=False)
 

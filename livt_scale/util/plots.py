@@ -49,8 +49,13 @@ STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def png_figure(path: Path, *, width: float, height: float, dpi: int = DPI) -> Iterator[Figure]:
-    """A new figure of `width` x `height` inches, written to `path` at the end of the block."""
+def png_figure(
+    path: Path, *, width: float, height: float, dpi: int = DPI, made_by: str | None = None
+) -> Iterator[Figure]:
+    """A new figure of `width` x `height` inches, written to `path` at the end of the block.
+
+    made_by: the command, kept in the file, by which it recognises what it wrote.
+    """
     import matplotlib as mpl
     from cycler import cycler
     from matplotlib.figure import Figure
@@ -61,7 +66,7 @@ def png_figure(path: Path, *, width: float, height: float, dpi: int = DPI) -> It
         data = io.BytesIO()
         with warnings.catch_warnings():  # a class name in a script that the font does not have is drawn as boxes
             warnings.filterwarnings("ignore", message=".*Glyph .* missing from")
-            figure.savefig(data, format="png", dpi=dpi, metadata={"Software": None})
+            figure.savefig(data, format="png", dpi=dpi, metadata={"Software": made_by})
     write_atomic(path, data.getvalue())
 
 

@@ -42,6 +42,30 @@ def livt(*words: object) -> tuple[int, object]:
     return result.exit_code, result.exception
 
 
+PLAN = ("plan", "livt:fashion_mnist_lt/quickstart", "--gpus", 2, "--images", 2478, "--classes", 10)
+PAGES = [("recipe", "list", "--page"), ("reproduce", "losses", "--collect-only", "--out", "nothing", "--page")]
+
+
+@pytest.mark.parametrize("words", [(*PLAN, "--picture"), *PAGES], ids=["plan", "recipe list", "reproduce"])
+def test_a5_a_picture_or_page_does_not_replace_what_something_else_wrote(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.png").write_bytes(b"\x89PNG of a holiday")
+    _, error = livt(*words, "mine.png")
+    assert isinstance(error, UsageError)
+    assert "--force" in error.remedy
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"\x89PNG of a holiday"]
+
+
+@pytest.mark.parametrize("words", PAGES, ids=["recipe list", "reproduce"])
+def test_a5_a_page_replaces_its_own_earlier_one(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.md").write_text("notes")
+    assert livt(*words, "mine.md", "--force") == (0, None)
+    written = Path("mine.md").read_text()
+    assert livt(*words, "mine.md") == (0, None)
+    assert Path("mine.md").read_text() == written != "notes"
+
+
 def test_a5_the_export_of_another_run_is_replaced_only_with_force(two_runs, tmp_path):
     one, other = two_runs
     out = tmp_path / "photos"

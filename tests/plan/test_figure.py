@@ -13,9 +13,10 @@ from livt_scale.cli import main
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.config.load import load_recipe
 from livt_scale.plan.assumptions import Assumptions, accelerator
-from livt_scale.plan.figure import by_strategy, draw, hours_by_gpus
+from livt_scale.plan.figure import MARK, by_strategy, draw, hours_by_gpus
 from livt_scale.plan.stage_plan import DataSet, PlanTask, best, candidates, plan_stage, spread_of
 from livt_scale.util.errors import UsageError
+from livt_scale.util.outputs import check_output
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 QUICKSTART = str(RECIPES / "fashion_mnist_lt" / "quickstart.yaml")
@@ -96,5 +97,6 @@ def test_the_command_draws_beside_what_it_prints(tmp_path):
     result = CliRunner().invoke(main.app, [*words, "--picture", str(path)], catch_exceptions=False)
     assert "pretrain: " in result.stdout
     assert path.read_bytes().startswith(b"\x89PNG")
+    check_output(path, marks=[MARK], command="plan", force=False)  # its own: it may replace it
     with pytest.raises(UsageError, match=r"--picture .*plan\.svg.*"):
         CliRunner().invoke(main.app, [*words, "--picture", "plan.svg"], catch_exceptions=False)
