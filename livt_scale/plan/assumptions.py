@@ -40,7 +40,7 @@ class Assumptions(_Part):
     fragmentation: NonNegativeFloat = Field(0.05, description="what the allocator loses, as a share of the peak")
     image_kib: PositiveFloat = Field(110, description="bytes of a stored image, where no shards tell (ImageNet's mean)")
     decode_images_per_s: PositiveFloat = Field(
-        400, description="one CPU core decodes and augments (349 to 431 measured on one, docs/loader.md)"
+        400, description="one CPU core decodes and augments (two did 1248 to 2134, docs/benchmarks.md)"
     )
     storage_gb_s: PositiveFloat = Field(5, description="the shared file system writes and reads for this job")
     host_copy_gb_s: PositiveFloat = Field(10, description="of one device to its host's memory, for a save")
