@@ -107,7 +107,8 @@ def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets)
 
 # --- the claims ---
 
-LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "ldam", "mislas", "lade")
+# Class-balanced twice: cb_ce as its authors have it, cb_bce as LiVT's code has it under mixup.
+LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas", "lade")
 
 
 def _two_stages(setting: Setting) -> list[Arm]:

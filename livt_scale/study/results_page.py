@@ -72,6 +72,10 @@ def _section(result: Mapping[str, Any]) -> str:
     ]
     if result["missing"]:
         lines += ["Not counted: " + "; ".join(f"{who} ({why})" for who, why in result["missing"].items()) + ".", ""]
+    arms = [arm.name for arm in CLAIMS[result["claim"]].arms(SETTINGS[result["on"]])]
+    known = {*result["values"], *(who.partition(",")[0] for who in result["missing"])}
+    if later := [name for name in arms if name not in known]:
+        lines += [f"Not run: {', '.join(later)}, part of the claim since these runs.", ""]
     versions = ", ".join(f"{what} {which}" for what, which in result["versions"].items())
     return "\n".join([*lines, f"Made with {versions}.", ""])
 

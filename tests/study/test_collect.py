@@ -10,7 +10,7 @@ from livt_scale.config.load import load_recipe, to_yaml
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.models.classifier import build_classifier
 from livt_scale.study import results_figure, results_page
-from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
+from livt_scale.study.claims import CLAIMS, LOSSES, SETTINGS, runs_of
 from livt_scale.study.collect import collect, num_weights
 from livt_scale.study.runs import as_words
 from livt_scale.util.errors import DataError
@@ -144,7 +144,7 @@ def test_a_run_that_read_other_images_than_the_rest_or_than_are_there_now_is_nam
     (tmp_path / "sets" / "val").symlink_to(built)  # the one that was read
     assert results(tmp_path)["missing"].keys() == missing.keys()
     (tmp_path / "sets" / "train").symlink_to(built)
-    assert len(results(tmp_path)["missing"]) == 8 * len(SEEDS)
+    assert len(results(tmp_path)["missing"]) == len(LOSSES) * len(SEEDS)
 
 
 def test_the_number_of_weights_is_that_of_the_classifier():
@@ -175,6 +175,13 @@ def test_results_are_json_that_comes_back_even_where_an_interval_is_infinite(tmp
     assert results_page.read_results(tmp_path / "kept") == [told]
     assert told["verdicts"][0]["low"] is None
     assert "| bal_bce above bce in top1 all | +0.0 |  | 1 | not decidable here |" in results_page.page([told])
+
+
+def test_an_arm_that_joined_the_claim_after_the_runs_is_named_on_the_page(tmp_path):
+    told = results(made(tmp_path, top1=lambda arm, seed: 0.7))
+    assert "Not run:" not in results_page.page([told])
+    del told["values"]["cb_bce"]
+    assert "Not run: cb_bce," in results_page.page([told])
 
 
 @pytest.mark.parametrize("claim", ["losses", "size"])
