@@ -29,6 +29,7 @@ from livt_scale.cli import (
     predict,
     quickstart,
     recipe,
+    report,
     reproduce,
     retrain,
     shards,
@@ -125,6 +126,7 @@ app.command()(status.status)
 app.command()(cancel.cancel)
 app.command()(logs.logs)
 app.command(name="eval")(eval.eval_)
+app.command()(report.report)
 app.command()(export.export)
 app.command()(predict.predict)
 app.command(name="import")(import_.import_)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import io
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +28,11 @@ from livt_scale.evaluation.logits import Outputs
 from livt_scale.evaluation.per_class import predictions
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError
+from livt_scale.util.text import visible
 
 PAIRS, PER_PAIR = 20, 6
 IMAGE_PX = 160  # longer side, at most
 MAX_BYTES = 4_500_000  # of the file; images beyond it are left out, and the page has their number
-UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode's categories
 LOSSLESS_PX = 64  # images of at most this size per side are stored losslessly; larger ones become JPEG
 
 
@@ -116,12 +115,6 @@ def page(outputs: Outputs, confusions: Sequence[Confusion], picture: Callable[[i
     data = visible(str(about.facts["data"]["folder"]))
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     return template.render(sections=sections, facts=facts, source=source, data=data)
-
-
-def visible(text: str) -> str:
-    """`text` with each character that is not seen (controls, turns of direction, no character at all) as its number."""
-    plain = "".join(f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in UNSEEN else c for c in text)
-    return plain if plain.strip() else repr(text)
 
 
 def data_uri(pixels: NDArray[np.uint8]) -> str:

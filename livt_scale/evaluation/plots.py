@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from livt_scale.evaluation.per_class import ClassRow
-from livt_scale.util.plots import GREY, PALETTE, log_scale, one_line, png_figure
+from livt_scale.util.plots import GREY, PALETTE, Target, log_scale, one_line, png_figure
 
 NAMED_CLASSES = 20  # up to this number, classes are named and each value is printed
 MEAN_OVER = 40  # the line is a running mean over a fortieth of the classes
@@ -18,7 +17,7 @@ BLUE, RED = PALETTE[:2]
 SHADES = {"many": "#ffffff", "medium": "#f4f4f8", "few": "#e8eaf4"}
 
 
-def reliability(panels: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+def reliability(panels: Mapping[str, Mapping[str, Any]], path: Target) -> None:
     """Draw accuracy against confidence by bin, a panel for each name of `panels`.
 
     A panel holds `ece` and `bins` as `Tally.report()["calibration"]`. A bar is the bin's accuracy, the red mark its
@@ -47,7 +46,7 @@ def draw_reliability(upper: Any, lower: Any, name: str, panel: Mapping[str, Any]
     lower.set(xlabel="confidence", ylabel="share of images")
 
 
-def classes_by_frequency(rows: Sequence[ClassRow], path: Path) -> None:
+def classes_by_frequency(rows: Sequence[ClassRow], path: Target) -> None:
     """Draw each class's accuracy (blue) and training images (grey line, logarithmic) over its rank, the largest first.
 
     Up to 20 classes are bars with names; more are points with a running mean.
@@ -95,7 +94,7 @@ def _draw_accuracies(axes: Any, ranked: Sequence[ClassRow]) -> None:
         axes.plot(*(np.convolve(v, weights, mode="valid") for v in (ranks, values)), color=BLUE, linewidth=1.8)
 
 
-def confusion(report: Mapping[str, Any], class_names: Sequence[str], path: Path) -> None:
+def confusion(report: Mapping[str, Any], class_names: Sequence[str], path: Target) -> None:
     """Draw `report["confusion"]` ([C, C] counts, row: true class, column: predicted) as shares of each row.
 
     Draws nothing if the report has no matrix (it has none above `metrics.MAX_CONFUSION_CLASSES`).

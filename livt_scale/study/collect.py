@@ -36,6 +36,7 @@ from livt_scale.train.run_files import (
     read_evaluations,
     read_metrics,
     read_status,
+    training_seconds,
 )
 from livt_scale.util.errors import LivtError
 from livt_scale.util.resources import root
@@ -193,11 +194,7 @@ def evaluations(place: Path) -> list[EvaluationLine]:
 
 def training_minutes(folder: Path) -> float:
     """Time in steps, by metrics.jsonl: without start, evaluation and saving."""
-    total_s, before = 0.0, 0
-    for line in read_metrics(folder / METRICS, strict=True).lines:
-        total_s += (line.step_s or 0.0) * (line.step - before)
-        before = line.step
-    return total_s / 60
+    return training_seconds(read_metrics(folder / METRICS, strict=True).lines) / 60
 
 
 def beside_the_recipes(place: str) -> str:

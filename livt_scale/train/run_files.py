@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeGuard, TypeVar, cast
@@ -73,15 +73,20 @@ class MetricsLine:
     checkpoint_stall_s: float | None
     mfu: float | None
     world_size: int | None
+    lr: float | None = None
+    memory_peak_gib: float | None = None
 
 
 @dataclass(frozen=True)
 class EvaluationLine:
-    """A line of evaluations.jsonl: top-1 accuracy as fractions of 1."""
+    """A line of evaluations.jsonl: top-1 accuracy as fractions of 1; None: no class of the group was evaluated."""
 
     step: int
     epoch: float
     top1_all: float
+    top1_many: float | None = None
+    top1_medium: float | None = None
+    top1_few: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,12 @@ def read_eval(path: Path) -> dict[str, Any]:
     return report
 
 
+def training_seconds(lines: Sequence[MetricsLine]) -> float:
+    """Time in steps: without start, evaluation and saving."""
+    before = [0, *(line.step for line in lines)]
+    return sum((line.step_s or 0.0) * (line.step - start) for line, start in zip(lines, before, strict=False))
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Rewrite a .jsonl file without the lines after `step`; an incomplete line at the end is dropped too."""
     if not path.exists():
@@ -168,14 +179,19 @@ def is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _metrics_line(entry: dict[str, Any]) -> MetricsLine:
-    names = ("epoch", "loss", "images_per_s", "step_s", "data_wait_s", "evaluation_s", "checkpoint_stall_s", "mfu")
+    names = (
+        "epoch", "loss", "lr", "images_per_s", "step_s", "data_wait_s", "evaluation_s", "checkpoint_stall_s", "mfu",
+        "memory_peak_gib",
+    )  # fmt: skip
     ranks = entry.get("world_size")
     numbers = {name: float(entry[name]) if is_number(entry.get(name)) else None for name in names}
     return MetricsLine(step=_step(entry), world_size=int(ranks) if is_number(ranks) else None, **numbers)
 
 
 def _evaluation_line(entry: dict[str, Any]) -> EvaluationLine:
-    return EvaluationLine(_step(entry), epoch=_required(entry, "epoch"), top1_all=_required(entry, "top1_all"))
+    names = ("top1_many", "top1_medium", "top1_few")
+    groups = {name: float(entry[name]) if is_number(entry.get(name)) else None for name in names}
+    return EvaluationLine(_step(entry), _required(entry, "epoch"), _required(entry, "top1_all"), **groups)
 
 
 def _step(entry: dict[str, Any]) -> int:

@@ -4,6 +4,8 @@
         axes = figure.subplots()
         axes.plot(x, y)
 
+A BytesIO instead of the path takes the bytes, for a page.
+
 Text is drawn as it is, never as a formula, so class names may hold a dollar sign. Nothing of matplotlib's global state
 changes, and it is imported only when something is drawn.
 """
@@ -27,6 +29,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "h")
 GREY = "#707880"  # what is not data: a law, a diagonal, a reference
 DPI = 110
+Target = Path | io.BytesIO
 STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -50,7 +53,7 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def png_figure(
-    path: Path, *, width: float, height: float, dpi: int = DPI, made_by: str | None = None
+    path: Target, *, width: float, height: float, dpi: int = DPI, made_by: str | None = None
 ) -> Iterator[Figure]:
     """A new figure of `width` x `height` inches, written to `path` at the end of the block.
 
@@ -67,7 +70,10 @@ def png_figure(
         with warnings.catch_warnings():  # a class name in a script that the font does not have is drawn as boxes
             warnings.filterwarnings("ignore", message=".*Glyph .* missing from")
             figure.savefig(data, format="png", dpi=dpi, metadata={"Software": made_by})
-    write_atomic(path, data.getvalue())
+    if isinstance(path, Path):
+        write_atomic(path, data.getvalue())
+    else:
+        path.write(data.getvalue())
 
 
 def log_scale(axes: Any, which: Literal["x", "y"]) -> None:

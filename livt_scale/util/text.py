@@ -10,6 +10,10 @@ commands print (`cli.output`) pass through here, so a caller only escapes a name
 
 from __future__ import annotations
 
+import unicodedata
+
+UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp")  # Unicode's categories
+
 
 def escaped(text: object, *, keep: str = "") -> str:
     """`text` with each character that is not printable as a backslash escape, except those in `keep`."""
@@ -17,6 +21,13 @@ def escaped(text: object, *, keep: str = "") -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+def visible(text: str) -> str:
+    """For a page: `text` with each character that is not seen (controls, turns of direction, no character at all) as
+    its number."""
+    plain = "".join(f"\\u{{{ord(c):x}}}" if unicodedata.category(c) in UNSEEN else c for c in text)
+    return plain if plain.strip() else repr(text)
 
 
 def first_line(error: BaseException, *, max_chars: int = 300) -> str:

@@ -20,6 +20,7 @@ from livt_scale.evaluation import gallery
 from livt_scale.evaluation.holdout import halves
 from livt_scale.evaluation.logits import About, Outputs
 from livt_scale.util.errors import DataError
+from livt_scale.util.text import visible
 from tests.evaluation.made import NAMES, outputs
 from tests.tiny_run import tiny_shards
 
@@ -251,7 +252,7 @@ def test_another_set_than_the_one_evaluated_is_refused(shards: ShardSet, tmp_pat
 
 
 def test_names_that_cannot_be_seen_are_shown_as_numbers() -> None:
-    assert gallery.visible(NAMES[1]) == 'two\\u{a}lines "quoted", with comma'
-    assert gallery.visible("名前 ñ 👍") == "名前 ñ 👍"
-    assert gallery.visible("") == "''"
-    assert gallery.visible("a\u2028b\ud800") == "a\\u{2028}b\\u{d800}"
+    assert visible(NAMES[1]) == 'two\\u{a}lines "quoted", with comma'
+    assert visible("名前 ñ 👍") == "名前 ñ 👍"
+    assert visible("") == "''"
+    assert visible("a\u2028b\ud800") == "a\\u{2028}b\\u{d800}"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from livt_scale.study.report.series import Panel, Series, short, ticks_of
 from livt_scale.util.errors import UsageError
-from livt_scale.util.plots import GREY, MARKERS, PALETTE, png_figure
+from livt_scale.util.plots import GREY, MARKERS, PALETTE, Target, png_figure
 
 DPI = 150
 
 
-def draw_panels(panels: Sequence[Panel], path: Path) -> None:
+def draw_panels(panels: Sequence[Panel], path: Target) -> None:
     """Write the panels of one section to `path`. The same panels give the same bytes."""
     if not panels:
         raise UsageError("there is nothing to draw")

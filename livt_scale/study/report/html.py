@@ -75,15 +75,17 @@ def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) ->
     import jinja2
     from markupsafe import Markup
 
-    script = _part("report.js")
+    script = page_part("report.js")
     panels = [panel for section in sections for panel in section.panels]
     data = interactive.as_script_data({panel.key: interactive.item(panel) for panel in panels})
     columns, rows = _table(collected, folder)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_part("report.html"))
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
+        page_part("report.html")
+    )
     return template.render(
         name=collected["name"],
         policy=_policy(library, script),
-        css=Markup(_part("report.css")),  # noqa: S704 - ours
+        css=Markup(page_part("report.css")),  # noqa: S704 - ours
         lead=lead_of(collected),
         facts=facts_of(collected),
         sections=sections,
@@ -114,7 +116,8 @@ def how(collected: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(what, text) for what, text in said if text]
 
 
-def _part(name: str) -> str:
+def page_part(name: str) -> str:
+    """A file of page/, which the pages of this folder are made of."""
     return resources.files("livt_scale.study.report").joinpath("page", name).read_text(encoding="utf-8")
 
 
