@@ -45,7 +45,6 @@ from livt_scale.util.errors import RunError
 from livt_scale.util.outside import read_checked
 
 MEASURED_LINES = 50  # of metrics.jsonl: what a step takes now, and not a week ago
-BRIEF_BYTES = 2**14  # that hold about as many
 MIN_FRESH_S = 60.0
 FRESH_BEATS = 4  # heartbeats that may be missed before a run counts as silent
 HEARTBEAT_S = 5.0  # if recipe.yaml does not have it
@@ -180,9 +179,9 @@ def read_record(run_dir: Path, stage: str, *, brief: bool = False) -> Record:
         record.status = read_status(run_dir, stage) or StageStatus()
     except RunError as error:
         record.damage.append(error.message)
-    tail_bytes = BRIEF_BYTES if brief else None
+    last = MEASURED_LINES if brief else None
     record.lines = _undamaged(
-        folder / METRICS, lambda path: read_metrics(path, tail=True, tail_bytes=tail_bytes), damage=record.damage
+        folder / METRICS, lambda path: read_metrics(path, tail=True, last=last), damage=record.damage
     )
     record.anomalies = _undamaged(folder / ANOMALIES, read_anomalies, damage=record.damage)
     record.beats = _beats(folder, since=record.since if record.state == "running" else None)

@@ -32,6 +32,7 @@ EVAL = "eval.json"
 LOG = "log.txt"  # of the run: what rank 0 printed, start after start
 
 TAIL_BYTES = 2**20  # what `tail` reads: thousands of lines
+MAX_LINE_BYTES = 2**10  # of metrics.jsonl, where a number of lines is asked for: they have about 300
 MAX_LINES_BYTES = 2**28  # a million lines
 MAX_STATUS_BYTES = 2**20
 MAX_EVAL_BYTES = 2**28  # per-class values of many thousand classes
@@ -120,10 +121,14 @@ def read_status_file(path: Path) -> StageStatus | None:
 
 
 def read_metrics(
-    path: Path, *, tail: bool = False, tail_bytes: int | None = None, strict: bool = False
+    path: Path, *, tail: bool = False, last: int | None = None, strict: bool = False
 ) -> Lines[MetricsLine]:
-    """The lines of a metrics.jsonl; with `tail` those in its last `tail_bytes`. See `_read_lines` for errors."""
-    return _read_lines(path, _metrics_line, tail_bytes=(tail_bytes or TAIL_BYTES) if tail else None, strict=strict)
+    """The lines of a metrics.jsonl; with `tail` those at its end, of them the `last` ones.
+
+    See `_read_lines` for errors.
+    """
+    tail_bytes = min(last * MAX_LINE_BYTES, TAIL_BYTES) if last else TAIL_BYTES
+    return _read_lines(path, _metrics_line, tail_bytes=tail_bytes if tail else None, last=last, strict=strict)
 
 
 def read_evaluations(path: Path) -> list[EvaluationLine]:
@@ -206,9 +211,14 @@ def _required(entry: dict[str, Any], name: str) -> float:
 
 
 def _read_lines(
-    path: Path, parse: Callable[[dict[str, Any]], Line], *, tail_bytes: int | None, strict: bool
+    path: Path,
+    parse: Callable[[dict[str, Any]], Line],
+    *,
+    tail_bytes: int | None,
+    strict: bool,
+    last: int | None = None,
 ) -> Lines[Line]:
-    """`parse` of each line that it accepts, or of those in the last `tail_bytes`. RunError: the file cannot be read.
+    """`parse` of each line that it accepts, or of the `last` in the last `tail_bytes`. RunError: it cannot be read.
 
     strict: a missing file, a damaged line, and a file whose only line is incomplete are errors too.
     """
@@ -221,8 +231,9 @@ def _read_lines(
     if cut and tail_bytes is None:
         raise RunError(f"{path} has more than {MAX_LINES_BYTES / 2**20:.0f} MiB and is not read")
     texts = raw.split(b"\n")
+    first = max(int(cut), len(texts) - 1 - last if last else 0)  # after the last line is an empty text, or half a line
     lines, damaged = [], 0
-    for number, text in list(enumerate(texts, start=1))[1 if cut else 0 :]:
+    for number, text in list(enumerate(texts, start=1))[first:]:
         if not text.strip():
             continue
         try:

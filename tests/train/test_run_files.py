@@ -124,3 +124,14 @@ def test_a_file_with_no_complete_line_is_an_error_where_its_lines_are_needed(tmp
     with pytest.raises(RunError) as error:
         read_metrics(path, strict=True)
     assert f"{path}, line 1 " in error.value.message
+
+
+@pytest.mark.parametrize("end", ["", '{"step": 9, "lo'])
+@pytest.mark.parametrize("last", [1, 2, 3, 50])
+def test_the_last_lines_are_read_whatever_follows_them(tmp_path, last, end):
+    path = lines_file(tmp_path)
+    path.write_text(path.read_text() + end)
+    whole = read_metrics(path)
+    found = read_metrics(path, tail=True, last=last)
+    assert found.lines == whole.lines[-last:]
+    assert found.damaged == 0
