@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -131,18 +130,20 @@ def overview(view: RunView) -> list[str]:
     if now is None:
         return [clean(view.run_dir.name), view.state, "", "", "", clean(view.why)]
     record = now.record
-    total = f"/{record.total}" if record.total else ""
+    total, share = (f"/{record.total}", f" {record.step / record.total:.0%}") if record.total else ("", "")
     left = ""
     if now.state == "running" and record.to_finish_s is not None:
         from livt_scale.slurm.status import span
 
         left = f"{span(record.to_finish_s)} left"
+    if view.accuracy is not None:
+        left = f"top-1 {view.accuracy['all']:.1%}" if "all" in view.accuracy else ""
     rate = _last(now, "images_per_s")
     speed = f"{rate:.0f} images/s" if rate is not None and now.state == "running" else ""
     return [
         clean(view.run_dir.name),
         view.state,
-        f"{now.name} {record.step}{total}" if record.step or total else now.name,
+        f"{now.name} {record.step}{total}{share}" if record.step or total else now.name,
         speed,
         left,
         shortened(view.why, 80),
@@ -151,11 +152,16 @@ def overview(view: RunView) -> list[str]:
 
 def screen(view: RunView) -> str:
     """All that is known of one run, for people."""
+    from livt_scale.slurm.next_step import next_line
     from livt_scale.slurm.status import span
 
     rows = [("run", f"{view.run_dir}" + (f" ({view.name})" if view.name != view.run_dir.name else ""))]
     where = f": {view.stage}" if view.stage else ""
     rows.append(("state", view.state + where + (f", {view.why}" if view.why else "")))
+    if view.accuracy is not None:
+        rows.append(("accuracy", accuracy_of(view.accuracy)))
+    if view.state == "pending" and any(job.now.waits and not job.now.never_starts for job in view.jobs):
+        rows.append(("start", _expected_start(view)))
     if view.current is not None:
         rows += _progress_rows(view.current, view)
     for stage in view.stages:
@@ -164,19 +170,34 @@ def screen(view: RunView) -> str:
             rows.append(("", f"{stage.name}: {stage.state}{took}" + (f", {stage.why}" if stage.why else "")))
     for number, job in enumerate(view.jobs):
         segment = f" {job.segment}/{job.segments}" if job.segments > 1 else ""
-        state = job.now.state or "not known to Slurm"
+        state = job.now.state or (f"ended: {job.end.kind}" if job.end else "not known to Slurm")
         more = [job.now.reason if job.now.waits else job.now.nodes, f"{job.now.left} left" if job.now.runs else ""]
-        more += [f"exit code {job.now.exit_code}" if job.now.ended and job.now.exit_code != "0:0" else ""]
+        more += [f"exit code {job.now.exit_code}" if job.now.exit_code not in ("", "0:0") else ""]
         told = ", ".join(part for part in more if part)
         rows.append(("" if number else "jobs", f"{job.id:>8}  {job.stage + segment:<13} {state:<10} {told}"))
-    failed = view.current if view.state in ("failed", "stalled") else None
-    if failed is not None:
-        rows.append(("look at", f"livt logs {shlex.quote(str(view.run_dir))}"))
+    rows.append(("next", next_line(view)))
     rows += [("note", note) for note in dict.fromkeys(view.notes)]
     rows.append(("seen", f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(view.at))}"))
     if view.current is not None and view.state == "running" and view.current.record.wrote_at is not None:
         rows[-1] = ("seen", f"{rows[-1][1]}, last sign of life {span(view.at - view.current.record.wrote_at)} ago")
     return "\n".join(f"{name:<9} {clean(text)}".rstrip() for name, text in rows)
+
+
+def accuracy_of(accuracy: dict[str, float]) -> str:
+    """all 45.2%, many 60.1%, medium 40.0%, few 12.3%."""
+    return ", ".join(f"{group} {value:.1%}" for group, value in accuracy.items())
+
+
+def _expected_start(view: RunView) -> str:
+    from livt_scale.slurm.status import span
+
+    if view.starts_at is None:
+        return "Slurm has made no estimate yet"
+    return f"in {span(view.starts_at - view.at)} ({_minute(view.starts_at)}), by Slurm's estimate"
+
+
+def _minute(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))
 
 
 def _progress_rows(stage: StageView, view: RunView) -> list[tuple[str, str]]:
@@ -196,14 +217,14 @@ def _progress_rows(stage: StageView, view: RunView) -> list[tuple[str, str]]:
     if losses:
         rows.append(("loss", f"{losses[-1]:.4f}  {sparkline(losses)}"))
     if stage.state == "running" and record.to_finish_s is not None:
-        ready = time.strftime("%Y-%m-%d %H:%M", time.localtime(view.at + record.to_finish_s))
+        ready = _minute(view.at + record.to_finish_s)
         behind = [other.name for other in view.stages[view.stages.index(stage) + 1 :] if other.state != "done"]
         then = f"; then {', '.join(behind)}" if behind else ""
         rows.append(("finish", f"in {span(record.to_finish_s)} ({ready}), by the time of its last steps{then}"))
     saved = record.saved
     if saved is not None:
         rows.append(("saved", f"{saved.name}, {span(view.at - saved.at)} ago"))
-    elif record.status:
+    elif record.status and stage.state != "done":
         rows.append(("saved", "no checkpoint yet"))
     if failures := record.status.get("failed_saves"):
         last = record.status.get("last_failed_save", "")
@@ -294,12 +315,17 @@ def shortened(text: str, most: int) -> str:
 
 def as_dict(view: RunView) -> dict[str, Any]:
     """The keys of --json (docs/runs.md): none is ever left out; null: not known."""
+    from livt_scale.slurm.next_step import next_line
+
     return {
         "version": JSON_VERSION,
         "run": str(view.run_dir),
         "name": view.name,
         "state": view.state,
         "why": view.why,
+        "next": next_line(view),
+        "accuracy": view.accuracy,
+        "starts_at": view.starts_at,
         "stage": view.stage or None,
         "at": round(view.at, 3),
         "mode": view.mode or None,

@@ -28,12 +28,15 @@ from livt_scale.slurm import processes, progress
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.commands import FAILS, JobState, Queue, look, seconds
 from livt_scale.slurm.progress import Record, RunPlan
+from livt_scale.slurm.reasons import reason_in_words
 from livt_scale.slurm.records import CHAIN, EndRecord, read_chain, read_end
 from livt_scale.train.compare_run import compare_run
 from livt_scale.train.resume_rules import describe
+from livt_scale.train.run_files import EVAL, is_number, read_eval
 from livt_scale.util.errors import LivtError
 
 State = Literal["pending", "running", "preempted", "failed", "stalled", "done"]
+GROUPS = ("all", "many", "medium", "few")
 LAST = "evaluate"  # the chain's last job, which is not a stage of the recipe
 
 
@@ -103,6 +106,14 @@ class RunView:
     notes: list[str] = field(default_factory=list)
     mode: str = ""  # of the chain; empty: not submitted
     at: float = 0.0
+    accuracy: dict[str, float] | None = None  # of a finished run: top-1 of all, many, medium and few, fractions of 1
+
+    @property
+    def starts_at(self) -> float | None:
+        """When Slurm expects to start the job that the run waits for; None: it makes no estimate, or nothing waits."""
+        waiting = [job.now for job in self.jobs if job.now.waits and job.stage == self.stage]
+        times = [at for job in waiting if (at := seconds(job.start)) is not None and at >= self.at]
+        return min(times, default=None) if self.state == "pending" else None
 
     @property
     def current(self) -> StageView | None:
@@ -149,6 +160,8 @@ def look_at(run_dir: Path, *, queue: Queue | None = None, brief: bool = False) -
         time.time(),
     )
     view.notes += _warnings(view, plan, chain)
+    if view.state == "done":
+        view.accuracy = _accuracy(run_dir)
     return view
 
 
@@ -264,8 +277,10 @@ def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
         told = f"job {last.id}: {last.end.why}" if last.end.why else f"job {last.id} ended with {last.end.code}"
         return "preempted" if last.end.kind == "stopped" else "stalled", told
     if last.gone:
-        log = f"its log: {last.log}" if last.has_log else f"it never started, or could not write its log, {last.log}"
-        return "stalled", f"job {last.id} is gone from the queue and left no record of its end; {log}"
+        told = f"job {last.id} is gone from the queue"
+        if last.has_log:
+            return "stalled", f"{told} and left no record of its end; its log: {last.log}"
+        return "stalled", f"{told}; it has not started, or could not write its log ({last.log})"
     told = f"job {last.id} ended as {last.now.state}" + (
         f", exit code {last.now.exit_code}" if last.now.exit_code not in ("", "0:0") else ""
     )
@@ -279,7 +294,8 @@ def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
 def _waits(job: ChainJob) -> str:
     if job.now.never_starts:
         return f"job {job.id} can never start: the job that it waits for did not end well"
-    return f"job {job.id} waits ({job.now.reason or 'no reason given'})"
+    words = reason_in_words(job.now.reason or "None")
+    return f"job {job.id} waits" + (f": {words}" if words else "") + (f" ({job.now.reason})" if job.now.reason else "")
 
 
 def _began_after(job: JobState, at: float | None) -> bool:
@@ -293,6 +309,16 @@ def _other_recipe(run_dir: Path) -> list[str]:
         differences = compare_run(load_saved(run_dir / SAVED), run_dir, sets=False)
         return [f"{SAVED} is not what {d.stage} was trained by: {describe(d.change)}" for d in differences]
     return []
+
+
+def _accuracy(run_dir: Path) -> dict[str, float] | None:
+    """The final top-1: of the export where the chain has evaluated it, else of the end of fine-tuning."""
+    for path in (run_dir / "export" / EVAL, run_dir / "finetune" / EVAL):
+        with suppress(LivtError):
+            top1 = read_eval(path).get("top1")
+            if isinstance(top1, dict) and (found := {g: float(top1[g]) for g in GROUPS if is_number(top1.get(g))}):
+                return found
+    return None
 
 
 def _evaluation(run_dir: Path, plan: RunPlan, *, after: Record | None) -> Record:

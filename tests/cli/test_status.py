@@ -1,67 +1,22 @@
-"""`livt status`, `livt cancel`, `livt logs`: what they print, what they signal, and a real run that they look at."""
+"""`livt status`: its lines, its JSON and its exit codes; a real run that it looks at."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
-import signal
 import subprocess
 import sys
 import time
-import types
 
 import pytest
-from typer.testing import CliRunner
 
-from livt_scale.cli import logs, main, status
+from livt_scale.cli import status
 from livt_scale.cli.status import sparkline
-from livt_scale.slurm import cancel
 from livt_scale.train.run_files import read_status
-from livt_scale.util.errors import LivtError, UsageError
-from tests.slurm.made_runs import CHAIN_NAME, MadeRun, ended, ended_pid, row
-from tests.slurm.replayed_slurm import ReplayedSlurm
+from livt_scale.util.errors import UsageError
+from tests.cli.commands import livt, pauses
+from tests.slurm.made_runs import MadeRun, ended_pid
 from tests.whole_runs import Livt
-
-
-def livt(*words: object):
-    return CliRunner().invoke(main.app, [str(w) for w in words])
-
-
-@pytest.fixture
-def fake(tmp_path, monkeypatch):
-    return ReplayedSlurm(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path):
-    return MadeRun(tmp_path / "runs" / "little")
-
-
-@pytest.fixture
-def busy(run, fake):
-    """A run in its third start, two ranks, with a chain whose fine-tuning waits."""
-    run.status("preempted", why="SIGUSR2 came; saved", step=40)
-    run.status("running", step=80)
-    run.status("running", step=120, total_steps=1000, failed_saves=2, last_failed_save="disk full")
-    run.beat(0)
-    run.beat(1, step=119, phase="data")
-    run.metrics(4.0, 3.0, None, 2.0, 1.0, 0.5)
-    (run.dir / "pretrain" / "anomalies.jsonl").write_text(
-        json.dumps({"step": 33, "what": "the loss is nan", "policy": "skip", "loss": float("nan")}) + "\n"
-    )
-    run.chain(("14", "pretrain"), ("15", "finetune"))
-    fake.squeue(row("14", "RUNNING", nodes="livt-n[1-2]"), row("15", "PENDING", "Dependency"))
-    return run
-
-
-def pauses(module, monkeypatch, instead) -> None:
-    """The module's own pauses become `instead`; subprocess, which pauses too, keeps its own."""
-    named = {name: getattr(time, name) for name in ("time", "monotonic", "strftime", "localtime")}
-    monkeypatch.setattr(module, "time", types.SimpleNamespace(**named, sleep=instead))
-
-
-# --- livt status ---
 
 
 def test_one_screen_tells_all_of_it(busy):
@@ -91,7 +46,10 @@ STAGE_KEYS = [
     *("data_wait_s", "mfu", "loss", "losses", "to_finish_s", "starts", "history", "anomalies", "last_anomaly"),
     *("checkpoint", "failed_saves", "ranks", "slowest", "silent_s"),
 ]
-RUN_KEYS = ["version", "run", "name", "state", "why", "stage", "at", "mode", "stages", "jobs", "notes"]
+RUN_KEYS = [
+    *("version", "run", "name", "state", "why", "next", "accuracy", "starts_at", "stage", "at", "mode", "stages"),
+    *("jobs", "notes"),
+]
 JOB_KEYS = ["id", "stage", "segment", "segments", "state", "reason", "nodes", "left", "exit_code", "log"]
 
 
@@ -128,7 +86,6 @@ def test_each_state_and_its_exit_code(run, state, code):
     result = livt("status", run.dir)
     assert result.exit_code == code
     assert f"state     {state}: " in result.stdout
-    assert ("livt logs" in result.stdout) == (state in ("failed", "stalled"))
 
 
 def test_all_runs_below_runs_one_line_each(busy, tmp_path, monkeypatch, fake):
@@ -139,8 +96,8 @@ def test_all_runs_below_runs_one_line_each(busy, tmp_path, monkeypatch, fake):
     monkeypatch.chdir(tmp_path)
     result = livt("status")
     assert [line.split() for line in result.stdout.splitlines()] == [
-        ["another", "failed", "pretrain", "7/9", "the", "loss", "is", "nan"],
-        ["little", "running", "pretrain", "120/1000", "5120", "images/s", "44", "s", "left"],
+        ["another", "failed", "pretrain", "7/9", "78%", "the", "loss", "is", "nan"],
+        ["little", "running", "pretrain", "120/1000", "12%", "5120", "images/s", "44", "s", "left"],
     ]
     assert result.exit_code == 1
     assert [call[0] for call in fake.calls] == ["squeue", "sacct"]  # once for all runs
@@ -212,261 +169,6 @@ def test_none_of_them_imports_torch(busy):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-def test_shell_words_of_a_run_directory_can_be_pasted(tmp_path):
-    run = MadeRun(tmp_path / 'it\'s a "run" $(x)')
-    run.status("failed", why="x")
-    line = next(text for text in livt("status", run.dir).stdout.splitlines() if text.startswith("look at"))
-    assert shlex.split(line)[-1] == str(run.dir)
-
-
-# --- livt cancel ---
-
-
-def test_cancel_saves_first_and_leaves_nothing_that_starts_again(busy, fake, monkeypatch):
-    monkeypatch.setattr(cancel, "POLL_S", 0.01)
-    fake.says("scancel", on={"--signal=USR2": {"squeue": row("14", "PENDING", "BeginTime") + "\n"}})
-    fake_user(fake)
-    result = livt("cancel", busy.dir)
-    words = [call for call in fake.calls if call[0] in ("scancel", "scontrol")]
-    assert words == [
-        ["scancel", "15"],  # what waits goes first: it would take the place of what runs
-        ["scontrol", "update", "JobId=14", "Requeue=0"],
-        ["scancel", "--signal=USR2", "--full", "14"],
-        ["scancel", "14"],  # it was put back into the queue all the same
-    ]
-    assert "cancelled, they had not started: 15" in result.stdout
-    assert "asked to save and stop: 14" in result.stdout
-    assert "pretrain: not saved at the end (it ended without a record); it has no checkpoint" in result.stdout
-    assert result.exit_code == 1  # nobody wrote `preempted` here
-
-
-def fake_user(fake: ReplayedSlurm) -> None:
-    """`alive` reads other columns of squeue than status does: id, state, comment."""
-    script = fake.folder / "squeue"
-    text = script.read_text()
-    script.write_text(
-        text.replace(
-            'sys.stdout.write(told["out"])',
-            'rows = [line.split("|") for line in told["out"].splitlines()]\n'
-            'short = any("%i|%T|%k" in word for word in sys.argv)\n'
-            'sys.stdout.write("".join("|".join([r[0], r[1], r[7]] if short else r) + "\\n" for r in rows))',
-        )
-    )
-
-
-def test_cancel_says_when_the_save_takes_longer_than_it_waits(busy, fake, monkeypatch):
-    fake_user(fake)
-    result = livt("cancel", busy.dir, "--wait-s", "0")
-    assert "job 14 still runs 0 s after it was asked to stop" in str(result.exception)
-    assert "--now" in str(result.exception)
-    assert busy.dir.is_dir()
-
-
-def test_cancel_now_kills_and_does_not_wait(busy, fake):
-    fake_user(fake)
-    result = livt("cancel", busy.dir, "--now")
-    words = [call for call in fake.calls if call[0] == "scancel"]
-    assert words == [["scancel", "15"], ["scancel", "--signal=KILL", "14"], ["scancel", "14"]]
-    assert "the newest checkpoint stays as it is" in result.stdout
-    assert result.exit_code == 0
-
-
-def test_cancel_tells_in_slurms_words_why_it_cannot(busy, fake):
-    fake_user(fake)
-    fake.says("scancel", error="scancel: error: Kill job error on job id 15: Access/permission denied\n", code=1)
-    assert "Access/permission denied" in str(livt("cancel", busy.dir).exception)
-
-
-def sleeper() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
-
-
-def test_cancel_signals_the_local_process_that_wrote_status_json(run):
-    process = sleeper()
-    try:
-        run.status("running", pid=process.pid)
-        out = livt("cancel", run.dir, "--wait-s", "30")
-        assert process.wait(timeout=10) == -signal.SIGUSR2
-        assert f"SIGUSR2 to process {process.pid}: " in out.stdout
-        assert out.exit_code == 1  # it did not save
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_cancel_signals_nobody_else(run):
-    """Another host's process, one that only has the number now, or one that is gone."""
-    process = sleeper()
-    try:
-        run.status("running", pid=process.pid, host="gpu07")
-        error = livt("cancel", run.dir).exception
-        assert isinstance(error, LivtError)
-        assert f"runs as process {process.pid} on gpu07" in str(error)
-        assert "Give the same command on gpu07" in str(error)
-        run.status("running", pid=process.pid, old_s=10**6)  # written before this process was started
-        for words in ([], ["--now"]):
-            out = livt("cancel", run.dir, *words)
-            assert "nothing of" in out.stdout, out
-        run.status("running", pid=ended_pid())
-        assert "nothing of" in livt("cancel", run.dir).stdout
-        assert process.poll() is None
-    finally:
-        process.kill()
-        process.wait()
-
-
-def test_cancel_of_what_is_over_does_nothing(run, fake):
-    run.chain(("14", "pretrain"))
-    run.status("done")
-    result = livt("cancel", run.dir)
-    assert result.exit_code == 0
-    assert [call[0] for call in fake.calls] == ["squeue"]
-
-
-def test_cancel_asks_all_runs_before_it_waits_for_any_and_one_that_cannot_be_ended_stops_no_other(tmp_path, fake):
-    runs = [MadeRun(tmp_path / "runs" / name) for name in "abcd"]
-    first, second = sleeper(), sleeper()
-    try:
-        runs[0].status("running", pid=first.pid)
-        runs[1].status("running", pid=first.pid, host="gpu07")
-        runs[2].status("running", pid=second.pid)
-        out = livt("cancel", *(run.dir for run in runs), "--wait-s", "30")
-        assert {first.wait(timeout=10), second.wait(timeout=10)} == {-signal.SIGUSR2}
-        assert f"{runs[0].dir}: SIGUSR2 to process {first.pid}: " in out.stdout
-        assert f"{runs[1].dir}: pretrain runs as process {first.pid} on gpu07" in out.stderr
-        assert f"{runs[2].dir}: pretrain: not saved at the end" in out.stdout
-        assert f"nothing of {runs[3].dir} runs" in out.stdout
-        assert out.exit_code == 1
-    finally:
-        for process in (first, second):
-            process.kill()
-            process.wait()
-
-
-def test_cancel_of_several_runs_asks_slurm_once_at_each_look(tmp_path, fake, monkeypatch):
-    monkeypatch.setattr(cancel, "POLL_S", 0.01)
-    fake_user(fake)
-    runs = [MadeRun(tmp_path / "runs" / name) for name in "ab"]
-    for number, run in enumerate(runs):
-        run.status("running")
-        run.chain((f"1{number}", "pretrain"), chain=f"livt {number}")
-    rows = [row(f"1{n}", "RUNNING").replace(CHAIN_NAME, f"livt {n}") for n in range(2)]
-    fake.squeue(*rows)
-    fake.says("scancel", on={"11": {"squeue": rows[0] + "\n"}})
-    out = livt("cancel", *(run.dir for run in runs), "--wait-s", "0.2")
-    assert f"{runs[0].dir}: job 10 still runs 0 s after it was asked to stop" in out.stderr
-    assert f"{runs[1].dir}: pretrain: not saved" in out.stdout
-    asked = [call for call in fake.calls if call[:2] == ["scancel", "--signal=USR2"]]
-    looks = [number for number, call in enumerate(fake.calls) if call[0] == "squeue"]
-    assert [call[-1] for call in asked] == ["10", "11"]
-    assert fake.calls.index(asked[1]) < looks[2], "both are asked before the first is waited for"
-
-
-# --- livt logs ---
-
-
-def test_logs_show_the_end_of_the_newest_log_and_why_it_failed(run, fake):
-    run.chain(("14", "pretrain"), ("15", "finetune"))
-    run.status("failed", why="rank 1 stopped: shard x")
-    run.beat(1, state="failed", why="shard x is cut")
-    fake.sacct(ended("14", "FAILED", "1:0"))
-    log = run.dir / "slurm" / "logs" / "pretrain-14.log"
-    log.parent.mkdir()
-    log.write_text("".join(f"line {n}\n" for n in range(100)) + "rank 1: \x1b[2Jboom\n")
-    stacks = run.dir / "pretrain" / "stacks" / "rank-1.txt"
-    stacks.parent.mkdir()
-    stacks.write_text("in loop.py\n" * 9)
-    told = livt("logs", run.dir, "-n", "3").stdout.splitlines()
-    assert told[0] == "== pretrain: failed, rank 1 stopped: shard x"
-    assert told[1].startswith("== rank 1 (process ")
-    assert told[1].endswith(": shard x is cut")
-    assert told[2:6] == [f"== {stacks}", *["in loop.py"] * 3]
-    assert told[6:] == [f"== job 14: {log}", "line 98", "line 99", "rank 1:  [2Jboom"]
-    of_rank = livt("logs", run.dir, "--rank", "1", "--stage", "pretrain").stdout
-    assert "== rank 1: failed, step 120" in of_rank
-    assert of_rank.splitlines()[-1] == "rank 1:  [2Jboom"
-    assert "line 99" not in of_rank
-    assert isinstance(livt("logs", run.dir, "--rank", "7").exception, UsageError)
-    assert "Did you mean 'finetune'?" in str(livt("logs", run.dir, "--stage", "finetun").exception)
-
-
-def test_logs_of_a_local_run_are_those_that_it_keeps(run):
-    run.status("running", step=3)
-    (run.dir / "log.txt").write_text("one\ntwo\nrank 1: three\n")
-    told = livt("logs", run.dir, "-n", "2").stdout.splitlines()
-    assert told[-3:] == [f"== all starts: {run.dir / 'log.txt'}", "two", "rank 1: three"]
-
-
-def test_logs_of_a_run_without_any_say_where_to_look(run):
-    run.status("running", step=3)
-    run.metrics(1.0)
-    told = livt("logs", run.dir).stdout
-    assert f"it was not submitted by livt submit, process {os.getpid()} on " in told
-    assert str(run.dir / "pretrain" / "metrics.jsonl") in told
-
-
-def test_logs_of_several_runs_are_shown_one_after_the_other(tmp_path, fake):
-    runs = [MadeRun(tmp_path / "runs" / name) for name in "abc"]
-    for run in runs[:2]:
-        run.chain(("14", "pretrain"))
-        run.status("failed", why="x")
-        (run.dir / "slurm" / "logs").mkdir()
-        (run.dir / "slurm" / "logs" / "pretrain-14.log").write_text(f"of {run.dir.name}\n")
-    told = livt("logs", *(run.dir for run in runs)).stdout.splitlines()
-    heads = [line for line in told if line.startswith("==== ")]
-    assert heads == [f"==== {run.dir}" for run in runs]
-    assert [line for line in told if line.startswith("of ")] == ["of a", "of b"]
-    assert isinstance(livt("logs", runs[0].dir, tmp_path).exception, UsageError)
-
-
-def test_logs_of_several_runs_are_followed_with_the_name_of_the_one_that_grew(tmp_path, fake, monkeypatch):
-    monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
-    runs = [MadeRun(tmp_path / "runs" / name) for name in "ab"]
-    paths = [run.dir / "slurm" / "logs" / "pretrain-14.log" for run in runs]
-    for run, path in zip(runs, paths, strict=True):
-        run.chain(("14", "pretrain"))
-        run.status("running")
-        path.parent.mkdir()
-        path.write_text("old\n")
-    late = [(0, "one\n"), (1, "two\n"), (1, "three\n"), (0, "four\n")]
-
-    def passes(_s: float) -> None:
-        if not late:
-            for run in runs:
-                run.status("failed", why="x")
-            return
-        number, text = late.pop(0)
-        with paths[number].open("a") as file:
-            file.write(text)
-
-    pauses(logs, monkeypatch, passes)
-    told = livt("logs", *(run.dir for run in runs), "-f").stdout.splitlines()
-    assert told[-7:] == [f"== {paths[0]}", "one", f"== {paths[1]}", "two", "three", f"== {paths[0]}", "four"]
-
-
-def test_logs_follow_what_is_added_until_the_run_is_over(run, fake, monkeypatch):
-    monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
-    run.chain(("14", "pretrain"))
-    run.status("running")
-    log = run.dir / "slurm" / "logs" / "pretrain-14.log"
-    log.parent.mkdir()
-    log.write_text("one\ntwo\n")
-    late = ["thr", "ee: é"[:4] + "\n", None]
-
-    def passes(_s: float) -> None:
-        text = late.pop(0)
-        if text is None:
-            run.status("failed", why="x")
-            late.append("")
-        else:
-            with log.open("a") as file:
-                file.write(text)
-
-    pauses(logs, monkeypatch, passes)
-    told = livt("logs", run.dir, "-f", "-n", "1").stdout
-    assert told.splitlines()[-2:] == ["two", "three: "]
 
 
 # --- a real run ---

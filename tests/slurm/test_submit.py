@@ -282,3 +282,11 @@ def test_a_wrong_partition_is_a_wrong_option(tmp_path, fake):
     )
     assert code == 2
     assert "there is no partition 'sparse' on this cluster. Did you mean 'spare'?" in err
+
+
+def test_the_submitted_recipe_can_be_submitted_again_as_livt_status_proposes(tmp_path, fake):
+    of = recipe(tmp_path)
+    submit(of)
+    again = load_recipe(Path(of.run_dir) / "slurm" / "submitted.yaml", to_start=True)
+    assert again.run_dir == of.run_dir
+    assert submit(again).get("joined")  # the same recipe: nothing is submitted twice

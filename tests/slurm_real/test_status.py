@@ -6,6 +6,7 @@ import pytest
 
 from tests.slurm_real.chains import Chain
 from tests.slurm_real.cluster import wait_for
+from tests.slurm_real.descriptions import UNEVEN
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
@@ -39,6 +40,7 @@ def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain):
     pending = told(chain, "pending")
     assert chain.jobs["pretrain"] in pending["why"]
     assert {job["stage"]: job["reason"] for job in pending["jobs"]}["finetune"] == "Dependency"
+    assert pending["next"].startswith("livt status ")
     wait_for(lambda: told(chain, "pending")["jobs"][0]["reason"] in ("Resources", "Priority"), "a reason", seconds=60)
 
     # running
@@ -83,3 +85,33 @@ def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain):
     assert set(chain.ended().values()) == {"COMPLETED"}, chain.tell()
     done = told(chain, "done")
     assert [stage["state"] for stage in done["stages"]] == ["done", "done", "done"]
+    top1 = json.loads((chain.run_dir / "export" / "eval.json").read_text())["top1"]
+    assert done["accuracy"]["all"] == top1["all"]
+
+
+def test_a_job_that_fails_before_python_starts_is_failed_without_accounting_in_both_modes(clusters, tmp_path):
+    chains = [
+        Chain(clusters(UNEVEN), tmp_path / mode, slurm__nodes=1, slurm__mode=mode, slurm__modules=["not-there"])
+        for mode in ("requeue", "segments")
+    ]
+    for chain in chains:
+        chain.submit()
+    for chain in chains:
+        seen = told(chain, "failed", seconds=60)
+        assert "module load not-there failed" in seen["why"]
+        assert seen["jobs"][0]["log"] in seen["why"]
+        assert seen["next"].startswith("livt logs ")
+
+
+def test_no_segment_starts_behind_one_that_was_cancelled_and_killed_before_it_had_saved(cluster, tmp_path):
+    """A task hangs, so that saving takes longer than KillWait; the batch script is killed and leaves no record."""
+    segments = {"slurm__mode": "segments", "slurm__pretrain__segments": 3}
+    chain = Chain(cluster, tmp_path / "a run", slurm__partition="normal", **segments)
+    chain.lay("hang", "3")
+    chain.submit()
+    chain.await_steps(3)
+    cluster.run("scancel", chain.jobs["pretrain-1"])
+    seen = told(chain, "stalled")
+    assert "was cancelled" in seen["why"]
+    assert set(chain.ended().values()) <= {"CANCELLED", "FAILED"}, chain.tell()
+    assert len(set(chain.lines("starts"))) == 1, "no later segment has trained"
