@@ -16,16 +16,17 @@ import sys, time
 sys.path.insert(0, {str(REPO)!r})
 from livt_scale.train.guard import Guard
 guard = Guard()
-guard.allow(2)
+guard.allow(float(sys.argv[2]))
 print(guard._process.pid, flush=True)
 time.sleep(float(sys.argv[1]))
 guard.end()
 """
 
 
-def guarded(seconds: float) -> tuple[subprocess.Popen[str], int]:
-    """A process that ends after so many seconds without another call, and its guard's number."""
-    process = subprocess.Popen([sys.executable, "-IS", "-c", GUARDED, str(seconds)], stdout=subprocess.PIPE, text=True)
+def guarded(seconds: float, *, allowed_s: float = 0.5) -> tuple[subprocess.Popen[str], int]:
+    """A process that ends after `seconds` without another call, and its guard's number."""
+    words = [sys.executable, "-IS", "-c", GUARDED, str(seconds), str(allowed_s)]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     with process.stdout:
         return process, int(process.stdout.readline())
@@ -38,9 +39,9 @@ def test_a_process_that_does_not_call_its_guard_is_killed():
 
 
 def test_the_time_in_which_it_is_stopped_is_not_counted_and_the_guard_leaves_with_it():
-    process, guard = guarded(0.5)
+    process, guard = guarded(0.1, allowed_s=2)
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(4)
+    time.sleep(3)
     os.kill(process.pid, signal.SIGCONT)
     assert process.wait(20) == 0
     assert gone(guard)

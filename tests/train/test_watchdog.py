@@ -150,7 +150,7 @@ def test_time_in_which_the_process_was_stopped_is_not_counted(tmp_path):
     process = warm.Popen(["-c", STOPPED, tmp_path, str(bound_s)], stdout=warm.PIPE, stderr=warm.PIPE)
     assert process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
-    time.sleep(bound_s + 2)
+    time.sleep(bound_s + 0.5)
     os.kill(process.pid, signal.SIGCONT)
     _, said = process.communicate(timeout=30)
     assert (process.returncode, said) == (0, "")
