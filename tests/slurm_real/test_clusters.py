@@ -110,6 +110,7 @@ def test_an_array_by_segments_ends_like_local_runs(uneven, local, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_nodes_that_are_killed_at_ten_drawn_moments_change_nothing(uneven, reference, tmp_path):
     dice = random.Random(seed := random.randrange(10**6))
     print(f"seed {seed}")
