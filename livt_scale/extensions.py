@@ -17,6 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from livt_scale.util.errors import LivtError, UsageError
+from livt_scale.util.outside import real_path
 
 VARIABLE = "LIVT_EXTENSIONS"
 GROUP = "livt_scale.extensions"
@@ -42,7 +43,7 @@ def _installed(path: tuple[str, ...]) -> tuple[str, ...]:  # noqa: ARG001  what 
 def _load(name: str) -> None:
     try:
         if name.endswith(".py"):
-            _load_file(Path(name).resolve())
+            _load_file(real_path(name))
         else:
             importlib.import_module(name)
     except LivtError:  # a name that is taken: the error has the place

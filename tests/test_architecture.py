@@ -412,3 +412,15 @@ def dotted(tree, prefix=""):
         yield f"{prefix}{key}"
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
+
+
+def test_paths_from_outside_are_resolved_by_one_function():
+    """Path.resolve raises a RuntimeError for a link to itself; util/outside.py: real_path."""
+    found = {
+        name_of(path)
+        for path in SOURCES
+        if path.is_relative_to(ROOT / "livt_scale")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and node.attr == "resolve" and "__file__" not in ast.unparse(node.value)
+    }
+    assert found == set()

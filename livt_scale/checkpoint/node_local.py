@@ -31,7 +31,7 @@ from livt_scale.checkpoint.manifest import step_name
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError
-from livt_scale.util.outside import read_text
+from livt_scale.util.outside import read_text, real_path
 
 MARK = ".local-mark"  # beside the shared checkpoints
 SAVE = "local_save"  # the fact that identifies the save and the start of the run
@@ -115,7 +115,7 @@ def _mark_of(shared: Path) -> str:
 
 
 def _own_folder(root: Path, shared: Path) -> Path:
-    digest = hashlib.sha256(os.fsencode(shared.resolve())).hexdigest()[:20]
+    digest = hashlib.sha256(os.fsencode(real_path(shared))).hexdigest()[:20]
     own = root / f"livt-{os.geteuid()}-{digest}"
     try:
         own.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from livt_scale.config.renamed import REMOVED, RENAMED
 from livt_scale.config.run_place import run_of_saved
 from livt_scale.config.yaml import Tree, Where, parse, shown_value
 from livt_scale.util.errors import RecipeError, UsageError, nearest
-from livt_scale.util.outside import read_text
+from livt_scale.util.outside import read_text, real_path
 from livt_scale.util.resources import is_name, named
 
 MAX_FILES = 64
@@ -46,7 +46,7 @@ class _Files:
 
     def read(self, path: Path, *, chain: tuple[Path, ...]) -> Tree:
         """`chain`: the files on the way here."""
-        text, real = _text(path), path.resolve()
+        text, real = _text(path), real_path(path)
         if real in chain:
             names = " -> ".join(p.name for p in (*chain[chain.index(real) :], real))
             raise RecipeError(f"{path}: `extends` goes round in a circle: {names}", remedy="remove one of them")
@@ -105,7 +105,7 @@ def _beside(path: Path, base: str) -> Path:
     """`base` as seen from `path`, without `..` on the way where that is the same file (a link may lead elsewhere)."""
     direct = path.parent / base
     short = Path(os.path.normpath(direct))
-    return short if short.resolve() == direct.resolve() else direct
+    return short if real_path(short) == real_path(direct) else direct
 
 
 def _text(path: Path) -> str:

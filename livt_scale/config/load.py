@@ -28,6 +28,7 @@ from livt_scale.config.yaml import MAX_DEPTH, Tree, Where, dump, mistakes_in, pa
 from livt_scale.extensions import load_extensions
 from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
 from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.outside import real_path
 from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url
 
@@ -238,7 +239,7 @@ def _find(location: str | None, recipe_path: Path) -> str | None:
     """A relative path from here on; or, if nothing is there, from the recipe's folder or one above it on."""
     if location is None or is_url(location) or is_name(location) or Path(location).is_absolute():
         return location
-    for folder in (Path(), *recipe_path.resolve().parents):
+    for folder in (Path(), *real_path(recipe_path).parents):
         if (folder / location).exists():
-            return str((folder / location).resolve())
-    return str(Path(location).resolve())
+            return str(real_path(folder / location))
+    return str(real_path(location))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from livt_scale.config.recipe import STAGES
 from livt_scale.util.errors import UsageError
+from livt_scale.util.outside import real_path
 
 RUNS = "runs"  # a run without run_dir is in runs/NAME
 SAVED = "recipe.yaml"
@@ -53,15 +54,15 @@ def other_run(run_dir: str | None, *, name: str, recipe: Path) -> Path | None:
     relative = Path(run_dir or Path(RUNS) / name)
     if relative.is_absolute() or holds_run(relative):
         return None
-    places = (folder / relative for folder in recipe.resolve().parents)
+    places = (folder / relative for folder in real_path(recipe).parents)
     return next((place for place in places if holds_run(place)), None)
 
 
 def check_place(run_dir: Path) -> None:
     """Raise UsageError unless `run_dir` is a run, or new, or empty but for logs."""
     remedy = "give a new folder, as --set run_dir=runs/NAME"
-    real = run_dir.resolve()
-    if real in (Path("/"), Path.home().resolve()) or _is_of_the_system(real):
+    real = real_path(run_dir)
+    if real in (Path("/"), real_path(Path.home())) or _is_of_the_system(real):
         raise UsageError(f"run_dir is {run_dir}, which is not a folder for a run", remedy=remedy)
     there = next(place for place in (real, *real.parents) if place.exists())
     if not there.is_dir():

@@ -22,6 +22,7 @@ from livt_scale.train.finetune import read_pretraining
 from livt_scale.train.load_trained import load_trained
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import ExportError, UsageError, nearest
+from livt_scale.util.outside import real_path
 from livt_scale.weights.importer import open_weights
 from livt_scale.weights.layouts import to_hf
 from livt_scale.weights.locate import SAFETENSORS
@@ -44,7 +45,7 @@ def export_as(
     state, lineage, recipe = read_pretraining(run_dir) if stage == "pretrain" else _classifier(run_dir, which)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     num_bytes = sum(tensor.nbytes for tensor in state.values())
-    with plain_disk_errors(out.resolve(), needed=num_bytes), new_folder(out.resolve()) as temporary:
+    with plain_disk_errors(real_path(out), needed=num_bytes), new_folder(real_path(out)) as temporary:
         if layout == "mae":
             write_torch({"model": state}, temporary / PTH)
         else:

@@ -24,6 +24,7 @@ from livt_scale.export.write_export import check_target, model_facts
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import ExportError, UsageError
+from livt_scale.util.outside import real_path
 from livt_scale.util.text import first_line
 
 TOLERANCE = 1e-4  # of a probability
@@ -65,7 +66,7 @@ def export_onnx(trained: Trained, out: Path, *, force: bool = False) -> ExportIn
     check_target(out, weights=trained.weights, file=ONNX, force=force)
     network = PixelsToProbabilities(trained).cpu().eval()
     num_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
-    with plain_disk_errors(out.resolve(), needed=num_bytes), new_folder(out.resolve()) as temporary:
+    with plain_disk_errors(real_path(out), needed=num_bytes), new_folder(real_path(out)) as temporary:
         file = _write_graph(network, trained, temporary, in_two=num_bytes > ONE_FILE_BYTES)
         info = ExportInfo(**dict(model_facts(trained)), weights=WeightsFile.of(temporary / file))
         text = json.dumps({"livt": info.model_dump(mode="json")}, indent=2)

@@ -34,6 +34,7 @@ from livt_scale.export.timm import compare_with_timm, timm_config
 from livt_scale.train.load_trained import Trained, Weights, load_trained
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ExportError
+from livt_scale.util.outside import real_path
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportI
     check_target(out, weights=trained.weights, file=WEIGHTS, force=force)
     tensors = {name: t.detach().cpu().contiguous() for name, t in trained.model.state_dict().items()}
     try:
-        with new_folder(out.resolve()) as temporary:
+        with new_folder(real_path(out)) as temporary:
             write_tensors(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             info = ExportInfo(**dict(model_facts(trained)), weights=WeightsFile.of(temporary / WEIGHTS))
             config = timm_config(info) | {"livt": info.model_dump(mode="json")}

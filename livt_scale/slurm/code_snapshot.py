@@ -22,7 +22,7 @@ from pathlib import Path
 import livt_scale
 from livt_scale.util.atomic import new_folder, write_atomic
 from livt_scale.util.errors import ClusterError
-from livt_scale.util.outside import read_checked
+from livt_scale.util.outside import read_checked, real_path
 
 PACKAGE = Path(livt_scale.__file__).resolve().parent
 SUMS = "SHA256SUMS"
@@ -101,7 +101,7 @@ def check_running_code(environ: Mapping[str, str] = os.environ) -> None:
     PYTHONPATH names that code, and srun, a container or a wrapper of Python can lose it.
     """
     code = environ.get("LIVT_CODE")
-    if code and Path(code, "livt_scale").resolve() != PACKAGE:
+    if code and real_path(Path(code, "livt_scale")) != PACKAGE:
         raise ClusterError(
             f"this process runs {PACKAGE}, and the job was submitted with {code}: PYTHONPATH did not reach it "
             f"(here it is {environ.get('PYTHONPATH', 'not set')!r})",

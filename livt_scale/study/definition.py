@@ -35,7 +35,7 @@ from livt_scale.losses import LOSSES
 from livt_scale.study.claims import loss_sets
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.errors import UsageError, nearest
-from livt_scale.util.outside import read_text
+from livt_scale.util.outside import read_text, real_path
 from livt_scale.util.resources import named
 
 Sets = dict[str, JsonValue]
@@ -194,9 +194,9 @@ def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
     load_extensions()
     tree = parse(text, path)
     study = validated(tree, path, Study)
-    beside = path.resolve().parent
+    beside = real_path(path).parent
     loaded = LoadedStudy(
-        study, path, (beside / study.recipe).resolve(), folder or Path(study.folder or f"runs/studies/{study.name}"),
+        study, path, real_path(beside / study.recipe), folder or Path(study.folder or f"runs/studies/{study.name}"),
         beside / study.shards.spec if study.shards else None,
     )  # fmt: skip
     _check(loaded)
@@ -210,7 +210,7 @@ def check_folder(loaded: LoadedStudy) -> None:
     """
     kept = loaded.folder / KEPT
     if not kept.is_file():
-        above = () if loaded.folder.is_absolute() else loaded.path.resolve().parents
+        above = () if loaded.folder.is_absolute() else real_path(loaded.path).parents
         other = next((place for place in (f / loaded.folder for f in above) if (place / KEPT).is_file()), None)
         if other is None:
             return

@@ -101,6 +101,11 @@ class RefusedFile(OSError):
         return f"{escaped(self.filename)}: {self.strerror}"
 
 
+def real_path(path: Path | str) -> Path:
+    """`path`, absolute and without links. Unlike Path.resolve, a link to itself is left as it is and raises nothing."""
+    return Path(os.path.realpath(path))
+
+
 def open_checked(path: Path, kind: Kind, *, max_bytes: int | None = None) -> BufferedReader:
     """Open `path` for reading. Raises OSError, RefusedFile where it is not a file of at most MAX_BYTES of its kind."""
     return os.fdopen(open_fd(path, kind, max_bytes=max_bytes), "rb")

@@ -26,7 +26,7 @@ from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import MaskedAutoencoder
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import UsageError, WeightsError, nearest
-from livt_scale.util.outside import first_mistake, read_json
+from livt_scale.util.outside import first_mistake, read_json, real_path
 from livt_scale.weights.adapt import Taken, adapt, compare
 from livt_scale.weights.layouts import LAYOUTS, Layout, detect, infer_model, to_ours
 from livt_scale.weights.locate import SAFETENSORS, find_file
@@ -112,7 +112,7 @@ def import_weights(
         "source": {"file": weights.file.name, "layout": weights.layout, "sha256": weights.sha256},
     }
     num_bytes = sum(tensor.nbytes for tensor in state.values())
-    with plain_disk_errors(out.resolve(), needed=num_bytes), new_folder(out.resolve()) as temporary:
+    with plain_disk_errors(real_path(out), needed=num_bytes), new_folder(real_path(out)) as temporary:
         write_tensors(state, temporary / SAFETENSORS, metadata={"format": "pt"})
         info["sha256"] = sha256_of(temporary / SAFETENSORS)
         (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="ascii")

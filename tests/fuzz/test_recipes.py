@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from hypothesis import strategies as st
 
@@ -88,5 +89,16 @@ def check(base: Path, case: dict) -> None:
         assert not livt("recipe", case["command"], "mine.yaml", *sets, cwd=folder).problem
 
 
-test_recipes = few(recipes, check)
+NOTHING: dict[str, Any] = {
+    "tree": [],
+    "bytes": [],
+    "piece": None,
+    "base": [],
+    "file": None,
+    "sets": [],
+    "command": "check",
+}
+LINK_TO_ITSELF = {**NOTHING, "file": ("itself", 0.0)}  # base.yaml
+
+test_recipes = few(recipes, check, seeds=[LINK_TO_ITSELF])
 test_many_recipes = many(recipes, check)

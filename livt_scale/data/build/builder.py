@@ -39,7 +39,7 @@ from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts
 from livt_scale.util.atomic import PREFIX, FileLock, LockHeld, file_lock, plain_disk_errors, write_atomic
 from livt_scale.util.errors import DataError, SourceError, UsageError
-from livt_scale.util.outside import read_json
+from livt_scale.util.outside import read_json, real_path
 from livt_scale.util.process_pool import in_processes, usable_cores
 
 BUILD = "build.json"
@@ -223,9 +223,9 @@ def _refuse_changed(states: Mapping[str, SetState], options: BuildOptions) -> No
 
 def _check_outside(spec: Spec, out: Path) -> None:
     """Raise UsageError where shards would become images of a source."""
-    there = out.resolve()
+    there = real_path(out)
     for name, source in spec.build.sources.items():
-        root = spec.root(name).resolve()
+        root = real_path(spec.root(name))
         if source.format.reads_every_file and there.is_relative_to(root):
             raise UsageError(
                 f"the shards would be written to {out}, which is inside the source {name} ({root}): "

@@ -12,6 +12,7 @@ from livt_scale.data.build.writer import Shard, publish, scan_shard
 from livt_scale.data.manifest import MANIFEST, ShardManifest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, ManifestError, SampleError, SourceError, UsageError
+from livt_scale.util.outside import real_path
 from livt_scale.util.process_pool import in_processes, usable_cores
 from livt_scale.util.text import escaped
 
@@ -46,7 +47,7 @@ def index_tars(
     publish(
         folder,
         ordered,
-        name=folder.resolve().name,
+        name=real_path(folder).name,
         seed=None,
         class_names=names,
         class_counts=[int(n) for n in np.bincount(labels, minlength=len(names))],

@@ -39,7 +39,7 @@ from livt_scale.data.build.writer import Prepare
 from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
-from livt_scale.util.outside import read_checked, read_json, read_text
+from livt_scale.util.outside import read_checked, read_json, read_text, real_path
 from livt_scale.util.resources import named
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
@@ -338,7 +338,7 @@ def load_spec(
     if ignore_expected:
         sets = {name: part.model_copy(update={"expected": None}) for name, part in build.sets.items()}
         build = build.model_copy(update={"sets": sets})
-    return Spec(build=build, folder=path.resolve().parent)
+    return Spec(build=build, folder=real_path(path).parent)
 
 
 def _override(tree: Tree, text: str) -> None:
@@ -355,7 +355,7 @@ def _override(tree: Tree, text: str) -> None:
     for kind, fields in parts.items():
         if isinstance(fields, dict) and kind != "split":
             # a path on the command line is relative to where the command is given, not to the spec
-            fields[field] = str(Path(value).resolve()) if field == "root" or "/" in value else value
+            fields[field] = str(real_path(value)) if field == "root" or "/" in value else value
             tree.origins[("sources", source, kind, field)] = f"--source {name}"
 
 

@@ -27,7 +27,7 @@ from livt_scale.config.recipe import Log, Recipe, Stage
 from livt_scale.train.telemetry.tensorboard import TensorBoard
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
-from livt_scale.util.outside import read_json
+from livt_scale.util.outside import read_json, real_path
 
 START_S = 120.0  # for a server to answer at the start
 FINISH_S = 120.0  # for what is still to be sent at the end
@@ -187,7 +187,7 @@ def _start_mlflow(recipe: Recipe, stage: Stage, run_dir: Path, known: str | None
 
     PartialState(cpu=True)
     if not os.environ.get("MLFLOW_TRACKING_URI"):
-        mlflow.set_tracking_uri(f"sqlite:///{(run_dir / 'mlflow.db').resolve()}")
+        mlflow.set_tracking_uri(f"sqlite:///{real_path(run_dir / 'mlflow.db')}")
     tracker = MLflowTracker(recipe.log.tracker_project, run_id=known, run_name=f"{recipe.name}/{stage}")
     tracker.start()
     if known is None:  # mlflow refuses to change a parameter, and a resumed recipe may differ in harmless ones
