@@ -37,12 +37,13 @@ test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 test-slurm: $(READY)  ## the tests on real Slurm clusters, started for them; as root
 	$(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)
 
-lint: $(READY)  ## ruff, mypy and the contracts on imports
+lint: $(READY)  ## ruff, mypy, the contracts on imports, and words of plain English
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_imports.py
+	$(BIN)/python scripts/check_language.py --most 1
 
 format: $(READY)  ## let ruff put the code in order
 	$(BIN)/ruff check --fix .

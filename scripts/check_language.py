@@ -4,8 +4,9 @@
     python scripts/check_language.py --lines docs    # each place in files whose path starts so
     python scripts/check_language.py --most 1        # fail above one per 1000 in any kind
 
-Kinds: docs (Markdown without code), messages (string literals with a space in livt_scale/), prose (docstrings and
-comments there). Where a word has a plain use too (`the whole number`), PLAIN lists that use.
+Kinds: docs (Markdown without code), help (strings and docstrings of livt_scale/cli/), messages (other string literals
+with a space in livt_scale/), prose (docstrings and comments there). Where a word has a plain use too (`the whole
+number`), PLAIN lists that use.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import sys
 import tokenize
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +77,26 @@ def texts() -> Iterator[tuple[str, Path, int, str]]:
         yield from (("docs", page, number, line) for number, line in prose_of_page(page.read_text(encoding="utf-8")))
     for file in sorted(ROOT.glob("livt_scale/**/*.py")):
         messages, prose = strings_of(file.read_text(encoding="utf-8"))
-        yield from (("messages", file, number, line) for number, line in messages)
-        yield from (("prose", file, number, line) for number, line in prose)
+        of_cli = file.parent.name == "cli"
+        yield from (("help" if of_cli else "messages", file, number, line) for number, line in messages)
+        yield from (("help" if of_cli else "prose", file, number, line) for number, line in prose)
+
+
+def rates(found: Iterable[tuple[str, Path, int, str]], *, shown: str | None = None) -> dict[str, float]:
+    """Words of the dialect per 1000, by kind, printed; `shown`: print each place in files whose path starts so."""
+    words: Counter[str] = Counter()
+    marked: Counter[str] = Counter()
+    for kind, file, number, text in found:
+        words[kind] += len(text.split())
+        name = file.relative_to(ROOT).as_posix()
+        for match in DIALECT.finditer(PLAIN.sub(" ", text)):
+            marked[kind] += 1
+            if shown is not None and name.startswith(shown):
+                print(f"{name}:{number}: {match[0]}: {' '.join(text.split())[:120]}")
+    result = {kind: 1000 * marked[kind] / words[kind] for kind in words}
+    for kind, rate in result.items():
+        print(f"{kind:<9} {words[kind]:>7} words {marked[kind]:>5} of the dialect {rate:>6.1f} per 1000")
+    return result
 
 
 def main() -> int:
@@ -85,21 +104,8 @@ def main() -> int:
     parser.add_argument("--lines", metavar="PATH", help="print each place in files whose path starts so")
     parser.add_argument("--most", type=float, help="fail above this number per 1000 words in any kind of text")
     wanted = parser.parse_args()
-
-    words: Counter[str] = Counter()
-    found: Counter[str] = Counter()
-    for kind, file, number, text in texts():
-        words[kind] += len(text.split())
-        name = file.relative_to(ROOT).as_posix()
-        for match in DIALECT.finditer(PLAIN.sub(" ", text)):
-            found[kind] += 1
-            if wanted.lines is not None and name.startswith(wanted.lines):
-                print(f"{name}:{number}: {match[0]}: {' '.join(text.split())[:120]}")
-
-    rates = {kind: 1000 * found[kind] / words[kind] for kind in words}
-    for kind, rate in rates.items():
-        print(f"{kind:<9} {words[kind]:>7} words {found[kind]:>5} of the dialect {rate:>6.1f} per 1000")
-    return int(wanted.most is not None and max(rates.values()) > wanted.most)
+    highest = max(rates(texts(), shown=wanted.lines).values())
+    return int(wanted.most is not None and highest > wanted.most)
 
 
 if __name__ == "__main__":

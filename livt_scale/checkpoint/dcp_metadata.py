@@ -239,9 +239,9 @@ def _piece(name: str, chunk: Any, shape: tuple[int, ...], places: dict[Any, Any]
     _want((name, offset) in places, f"no place is given for a piece of {name!r}")
     place = places[name, offset]
     file, start, length = _text(place["relative_path"]), place["offset"], place["length"]
-    _want(file in file_bytes, f"{name!r} lies in {file!r}, which the manifest does not list")
+    _want(file in file_bytes, f"{name!r} is in {file!r}, which the manifest does not list")
     _want(_is_count(start) and _is_count(length), f"the place of {name!r} is not a number")
-    _want(start + length <= file_bytes[file], f"{name!r} lies beyond the end of {file!r}")
+    _want(start + length <= file_bytes[file], f"{name!r} begins beyond the end of {file!r}")
     return Piece(offset, size, file, start, length)
 
 
@@ -256,7 +256,7 @@ def _kind(record: Any) -> str:
 
 def _fields(record: Any, kind: str) -> dict[str, Any]:
     state = getattr(record, "state", None)
-    _want(_kind(record) == kind and isinstance(state, dict), f"{_kind(record)} stands where {kind} belongs")
+    _want(_kind(record) == kind and isinstance(state, dict), f"{_kind(record)} is where {kind} belongs")
     return state  # type: ignore[return-value]
 
 

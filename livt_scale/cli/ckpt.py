@@ -27,7 +27,7 @@ UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 @app.command("ls")
 def ls(
-    run: Annotated[Path, typer.Argument(help="A run, a stage of it, or a folder of checkpoints.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a stage of it, or a folder of checkpoints.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only; do not read every byte.")] = False,
 ) -> None:
@@ -54,12 +54,14 @@ def ls(
 
 @app.command("verify")
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a run, a stage, or a folder of checkpoints.")],
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="A checkpoint, a run, a stage, or a folder of checkpoints.")
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare every byte of checkpoints with their manifests.
 
-    Exit codes: 0 all complete; 1 one is damaged, or there is none.
+    Exit codes: 0 all complete; 1 one is damaged, or none was found.
     """
     from livt_scale.checkpoint import catalog as folders
     from livt_scale.util.errors import CheckpointError
@@ -85,13 +87,15 @@ def verify(
 
 @app.command("convert")
 def convert(
-    path: Annotated[Path, typer.Argument(help="Checkpoint of livt, safetensors, DeepSpeed or torch.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint of livt, safetensors, DeepSpeed or torch.")],
     to: Annotated[Path, typer.Option("--to", help="NAME.safetensors, or a new folder for a livt checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="Recipe it was trained with; lets livt train resume it.")] = None,
     stage: Annotated[str, typer.Option(help="Stage of the recipe: pretrain or finetune.")] = "pretrain",
-    step: Annotated[int | None, typer.Option(min=0, help="Steps done in the stage. Default: as recorded.")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=0, help="Steps done in the stage.", show_default="as recorded")
+    ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -139,7 +143,7 @@ def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, s
             remedy="set stages.finetune.init=scratch",
         )
     if step is None and found.position is None:
-        raise UsageError("how many steps it has behind it stands nowhere in it", remedy="give --step")
+        raise UsageError("it does not record how many steps it has taken", remedy="give --step")
     train = ShardSet.open(loaded.data.train, data=loaded.data)
     done = step if step is not None or found.position is None else found.position.step
     assert done is not None

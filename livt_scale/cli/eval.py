@@ -12,7 +12,8 @@ from livt_scale.cli.options import AsJson, EvaluationShards, Force, Weights, Wei
 from livt_scale.cli.output import echo, starting
 
 VIEWS_HELP = "Views of each image to average: 1 (centre crop), 2 (and its mirror image), 5 (crops) or 10 (both)."
-AVERAGE_HELP = "What to average over the views. Default: logits."
+AVERAGE_HELP = "What to average over the views."
+GALLERY_HELP = "Write the most frequent confusions as HTML."
 REPORTS_HELP = "Folder for per_class.csv, per_class.png and reliability.png."
 TAU_HELP = "Subtract tau times the log training prior. Several values: a table. auto: chosen on half of the set."
 
@@ -24,23 +25,23 @@ def eval_(
     data: EvaluationShards = None,
     which: WhichCheckpoint = None,
     weights: Weights = WeightsName.raw,
-    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Images per forward pass. Default: 64.")] = None,
-    views: Annotated[int | None, typer.Option("--views", metavar="1|2|5|10", help=VIEWS_HELP)] = None,
-    average: Annotated[str | None, typer.Option("--average", metavar="logits|probs", help=AVERAGE_HELP)] = None,
-    tau: Annotated[str | None, typer.Option("--tau", metavar="T[,T...]|auto", help=TAU_HELP)] = None,
+    batch: Annotated[
+        int | None, typer.Option("--batch", min=1, help="Images per forward pass.", show_default="64")
+    ] = None,
+    views: Annotated[
+        int | None, typer.Option("--views", metavar="<1|2|5|10>", help=VIEWS_HELP, show_default="1")
+    ] = None,
+    average: Annotated[
+        str | None, typer.Option("--average", metavar="<logits|probs>", help=AVERAGE_HELP, show_default="logits")
+    ] = None,
+    tau: Annotated[str | None, typer.Option("--tau", metavar="<t[,t...]|auto>", help=TAU_HELP)] = None,
     temperature: Annotated[
         bool, typer.Option("--temperature", help="Fit a temperature on half of the set; report on the other half.")
     ] = False,
-    reports: Annotated[
-        Path | None,
-        typer.Option("--reports", metavar="DIR", help=REPORTS_HELP),
-    ] = None,
-    gallery: Annotated[
-        Path | None,
-        typer.Option("--gallery", metavar="FILE", help="Write the most frequent confusions as HTML."),
-    ] = None,
+    reports: Annotated[Path | None, typer.Option("--reports", help=REPORTS_HELP)] = None,
+    gallery: Annotated[Path | None, typer.Option("--gallery", help=GALLERY_HELP)] = None,
     save_logits: Annotated[
-        Path | None, typer.Option("--save-logits", metavar="FILE", help="Write all logits, for later reports.")
+        Path | None, typer.Option("--save-logits", help="Write all logits, for later reports.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write the report to, as eval.json.")] = None,
     force: Force = False,

@@ -21,17 +21,19 @@ class Layout(StrEnum):
     hf = "hf"
 
 
-OUT_HELP = "Folder to write. Default: RUN/export, with --to RUN/export-TO."
 TO_HELP = "Whose layout: timm, ONNX, MAE's code or Hugging Face."
-STAGE_HELP = "Stage to export, with --to mae. Default: pretrain for mae and hf, else finetune."
+STAGE_HELP = "Stage to export, with --to mae."
+STAGE_DEFAULT = "pretrain for mae and hf, else finetune"
 
 
 def export(
     path: RunOrExport,
-    out: Annotated[Path | None, typer.Option("--out", help=OUT_HELP)] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write.", show_default="RUN/export, or RUN/export-TO")
+    ] = None,
     to: Annotated[Layout, typer.Option("--to", help=TO_HELP)] = Layout.timm,
     which: WhichCheckpoint = None,
-    stage: Annotated[StageName | None, typer.Option(help=STAGE_HELP)] = None,
+    stage: Annotated[StageName | None, typer.Option(help=STAGE_HELP, show_default=STAGE_DEFAULT)] = None,
     weights: Weights = WeightsName.raw,
     force: Force = False,
     as_json: AsJson = False,

@@ -12,14 +12,14 @@ from livt_scale.cli.output import echo
 
 
 def import_(
-    file: Annotated[Path, typer.Argument(help="A .safetensors or .pth file, or a folder with one.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .safetensors or .pth file, or a folder with one.")],
     out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new.")],
     layout: Annotated[str, typer.Option(help="Naming of the weights: auto, mae, livt, timm or hf.")] = "auto",
     heads: Annotated[
         int | None, typer.Option(min=1, help="Attention heads of the encoder, if its size is unknown.")
     ] = None,
     decoder_heads: Annotated[
-        int | None, typer.Option(min=1, help="Attention heads of the decoder. Default: 16.")
+        int | None, typer.Option(min=1, help="Attention heads of the decoder.", show_default="16")
     ] = None,
     image_px: Annotated[int | None, typer.Option(min=1, help="Resample positions to this image size.")] = None,
     patch_px: Annotated[int | None, typer.Option(min=1, help="Resample the patch embedding to this size.")] = None,
@@ -27,7 +27,7 @@ def import_(
     drop_head: Annotated[bool, typer.Option("--drop-head", help="Drop a fine-tuned head.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Import weights from MAE, LiVT, timm or Hugging Face to start from.
+    """Import weights of MAE, LiVT, timm or Hugging Face.
 
     livt import mae_pretrain_vit_base.pth --out weights/mae-b
 

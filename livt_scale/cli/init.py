@@ -15,14 +15,14 @@ def init(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="CLASS/**/image, or train/ and val/ of it; or a list file.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="PROJECT", help="Folder to write; must be new.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write; must be new.")],
     weights: Annotated[
-        Path | None, typer.Option("--weights", help="Weights to start from. Default: train from scratch.")
+        Path | None, typer.Option("--weights", help="Weights to start from.", show_default="train from scratch")
     ] = None,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave out images that cannot be used; the manifest lists them.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per core.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")] = None,
 ) -> None:
     """Write shards and a recipe for a folder of images.
 

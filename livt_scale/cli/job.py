@@ -21,10 +21,10 @@ def _group() -> None:
 
 @app.command("next")
 def next_(
-    stage: Annotated[str, typer.Argument(help="pretrain, finetune or evaluate.")],
-    recipe: Annotated[Path, typer.Argument(help="The recipe that the job trains.")],
+    stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, finetune or evaluate.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe that the job trains.")],
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
     ] = None,
     allow: Allow = None,
     when_stopped: Annotated[str, typer.Option(help="requeue, next or last: how a stage that stopped continues.")] = (
@@ -33,10 +33,12 @@ def next_(
     segment: Annotated[int, typer.Option(min=1, help="Number of this segment.")] = 1,
     segments: Annotated[int, typer.Option(min=1, help="Number of segments of the stage.")] = 1,
     exclude: Annotated[str, typer.Option(help="Nodes that the submission excludes.")] = "",
-    stage_in_dir: Annotated[str | None, typer.Option(help="Folder for a copy of the shards. Default: $TMPDIR.")] = None,
+    stage_in_dir: Annotated[
+        str | None, typer.Option(help="Folder for a copy of the shards.", show_default="$TMPDIR")
+    ] = None,
     signalled: Annotated[str, typer.Option(help="yes: the batch shell has received a signal.")] = "no",
     ended: Annotated[
-        list[str] | None, typer.Option(metavar="STEP:CODE", help="Steps that have ended, in order, with exit codes.")
+        list[str] | None, typer.Option(metavar="<step:code>", help="Steps that have ended, in order, with exit codes.")
     ] = None,
 ) -> None:
     """Print what the batch script does next.

@@ -58,13 +58,13 @@ Examples:
 
     livt quickstart
 
-    livt train recipes/fashion_mnist_lt/quickstart.yaml --set run_dir=runs/try --set stages.pretrain.epochs=2
+    livt train RECIPE --set run_dir=runs/try --set stages.pretrain.epochs=2
 
-    torchrun --nproc-per-node 2 -m livt_scale train recipes/fashion_mnist_lt/quickstart.yaml
+    torchrun --nproc-per-node 2 -m livt_scale train RECIPE
 
     livt plan recipes/imagenet_lt/vit_h14.yaml --gpus 64 --device h100
 
-    livt submit recipes/fashion_mnist_lt/quickstart.yaml --set slurm.time_min=60 --dry-run
+    livt submit RECIPE --set slurm.time_min=60 --dry-run
 
     livt status runs/try --watch
 
@@ -79,7 +79,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 85 preempted (saved; the same comma
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     epilog=EPILOG,
@@ -151,7 +150,21 @@ CLICK_ERROR: Any = next(cls for cls in typer.BadParameter.__mro__ if cls.__name_
 @cache
 def command() -> Any:
     """The command line as click has it. Made of the functions' signatures, which takes 0.1 s."""
-    return typer.main.get_command(app)
+    made = typer.main.get_command(app)
+    _show_plain_types(made)
+    return made
+
+
+def _show_plain_types(made: Any) -> None:
+    """In the help, `<int>` for a number with bounds too (typer shows them behind the text), `<path>` for a list."""
+    for parameter in made.params:
+        has_bounds = getattr(parameter, "min", None) is not None or getattr(parameter, "max", None) is not None
+        if parameter.metavar is None and has_bounds:
+            parameter.metavar = "<int>" if parameter.type_descriptor.annotation is int else "<float>"
+        if parameter.nargs == -1:  # typer shows `<list[Path]>`; all our lists are of paths
+            parameter.display_type_rich = lambda **_: "<path>"
+    for child in getattr(made, "commands", {}).values():
+        _show_plain_types(child)
 
 
 def main() -> None:

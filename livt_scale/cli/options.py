@@ -10,21 +10,28 @@ import typer
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value (a.b=c). Repeatable.")
+    list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value (a.b=c). Repeatable.")
 ]
 Allow = Annotated[
     list[str] | None,
-    typer.Option("--allow", metavar="FIELD", help="Accept a changed recipe field when resuming. Repeatable."),
+    typer.Option("--allow", metavar="<field>", help="Accept a changed recipe field when resuming. Repeatable."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RunOrExport = Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory or an export.")]
 ExportFolder = Annotated[Path, typer.Option("--out", help="Folder to write the export to.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what another run or command wrote there.")]
-EvaluationShards = Annotated[str | None, typer.Option("--data", help="Evaluation shards. Default: the run's data.val.")]
+EvaluationShards = Annotated[
+    str | None, typer.Option("--data", help="Evaluation shards.", show_default="the run's data.val")
+]
 WhichCheckpoint = Annotated[
     str | None,
-    typer.Option("--checkpoint", metavar="WHICH", help="`best`, `newest` or a step. Default: the final checkpoint."),
+    typer.Option(
+        "--checkpoint",
+        metavar="<best|newest|step>",
+        help="`best`, `newest` or a step.",
+        show_default="the final checkpoint",
+    ),
 ]
 
 

@@ -12,6 +12,7 @@ import typer
 from livt_scale.cli.options import AsJson, Force, RecipeFile, Sets
 from livt_scale.cli.output import echo
 from livt_scale.config.capabilities import STRATEGIES
+from livt_scale.plan.devices import DEVICES
 from livt_scale.util.errors import LivtError, RunError, UsageError, nearest
 
 if TYPE_CHECKING:
@@ -19,22 +20,24 @@ if TYPE_CHECKING:
     from livt_scale.plan.assumptions import Accelerator, Assumptions
     from livt_scale.plan.stage_plan import DataSet, PlanTask, StagePlan
 
+ASSUME_HELP = "Change an assumption. Repeatable."
+
 
 def plan(
     recipe: RecipeFile,
     gpus: Annotated[int, typer.Option("--gpus", min=1, help="Total number of devices.")],
     sets: Sets = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", min=1, help="Default: from the device.")
+        int | None, typer.Option("--gpus-per-node", min=1, help="Devices of a node.", show_default="from the device")
     ] = None,
-    device: Annotated[str, typer.Option("--device", help="h100, a100, v100, mi300x, … or a YAML file.")] = "h100",
+    device: Annotated[str, typer.Option("--device", help=f"{', '.join(DEVICES)}, or a YAML file.")] = "h100",
     strategy: Annotated[
-        str | None, typer.Option("--strategy", help="auto: the fastest that fits. Default: the recipe's.")
+        str | None, typer.Option("--strategy", help="auto: the fastest that fits.", show_default="the recipe's")
     ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Hours per job.")] = 24,
     price: Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, help="Any currency.")] = None,
     mfu: Annotated[float | None, typer.Option("--mfu", help="Same as --assume mfu=….")] = None,
-    assume: Annotated[list[str] | None, typer.Option("--assume", help="NAME=VALUE. Repeatable.")] = None,
+    assume: Annotated[list[str] | None, typer.Option("--assume", metavar="<name=value>", help=ASSUME_HELP)] = None,
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Training images, if there are no shards.")
     ] = None,

@@ -15,19 +15,19 @@ from livt_scale.cli.output import echo, starting
 def predict(
     path: RunOrExport,
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The CSV to write.")],
+    out: Annotated[Path, typer.Option("--out", help="The CSV to write.")],
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes per image.")] = 5,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Write a damaged image's error to its row and continue.")
     ] = False,
     tau: Annotated[float, typer.Option("--tau", help="Subtract tau times the log training prior.")] = 0.0,
     temperature: Annotated[
-        float | None, typer.Option("--temperature", help="Divide the logits by this. Default: as fitted, else 1.")
+        float | None, typer.Option("--temperature", help="Divide the logits by this.", show_default="as fitted, else 1")
     ] = None,
-    views: Annotated[int, typer.Option("--views", metavar="1|2|5|10", help="Views to average, as in livt eval.")] = 1,
+    views: Annotated[int, typer.Option("--views", metavar="<1|2|5|10>", help="Views to average, as in livt eval.")] = 1,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images per forward pass.")] = 64,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=0, help="Decoding processes. Default: one per core, at most 8.")
+        int | None, typer.Option("--workers", min=0, help="Decoding processes.", show_default="one per core, at most 8")
     ] = None,
     which: WhichCheckpoint = None,
     force: Force = False,

@@ -9,7 +9,7 @@ from livt_scale.cli.output import echo, starting
 
 
 def quickstart(sets: Sets = None) -> None:
-    """Train both stages on the shipped long-tailed images; print accuracy."""
+    """Train both stages on the shipped images; print accuracy."""
     starting("quickstart", "checking the run")
     from livt_scale.config.load import load_recipe
     from livt_scale.evaluation.results import results_table

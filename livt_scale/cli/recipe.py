@@ -26,7 +26,7 @@ app = typer.Typer(no_args_is_help=True, help="List, show, check and describe rec
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value (a.b=c). Repeatable.")
+    list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value (a.b=c). Repeatable.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

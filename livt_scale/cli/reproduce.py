@@ -16,10 +16,11 @@ if TYPE_CHECKING:  # `livt --help` does without what is heavy
     from livt_scale.study.runs import Run
 
 DEVICE, MFU = "h100", 0.35
+CLAIM_HELP = "balance, two-stages, losses, reconstruction, size or all."
 
 
 def reproduce(
-    claim: Annotated[str, typer.Argument(help="balance, two-stages, losses, reconstruction, size or all.")],
+    claim: Annotated[str, typer.Argument(metavar="CLAIM", help=CLAIM_HELP)],
     on: Annotated[str, typer.Option(help="Data set: fashion_mnist_lt, fashion_mnist_lt_if10 or imagenet_lt.")] = (
         "fashion_mnist_lt"
     ),
@@ -28,7 +29,7 @@ def reproduce(
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs in parallel.")] = 1,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="A.B=C", help="Override a recipe value in all runs. Repeatable."),
+        typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value in all runs. Repeatable."),
     ] = None,
     collect_only: Annotated[
         bool, typer.Option("--collect-only", help="Train nothing; evaluate the existing runs.")
@@ -39,11 +40,11 @@ def reproduce(
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
     device: Annotated[
-        str | None, typer.Option(help=f"With --dry-run: device to estimate hours for. Default: {DEVICE}.")
+        str | None, typer.Option(help="With --dry-run: device to estimate hours for.", show_default=DEVICE)
     ] = None,
     mfu: Annotated[
         float | None,
-        typer.Option(min=0.01, max=1, help=f"With --dry-run: fraction of peak FLOP/s reached. Default: {MFU}."),
+        typer.Option(min=0.01, max=1, help="With --dry-run: fraction of peak FLOP/s reached.", show_default=str(MFU)),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

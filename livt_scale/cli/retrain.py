@@ -15,7 +15,7 @@ from livt_scale.cli.output import echo, starting
 def retrain(
     source: RunOrExport,
     out: ExportFolder,
-    train: Annotated[str | None, typer.Option("--train", help="Training shards. Default: the run's.")] = None,
+    train: Annotated[str | None, typer.Option("--train", help="Training shards.", show_default="the run's")] = None,
     data: EvaluationShards = None,
     which: WhichCheckpoint = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over as many images as the set has.")] = 10,
@@ -25,7 +25,7 @@ def retrain(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Retrain the head on class-balanced batches (cRT) and export it.
+    """Retrain the head on class-balanced batches (cRT); export it.
 
     livt retrain runs/try --out exports/crt
     """

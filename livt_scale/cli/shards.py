@@ -29,16 +29,16 @@ MAX_FAULTS = 20  # shown; --json has all
 MAX_CLASSES = 20  # rows of the histogram
 BAR = 40  # characters of the longest bar
 
-Folder = Annotated[str, typer.Argument(help="Folder or URL of shards, with manifest.json.")]
+Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of shards, with manifest.json.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Workers = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per core.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")]
 
 
 @app.command("build")
 def build(
-    spec: Annotated[Path, typer.Argument(help="A YAML file, or livt:NAME for a shipped one.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A YAML file, or livt:NAME for a shipped one.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the sets. Default: beside SPEC; shards/NAME for livt:NAME.")
+        Path | None, typer.Option(help="Folder for the sets.", show_default="beside SPEC; shards/NAME for livt:NAME")
     ] = None,
     source: Annotated[
         list[str] | None,
@@ -48,7 +48,7 @@ def build(
         int | None, typer.Option(min=1, help="Shrink images to this shorter side (px); none is enlarged.")
     ] = None,
     quality: Annotated[
-        int | None, typer.Option(min=50, max=100, help="JPEG quality of shrunk images. Default: 92.")
+        int | None, typer.Option(min=50, max=100, help="JPEG quality of shrunk images.", show_default="92")
     ] = None,
     ignore_expected: Annotated[
         bool, typer.Option("--ignore-expected", help="Build although counts differ from the published set.")
@@ -114,9 +114,11 @@ def verify(
 
 @app.command("index")
 def index(
-    folder: Annotated[Path, typer.Argument(help="Folder of WebDataset tars: key.jpg|jpeg|png + key.cls.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Folder of WebDataset tars: key.jpg|jpeg|png + key.cls.")
+    ],
     class_names: Annotated[
-        Path | None, typer.Option(help="Text file, one name per line. Default: the label numbers.")
+        Path | None, typer.Option(help="Text file, one name per line.", show_default="the label numbers")
     ] = None,
     workers: Workers = None,
 ) -> None:
@@ -138,9 +140,9 @@ def info(
     recipe: Annotated[
         Path | None, typer.Option(help="Also show how often a stage of this recipe sees each class.")
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain or finetune. Default: the last stage.")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune.", show_default="the last stage")] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -176,14 +178,14 @@ def info(
 
 @app.command("trace")
 def trace(
-    recipe: Annotated[Path, typer.Argument(help="A recipe file, or livt:NAME for a shipped one.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")],
     world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Rank whose samples to list.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch.")] = 0,
-    step: Annotated[int | None, typer.Option(min=0, help="Step of the epoch. Default: all.")] = None,
-    stage: Annotated[str | None, typer.Option(help="pretrain or finetune. Default: the first stage.")] = None,
+    step: Annotated[int | None, typer.Option(min=0, help="Step of the epoch.", show_default="all")] = None,
+    stage: Annotated[str | None, typer.Option(help="pretrain or finetune.", show_default="the first stage")] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -19,20 +19,20 @@ if TYPE_CHECKING:
 
 
 def bench(
-    what: Annotated[Path, typer.Argument(metavar="DIR|RECIPE", help="Folder of shards, or a recipe (every stage).")],
+    what: Annotated[Path, typer.Argument(metavar="FOLDER|RECIPE", help="Folder of shards, or a recipe (every stage).")],
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs that this machine would feed.")] = None,
     images_per_s_per_gpu: Annotated[
         float | None, typer.Option(min=0.001, help="Images/s of one GPU, from metrics.jsonl.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, max=300, help="Duration of each measurement.")] = 3.0,
-    image_px: Annotated[int | None, typer.Option(min=1, help="For a folder: crop size. Default: 224.")] = None,
-    channels: Annotated[int | None, typer.Option(help="For a folder: 1 or 3. Default: 3.")] = None,
+    image_px: Annotated[int | None, typer.Option(min=1, help="For a folder: crop size.", show_default="224")] = None,
+    channels: Annotated[int | None, typer.Option(help="For a folder: 1 or 3.", show_default="3")] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a recipe value. Repeatable.")
+        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure decode rate (images/s) per core and machine; compare with GPUs."""
+    """Measure images/s decoded per core; compare with GPUs."""
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.doctor.decode import bench as measure
     from livt_scale.doctor.decode import needed

@@ -15,7 +15,7 @@ from livt_scale.cli.output import echo, starting
 
 def soup(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="Runs, exports, or folders of fine-tuning checkpoints.")
+        list[Path], typer.Argument(metavar="PATH", help="Runs, exports, or folders of fine-tuning checkpoints.")
     ],
     out: ExportFolder,
     greedy: Annotated[bool, typer.Option("--greedy", help="Add a member only if accuracy does not drop.")] = False,
@@ -27,7 +27,7 @@ def soup(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Average the weights of models fine-tuned from one start; export it.
+    """Average the weights of models of one start; export the mean.
 
     Members are chosen on half of the evaluation set; the figures are from the other half.
 

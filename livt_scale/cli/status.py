@@ -27,7 +27,8 @@ JSON_VERSION = 1
 
 def status(
     run: Annotated[
-        Path | None, typer.Argument(help="A run directory; or a folder of them. Without it: all below ./runs.")
+        Path | None,
+        typer.Argument(metavar="RUN", help="A run directory; or a folder of them. Without it: all below ./runs."),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Redraw until the run is over.")] = False,
     every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="With --watch: seconds between two.")] = 10.0,
@@ -35,7 +36,7 @@ def status(
         bool, typer.Option("--json", help="Print JSON for scripts; with --watch an object a line.")
     ] = False,
 ) -> None:
-    """Show progress, speed, checkpoints, jobs and expected end of runs.
+    """Show progress, speed, checkpoints, jobs and the end of runs.
 
     livt status runs/try --watch
 

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from livt_scale.study.definition import LoadedStudy, Point
     from livt_scale.study.runs import Run
 
-app = typer.Typer(help="Train a grid of runs, collect results, fit scaling laws, report.", no_args_is_help=True)
+app = typer.Typer(help="Train a grid of runs, collect, fit scaling laws, report.", no_args_is_help=True)
 TABLE = "table.json"
 DEVICE, MFU = "h100", 0.35
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, or livt:NAME for a shipped one.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs. Default: the study's.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs.", show_default="the study's")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -33,7 +33,8 @@ def submit(
     study: StudyFile,
     out: Out = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, help="Number of runs in parallel (default 1; with --slurm, all).")
+        int | None,
+        typer.Option("--jobs", min=1, help="Number of runs in parallel.", show_default="1; with --slurm, all"),
     ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit Slurm arrays instead of running here.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,

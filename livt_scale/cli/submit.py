@@ -24,8 +24,8 @@ SETS_HELP = "Override a recipe value (a.b=c). Repeatable."
 
 
 def submit(
-    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE...", help="One recipe, or several for an array.")],
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help=SETS_HELP)] = None,
+    recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="One recipe, or several for an array.")],
+    sets: Annotated[list[str] | None, typer.Option("--set", metavar="<a.b=c>", help=SETS_HELP)] = None,
     allow: Allow = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan and scripts; write and submit nothing.")

@@ -16,7 +16,7 @@ def tau_norm(
     source: RunOrExport,
     out: ExportFolder,
     taus: Annotated[
-        list[float] | None, typer.Option("--tau", min=0, help="Value to try. Repeatable. Default: 0 to 2 by 0.1.")
+        list[float] | None, typer.Option("--tau", min=0, help="Value to try. Repeatable.", show_default="0 to 2 by 0.1")
     ] = None,
     keep_bias: Annotated[bool, typer.Option("--keep-bias", help="Keep the head's bias; the paper drops it.")] = False,
     data: EvaluationShards = None,
@@ -24,9 +24,10 @@ def tau_norm(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Divide the head's rows by their norm to the power tau and export it.
+    """Normalise the head's rows by the power tau; export it.
 
-    Nothing is trained. Tau is chosen on half of the evaluation set; the figures are from the other half.
+    Each row is divided by its norm to the power tau. Nothing is trained. Tau is chosen on half of the evaluation set;
+    the figures are from the other half.
 
     livt tau-norm runs/try --out exports/tau
     """

@@ -18,7 +18,7 @@ class StageName(StrEnum):
 
 def train(
     recipe: RecipeFile,
-    stage: Annotated[StageName | None, typer.Option(help="Run one stage. Default: every unfinished one.")] = None,
+    stage: Annotated[StageName | None, typer.Option(help="Run one stage.", show_default="every unfinished one")] = None,
     sets: Sets = None,
     allow: Allow = None,
 ) -> None:

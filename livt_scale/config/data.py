@@ -62,7 +62,7 @@ class Data(RecipePart):
         4, description="micro-batches each loader process keeps ready; with auto, at most"
     )
     lane_groups: PositiveInt | None = Field(
-        None, description="groups of slots with shards of their own; None: the most that leave each 12 shards"
+        None, description="groups of slots with separate shards; None: the most that leave each 12 shards"
     )
     shuffle_window: PositiveInt = Field(65536, description="samples among which a lane group shuffles")
     cache: Annotated[Cache, FREE] = Cache()

@@ -193,7 +193,7 @@ def _explain(error: Any, tree: Tree, path: Path) -> str:
         if not where:
             return f"{origin}: a recipe is a mapping of names to values, not {given}"
         fields = ", ".join(fields_at(where))
-        return f"{origin}: {name} is {given}, but it is a part with fields of its own: {fields}"
+        return f"{origin}: {name} is {given}, but it is a part that has fields: {fields}"
     said = error["msg"].removeprefix("Input ")
     for theirs, ours in (
         ("a valid boolean", "true or false"),

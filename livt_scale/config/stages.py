@@ -161,7 +161,9 @@ class Finetune(StagePart):
         False, description="with init: weights. Take the head too; its classes must be the same"
     )
     train: Literal["all", "head"] = Field("all", description="head: a linear probe; all else stays as it begins")
-    optimizer: AnyOptimizer = Field(AdamW(), description="adamw, lars or, with its options, {name: …} of your own")
+    optimizer: AnyOptimizer = Field(
+        AdamW(), description="adamw, lars or, with its options, {name: …} that you registered"
+    )
     momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
     head_norm: Literal["none", "batch"] = Field(
         "none",

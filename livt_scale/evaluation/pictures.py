@@ -20,7 +20,7 @@ from livt_scale.util.atomic import write_atomic
 
 PANEL_PX = 112  # an image is enlarged by an integer factor to at least this width
 GAP_PX = 4
-MASKED_GREY = 0.35  # of a masked patch: between black and white, and rare enough in images to stand out
+MASKED_GREY = 0.35  # of a masked patch: between black and white, and rare enough in images to be seen
 
 
 def reconstructions(

@@ -33,7 +33,7 @@ class SmoothedCrossEntropy(LossOptions):
     """Cross entropy that smooths its targets itself."""
 
     name: Literal["ls_ce"] = "ls_ce"
-    smoothing: BelowOne = Field(0.1, description="ε of its own smoothing (default: Szegedy et al., 1512.00567)")
+    smoothing: BelowOne = Field(0.1, description="ε of the loss's smoothing (default: Szegedy et al., 1512.00567)")
     refuses: ClassVar[tuple[str, ...]] = ("smoothing",)
     refuses_because: ClassVar[str] = "smooths its targets itself (loss.smoothing)"
 

@@ -38,7 +38,9 @@ class Assumptions(_Part):
     latency_us: NonNegativeFloat = Field(20, description="of one collective, times log2 of its ranks")
     reserve_gib: NonNegativeFloat = Field(2.0, description="of a device's memory for the driver, NCCL and libraries")
     fragmentation: NonNegativeFloat = Field(0.05, description="what the allocator loses, as a share of the peak")
-    image_kib: PositiveFloat = Field(110, description="bytes of a stored image, where no shards tell (ImageNet's mean)")
+    image_kib: PositiveFloat = Field(
+        110, description="bytes of a stored image, where there are no shards (ImageNet's mean)"
+    )
     decode_images_per_s: PositiveFloat = Field(
         400, description="one CPU core decodes and augments (two did 1248 to 2134, docs/benchmarks.md)"
     )
@@ -73,7 +75,7 @@ class Accelerator(_Part):
     node_link_gb_s: PositiveFloat = Field(description="of one device to the others of its node")
     network_gb_s: PositiveFloat = Field(description="of one node to the others, all its adapters together")
     gpus_per_node: PositiveInt = 8
-    power_w: PositiveFloat | None = Field(None, description="of one device under load; None: no energy is told")
+    power_w: PositiveFloat | None = Field(None, description="of one device under load; None: no energy is reported")
 
 
 # One direction inside a node, GB/s a device; of a node outwards, GB/s; devices a node; board power, W. Links and power:

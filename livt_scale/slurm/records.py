@@ -62,7 +62,7 @@ def segments_before(run_dir: Path, stage: str, segment: int) -> list[str]:
 
 
 def read_end(run_dir: Path, job: str) -> EndRecord | None:
-    """The record of job `job`; None: there is none, or it cannot be read."""
+    """The record of job `job`; None: it does not exist or cannot be read."""
     if not re.fullmatch(JOB_ID, job):
         return None
     try:

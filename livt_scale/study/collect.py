@@ -165,7 +165,7 @@ def _other_pretraining(place: Path, wanted: Recipe) -> str:
         return f"its pretraining is {problem}"
     began = read_eval(place / "finetune" / EVAL)["weights"]["init"]
     same = began is not None and began["recipe_digest"] == facts["recipe_digest"]
-    return "" if same else "it did not begin with the pretraining that lies beside it"
+    return "" if same else "it did not begin with the pretraining that is beside it"
 
 
 def num_weights(recipe: Recipe, *, num_classes: int) -> int:

@@ -99,7 +99,7 @@ class Shards(RecipePart):
     """From which spec the training sets of other fractions and imbalance factors are built."""
 
     spec: str
-    set: PlainName = Field(description="the set of the spec that stands for the whole: fraction 1")
+    set: PlainName = Field(description="the set of the spec that is the complete one: fraction 1")
 
 
 class WidthRate(RecipePart):
@@ -130,7 +130,9 @@ class Study(RecipePart):
         given = self.axes.given
         for size in self.axes.size or ():
             if size not in self.sizes and size not in MODEL_SIZES:
-                raise ValueError(f"axes.size has {size!r}, which is none: {nearest(size, [*self.sizes, *MODEL_SIZES])}")
+                raise ValueError(
+                    f"axes.size has {size!r}, which is not one: {nearest(size, [*self.sizes, *MODEL_SIZES])}"
+                )
         if not self.shards and (needs := sorted(given.keys() & {"data_fraction", "imbalance_factor"})):
             raise ValueError(f"axes.{needs[0]} needs `shards`: the spec that its sets are built from")
         for axis, stage in ABOUT.items():

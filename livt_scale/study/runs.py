@@ -66,11 +66,11 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
     known: dict[str, Run] = {}
     for run in runs:
         if known.setdefault(run.name, run) != run:
-            raise UsageError(f"two different runs are called {run.name}", remedy="give each of them a name of its own")
+            raise UsageError(f"two different runs are called {run.name}", remedy="give each of them another name")
     ordered: dict[str, Run] = {}
     for run in known.values():
         if run.after is not None and run.after not in known:
-            raise UsageError(f"{run.name} starts from {run.after}, which is none of the runs")
+            raise UsageError(f"{run.name} starts from {run.after}, which is not one of the runs")
         for one in [known[run.after], run] if run.after is not None else [run]:
             ordered.setdefault(one.name, one)
     return list(ordered.values())

@@ -37,7 +37,7 @@ def check_allowable(fields: Iterable[str]) -> tuple[str, ...]:
         if field not in known:
             raise UsageError(
                 f"--allow {field}: this change cannot be allowed in mid-stage ({nearest(field, known)})",
-                remedy="give the changed run a run_dir of its own",
+                remedy="give the changed run another run_dir",
             )
     return fields
 
@@ -70,7 +70,7 @@ def refuse_unallowed(changed: Iterable[Change], path: Path, *, allow: Sequence[s
     refused = [change for change in changed if change.path not in allow]
     if not refused:
         return
-    remedy = "set these fields back, or give the changed run a run_dir of its own"
+    remedy = "set these fields back, or give the changed run another run_dir"
     if all(change.policy == "allow" for change in refused):
         remedy += f"; to resume with the change: {' '.join(f'--allow {change.path}' for change in refused)}"
     lines = "; ".join(map(describe, refused))

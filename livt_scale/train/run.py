@@ -152,7 +152,7 @@ def open_alike(recipe: Recipe, *, world: World) -> ShardSet:
 
 @dataclass(frozen=True)
 class _StageRun:
-    """One stage of a run, on one rank. The field `whole` is the recipe of all stages."""
+    """One stage of a run, on one rank. The field `whole` holds the recipe of all stages."""
 
     whole: Recipe
     stage: Stage

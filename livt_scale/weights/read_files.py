@@ -73,7 +73,7 @@ def _read_pickled(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
         others = [str(name) for name, value in tree.items() if not isinstance(value, Tensor)]
         raise WeightsError(
             f"{path} is not a dict of tensors: it holds {', '.join(others[:5]) or 'nothing'}",
-            remedy=f"the weights should stand there, or under {', '.join(WRAPPED_IN)}",
+            remedy=f"the weights should be there, or under {', '.join(WRAPPED_IN)}",
         )
     return tensors, beside
 

@@ -215,7 +215,7 @@ def test_every_mistake_is_told_at_once_each_on_a_line():
         (BASE + "    epochs: 91\n", "line 6: stages.pretrain.epochs is given twice"),
         (BASE + "[1]: x\n", "line 6: the file has a list or a part for a name"),
         (BASE + "seed: {a: 1}\n", "line 6: seed is {'a': 1}"),
-        (BASE + "model: 3\n", "line 6: model is 3, but it is a part with fields of its own: size"),
+        (BASE + "model: 3\n", "line 6: model is 3, but it is a part that has fields: size"),
         (BASE + "model: null\n", "line 6: model is null"),
         (BASE + "model: {size: vit_x}\n", "line 6: model.size is 'vit_x': did you mean 'vit_"),
         (BASE + "seed: true\n", "seed is true"),

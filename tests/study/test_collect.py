@@ -127,7 +127,7 @@ def test_a_run_that_began_with_another_pretraining_is_named(tmp_path):
     missing = results(tmp_path)["missing"]
     assert missing["bce, seed 0"] == "its pretraining is of another recipe: stages.pretrain.epochs"
     assert missing["ce, seed 0"].startswith("what it is cannot be read")
-    assert missing["ce, seed 1"] == "it did not begin with the pretraining that lies beside it"
+    assert missing["ce, seed 1"] == "it did not begin with the pretraining that is beside it"
     assert "not started" in missing["ldam, seed 0"]
     assert len(missing) == 4
 

@@ -82,7 +82,7 @@ class ShardCache:
         if (folder / VERSION).stat().st_uid != os.getuid():
             raise UsageError(
                 f"{folder}: this cache belongs to another user",
-                remedy="set data.cache.dir or LIVT_CACHE_DIR to one of your own",
+                remedy="set data.cache.dir or LIVT_CACHE_DIR to a folder that you own",
             )
         return cls(folder / VERSION, math.floor(part.limit_gib * GIB))
 
