@@ -281,14 +281,14 @@ def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
         if last.has_log:
             return "stalled", f"{told} and left no record of its end; its log: {last.log}"
         return "stalled", f"{told}; it has not started, or could not write its log ({last.log})"
-    told = f"job {last.id} ended as {last.now.state}" + (
-        f", exit code {last.now.exit_code}" if last.now.exit_code not in ("", "0:0") else ""
-    )
+    told = f"job {last.id} ended as {last.now.state}"
+    told += f", exit code {last.now.exit_code}" if last.now.exit_code not in ("", "0:0") else ""
+    log = f"; its log: {last.log}" if last.has_log or last.now.state in FAILS else ""
     if last.now.state == "PREEMPTED":
-        return "preempted", f"{told}, without a save"
+        return "preempted", f"{told}, without a save{log}"
     if last.now.state in FAILS:
-        return "failed", f"{told}; its log: {last.log}"
-    return "stalled", f"{told}, and no other job of it is in the queue"
+        return "failed", told + log
+    return "stalled", f"{told}, and no other job of it is in the queue{log}"
 
 
 def _waits(job: ChainJob) -> str:

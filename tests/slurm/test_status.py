@@ -92,11 +92,13 @@ def test_the_record_comes_before_accounting(run, fake):
 )
 def test_accounting_tells_what_the_run_could_not(run, fake, slurm, state, why):
     run.chain(("14", "pretrain"), ("15", "finetune"))
-    run.status("running", host="gpu07", step=120, old_s=30)  # its last word, when it was killed
+    run.status("running", host="gpu07", step=120, old_s=30)  # its last record, when it was killed
+    run.log("14")
     fake.sacct(ended("14", "REQUEUED"), ended("14", slurm, "1:0"))  # a row a start; the last one counts
     view = status.look_at(run.dir)
     assert view.state == state
     assert view.why.startswith(why)
+    assert view.why.endswith("; its log: slurm/logs/pretrain-14.log")
 
 
 def test_a_stage_that_was_preempted_waits_starts_and_runs_again(run, fake):
