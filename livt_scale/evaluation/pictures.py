@@ -52,6 +52,12 @@ def reconstructions(
     write_atomic(path, data.getvalue())
 
 
+def reconstruction_left(width: int) -> int | None:
+    """Where the column "reconstruction" begins in a picture of `width` px; None where it is not one of ours."""
+    panel, rest = divmod(width - GAP_PX, 3)
+    return None if rest or panel <= GAP_PX else 2 * panel + GAP_PX
+
+
 def _pixels_masked(is_masked: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """[n, num_patches] -> [n, 1, H, W]: each patch's flag on each of its pixels."""
     side = math.isqrt(is_masked.shape[1])

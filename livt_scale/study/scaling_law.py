@@ -332,7 +332,7 @@ def _check(runs: Sequence[LawPoint], *, is_accuracy: bool, resamples: int) -> di
     fit, largest = held_out(runs, resamples=resamples)
     if fit.law is None or "n" not in fit.law.over:
         return {
-            "who": f"the largest size, {largest[0].n:,.0f} weights",
+            "who": f"the largest size, {largest[0].n:,.0f} parameters",
             "points": [],
             "problem": fit.problem or "one size alone",
         }
@@ -347,7 +347,7 @@ def _check(runs: Sequence[LawPoint], *, is_accuracy: bool, resamples: int) -> di
                 "measured": measured, "relative_error": float(mid[k] / measured - 1) if measured else None,
             }
         )  # fmt: skip
-    return {"who": f"the largest size, {largest[0].n:,.0f} weights", "points": points, "problem": ""}
+    return {"who": f"the largest size, {largest[0].n:,.0f} parameters", "points": points, "problem": ""}
 
 
 def _as_measured(predicted: tuple[Any, Any, Any], *, is_accuracy: bool) -> tuple[Any, Any, Any]:

@@ -147,7 +147,7 @@ def _table(collected: Mapping[str, Any], folder: Path) -> tuple[list[dict[str, A
     axes = list(collected["axes"])
     measures = [m for m in TABLE_MEASURES if any(value(run, m) is not None for run in runs)]
     columns: list[tuple[str, bool]] = [("run", False), ("state", False), *((axis, False) for axis in axes)]
-    columns += [("weights", True), *((HEADS[m], True) for m in measures), ("minutes", True), ("FLOPs", True)]
+    columns += [("parameters", True), *((HEADS[m], True) for m in measures), ("minutes", True), ("FLOPs", True)]
     rows = []
     for run in runs:
         css = {"done": "done", "failed": "failed"}.get(run["state"], "other")

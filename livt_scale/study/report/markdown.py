@@ -45,8 +45,6 @@ def _fit(fit: Mapping[str, Any]) -> list[str]:
     lines += [f"{text(table['law'])}, fitted to {table['num_points']} runs.", ""]
     lines += ["| constant | value | interval |", "| --- | ---: | ---: |"]
     lines += [f"| {text(row['name'])} | {row['value']} | {row['interval']} |" for row in table["constants"]]
-    if table["note"]:
-        lines += ["", f"Note: {text(table['note'])}."]
     if table["held_out"]:
         lines += ["", f"Held out from the fit: {text(table['who'])}.", ""]
         lines += ["| run | predicted | interval | measured | error |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -60,7 +58,7 @@ def _fit(fit: Mapping[str, Any]) -> list[str]:
 def _runs(collected: Mapping[str, Any], links: Callable[[Run], str]) -> list[str]:
     measures = [m for m in MEASURED if any(value(run, m) is not None for run in collected["runs"])]
     heads = [MEASURES[m].title + (" %" if MEASURES[m].scale == 100 else "") for m in measures]
-    lines = ["| " + " | ".join(["run", "state", "weights", *heads, "minutes", "why"]) + " |"]
+    lines = ["| " + " | ".join(["run", "state", "parameters", *heads, "minutes", "why"]) + " |"]
     lines.append("| --- | --- |" + " ---: |" * (len(heads) + 2) + " --- |")
     for run in collected["runs"]:
         cells = [f"[{text(run['name'])}]({links(run)})", text(run["state"])]

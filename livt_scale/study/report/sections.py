@@ -14,6 +14,7 @@ from livt_scale.study.report.series import (
     cost_panels,
     curve_panels,
     done,
+    has_law,
     scaling_panels,
     short,
     shot_panels,
@@ -40,13 +41,13 @@ class Fact(NamedTuple):
 
 def sections_of(collected: Mapping[str, Any]) -> list[Section]:
     """The sections for which this study has data; the one on scaling also if only a law was requested."""
+    scaling = scaling_panels(collected)
     found = [
         Section(
             "scaling",
             "Scaling",
-            "Each point is a run. The grey line is the law of all runs, its shade the interval; hollow points are the "
-            "size that a law of the smaller ones foretold.",
-            scaling_panels(collected),
+            _scaling_text(scaling),
+            scaling,
         ),
         Section(
             "shots",
@@ -57,16 +58,28 @@ def sections_of(collected: Mapping[str, Any]) -> list[Section]:
         Section(
             "curves",
             "Curves",
-            "Drag over a part to enlarge it, or turn the wheel with Ctrl held down; the circling arrow goes back. "
-            "A click on a name below a plot hides it. Plots of one kind share their vertical axis.",
+            "Drag over a part of a plot to enlarge it, or scroll with Ctrl held down; the circular arrow resets it. "
+            "Click a name below a plot to hide its curve. Plots of one kind share their vertical axis.",
             curve_panels(collected),
         ),
         Section(
-            "cost", "Cost", "What a run took, all its stages together, and what came of it.", cost_panels(collected)
+            "cost",
+            "Cost",
+            "Time and compute of a run (all stages) and its result.",
+            cost_panels(collected),
         ),
     ]
     laws = bool(collected.get("fits"))
     return [section for section in found if section.panels or (section.id == "scaling" and laws)]
+
+
+def _scaling_text(panels: list[Panel]) -> str:
+    text = "Each point is a run."
+    if any(panel.band for panel in panels):
+        text += " The grey line is the law fitted to all runs, and its shade the 95 % interval."
+    if any(of.hollow for panel in panels for of in panel.series):
+        text += " Hollow points are the runs of the largest size: a law of the smaller sizes was checked against them."
+    return text
 
 
 def lead_of(collected: Mapping[str, Any]) -> str:
@@ -78,7 +91,7 @@ def lead_of(collected: Mapping[str, Any]) -> str:
 
 
 def facts_of(collected: Mapping[str, Any]) -> list[Fact]:
-    """The best of each measure, what it all took, and how well the law foretold what it had not seen."""
+    """The best of each measure, the total cost, and the error of the law on runs that it was not fitted to."""
     facts = []
     for measure, best, what in (
         ("top1_all", max, "Best accuracy"),
@@ -96,9 +109,9 @@ def facts_of(collected: Mapping[str, Any]) -> list[Fact]:
         facts.append(Fact("Training time", text, f"{short(sum(flops))} FLOPs" if flops else f"{len(minutes)} runs"))
     for fit in collected.get("fits", []):
         points = (fit.get("held_out") or {}).get("points", [])
-        if points and not fit.get("problem") and any(p["relative_error"] is not None for p in points):
+        if points and has_law(fit) and any(p["relative_error"] is not None for p in points):
             error = max((p["relative_error"] for p in points if p["relative_error"] is not None), key=abs)
-            what = f"Law of the {MEASURES[fit['measure']].title.lower()}: error on what was held out"
+            what = f"Law of the {MEASURES[fit['measure']].title.lower()}: error on held-out runs"
             facts.append(
                 Fact(what, f"{100 * error:+.1f} %", f"largest of {len(points)}, {fit['held_out'].get('who', '')}")
             )
@@ -110,14 +123,13 @@ def fit_table(fit: Mapping[str, Any]) -> dict[str, Any]:
     measure = MEASURES[fit["measure"]]
     over = " and ".join(OVER.get(name, name) for name in fit.get("over", []))
     title = f"{measure.title} over {over}"
-    if fit.get("problem"):
-        return {"title": title, "problem": str(fit["problem"])}
+    if not has_law(fit):
+        return {"title": title, "problem": str(fit.get("problem") or fit.get("note"))}
     intervals = fit.get("intervals") or {}
     held = fit.get("held_out") or {}
     return {
         "title": title,
         "problem": "",
-        "note": str(fit.get("note") or ""),
         "law": str(fit["law"]),
         "num_points": fit["num_points"],
         "constants": [

@@ -35,7 +35,7 @@ MEASURES = {
 }
 SHOTS = ("top1_many", "top1_medium", "top1_few")
 OVER = {
-    "num_weights": "weights of the model",
+    "num_weights": "parameters of the model",
     "epochs": "pretraining epochs",
     "num_images": "training images",
     "images_seen": "images seen in pretraining",
@@ -137,7 +137,9 @@ def curve_panels(collected: Mapping[str, Any]) -> list[Panel]:
     first, second = [*axes, "", ""][:2]
     panels: list[Panel] = []
     for kind, measure in CURVES.items():
-        runs = [run for run in collected["runs"] if (run.get("curves") or {}).get(kind)]
+        # one evaluation, at the end, is no curve: it is in the table of runs
+        least = 2 if kind == "evaluations" else 1
+        runs = [run for run in collected["runs"] if len((run.get("curves") or {}).get(kind) or []) >= least]
         row: list[Panel] = []
         for at in values_of(collected, first) or [None]:
             here = [run for run in runs if not first or run["axes"].get(first) == at]
@@ -185,7 +187,7 @@ def scaling_panels(collected: Mapping[str, Any]) -> list[Panel]:
 
 def _scaling(collected: Mapping[str, Any], measure: str, over: str, axis: str) -> Panel:
     colour_axis = next((name for name in varied(collected) if name != axis), "")
-    fit = next((f for f in collected.get("fits", []) if f["measure"] == measure and not f.get("problem")), None)
+    fit = next((f for f in collected.get("fits", []) if f["measure"] == measure and has_law(f)), None)
     held = held_out_names(fit)
     points = [(run, _place(run, over), value(run, measure)) for run in done(collected)]
     series = []
@@ -209,6 +211,11 @@ def _of_points(label: str, colour: int, points: list[tuple[float, float, str]], 
     """points: x, y and the name of the run."""
     xs, ys, names = [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
     return Series(label, colour, xs, ys, names, hollow=hollow)
+
+
+def has_law(fit: Mapping[str, Any]) -> bool:
+    """Whether the runs determine the law: not where there is none, or a constant is only at a bound of the search."""
+    return not fit.get("problem") and not fit.get("note")
 
 
 def held_out_names(fit: Mapping[str, Any] | None) -> set[str]:

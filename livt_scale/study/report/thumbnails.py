@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from livt_scale.evaluation.pictures import reconstruction_left
 from livt_scale.study.report.series import values_of, varied
 from livt_scale.util.outside import open_checked
 
@@ -28,12 +29,14 @@ class Cell(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """Rows of cells with their heads."""
+    """Rows of cells with their heads. originals: the images and what the models saw of them, where all cells are of the
+    same; the cells then have the reconstructions alone."""
 
     row_axis: str
     column_axis: str
     columns: list[str]
     rows: list[tuple[str, list[Cell]]]
+    originals: Cell | None = None
 
 
 def reconstructions(collected: Mapping[str, Any]) -> Grid | None:
@@ -42,14 +45,38 @@ def reconstructions(collected: Mapping[str, Any]) -> Grid | None:
     rows, columns = (values_of(collected, axis) or [None] for axis in (row_axis, column_axis))
     chosen = {(r, c): _first(collected, {row_axis: rows[r], column_axis: columns[c]})
               for r in range(len(rows)) for c in range(len(columns))}  # fmt: skip
-    num = sum(1 for run in chosen.values() if run and run.get("picture"))
-    if not num:
+    paths = [Path(run["picture"]) for run in chosen.values() if run and run.get("picture")]
+    if not paths:
         return None
-    budget = TOTAL_BYTES * 3 // 4 // num  # base64 takes a third more
-    cells = [[_cell(chosen[r, c], budget) for c in range(len(columns))] for r in range(len(rows))]
+    shared = _shared_columns(paths)
+    budget = TOTAL_BYTES * 3 // 4 // (len(paths) + bool(shared))  # base64 takes a third more
+    cells = [[_cell(chosen[r, c], budget, left=shared) for c in range(len(columns))] for r in range(len(rows))]
     heads = [f"{row_axis} {at}".strip() if row_axis else "all runs" for at in rows]
     across = [f"{column_axis} {at}".strip() if column_axis else "picture" for at in columns]
-    return Grid(row_axis, column_axis, across, list(zip(heads, cells, strict=True)))
+    originals = None
+    if shared:
+        uri = small_uri(paths[0], max_bytes=budget, columns=(0, shared))
+        originals = Cell("", uri, "The images, and what the models saw of them")
+    return Grid(row_axis, column_axis, across, list(zip(heads, cells, strict=True)), originals)
+
+
+def _shared_columns(paths: Sequence[Path]) -> int:
+    """The width (px) of the columns "original" and "masked" if all pictures have them alike, else 0."""
+    first: Image.Image | None = None
+    for path in paths if len(paths) > 1 else ():
+        try:
+            image = _opened(path)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue  # its cell says so
+        width = reconstruction_left(image.width)
+        if width is None:
+            return 0
+        left = image.crop((0, 0, width, image.height))
+        if first is None:
+            first = left
+        elif left.size != first.size or left.tobytes() != first.tobytes():
+            return 0
+    return first.width if first else 0
 
 
 def _first(collected: Mapping[str, Any], at: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -58,25 +85,29 @@ def _first(collected: Mapping[str, Any], at: Mapping[str, Any]) -> Mapping[str, 
     return next((r for r in here if r.get("picture")), here[0] if here else None)
 
 
-def _cell(run: Mapping[str, Any] | None, budget: int) -> Cell:
+def _cell(run: Mapping[str, Any] | None, budget: int, *, left: int) -> Cell:
+    """left: where the part begins that is this run's own, px."""
     if run is None:
         return Cell("", "", "", "not in the study")
     name = str(run["name"])
     if not run.get("picture"):
         return Cell(name, "", "", "no picture" if run["state"] == "done" else str(run["state"]))
     try:
-        uri = small_uri(Path(run["picture"]), max_bytes=budget)
+        uri = small_uri(Path(run["picture"]), max_bytes=budget, columns=(left, None))
     except (OSError, ValueError, Image.DecompressionBombError):
         return Cell(name, "", "", "its picture cannot be read")
-    return Cell(name, uri, f"Masked images and their reconstructions by the run {name}")
+    what = "Reconstructions" if left else "Masked images and their reconstructions"
+    return Cell(name, uri, f"{what} by the run {name}")
 
 
-def small_uri(path: Path, *, max_bytes: int) -> str:
-    """The picture as a data URI (WebP) of at most `max_bytes` bytes before base64, or of the narrowest width."""
-    with open_checked(path, "image") as file, Image.open(file) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{path} has {opened.width} x {opened.height} pixels")
-        image = opened.convert("RGB")
+def small_uri(path: Path, *, max_bytes: int, columns: tuple[int, int | None] = (0, None)) -> str:
+    """The picture as a data URI (WebP) of at most `max_bytes` bytes before base64, or of the narrowest width.
+
+    columns: from and to, px, what to show of it.
+    """
+    image = _opened(path)
+    if columns != (0, None):
+        image = image.crop((columns[0], 0, columns[1] or image.width, image.height))
     width = min(WIDEST_PX, image.width)
     while True:
         height = max(1, round(image.height * width / image.width))
@@ -85,3 +116,10 @@ def small_uri(path: Path, *, max_bytes: int) -> str:
         if buffer.tell() <= max_bytes or width <= NARROWEST_PX:
             return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
         width = max(NARROWEST_PX, int(width * 0.8))
+
+
+def _opened(path: Path) -> Image.Image:
+    with open_checked(path, "image") as file, Image.open(file) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{path} has {opened.width} x {opened.height} pixels")
+        return opened.convert("RGB")

@@ -1,10 +1,19 @@
 """The report of a study: what it says, that text of others stays text, and the page opened in a real browser."""
 
+import base64
+import io
 import re
+from copy import deepcopy
 
 import pytest
+import torch
+from PIL import Image
 
+from livt_scale.evaluation.pictures import reconstructions as save_reconstructions
 from livt_scale.study.report.html import write_report
+from livt_scale.study.report.sections import facts_of, fit_table, sections_of
+from livt_scale.study.report.series import curve_panels, scaling_panels
+from livt_scale.study.report.thumbnails import reconstructions
 from livt_scale.util.errors import DataError
 from tests.study.synthetic import fail, study
 
@@ -45,6 +54,57 @@ def test_the_pictures_for_papers_are_there(hostile):
     for section in ("scaling", "shots", "curves", "cost"):
         assert (hostile / f"report-{section}.png").read_bytes().startswith(b"\x89PNG")
         assert f"(report-{section}.png)" in (hostile / "report.md").read_text()
+
+
+def three_columns(path, *, seed, made):
+    """A picture as pretraining saves it: original, masked, reconstruction."""
+    images = torch.randint(0, 256, (2, 1, 8, 8), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    masked = torch.ones(2, 4, dtype=torch.bool)
+    save_reconstructions(images, torch.full((2, 1, 8, 8), made), masked, mean=[0.0], std=[1.0], path=path)
+    return str(path)
+
+
+def test_images_that_all_runs_were_shown_are_there_once(tmp_path):
+    collected = study(sizes=("nano", "micro"), epochs=(3,), seeds=(0,))
+    for number, run in enumerate(collected["runs"]):
+        run["picture"] = three_columns(tmp_path / f"{number}.png", seed=0, made=number / 2)
+    grid = reconstructions(collected)
+    with Image.open(collected["runs"][0]["picture"]) as whole:
+        full, column = whole.size, whole.width - 2 * ((whole.width - 4) // 3) - 4
+    shown = [decoded(cell.uri) for _, cells in grid.rows for cell in cells]
+    assert [image.size for image in shown] == [(column, full[1])] * 2  # of three
+    assert decoded(grid.originals.uri).width == full[0] - column
+    assert shown[0].getpixel((50, 60)) != shown[1].getpixel((50, 60))
+
+    collected["runs"][1]["picture"] = three_columns(tmp_path / "other.png", seed=1, made=0.5)
+    grid = reconstructions(collected)
+    assert grid.originals is None
+    assert [decoded(cell.uri).size for _, cells in grid.rows for cell in cells] == [full] * 2
+
+
+def decoded(uri):
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_a_law_that_the_runs_do_not_determine_has_no_line_and_no_table(tmp_path):
+    collected = study(sizes=("nano", "micro", "mini"), epochs=(3,), seeds=(0,))
+    determined, undetermined = deepcopy(collected), deepcopy(collected)
+    undetermined["fits"][0]["note"] = "E is at the lower end: these runs do not determine it"
+    assert [panel.band is not None for panel in scaling_panels(determined)] == [True, False]
+    assert [panel.band is not None for panel in scaling_panels(undetermined)] == [False, False]
+    assert fit_table(undetermined["fits"][0])["problem"] == undetermined["fits"][0]["note"]
+    text = {section.id: section.text for section in sections_of(undetermined)}["scaling"]
+    assert text == "Each point is a run."
+    assert "Hollow points" in {section.id: section.text for section in sections_of(determined)}["scaling"]
+    assert not [fact for fact in facts_of(undetermined) if "held-out" in fact.what]
+
+
+def test_evaluations_are_curves_and_a_single_one_is_none():
+    collected = study(sizes=("nano",), epochs=(3,), seeds=(0, 1))
+    assert [p.key for p in curve_panels(collected)] == ["pretrain-0", "finetune-0", "evaluations-0"]
+    for run in collected["runs"]:
+        run["curves"]["evaluations"] = run["curves"]["evaluations"][-1:]
+    assert [p.key for p in curve_panels(collected)] == ["pretrain-0", "finetune-0"]
 
 
 def test_what_is_no_collected_study_is_refused(tmp_path):
