@@ -38,7 +38,7 @@ def spec_values(
     prepare, why = {}, ""
     if shorter_px > 1.5 * RESIZE_SHORTER:
         prepare = {"prepare": {"resize_shorter": RESIZE_SHORTER}}
-        why = f"; half of the images have a shorter side above {shorter_px} px, and a model sees 224 px or less"
+        why = f"; the shorter side of the images is {shorter_px} px (median), and a model sees 224 px or less"
     values["sets.train"] = Value({"source": train, "role": "training"} | prepare, f"trained on{why}")
     values["sets.val"] = Value({"source": evaluation, "role": "evaluation"} | prepare, f"for the accuracy{why}")
     return values

@@ -149,7 +149,7 @@ def _model(facts: DataFacts) -> dict[str, Value]:
     limit = MAX_SMALL_PX if facts.is_small else PAPER_PX
     image_px = min(max(16 * round(pixels.shorter_px / 16), 16), limit)
     patch_px = min(image_px // (SMALL_PATCHES_A_SIDE if facts.is_small else PATCHES_A_SIDE), PAPER_PATCH_PX)
-    side = f"half of the images have a shorter side below {pixels.shorter_px} px"
+    side = f"the shorter side of the images is {pixels.shorter_px} px (median)"
     small = f"; at most {limit}, so that a CPU trains it" if facts.is_small and pixels.shorter_px > limit else ""
     values = {
         "model.size": Value(size, f"{PARAMETERS[size]} parameters: suits {n:,} images from scratch"),
