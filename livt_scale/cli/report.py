@@ -13,10 +13,10 @@ from livt_scale.cli.output import echo
 
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")],
-    out: Annotated[Path | None, typer.Option("--out", help="File to write. Default: report.html in RUN.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write.", show_default="report.html in RUN")] = None,
     force: Force = False,
 ) -> None:
-    """Write an HTML page of a run: curves, accuracy, calibration, cost.
+    """Write an HTML page of a run: curves, accuracy, speed, cost.
 
     livt report runs/try
     """
