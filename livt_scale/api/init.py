@@ -51,7 +51,7 @@ def init(
 ) -> Path:
     """Write the shards of the images in `folder`, and a recipe whose values follow from them. Returns its path.
 
-    folder: FOLDER/CLASS/**/image; or train/ and val/ of that form; or a list file, lines "path label". out: the folder
+    folder: `FOLDER/CLASS/**/image`; or train/ and val/ of that form; or a list, lines "path label". out: the folder
     of the project, which must be new. weights: start from them, not from scratch: a file, an import, an export or a
     run. skip_bad: leave out images that cannot be used; else they are an error. workers: processes; None: one per core.
     report: takes each line of what was found and decided. progress: called as the images are read and written.
