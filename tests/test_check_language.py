@@ -40,9 +40,3 @@ def test_it_fails_above_the_bound_in_any_kind(monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", ["check_language.py", "--most", bound])
         assert script.main() == code
     assert "2.0 per 1000" in capsys.readouterr().out
-
-
-def test_the_project_is_within_its_bound():
-    rates = script.rates(script.texts())
-    assert rates.keys() == {"docs", "help", "messages", "prose"}
-    assert max(rates.values()) <= 1

@@ -127,6 +127,7 @@ def onnx_export(unsure_run, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow  # an ONNX export takes 5 s
 def test_onnx_takes_pixels_and_gives_the_predictors_probabilities(unsure_run, onnx_export, tiny_images):
     session = onnxruntime.InferenceSession(onnx_export / "model.onnx")
     files, predictor = sorted((tiny_images / "val").rglob("*.jpg")), livt.load(unsure_run)
@@ -141,6 +142,7 @@ def test_onnx_takes_pixels_and_gives_the_predictors_probabilities(unsure_run, on
         )
 
 
+@pytest.mark.slow  # an ONNX export takes 5 s
 def test_onnx_says_of_which_run_checkpoint_and_set_it_is(unsure_run, onnx_export, tmp_path):
     info = read_info(onnx_export)
     own = json.loads(onnx.load(onnx_export / "model.onnx").metadata_props[0].value)
@@ -151,6 +153,7 @@ def test_onnx_says_of_which_run_checkpoint_and_set_it_is(unsure_run, onnx_export
     assert str(unsure_run.parent).encode() not in (onnx_export / "model.onnx").read_bytes()
 
 
+@pytest.mark.slow  # an ONNX export takes 5 s
 def test_onnx_and_timm_do_not_replace_each_other_unasked(unsure_run, onnx_export, tmp_path):
     shutil.copytree(onnx_export, tmp_path / "out")
     with pytest.raises(ExportError, match="another layout"):
@@ -161,18 +164,20 @@ def test_onnx_and_timm_do_not_replace_each_other_unasked(unsure_run, onnx_export
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_an_onnx_graph_with_other_probabilities_is_refused_and_what_is_missing_is_named(
-    unsure_run, onnx_export, tmp_path, monkeypatch
-):
+@pytest.mark.slow  # an ONNX export takes 5 s
+def test_an_onnx_graph_with_other_probabilities_is_refused(unsure_run, onnx_export):
     trained = open_trained(unsure_run)
     images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     compare_with_onnxruntime(PixelsToProbabilities(trained), onnx_export / "model.onnx", images=images)
     other = PixelsToProbabilities(dataclasses.replace(trained, calibration=NOT_FITTED))
     with pytest.raises(ExportError, match="differ by"):
         compare_with_onnxruntime(other, onnx_export / "model.onnx", images=images)
+
+
+def test_what_onnx_needs_and_is_not_installed_is_named(unsure_run, tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match="onnx and onnxscript"):
-        export_onnx(trained, tmp_path / "out")
+        export_onnx(open_trained(unsure_run), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
