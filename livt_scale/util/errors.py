@@ -61,7 +61,8 @@ class RecipeError(UsageError):
 class LauncherError(UsageError):
     """The launcher has started the processes in a way that cannot work.
 
-    Occurs: `accelerate launch` starts one process where several were asked for.
+    Occurs: `accelerate launch` starts one process where several were asked for. The launcher is ended by SIGTERM: its
+    exit code is 143.
     What to do: start the processes as the message says, or by torchrun.
     """
 
