@@ -22,7 +22,7 @@ from typing import NoReturn
 
 from livt_scale.study.runs import Run, in_order
 from livt_scale.train.compare_run import check_start
-from livt_scale.train.preflight import KnownSets, Problem, check_run, refuse
+from livt_scale.train.preflight import KnownSets, Problem, check_run, disk_problems, refuse
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import Preempted
@@ -58,12 +58,11 @@ def check_runs(runs: Sequence[Run], folder: Path, *, to_build: Collection[Path] 
     check_starts(runs, folder)
     known, later = KnownSets(), {str(path.absolute()) for path in to_build}
     problems: list[Problem] = []
-    for run in runs:
-        if is_done(run.at(folder), run.stage):
-            continue
-        found = check_run(run.load(folder), stages=[run.stage], known=known)
+    left = [(run.load(folder), run.stage) for run in runs if not is_done(run.at(folder), run.stage)]
+    for recipe, stage in left:
+        found = check_run(recipe, stages=[stage], known=known)
         problems += [problem for problem in found if not (problem.absent and problem.where in later)]
-    refuse(problems)
+    refuse([*problems, *disk_problems(left, folder, known=known)])
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1) -> Outcome:

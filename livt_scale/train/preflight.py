@@ -14,12 +14,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.data.classes import TrainingClasses, check_same_classes, read_group_counts
 from livt_scale.data.order.for_stage import check_order
+from livt_scale.data.remote.shards import held_bytes
 from livt_scale.data.shard_set import SetFacts
 from livt_scale.plan.memory import FP32, GIB, Spread
 from livt_scale.plan.parameters import stage_weights
@@ -85,6 +87,7 @@ def check_run(
     found: list[Problem] = []
     train = _read_set("data.train", recipe.data.train, recipe, known, found)
     val = _read_set("data.val", recipe.data.val, recipe, known, found)
+    found += _cache_problems(recipe, train, val)
     found += _evaluation_problems(recipe, train, val)
     for stage in stages:
         found += _batch_problems(recipe, stage, train, world_size=(world_sizes or {}).get(stage))
@@ -124,6 +127,23 @@ def _read_set(
 def is_absent(location: str) -> bool:
     """Whether there are no shards in a folder, as seen from this machine."""
     return not is_url(location) and not (Path(location) / "manifest.json").is_file()
+
+
+def _cache_problems(recipe: Recipe, train: SetFacts | None, val: SetFacts | None) -> Iterator[Problem]:
+    """Whether the cache holds what is read of a set at a URL at the least: one shard, and those fetched ahead.
+
+    How many more the processes of a node read at a time follows from order and world size, when the stage begins.
+    """
+    workers, open_bytes = recipe.data.workers, 0
+    processes = max(1, workers) if isinstance(workers, int) else 1
+    for facts, what in ((train, "training"), (val, "an evaluation")):
+        if facts is None or facts.remote is None:
+            continue
+        room = partial(
+            facts.remote.check_room, facts.manifest, in_view=1, processes=processes, beside=open_bytes, what=what
+        )
+        yield from _problems(room, "data.cache.limit_gib", facts.where)
+        open_bytes += held_bytes(facts.manifest)
 
 
 def _evaluation_problems(recipe: Recipe, train: SetFacts | None, val: SetFacts | None) -> Iterator[Problem]:
@@ -206,19 +226,49 @@ def first_checkpoints_bytes(recipe: Recipe, stages: Collection[Stage], train: Se
     Those that are there already, from an earlier start, are not counted again.
     """
     most = kept = 0
-    run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
     for stage in stages:
-        part = recipe.stage(stage)
-        weights = stage_weights(recipe.at(stage), stage, num_classes=train.num_classes)
-        size = checkpoint_bytes(weights, Spread("ddp", 1, "fp32", 1))
-        if isinstance(part, Finetune) and part.ema:
-            size += FP32 * sum(weight.numel for weight in weights if weight.trained)
-        steps = train.num_samples // part.global_batch * part.epochs
-        saves = steps // recipe.checkpoint.every_steps if recipe.checkpoint.every_steps else part.epochs
-        there = len(list((run_dir / stage / "checkpoints").glob("step-*")))
+        size, saves, there = _checkpoints(recipe, stage, train)
         most = max(most, kept + size * max(min(recipe.checkpoint.keep_last + 1, saves) - there, 1))
         kept += size
     return most
+
+
+def disk_problems(runs: Iterable[tuple[Recipe, Stage]], folder: Path, *, known: KnownSets) -> Iterator[Problem]:
+    """Whether `folder` has room for what all `runs`, each one stage, keep together, and for a checkpoint being written.
+
+    Nothing where a training set cannot be read, which `check_run` reports.
+    """
+    kept = largest = 0
+    for recipe, stage in runs:
+        try:
+            train = known.read(recipe.data.train, recipe)
+        except LivtError:
+            return
+        size, saves, there = _checkpoints(recipe, stage, train)
+        kept += size * max(max(min(recipe.checkpoint.keep_last, saves), 1) - there, 0)
+        largest = max(largest, size)
+    place = next(there for there in (folder, *folder.absolute().parents) if there.exists())
+    needed, free = kept + largest, shutil.disk_usage(place).free
+    if needed > free:
+        yield Problem(
+            "run_dir",
+            f"{folder} has {free / GIB:.2f} GiB free, and the runs keep {needed / GIB:.2f} GiB of checkpoints",
+            str(place),
+            "free some space, choose a folder on another disk, or lower checkpoint.keep_last",
+        )
+
+
+def _checkpoints(recipe: Recipe, stage: Stage, train: SetFacts) -> tuple[int, int, int]:
+    """(bytes of a checkpoint, how many the stage writes, how many an earlier start has left)."""
+    part = recipe.stage(stage)
+    weights = stage_weights(recipe.at(stage), stage, num_classes=train.num_classes)
+    size = checkpoint_bytes(weights, Spread("ddp", 1, "fp32", 1))
+    if isinstance(part, Finetune) and part.ema:
+        size += FP32 * sum(weight.numel for weight in weights if weight.trained)
+    steps = train.num_samples // part.global_batch * part.epochs
+    saves = steps // recipe.checkpoint.every_steps if recipe.checkpoint.every_steps else part.epochs
+    run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
+    return size, saves, len(list((run_dir / stage / "checkpoints").glob("step-*")))
 
 
 def _problems(check: Callable[[], object], name: str, where: str, *, absent: bool = False) -> Iterator[Problem]:

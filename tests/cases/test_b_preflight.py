@@ -352,6 +352,29 @@ def test_b_a_disk_without_room_for_the_first_checkpoints(recipe, monkeypatch, fi
     assert "the first checkpoints take" in problem.what
 
 
+def test_b_a_disk_with_room_for_each_run_of_a_study_but_not_for_all(recipe, tiny_recipe, tmp_path, monkeypatch):
+    of = recipe()
+    one = first_checkpoints_bytes(of, ["pretrain"], SetFacts.read(of.data.train))  # two checkpoints, all that it keeps
+    runs = [Run(f"seed-{k}", tiny_recipe, {"seed": k}, "pretrain") for k in range(3)]
+    for free, fits in ((3 * one + one // 2, True), (3 * one, False)):
+        usage = shutil.disk_usage("/")._replace(free=free)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, usage=usage: usage)
+        if fits:
+            check_runs(runs, tmp_path)
+            continue
+        with pytest.raises(RecipeError, match="the runs keep") as error:
+            check_runs(runs, tmp_path)
+        assert error.value.message.count("run_dir") == 1  # each alone would fit
+
+
+def test_b_a_cache_without_room_for_a_shard_at_a_url(recipe, tiny_shards, tmp_path):
+    urls = {f"data__{name}": (tiny_shards / name).as_uri() for name in ("train", "val")}
+    largest = max((tiny_shards / "train").glob("*.tar"), key=lambda path: path.stat().st_size).stat().st_size
+    for gib, fits in ((2 * largest / 2**30, False), (1.0, True)):
+        found = check_run(recipe(**urls, data__cache={"dir": str(tmp_path), "limit_gib": gib, "ahead": 2}))
+        assert {problem.field for problem in found} == (set() if fits else {"data.cache.limit_gib"})
+
+
 def test_b_a_run_directory_that_cannot_be_written_or_locked(recipe, monkeypatch, tmp_path):
     (problem,) = check_run(recipe(run_dir="/proc/livt/run"))
     assert problem.field == "run_dir"
