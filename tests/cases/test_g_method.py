@@ -155,7 +155,7 @@ def test_g2_the_crops_are_larger_than_torchvisions():
     assert "52 %" in DEVIATIONS
 
 
-PROBES = sorted((ROOT / "recipes" / "imagenet_lt").glob("*_linear_probe.yaml"))
+PROBES = sorted((ROOT / "recipes").rglob("*linear_probe.yaml"))
 
 
 @pytest.mark.parametrize("path", PROBES, ids=lambda path: path.stem)
