@@ -18,6 +18,7 @@ from hypothesis.strategies import SearchStrategy
 FEW = settings(
     max_examples=60,
     deadline=None,
+    print_blob=True,
     derandomize=True,
     database=None,
     phases=(Phase.explicit, Phase.generate),

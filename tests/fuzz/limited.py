@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests import warm
 
 MAX_CPU_S = 10
 MAX_MEMORY = 2**30
 WAIT_S = 120.0  # on a machine that does other things too
+MAX_KEPT = 9  # failed examples
+REPLAY = "replay.sh"
 NEVER = ("Traceback", "weights_only", "pydantic.dev", "Warning:", "site-packages")
 
 
@@ -39,6 +44,8 @@ class Outcome:
 def livt(*words: str | Path, cwd: Path) -> Outcome:
     """Run `livt WORDS` in the folder `cwd`, which holds whatever it may write."""
     (cwd / "tmp").mkdir(exist_ok=True)
+    command = shlex.join(["env", f"PYTHONPATH={warm.REPO}", sys.executable, "-m", "livt_scale", *map(str, words)])
+    (cwd / REPLAY).write_text(f'cd "$(dirname "$0")" && {command}\n', errors="backslashreplace")
     places = {"HOME": str(cwd), "TMPDIR": str(cwd / "tmp"), "LIVT_CACHE_DIR": str(cwd / "cache"), "COLUMNS": "200"}
     done = warm.run(
         ["-c", "from tests.fuzz import watched; watched.run()", *words],
@@ -48,7 +55,10 @@ def livt(*words: str | Path, cwd: Path) -> Outcome:
         max_cpu_s=MAX_CPU_S,
         max_memory=MAX_MEMORY,
     )
-    return Outcome(tuple(map(str, words)), done.returncode, done.stdout, done.stderr)
+    outcome = Outcome(tuple(map(str, words)), done.returncode, done.stdout, done.stderr)
+    if outcome.problem:
+        (cwd / "outcome.txt").write_text(outcome.problem, errors="backslashreplace")
+    return outcome
 
 
 @contextmanager
@@ -61,5 +71,24 @@ def example(base: Path, source: Path | None = None) -> Iterator[Path]:
         shutil.copytree(source, folder / source.name, symlinks=True)
     try:
         yield folder
+    except BaseException:
+        _keep(folder)
+        raise
     finally:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_example(base: Path, source: Path, write: Callable[[Path, Any], None], case: Any) -> None:
+    """Change a copy of `source` as `case` says, and run the case's command there."""
+    with example(base, source) as folder:
+        write(folder, case)
+        assert not livt(*case["command"], cwd=folder).problem
+
+
+def _keep(folder: Path) -> None:
+    """Move a failed example to FOLDER/../failed-N, and say how to run its command again."""
+    free = (folder.with_name(f"failed-{k}") for k in range(1, MAX_KEPT + 1))
+    kept = next((place for place in free if not place.exists()), None)
+    if kept is not None:
+        folder.rename(kept)
+        print(f"kept: sh {kept / REPLAY}")

@@ -163,3 +163,11 @@ def change_file(folder: Path, change: tuple[str, float]) -> None:
             file.truncate(max(size, 2**36))
     elif kind == "socket":
         os.mknod(path, 0o140600)
+
+
+def spelled(body: object) -> bytes:
+    return (as_json(body, indent=1) + "\n").encode()
+
+
+def write_json(path: Path, body: object) -> None:
+    path.write_bytes(spelled(body))

@@ -9,7 +9,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
-from tests.fuzz.limited import example, livt
+from tests.fuzz.limited import run_example
 from tests.fuzz.mutations import (
     as_json,
     byte_changes,
@@ -21,9 +21,9 @@ from tests.fuzz.mutations import (
     fractions,
     odd_values,
     tree_changes,
+    write_json,
 )
-from tests.fuzz.test_manifests import write_json
-from tests.fuzz.test_weights import SNIPPETS, changed_pickle
+from tests.fuzz.pickles import SNIPPETS, changed_pickle
 
 STEP = Path("run/finetune/checkpoints/step-00000040")
 STATUS = {
@@ -102,10 +102,14 @@ def sealed(body: object) -> object:
 
 
 def check(base: Path, run: Path, case: dict) -> None:
-    with example(base, run) as folder:
-        write(folder, case)
-        assert not livt(*case["command"], cwd=folder).problem
+    run_example(base, run, write, case)
 
 
-test_checkpoints = few(cases, check)
+UNCHANGED = {
+    "manifest": [], "bytes": {}, "snippets": [], "foreign": False, "status": None, "line": None, "chain": None,
+    "recipe": [], "file": None, "command": ("status", "run"),
+}  # fmt: skip
+SEEDS = [{**UNCHANGED, "chain": jobs} for jobs in (5, None, "x", [1], {"a": {}})]  # a traceback of `livt status`
+
+test_checkpoints = few(cases, check, seeds=SEEDS)
 test_many_checkpoints = many(cases, check)

@@ -9,16 +9,17 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
-from tests.fuzz.limited import example, livt
+from tests.fuzz.limited import run_example
 from tests.fuzz.mutations import (
-    as_json,
     byte_changes,
     change_bytes,
     change_file,
     change_tree,
     chosen,
     file_changes,
+    spelled,
     tree_changes,
+    write_json,
 )
 
 QUARANTINE = {
@@ -82,18 +83,8 @@ def write(folder: Path, case: dict) -> None:
     (folder / "tiny.yaml").write_text(RECIPE)
 
 
-def spelled(body: object) -> bytes:
-    return (as_json(body, indent=1) + "\n").encode()
-
-
-def write_json(path: Path, body: object) -> None:
-    path.write_bytes(spelled(body))
-
-
 def check(base: Path, shards: Path, case: dict) -> None:
-    with example(base, shards) as folder:
-        write(folder, case)
-        assert not livt(*case["command"], cwd=folder).problem
+    run_example(base, shards, write, case)
 
 
 test_manifests = few(cases, check)
