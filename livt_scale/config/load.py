@@ -27,8 +27,8 @@ from livt_scale.config.run_place import SAVED, absolute_run_dir, other_run
 from livt_scale.config.yaml import MAX_DEPTH, Tree, Where, dump, mistakes_in, parse_value, shown_value
 from livt_scale.extensions import load_extensions
 from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
-from livt_scale.util.errors import RecipeError, UsageError, nearest
-from livt_scale.util.outside import real_path
+from livt_scale.util.errors import CheckpointMismatch, RecipeError, UsageError, nearest
+from livt_scale.util.outside import first_mistake, real_path
 from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url
 
@@ -64,10 +64,18 @@ def load_saved(path: Path) -> Recipe:
     return _resolve_paths(_validate(tree, path), path)
 
 
-def from_saved(values: dict[str, Any]) -> Recipe:
-    """The recipe in the facts of a checkpoint, perhaps of an earlier version. Raises pydantic's ValidationError."""
+def from_saved(values: Any, *, where: Path) -> Recipe:
+    """The recipe in the facts of the checkpoint `where`, perhaps of an earlier version. Raises CheckpointMismatch."""
     load_extensions()
-    return Recipe.model_validate(renamed.translate(values))
+    problem = "it has none"
+    if isinstance(values, dict):
+        try:
+            return Recipe.model_validate(renamed.translate(values))
+        except ValidationError as error:
+            problem = first_mistake(error)
+    raise CheckpointMismatch(
+        f"{where}: its recipe cannot be read: {problem}", remedy="was it written by another livt_scale?"
+    )
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

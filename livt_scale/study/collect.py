@@ -15,8 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from livt_scale import __version__
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import from_saved, load_saved
@@ -145,7 +143,7 @@ def what_is_wrong(run: Run, folder: Path) -> str:
         wanted = run.load(folder)
         differs = _differs(load_saved(place / "recipe.yaml"), wanted, run.stage)
         return differs or (_other_pretraining(place, wanted) if run.after is not None else "")
-    except (LivtError, ValidationError, LookupError) as error:
+    except (LivtError, LookupError) as error:
         return f"what it is cannot be read: {' '.join(str(error).split())}"[:300]
 
 
@@ -159,8 +157,9 @@ def _other_pretraining(place: Path, wanted: Recipe) -> str:
     """A run's recipe does not record the initial weights; its evaluation and the pretraining next to it do."""
     from livt_scale.train.finetune import final_pretraining  # torch
 
-    facts = read_manifest(final_pretraining(place)).facts
-    problem = _differs(from_saved(facts["recipe"]), wanted, "pretrain")
+    path = final_pretraining(place)
+    facts = read_manifest(path).facts
+    problem = _differs(from_saved(facts.get("recipe"), where=path), wanted, "pretrain")
     if problem:
         return f"its pretraining is {problem}"
     began = read_eval(place / "finetune" / EVAL)["weights"]["init"]

@@ -113,7 +113,7 @@ def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], 
     facts, at = manifest.facts, manifest.position
     lineage = weights_lineage(facts, step=at.step, epoch=at.epoch, checkpoint=path.name)
     state = {name.removeprefix("model."): tensor for name, tensor in saved.items()}
-    return state, lineage, from_saved(facts["recipe"])
+    return state, lineage, from_saved(facts.get("recipe"), where=path)
 
 
 def final_pretraining(run_dir: Path) -> Path:

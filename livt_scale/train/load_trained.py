@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import ValidationError
 
 from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
@@ -73,7 +72,7 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     manifest = load.read_manifest(path)
     facts = manifest.facts
     try:
-        recipe = from_saved(facts["recipe"])
+        recipe = from_saved(facts.get("recipe"), where=path)
         groups = facts.get("group_counts")
         classes = TrainingClasses(
             tuple(facts["class_names"]),
@@ -81,7 +80,7 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
             where=str(path),
             group_counts=None if groups is None else tuple(groups),
         )
-    except (KeyError, TypeError, ValidationError) as error:
+    except (KeyError, TypeError) as error:
         raise CheckpointMismatch(
             f"{path} does not say what was trained: {error!r}", remedy="was it written by another livt_scale?"
         ) from error

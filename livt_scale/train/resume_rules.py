@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Recipe, learnt_from
 from livt_scale.config.resume import Change, allowable, changes
@@ -60,7 +58,7 @@ def compare_facts(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> l
     if theirs.get("stage") != ours["stage"]:
         raise CheckpointMismatch(f"{path} is of stage {theirs.get('stage')}, not {ours['stage']}")
     old, new = _learnt_from(theirs, path), _learnt_from(ours, path)
-    is_vit = from_saved(ours["recipe"]).model.is_vit
+    is_vit = from_saved(ours["recipe"], where=path).model.is_vit
     changed = changes(old, new, Recipe, batchnorm=not is_vit)
     return [_of_quarantine(change, ours, theirs) if change.path == "data.manifest" else change for change in changed]
 
@@ -145,9 +143,10 @@ def _learnt_from(facts: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointMismatch(
             f"{path} does not say what it was trained by", remedy="was it converted without --recipe?"
         )
+    trained_by = from_saved(recipe, where=path)
     try:
-        learnt = learnt_from(from_saved(recipe), facts["stage"])
-    except (ValidationError, LivtError, KeyError) as error:
+        learnt = learnt_from(trained_by, facts["stage"])
+    except (LivtError, KeyError) as error:
         raise CheckpointMismatch(
             f"{path}: its recipe cannot be read: {error}", remedy="was it written by a newer version?"
         ) from error

@@ -35,8 +35,18 @@ from livt_scale.data.manifest import canonical_json
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.results import results_table
 from livt_scale.export.export_info import is_export
+from livt_scale.train.load_trained import read_trained
+from livt_scale.train.resume_rules import compare_facts
 from livt_scale.util.atomic import file_lock
-from livt_scale.util.errors import CheckpointDamaged, LivtError, ManifestError, RecipeError, UsageError, WeightsError
+from livt_scale.util.errors import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    LivtError,
+    ManifestError,
+    RecipeError,
+    UsageError,
+    WeightsError,
+)
 from livt_scale.util.log import OneLine
 from livt_scale.weights.importer import import_weights, open_weights
 from livt_scale.weights.layouts import infer_model
@@ -404,6 +414,22 @@ def test_f11_advice_and_links_of_libraries_are_not_passed_on(tmp_path, weights):
     with pytest.raises(WeightsError) as error:
         infer_model(weights, heads=5)
     assert "pydantic" not in one_line(error.value)
+
+
+@pytest.mark.parametrize("recipe", [{"model": {"size": "vit_micro", "heads": 3}}, {"a\n": 1}, [], None])
+def test_f11_a_checkpoint_of_an_impossible_recipe_is_one_line(recipe, tmp_path):
+    tiny_run(tmp_path, tiny_recipe(width=16, depth=1, heads=1), steps=(40,))
+    path = tmp_path / "finetune" / "checkpoints" / "step-00000040" / "manifest.json"
+    body = json.loads(path.read_bytes())
+    body["facts"]["recipe"] = recipe
+    path.write_bytes(sealed(body))
+    for read_it in (
+        lambda: read_trained(path.parent),
+        lambda: compare_facts(body["facts"], body["facts"], path.parent),
+    ):
+        with pytest.raises(CheckpointMismatch) as error:
+            read_it()
+        assert "pydantic" not in one_line(error.value)
 
 
 # --- D4 ---

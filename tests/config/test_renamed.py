@@ -73,7 +73,7 @@ def facts(stage: str) -> dict:
 def test_the_recipe_of_an_old_run_directory_is_read():
     saved = load_saved(SAVED / "recipe.yaml")
     assert (saved.faults.stall_timeout_s, saved.slurm.signal_lead_s) == (540, 600)
-    assert from_saved(facts("finetune")["recipe"]).slurm.signal_lead_s == 300
+    assert from_saved(facts("finetune")["recipe"], where=Path("x")).slurm.signal_lead_s == 300
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
