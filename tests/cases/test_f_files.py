@@ -27,7 +27,8 @@ from livt_scale.checkpoint.foreign.pickles import read_pickle
 from livt_scale.checkpoint.manifest import CheckpointManifest, read_manifest
 from livt_scale.cli.ckpt import ls
 from livt_scale.cli.import_ import _show as show_import
-from livt_scale.cli.shards import _progress, info
+from livt_scale.cli.progress import progress_of
+from livt_scale.cli.shards import info
 from livt_scale.config.load import load_recipe
 from livt_scale.data.build.verify import verify as verify_set
 from livt_scale.data.image.decode import BadImage, decode
@@ -377,7 +378,7 @@ def test_f10_names_are_no_markup_in_tables_and_bars(tmp_path, monkeypatch, capsy
     printed = "".join(capsys.readouterr().out.split())  # a title is wrapped
     assert printed.count(seen) == 6
     monkeypatch.setattr("sys.stderr", terminal := Terminal())
-    with _progress("shards") as progress:
+    with progress_of("shards") as progress:
         progress(MARKUP, 1, 2, 10)
     assert seen in terminal.getvalue()
 
