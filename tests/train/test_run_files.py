@@ -51,7 +51,8 @@ def test_the_end_of_a_file_starts_with_a_complete_line(tmp_path, monkeypatch):
     assert found.damaged == 0
 
 
-@pytest.mark.parametrize("damage", ["{", "[1]", "null", "{}", '{"step": "x"}', '{"step": NaN}', "[" * 5000, "\0"])
+@pytest.mark.parametrize("damage", ["{", "[1]", "null", "{}", '{"step": "x"}', '{"step": NaN}', "[" * 5000, "\0",
+                                    '{"step": 1, "loss": 1' + "0" * 400 + "}"])  # fmt: skip
 def test_a_damaged_line_is_counted_or_an_error_that_names_it(tmp_path, damage):
     path = lines_file(tmp_path)
     first, *others = path.read_text().splitlines(keepends=True)
@@ -62,7 +63,7 @@ def test_a_damaged_line_is_counted_or_an_error_that_names_it(tmp_path, damage):
     assert f"{path}, line 2 " in error.value.message
 
 
-@pytest.mark.parametrize("value", [None, "x", [], {}, True, float("nan"), 1e400, 10**400])
+@pytest.mark.parametrize("value", [None, "x", [], {}, True, float("nan"), 1e400])
 def test_a_field_of_the_wrong_kind_is_missing(tmp_path, value):
     (line,) = read_metrics(lines_file(tmp_path, [LINES[0] | {"loss": value, "world_size": value}])).lines
     assert (line.step, line.loss, line.world_size) == (10, None, None)
