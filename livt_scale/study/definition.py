@@ -131,7 +131,7 @@ class Study(RecipePart):
         for size in self.axes.size or ():
             if size not in self.sizes and size not in MODEL_SIZES:
                 raise ValueError(
-                    f"axes.size has {size!r}, which is not one: {nearest(size, [*self.sizes, *MODEL_SIZES])}"
+                    f"axes.size has {size!r}, which is not a size: {nearest(size, [*self.sizes, *MODEL_SIZES])}"
                 )
         if not self.shards and (needs := sorted(given.keys() & {"data_fraction", "imbalance_factor"})):
             raise ValueError(f"axes.{needs[0]} needs `shards`: the spec that its sets are built from")

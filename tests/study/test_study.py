@@ -133,7 +133,7 @@ def keys(shards):
     [
         ({"axis": {}}, r"study.yaml, line \d+: there is no field axis: did you mean 'axes'"),
         ({"axes": {"sizes": ["a"]}}, r"line \d+: there is no field axes.sizes: did you mean 'size'"),
-        ({"axes": {"size": ["c"]}}, r"line \d+: axes.size has 'c', which is none"),
+        ({"axes": {"size": ["c"]}}, r"line \d+: axes.size has 'c', which is not a size: did you mean 'a' or 'b'"),
         ({"axes": {"size": ["vit_x"]}}, "did you mean 'vit_"),
         ({"axes": {"loss": ["bal_bc"]}}, "did you mean 'bal_bce'"),
         ({"axes": {"seed": [1, 1]}}, "seed has a value twice"),
