@@ -30,7 +30,7 @@ def test_a_linear_probe_tells_more_than_chance_and_leaves_the_backbone_alone(liv
     pretrained, run = livt.folder / "pretrained", livt.folder / "probe"
     livt.train(pretrained, stage="pretrain", **ALL_IMAGES)
     livt.recipe = PROBE
-    probe = {"weights": pretrained, "epochs": 4, "base_lr": 25.6}
+    probe = {"weights": pretrained, "epochs": 8, "base_lr": 25.6}
     livt.train(run, **ALL_IMAGES, **{f"stages__finetune__{name}": value for name, value in probe.items()})
     assert all(math.isfinite(line["loss"]) for line in metrics(run, "finetune"))
     assert report_of(run)["top1"]["all"] > 0.2  # ten classes, 1000 images: chance is 0.1, its deviation 0.01
