@@ -260,10 +260,7 @@ def test_a_pickle_in_place_of_the_weights_is_never_opened(tmp_path: Path) -> Non
 
     torch.save({"x": Payload(), "y": np.zeros(3)}, out / WEIGHTS)
     config = json.loads((out / CONFIG).read_text())
-    config["livt"]["weights"] = {
-        "bytes": (out / WEIGHTS).stat().st_size,
-        "sha256": sha256_of(out / WEIGHTS),
-    }
+    config["livt"]["weights"] |= {"bytes": (out / WEIGHTS).stat().st_size, "sha256": sha256_of(out / WEIGHTS)}
     (out / CONFIG).write_text(json.dumps(config))
     with pytest.raises(ExportError, match="cannot be read"):
         load_export(out)
