@@ -100,7 +100,7 @@ def test_equal_compute_from_scratch_is_no_less_than_both_stages():
 def test_two_runs_of_one_name_that_differ_are_refused():
     with pytest.raises(UsageError, match="two different runs"):
         in_order([Run("a", Path("r"), {"seed": 0}), Run("a", Path("r"), {"seed": 1})])
-    with pytest.raises(UsageError, match="none of the runs"):
+    with pytest.raises(UsageError, match="not one of the runs"):
         in_order([Run("a", Path("r"), after="b")])
 
 
