@@ -69,6 +69,7 @@ def give(folder, part, *, run=bash):
 BEFORE, AFTER = PAGE.split("## Training\n")
 
 
+@pytest.mark.slow
 def test_the_commands_up_to_training_run_and_print_what_the_page_says(folder):
     given = give(folder, BEFORE, run=bash_and_warm_livt)
     assert sum(len(re.findall(r"^\.venv/bin/livt", text, re.MULTILINE)) for text, *_ in given) >= 5
