@@ -190,14 +190,19 @@ def reads_a_file(call):
     return isinstance(mode, ast.Constant) and isinstance(mode.value, str) and not set(mode.value) & set("wxa")
 
 
-def test_files_from_outside_are_opened_by_one_function():
-    found = {
+def package_files_with(is_meant):
+    """Names of the package's files whose syntax tree has a node of which `is_meant` is true."""
+    return {
         name_of(path)
         for path in SOURCES
         if path.is_relative_to(ROOT / "livt_scale")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and reads_a_file(node)
+        if is_meant(node)
     }
+
+
+def test_files_from_outside_are_opened_by_one_function():
+    found = package_files_with(lambda node: isinstance(node, ast.Call) and reads_a_file(node))
     assert found - RAW_READS.keys() == set()  # util/outside.py: open_checked, read_checked, read_text, read_json
     assert RAW_READS.keys() - found == set()  # no longer an exception: take it out
 
@@ -416,11 +421,9 @@ def dotted(tree, prefix=""):
 
 def test_paths_from_outside_are_resolved_by_one_function():
     """Path.resolve raises a RuntimeError for a link to itself; util/outside.py: real_path."""
-    found = {
-        name_of(path)
-        for path in SOURCES
-        if path.is_relative_to(ROOT / "livt_scale")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Attribute) and node.attr == "resolve" and "__file__" not in ast.unparse(node.value)
-    }
+    found = package_files_with(
+        lambda node: (
+            isinstance(node, ast.Attribute) and node.attr == "resolve" and "__file__" not in ast.unparse(node.value)
+        )
+    )
     assert found == set()

@@ -64,7 +64,7 @@ def _folder(root: Path) -> dict[str, Any]:
 
 
 def check_classes(source: Source, given: Path) -> None:
-    """Raise SourceError where `source` has no classes to tell apart, or a class without an image."""
+    """Raise SourceError where `source` has fewer than two classes, or a class without an image."""
     empty = [name for c, name in enumerate(source.class_names) if not (source.labels == c).any()]
     if empty:
         raise SourceError(

@@ -19,7 +19,7 @@ from livt_scale.longtail import Counts, imbalance_factor, shot_groups
 from livt_scale.project.measure import PixelFacts
 
 FEW = 5_000  # training images up to which a recipe is for a CPU
-SIZES = ((FEW, "vit_micro"), (50_000, "vit_ti"), (500_000, "vit_s"))  # up to so many images; above: vit_b
+SIZES = ((FEW, "vit_micro"), (50_000, "vit_ti"), (500_000, "vit_s"))  # up to this number of images; above: vit_b
 PARAMETERS = {"vit_micro": "0.5 M", "vit_ti": "5.5 M", "vit_s": "22 M", "vit_b": "86 M"}
 DECODERS = {  # where the paper's (512 wide, 8 blocks) would be larger than the encoder
     "vit_micro": {"width": 64, "depth": 2, "heads": 4},

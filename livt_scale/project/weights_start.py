@@ -1,6 +1,6 @@
 """The weights that a project starts from: which model they are of, and what their images were like.
 
-A run of ours knows its recipe; a file or an import knows its model, and its shape tells the rest.
+A run of ours knows its recipe; a file or an import names its model, and its shape gives the rest.
 """
 
 from __future__ import annotations

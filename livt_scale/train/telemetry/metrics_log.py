@@ -15,7 +15,7 @@ import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, drop_lines_after, read_metrics
@@ -26,9 +26,6 @@ from livt_scale.train.telemetry.tensorboard import grouped
 from livt_scale.train.telemetry.trackers import Trackers
 from livt_scale.util.errors import RunError
 from livt_scale.util.log import FILE_ONLY
-
-if TYPE_CHECKING:
-    pass
 
 PLAIN_LINE_EVERY_S = 10.0
 MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
