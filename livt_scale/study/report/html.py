@@ -72,20 +72,17 @@ def html(collected: Mapping[str, Any], folder: Path, sections: list[Section]) ->
     library = interactive.library().replace("</script", "<\\/script")  # first: it reports what is missing
 
     import bokeh
-    import jinja2
     from markupsafe import Markup
 
     script = page_part("report.js")
     panels = [panel for section in sections for panel in section.panels]
     data = interactive.as_script_data({panel.key: interactive.item(panel) for panel in panels})
     columns, rows = _table(collected, folder)
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        page_part("report.html")
-    )
-    return template.render(
+    return render_page(
+        "report.html",
+        kind="Study",
         name=collected["name"],
         policy=_policy(library, script),
-        css=Markup(page_part("report.css")),  # noqa: S704 - ours
         lead=lead_of(collected),
         facts=facts_of(collected),
         sections=sections,
@@ -114,6 +111,16 @@ def how(collected: Mapping[str, Any]) -> list[tuple[str, str]]:
     said += [(f"axis {axis}", ", ".join(map(str, values))) for axis, values in collected["axes"].items()]
     said += [(name, str(version)) for name, version in collected.get("versions", {}).items()]
     return [(what, text) for what, text in said if text]
+
+
+def render_page(template: str, **values: Any) -> str:
+    """A page from its template in page/, which extends base.html."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, loader=FunctionLoader(page_part))
+    css = Markup(page_part("report.css"))  # noqa: S704 - ours
+    return environment.get_template(template).render(css=css, **values)
 
 
 def page_part(name: str) -> str:

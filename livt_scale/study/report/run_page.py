@@ -10,17 +10,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from livt_scale import __version__
-from livt_scale.study.report.html import page_part
+from livt_scale.study.report.html import render_page
 from livt_scale.study.report.run_record import RunRecord, read_run
 from livt_scale.study.report.run_sections import facts_of_run, sections_of_run
 from livt_scale.util.atomic import plain_disk_errors, write_atomic
 from livt_scale.util.errors import UsageError
 from livt_scale.util.text import visible
 
+POLICY = Markup("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
 MARK = b'content="livt report"'  # near the start of every page
 
 
@@ -40,10 +40,11 @@ def write_run_report(run: Path, out: Path) -> Path:
 
 def run_page(run: RunRecord) -> str:
     """The complete page."""
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(page_part("run.html"))
-    return template.render(
+    return render_page(
+        "run.html",
+        kind="Run",
         name=visible(run.recipe.name),
-        css=Markup(page_part("report.css")),  # noqa: S704 - ours
+        policy=POLICY,
         facts=facts_of_run(run),
         sections=sections_of_run(run),
         version=__version__,

@@ -22,6 +22,7 @@ from livt_scale.evaluation.intervals import of_mean, wilson
 from livt_scale.plan.flops import stage_flops
 from livt_scale.study.report.figures import draw_panels
 from livt_scale.study.report.run_record import RunRecord, StageRecord, class_rows
+from livt_scale.study.report.sections import Fact
 from livt_scale.study.report.series import Panel, Series, short
 from livt_scale.study.report.thumbnails import small_uri
 from livt_scale.train.run_files import training_seconds
@@ -78,17 +79,18 @@ def sections_of_run(run: RunRecord) -> list[RunSection]:
     ]
 
 
-def facts_of_run(run: RunRecord) -> list[tuple[str, str, str]]:
-    """(what, value, more) for the head of the page."""
-    found = [(f"{stage.name}", stage.state, _position(stage)) for stage in run.stages]
+def facts_of_run(run: RunRecord) -> list[Fact]:
+    """For the head of the page."""
+    found = [Fact(stage.name, stage.state, _position(stage)) for stage in run.stages]
     if run.evaluation:
         for what, name in (("Accuracy, all images", "all"), ("Accuracy, mean of classes", "mean_class")):
             value, interval = _top1(run.evaluation, name)
-            found.append((what, value, f"95 % interval {interval}"))
-        found.append(("Calibration error", _percent(run.evaluation["calibration"]["ece"]), "expected, over 15 bins"))
+            found.append(Fact(what, value, f"95 % interval {interval}"))
+        ece = _percent(run.evaluation["calibration"]["ece"])
+        found.append(Fact("Calibration error", ece, "expected, over 15 bins"))
     seconds = sum(training_seconds(stage.lines) for stage in run.stages)
     if seconds:
-        found.append(("Time in steps", _duration(seconds), "without start, evaluation and saving"))
+        found.append(Fact("Time in steps", _duration(seconds), "without start, evaluation and saving"))
     return found
 
 
