@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.ports import port_of_job
+from livt_scale.distributed.process_setup import set_up_process
 from livt_scale.distributed.rendezvous import meet
 from livt_scale.util.errors import EXIT_FAILED, LauncherError, LivtError, UsageError
 from livt_scale.util.host_list import expand
@@ -175,6 +176,7 @@ def tasks_by_node(text: str) -> list[int]:
 @contextmanager
 def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
     """The process group of `world` (gloo on CPU, nccl with gloo beside it on GPU); none where it is alone."""
+    set_up_process(world.world_size)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if world.world_size == 1:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 
+from livt_scale.distributed.process_setup import MAX_OPEN_FILES, max_ranks, open_files
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.atomic import lock_works
 from livt_scale.util.resources import shipped
@@ -33,6 +34,7 @@ TESTED = {
     "pillow": "13.0.0",
     "simplejpeg": "1.9.0",
 }
+MIN_RANKS = 512  # that an ordinary limit of open files is enough for
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "sacct", "scancel")
 
 
@@ -96,6 +98,14 @@ def judge_shared_memory(free: int | None) -> Finding:
         fix = "give the container more (docker run --shm-size=8g), or --set data.workers=0"
         return Finding("shared memory", "note", message, fix)
     return Finding("shared memory", "ok", f"{free / GIB:.1f} GiB free in /dev/shm")
+
+
+def judge_open_files(soft: int, hard: int) -> Finding:
+    limit = min(hard, MAX_OPEN_FILES)
+    said = f"limit {soft}, raised to {limit} by each rank: enough for {max_ranks(limit)} ranks"
+    if max_ranks(limit) < MIN_RANKS:
+        return Finding("open files", "note", said, "raise the hard limit (ulimit -Hn) for runs of more ranks")
+    return Finding("open files", "ok", said)
 
 
 def judge_disk(free: int, *, folder: str, writable: bool) -> Finding:
@@ -189,6 +199,10 @@ def free_shared_memory() -> int | None:
     """Free bytes for batches that loader processes hand over; None without shared memory."""
     folder = Path("/dev/shm")  # noqa: S108 - looked at, not written to
     return shutil.disk_usage(folder).free if folder.is_dir() else None
+
+
+def _open_files() -> list[Finding]:
+    return [judge_open_files(*open_files())]
 
 
 def _disk() -> list[Finding]:
@@ -295,6 +309,7 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _processors,
     _memory,
     _shared_memory,
+    _open_files,
     _disk,
     _locks,
     _gpus,
