@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="livt-loader-") as name:
         folder = Path(name)
-        shards = make_shards(folder, num_images=128 if options.quick else 2 * DISTINCT)
+        shards = make_shards(folder, num_images=64 if options.quick else 2 * DISTINCT)
         make_prepared(folder)
         for peer in PEERS.values():
             if peer.prepare and peer.is_installed:

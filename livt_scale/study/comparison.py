@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 Outcome = Literal["confirmed", "not confirmed", "not decidable here"]
 Unit = Literal["accuracy", "loss", "relative"]  # of a difference: a fraction of the images, a loss, a share of a loss
@@ -45,7 +45,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float, float]:
     mean = float(values.mean()) if values.size else math.nan
     if values.size < 2:
         return mean, -math.inf, math.inf
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, values.size - 1) * values.std(ddof=1) / math.sqrt(values.size))
+    half = float(stdtrit(values.size - 1, (1 + CONFIDENCE) / 2) * values.std(ddof=1) / math.sqrt(values.size))
     return mean, mean - half, mean + half
 
 

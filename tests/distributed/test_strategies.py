@@ -12,6 +12,7 @@ from livt_scale.checkpoint.load import read_tensors
 from tests.distributed.strategies import SMALL, Job, Kind, train_all
 
 Runs = dict[tuple[str, Kind], Job]
+SIX_STEPS = {**SMALL, "stages.*.global_batch": 120, "stages.*.micro_batch": 30, "checkpoint.every_steps": 3}
 SINGLE = Kind("ddp", 1)
 FSDP, COPIES, FOREACH = (
     Kind("fsdp", 2),
@@ -32,10 +33,10 @@ EACH = [(stage, kind) for stage, kinds in OF_STAGE.items() for kind in kinds]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Kind], Job]:
-    """Ten steps of a small model by each kind."""
+    """Six steps of a small model by each kind."""
     folder = tmp_path_factory.mktemp("runs")
     pairs = [*((stage, SINGLE) for stage in OF_STAGE), *EACH]
-    jobs = {(stage, kind): Job(kind, folder / stage / kind.name, stage, SMALL) for stage, kind in pairs}
+    jobs = {(stage, kind): Job(kind, folder / stage / kind.name, stage, SIX_STEPS) for stage, kind in pairs}
     train_all(list(jobs.values()), folder)
     return jobs
 
@@ -43,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Kind], Job
 @pytest.mark.parametrize(("stage", "kind"), EACH, ids=lambda value: getattr(value, "name", value))
 def test_losses_and_norms_are_those_of_one_process(runs: Runs, stage: str, kind: Kind) -> None:
     ours, alone = runs[stage, kind], runs[stage, SINGLE]
-    assert len(alone.losses) == 10
+    assert len(alone.losses) == 6
     near = 1e-4 if kind.precision == "fp32" else 2e-2
     assert ours.losses == pytest.approx(alone.losses, rel=near)
     assert ours.norms == pytest.approx(alone.norms, rel=10 * near)
@@ -52,7 +53,7 @@ def test_losses_and_norms_are_those_of_one_process(runs: Runs, stage: str, kind:
 
 @pytest.mark.parametrize(("stage", "kind"), EACH, ids=lambda value: getattr(value, "name", value))
 def test_all_save_the_same_names_in_full_precision(runs: Runs, stage: str, kind: Kind) -> None:
-    ours, alone = (read_tensors(runs[stage, k].checkpoint(10)) for k in (kind, SINGLE))
+    ours, alone = (read_tensors(runs[stage, k].checkpoint(6)) for k in (kind, SINGLE))
     assert {name: (t.shape, t.dtype) for name, t in ours.items()} == {n: (t.shape, t.dtype) for n, t in alone.items()}
     if kind.precision == "fp32":
         for name in (name for name in alone if name.endswith("exp_avg")):  # a key's bias has no gradient but rounding
@@ -63,21 +64,21 @@ def test_all_save_the_same_names_in_full_precision(runs: Runs, stage: str, kind:
 def test_each_goes_on_from_anothers_checkpoint(runs: Runs, tmp_path: Path) -> None:
     pairs = [(FSDP, SINGLE), (SINGLE, FSDP), (COPIES, FSDP), (FSDP, FOREACH)]
     jobs = [
-        Job(to, tmp_path / f"{saved.name}-{to.name}", "pretrain", SMALL, runs["pretrain", saved].checkpoint(5))
+        Job(to, tmp_path / f"{saved.name}-{to.name}", "pretrain", SIX_STEPS, runs["pretrain", saved].checkpoint(3))
         for saved, to in pairs
     ]
     train_all(jobs, tmp_path)
     for job in jobs:
-        assert job.losses == pytest.approx(runs["pretrain", SINGLE].losses[5:], rel=1e-4), job.run_dir.name
+        assert job.losses == pytest.approx(runs["pretrain", SINGLE].losses[3:], rel=1e-4), job.run_dir.name
 
 
 def test_the_same_strategy_goes_on_bit_for_bit(runs: Runs, tmp_path: Path) -> None:
     unbroken = [runs["pretrain", FSDP], runs["pretrain", LOW[1]], runs["finetune", LOW[0]]]
     jobs = [
-        replace(run, run_dir=tmp_path / run.stage / run.kind.name, goes_on_from=run.checkpoint(5)) for run in unbroken
+        replace(run, run_dir=tmp_path / run.stage / run.kind.name, goes_on_from=run.checkpoint(3)) for run in unbroken
     ]
     train_all(jobs, tmp_path)
     for run, job in zip(unbroken, jobs, strict=True):
-        assert job.losses == run.losses[5:], run.kind.name
-        ours, whole = read_tensors(job.checkpoint(10)), read_tensors(run.checkpoint(10))
+        assert job.losses == run.losses[3:], run.kind.name
+        ours, whole = read_tensors(job.checkpoint(6)), read_tensors(run.checkpoint(6))
         assert all(torch.equal(ours[name], tensor) for name, tensor in whole.items()), run.kind.name

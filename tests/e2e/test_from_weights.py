@@ -7,6 +7,7 @@ import json
 import math
 from pathlib import Path
 
+import pytest
 import timm
 import torch
 
@@ -26,6 +27,7 @@ def report_of(run_dir: Path) -> dict[str, dict[str, float]]:
     return json.loads((run_dir / "finetune" / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_linear_probe_tells_more_than_chance_and_leaves_the_backbone_alone(livt: Livt) -> None:
     pretrained, run = livt.folder / "pretrained", livt.folder / "probe"
     livt.train(pretrained, stage="pretrain", **ALL_IMAGES)

@@ -36,6 +36,7 @@ def two_shards(tmp_path: Path) -> ShardSet:
     return index_tars(folder, class_names=whole.manifest.class_names, workers=1)
 
 
+@pytest.mark.slow
 def test_a_killed_run_that_draws_by_class_ends_as_an_unbroken_one(livt, two_shards):
     sets = {**DRAWN, "data__train": two_shards.folder, "data__val": None}
     whole, killed = livt.folder / "whole", livt.folder / "killed"

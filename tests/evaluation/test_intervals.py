@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 from livt_scale.evaluation.intervals import of_mean, wilson
 
@@ -12,7 +12,7 @@ from livt_scale.evaluation.intervals import of_mean, wilson
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_of_a_share_it_is_wilsons(case):
     right, images = case
-    expected = binomtest(right, images).proportion_ci(method="wilson")
+    expected = scipy.stats.binomtest(right, images).proportion_ci(method="wilson")
     assert wilson(right, images) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 

@@ -2,9 +2,9 @@ import math
 
 import numpy as np
 import pytest
+import scipy
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
 
 from livt_scale.study.comparison import alike, combined_outcome, exceeds, interval
 
@@ -28,7 +28,7 @@ def test_the_opposite_question_has_the_opposite_answer(values):
 def test_the_interval_is_that_of_students_t():
     values = [0.1, 0.4, 0.2]
     mean, low, high = interval(values)
-    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)  # an independent reckoning
+    expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)  # an independent reckoning
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert mean == pytest.approx(np.mean(values))
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-import scipy.stats
+import scipy
 import torch
 from PIL import Image
 
