@@ -3,11 +3,11 @@
     process = Popen(["-m", "livt_scale", "train", …], cwd=folder, env=environ, stdout=PIPE, stderr=PIPE)
     out, err = process.communicate(timeout=240)
 
-One server for each test process, started on first use. It has one thread (torch's pools are per process and a fork
-has none of the others' threads), no process group and no CUDA, and runs nothing but imports. Each child has a session,
-an environment, arguments, limits and random states like a new process; what it shares with the others is Python's hash
-seed. With `ranks`, the child starts that many as `torchrun` does and ends all when one fails. The server
-does not import DeepSpeed, which changes torch for the process that does: a run that needs it imports it itself.
+One server for each test process and choice of imports, started on first use. It has one thread (torch's pools are per
+process and a fork has none of the others' threads), no process group and no CUDA, and runs nothing but imports. Each
+child has a session, an environment, arguments, limits and random states like a new process; what it shares with the
+others is Python's hash seed. With `ranks`, the child starts that many as `torchrun` does and ends all when one fails.
+The server does not import DeepSpeed, which changes torch for the process that does: a run that needs it imports it.
 
 A few tests start the real commands (tests/e2e/test_launchers.py), and tests/test_warm.py compares the two.
 """
@@ -58,7 +58,7 @@ class Popen:
 
     stdout, stderr: None (the test's own), PIPE, DEVNULL or a file. The process is always the leader of a session.
     max_cpu_s: the system ends it after so many seconds of CPU. max_memory: bytes that it may map, beyond what it has
-    as a fork.
+    as a fork. imports: the modules that the process starts with, one server for each choice.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Popen:
         stderr: int | IO[Any] | None = None,
         max_cpu_s: int | None = None,
         max_memory: int | None = None,
+        imports: Sequence[str] = IMPORTS,
     ) -> None:
         self.args = [str(word) for word in arguments]
         self.returncode: int | None = None
@@ -94,7 +95,7 @@ class Popen:
             "cpus": sorted(os.sched_getaffinity(0)),
         }
         try:
-            self.pid = _server().start(request, [out.fd, err.fd, status])
+            self.pid = _server(tuple(imports)).start(request, [out.fd, err.fd, status])
         finally:
             os.close(status)
             for end in (out, err):
@@ -225,7 +226,7 @@ class _Reader(threading.Thread):
 
 
 class _Server:
-    def __init__(self) -> None:
+    def __init__(self, imports: Sequence[str]) -> None:
         self._lock, self.owner = threading.Lock(), os.getpid()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environ = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
@@ -235,7 +236,7 @@ class _Server:
         }
         with theirs:
             self._process = _START(
-                [sys.executable, "-m", "tests.warm", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.warm", str(theirs.fileno()), *imports],
                 cwd=REPO,
                 env=environ,
                 pass_fds=[theirs.fileno()],
@@ -262,13 +263,13 @@ class _Server:
         return answer["pid"]
 
 
-_servers: list[_Server] = []
+_servers: dict[tuple[str, ...], _Server] = {}
 
 
-def _server() -> _Server:
-    if not _servers or _servers[-1].owner != os.getpid():  # a fork of the tests has none yet
-        _servers[:] = [_Server()]
-    return _servers[-1]
+def _server(imports: tuple[str, ...]) -> _Server:
+    if imports not in _servers or _servers[imports].owner != os.getpid():  # a fork of the tests has none yet
+        _servers[imports] = _Server(imports)
+    return _servers[imports]
 
 
 # --- in the server ---
@@ -346,8 +347,10 @@ def prepare(request: Mapping[str, Any], imported: Imported) -> None:
     os.environ.update({**imported.environ, **request["env"]})
     time.tzset()
     random.seed()
-    sys.modules["numpy"].random.seed()
-    sys.modules["torch"].default_generator.seed()
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed()
+    if torch := sys.modules.get("torch"):
+        torch.default_generator.seed()
     _set_path(os.environ.get("PYTHONPATH", ""))
     options = [option for option in os.environ.get("PYTHONWARNINGS", "").split(",") if option]
     _set_warnings([*options, *request["warnings"]], imported)
@@ -460,7 +463,8 @@ def end(status: int) -> NoReturn:
 def main() -> None:
     filters, environ = list(warnings.filters), dict(os.environ)
     requests = socket.socket(fileno=int(sys.argv[1]))
-    for name in IMPORTS:
+    _set_path(str(REPO))
+    for name in sys.argv[2:]:
         importlib.import_module(name)
     sys.modules["livt_scale.cli.main"].command()
     imported = Imported(

@@ -19,6 +19,15 @@ MAX_MEMORY = 2**30
 WAIT_S = 120.0  # on a machine that does other things too
 MAX_KEPT = 9  # failed examples
 REPLAY = "replay.sh"
+PLAIN = ("tests.fuzz.rehearsed",)  # without torch, a fork takes a fifth of the time
+TORCH = (
+    *PLAIN,
+    "livt_scale.checkpoint.foreign.convert",
+    "livt_scale.export.write_export",
+    "livt_scale.weights.importer",
+    "torch.utils.serialization",
+)
+NEED_TORCH = {"export", "import", "convert"}  # commands
 NEVER = ("Traceback", "weights_only", "pydantic.dev", "Warning:", "site-packages")
 
 
@@ -42,7 +51,7 @@ class Outcome:
 
 
 def livt(*words: str | Path, cwd: Path) -> Outcome:
-    """Run `livt WORDS` in the folder `cwd`, which holds whatever it may write."""
+    """Run `livt WORDS` in the folder `cwd`, which holds whatever it may write; assert that its outcome is allowed."""
     (cwd / "tmp").mkdir(exist_ok=True)
     command = shlex.join(["env", f"PYTHONPATH={warm.REPO}", sys.executable, "-m", "livt_scale", *map(str, words)])
     (cwd / REPLAY).write_text(f'cd "$(dirname "$0")" && {command}\n', errors="backslashreplace")
@@ -50,14 +59,16 @@ def livt(*words: str | Path, cwd: Path) -> Outcome:
     done = warm.run(
         ["-c", "from tests.fuzz import watched; watched.run()", *words],
         cwd=cwd,
-        env={**os.environ, **places},
+        env={**os.environ, **places, "PYTHONPATH": str(warm.REPO)},
         timeout=WAIT_S,
         max_cpu_s=MAX_CPU_S,
         max_memory=MAX_MEMORY,
+        imports=TORCH if NEED_TORCH.intersection(words[:2]) else PLAIN,
     )
     outcome = Outcome(tuple(map(str, words)), done.returncode, done.stdout, done.stderr)
     if outcome.problem:
         (cwd / "outcome.txt").write_text(outcome.problem, errors="backslashreplace")
+    assert not outcome.problem
     return outcome
 
 
@@ -78,11 +89,11 @@ def example(base: Path, source: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_example(base: Path, source: Path, write: Callable[[Path, Any], None], case: Any) -> None:
+def run_example(base: Path, source: Path, write: Callable[[Path, Any], None], case: Any) -> Outcome:
     """Change a copy of `source` as `case` says, and run the case's command there."""
     with example(base, source) as folder:
         write(folder, case)
-        assert not livt(*case["command"], cwd=folder).problem
+        return livt(*case["command"], cwd=folder)
 
 
 def _keep(folder: Path) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
@@ -110,6 +111,12 @@ UNCHANGED = {
     "recipe": [], "file": None, "command": ("status", "run"),
 }  # fmt: skip
 SEEDS = [{**UNCHANGED, "chain": jobs} for jobs in (5, None, "x", [1], {"a": {}})]  # a traceback of `livt status`
+
+
+@pytest.mark.parametrize("command", dict.fromkeys(COMMANDS), ids=" ".join)
+def test_each_command_succeeds_on_an_unchanged_run(base: Path, run: Path, command: tuple[str, ...]) -> None:
+    assert run_example(base, run, write, {**UNCHANGED, "command": command}).code == 0
+
 
 test_checkpoints = few(cases, check, seeds=SEEDS)
 test_many_checkpoints = many(cases, check)

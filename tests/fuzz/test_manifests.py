@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
@@ -29,15 +31,15 @@ QUARANTINE = {
 }
 COMMANDS = (
     ("shards", "info", "set"),
-    ("shards", "verify", "set"),
-    ("shards", "verify", "set", "--decode", "--quarantine"),
+    ("shards", "verify", "set", "--workers", "1"),
+    ("shards", "verify", "set", "--decode", "--quarantine", "--workers", "1"),
     ("shards", "trace", "tiny.yaml", "--world-size", "1", "--rank", "0", "--epoch", "0"),
 )
 RECIPE = """\
 name: t
 data: {train: set, mean: [0.5], std: [0.5], workers: 0}
 model: {size: vit_micro, image_px: 28, channels: 1}
-stages: {finetune: {init: scratch, epochs: 1, global_batch: 2, micro_batch: 2}}
+stages: {finetune: {init: scratch, epochs: 1, warmup_epochs: 0, global_batch: 2, micro_batch: 2}}
 """
 
 cases = st.fixed_dictionaries(
@@ -85,6 +87,14 @@ def write(folder: Path, case: dict) -> None:
 
 def check(base: Path, shards: Path, case: dict) -> None:
     run_example(base, shards, write, case)
+
+
+UNCHANGED: dict[str, Any] = {"manifest": [], "bytes": {}, "quarantine": None, "sealed": True, "file": None}
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_each_command_succeeds_on_an_unchanged_set(base: Path, shards: Path, command: tuple[str, ...]) -> None:
+    assert run_example(base, shards, write, {**UNCHANGED, "command": command}).code == 0
 
 
 test_manifests = few(cases, check)

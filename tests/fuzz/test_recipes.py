@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
-from tests.fuzz.limited import example, livt
+from tests.fuzz.limited import Outcome, example, livt
 from tests.fuzz.mutations import (
     EVIL,
     as_json,
@@ -82,11 +83,15 @@ def write(folder: Path, case: dict) -> None:
         change_file(folder, case["file"])
 
 
-def check(base: Path, case: dict) -> None:
+def run_case(base: Path, case: dict) -> Outcome:
     with example(base) as folder:
         write(folder, case)
         sets = [word for text in case["sets"] for word in ("--set", text.encode("utf-8", "replace").decode())]
-        assert not livt("recipe", case["command"], "mine.yaml", *sets, cwd=folder).problem
+        return livt("recipe", case["command"], "mine.yaml", *sets, cwd=folder)
+
+
+def check(base: Path, case: dict) -> None:
+    run_case(base, case)
 
 
 NOTHING: dict[str, Any] = {
@@ -99,6 +104,12 @@ NOTHING: dict[str, Any] = {
     "command": "check",
 }
 LINK_TO_ITSELF = {**NOTHING, "file": ("itself", 0.0)}  # base.yaml
+
+
+@pytest.mark.parametrize("command", ["check", "show"])
+def test_each_command_accepts_the_recipe_without_changes(base: Path, command: str) -> None:
+    assert run_case(base, {**NOTHING, "command": command}).code == 0
+
 
 test_recipes = few(recipes, check, seeds=[LINK_TO_ITSELF])
 test_many_recipes = many(recipes, check)

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
 
 from tests.fuzz.examples import few, many
-from tests.fuzz.limited import example, livt
+from tests.fuzz.limited import Outcome, example, livt
 from tests.fuzz.mutations import EVIL, byte_changes, change_bytes, chosen
 
-SILENT_S = 3.0
+SILENT_S = 1.0
 FILES = ("manifest.json", "index.npy", "keys.bin", "quarantine.json", "set-000000.tar")
 STATUSES = [
     "200 OK", "200", "204 No Content", "206 Partial Content", "301 Moved", "302 Found", "304 Not Modified", "308 x",
@@ -64,9 +65,9 @@ RECIPE = """\
 name: t
 data:
   {{train: "http://127.0.0.1:{port}/set", mean: [0.5], std: [0.5], workers: 0,
-  remote: {{tries: 2, connect_timeout_s: 1, stall_timeout_s: 1, deadline_s: 4}}}}
+  remote: {{tries: 2, connect_timeout_s: 0.5, stall_timeout_s: 0.3, deadline_s: 2}}}}
 model: {{size: vit_micro, image_px: 28, channels: 1}}
-stages: {{finetune: {{init: scratch, epochs: 1, global_batch: 2, micro_batch: 2}}}}
+stages: {{finetune: {{init: scratch, epochs: 1, warmup_epochs: 0, global_batch: 2, micro_batch: 2}}}}
 """
 
 
@@ -124,13 +125,22 @@ class Server:
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-def check(base: Path, shards: Path, case: dict) -> None:
+def run_case(base: Path, shards: Path, case: dict) -> Outcome:
     with example(base) as folder, Server(shards, case) as server:
         (folder / "tiny.yaml").write_text(RECIPE.format(port=server.port))
         words = ("recipe", "check", "tiny.yaml", "--data")
         if case["command"] == "trace":
             words = ("shards", "trace", "tiny.yaml", "--world-size", "1", "--rank", "0", "--epoch", "0")
-        assert not livt(*words, cwd=folder).problem
+        return livt(*words, cwd=folder)
+
+
+def check(base: Path, shards: Path, case: dict) -> None:
+    run_case(base, shards, case)
+
+
+@pytest.mark.parametrize("command", ["check", "trace"])
+def test_each_command_succeeds_when_the_server_answers_correctly(base: Path, shards: Path, command: str) -> None:
+    assert run_case(base, shards, {"answers": {}, "command": command}).code == 0
 
 
 test_servers = few(cases, check)
