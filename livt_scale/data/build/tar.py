@@ -25,6 +25,7 @@ from livt_scale.util.outside import open_checked
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20  # of one extended header: long names and attributes take a few KB
+MAX_END_BYTES = 1 << 24  # of zeros after the last file: tar writes at most a record, which is 10 KB unless asked for
 MAX_NAME_BYTES = 4096  # what Linux takes for a path
 CHUNK = 1 << 20
 
@@ -217,9 +218,11 @@ def _octal(field: bytes) -> int | None:
 
 
 def _check_end(file: BinaryIO, position: int) -> None:
-    """From here on zeros and nothing else."""
+    """From here on zeros and nothing else, and not so many that reading them takes minutes (a sparse file)."""
     file.seek(position)
     while chunk := file.read(CHUNK):
+        if file.tell() > position + MAX_END_BYTES:
+            raise BadTar(position, f"not a tar from here on: more than {MAX_END_BYTES:,} bytes follow its last file")
         if chunk.count(0) != len(chunk):
             raise BadTar(position, "not a tar from here on: something follows the zeros that end it")
 
