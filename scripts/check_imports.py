@@ -47,6 +47,7 @@ DEFERRED: dict[str, str] = {
     "study/report/html.py": "optional: bokeh comes with an extra, and its absence is an error that names it",
     "study/report/interactive.py": "optional: bokeh comes with an extra, and its absence is an error that names it",
     "util/plots.py": "start-up: matplotlib takes half a second, and most runs of a command draw nothing",
+    "distributed/flight_recorder.py": "start-up: doctor/checks.py, which needs no torch, takes the limits from there",
     "doctor/bench.py": CHECKS,
     "doctor/checks.py": CHECKS,
     "doctor/node.py": CHECKS,

@@ -1,4 +1,4 @@
-"""What a process sets before it joins a process group: its limit of open files, and how gloo connects.
+"""What a process sets before it joins a process group: open files, how gloo connects, the record of collectives.
 
     sockets(8, rank=1)          17 = 1 to the store of rank 0 + for each of 2 groups 7 peers and 1 that listens
     sockets(512, rank=0)        1538; with lazy connections, of which most pairs of ranks need none, fewer
@@ -17,6 +17,8 @@ import resource
 from collections.abc import MutableMapping
 from contextlib import suppress
 
+from livt_scale.distributed import flight_recorder
+
 GROUPS = 2  # of gloo: the process group of the training, and the one of the thread that saves
 LAZY_FROM = 128  # ranks
 LAZY = "TORCH_GLOO_LAZY_INIT"
@@ -27,6 +29,8 @@ OTHER_FILES = 256  # shards, loader processes, logs
 def set_up_process(world_size: int, environ: MutableMapping[str, str] = os.environ) -> None:
     """Call before the process group is made. A variable that is set already is kept."""
     raise_open_files()
+    if world_size > 1:
+        flight_recorder.set_size(environ)
     if world_size >= LAZY_FROM:
         environ.setdefault(LAZY, "1")
 

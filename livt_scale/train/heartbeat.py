@@ -76,10 +76,22 @@ def write(folder: Path, beat: Heartbeat) -> None:
         temporary.replace(path)
 
 
+def clear(folder: Path) -> None:
+    """Remove those of an earlier start, before any rank of this one writes."""
+    with suppress(OSError):
+        for path in (folder / FOLDER).glob("rank-*.json"):
+            path.unlink()
+
+
 def read(folder: Path, *, world_size: int) -> list[Heartbeat]:
     """The last heartbeat of each rank below `world_size` that has one which can be read, in rank order."""
+    return read_ranks(folder, range(world_size))
+
+
+def read_ranks(folder: Path, ranks: Iterable[int]) -> list[Heartbeat]:
+    """The last heartbeat of each of `ranks` that has one which can be read, in their order."""
     beats = []
-    for rank in range(world_size):
+    for rank in ranks:
         with suppress(OSError, ValueError, TypeError):
             beats.append(Heartbeat(**read_json(folder / FOLDER / f"rank-{rank}.json", "status")))
     return beats

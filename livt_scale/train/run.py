@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from livt_scale.distributed.world import World, detect, process_group
 from livt_scale.distributed.wrap import make_strategy
 from livt_scale.evaluation import evaluate as evaluation
 from livt_scale.evaluation import plots
+from livt_scale.train import heartbeat
 from livt_scale.train import run_dir as rundir
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.anomaly_policy import AnomalyPolicy
@@ -55,6 +57,7 @@ from livt_scale.util.errors import CheckpointMismatch, DataError, LivtError, Usa
 from livt_scale.util.log import to_file
 
 _log = logging.getLogger(__name__)
+START_GRACE_S = 60  # after the bound of collectives, whose error is the better one
 
 
 def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = (), hooks: Sequence[Hook] = ()) -> None:
@@ -70,8 +73,22 @@ def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = 
     world = detect()
     _set_up_torch(recipe.parallel)
     stages = (stage,) if stage else recipe.stage_names
-    with process_group(world, timeout_s=recipe.parallel.timeout_s):
+    timeout_s = recipe.parallel.timeout_s
+    with process_group(world, timeout_s=timeout_s), _bounded_start(world, timeout_s=timeout_s):
         train_together(recipe, stages, world=world, allow=allowed, hooks=hooks)
+
+
+@contextmanager
+def _bounded_start(world: World, *, timeout_s: int) -> Iterator[None]:
+    """End a process that does not reach its first watchdog, which then sets this timer: gloo's lazy connections wait
+    for a rank that is gone without a bound (`distributed/process_setup.py`)."""
+    if world.world_size > 1:
+        faulthandler.dump_traceback_later(timeout_s + START_GRACE_S, exit=True)
+    try:
+        yield
+    finally:
+        if world.world_size > 1:
+            faulthandler.cancel_dump_traceback_later()
 
 
 def train_together(
@@ -173,6 +190,7 @@ class _StageRun:
 
     def run(self) -> None:
         recipe, world = self.recipe, self.world
+        world.peers.on_rank0(lambda: heartbeat.clear(self.folder))
         status = rundir.Status(self.folder, stage=self.stage, writes=world.is_main)
         watchdog = Watchdog(self.folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
         with status.told(), watchdog, watchdog.errors_told():

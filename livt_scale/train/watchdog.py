@@ -12,7 +12,8 @@ counted: a job may be suspended for hours. If C code holds the interpreter's loc
 faulthandler's own thread, which needs no lock, writes the stacks LOCKED_S later, and a second process kills this one.
 
 An error of this rank is in its heartbeat before its connections close. So a rank that loses its connection to another
-(gloo: "connection closed", NCCL: a time-out) reports which rank is gone and why, not what its socket saw.
+(gloo: "connection closed") reports which rank is gone and why, not what its socket saw. NCCL waits for a rank that is
+gone: there the thread finds it (`lost_peers.py`), and ends this process within 30 s.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Literal, Self, TypeVar
+from typing import IO, Literal, NoReturn, Self, TypeVar
 
 import torch.distributed as dist
 
 from livt_scale.config.recipe import Faults
+from livt_scale.distributed import flight_recorder
 from livt_scale.distributed.world import World
 from livt_scale.train import heartbeat
 from livt_scale.train.guard import Guard
 from livt_scale.train.heartbeat import Heartbeat
 from livt_scale.train.loop import Hook, Loop, Step
+from livt_scale.train.lost_peers import IDLE_S, MAX_SHOWN, REMEDY, LostPeers, lost_error
 from livt_scale.train.run_dir import Status
 from livt_scale.train.running_clock import RunningClock
 from livt_scale.util.errors import EXIT_FAILED, LivtError, Preempted, RankLostError
@@ -53,7 +56,7 @@ DUMP_S = 2.0  # for faulthandler's own thread to write the stacks, before the pr
 GAP_S = 5.0  # a thread that has not run for longer was stopped: a busy machine delays it by less
 LINGER_S = 3.0  # a stalled rank waits before it ends, so that the others find a stall too, not a dead peer
 STATUS_EVERY_S = 15.0
-MAX_SHOWN = 4  # ranks in one message
+RECORD_S = 8.0  # for writing the last collectives
 # In torch's RuntimeErrors when another rank is gone or silent (torch 2.11 to 2.14, gloo and NCCL)
 PEER_WORDS = ("gloo/", "Connection closed by peer", "Connection reset by peer", "NCCL", "ProcessGroup")
 Item = TypeVar("Item")
@@ -81,6 +84,7 @@ class Watchdog(Hook):
         self._now = _Now("start", 0, self._clock.now(), time.time())  # replaced, never changed: two threads read it
         self._state: heartbeat.State = "running"
         self._why = ""
+        self._peers = LostPeers(folder, world=world, beat_s=faults.heartbeat_s)
         self._ended = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -181,6 +185,7 @@ class Watchdog(Hook):
             if now - written >= self._beat_s:
                 written = now
                 self._write()
+                self._look_at_peers()
             if self._world.is_main and now - reported >= max(STATUS_EVERY_S, self._beat_s):
                 reported = now
                 self._update_status()
@@ -199,26 +204,53 @@ class Watchdog(Hook):
             beats = heartbeat.read(self._folder, world_size=self._world.world_size)
             self._status.add(step=self._now.step, ranks=heartbeat.summary(beats))
 
+    def _look_at_peers(self) -> None:
+        """End this process if it waits for a rank that is gone. Runs in the thread."""
+        if self._clock.now() - self._now.since_s < IDLE_S or self._state != "running":
+            self._peers.forget()
+            return
+        lost = self._peers.look()
+        if not lost or self._state != "running":  # the main thread has found out while this one was looking
+            return
+        others = self._others()
+        gone = [b for b in others if b.state == "failed"] or [b for b in others if b.state == "running" and b.is_dead]
+        error = lost_error(gone or lost)
+        self._state, self._why = "peer_lost", error.message
+        self._write()
+        record = self._keep_stacks(error.message)
+        self._end_process(error, record, rank_0_is_lost=any(beat.rank == 0 for beat in gone or lost))
+
     def _hangs(self, here: _Now) -> None:
-        """Write the stacks, name the ranks that are behind, end the process. Runs in the thread; does not return."""
+        """Name the ranks that are behind and end the process. Runs in the thread; does not return."""
         lasted_s = self._clock.now() - here.since_s
         what = f"rank {self._world.rank} came no further for {lasted_s:.0f} s"
         what += f" in phase {here.phase!r} after step {here.step}, at {_main_thread_is_at()}"
-        self._keep(f"{what} (bound {self.bound_s(here.phase):.0f} s), {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
-        with suppress(OSError, ValueError):
-            faulthandler.dump_traceback(file=self._stacks or sys.stderr, all_threads=True)
-        self._state, self._why = "failed", what
+        first = [self._why] if self._state == "failed" else []  # its own error, in whose handling it hangs
+        if not first:
+            self._state, self._why = "failed", what
         self._write()
+        record = self._keep_stacks(f"{what} (bound {self.bound_s(here.phase):.0f} s)")
         time.sleep(LINGER_S)
         others = self._others()
         silent = [beat for beat in others if beat.state == "running"]
         failed = [beat.why for beat in others if beat.state == "failed"]
-        found = [what, *failed, *(f"rank {beat.rank}: {beat.where}" for beat in silent)]
+        found = [*first, what, *failed, *(f"rank {beat.rank}: {beat.where}" for beat in silent)]
         remedy = f"see {self._folder / 'stacks'}; start the run again to resume from the last checkpoint"
         error = RankLostError("; ".join(found[:MAX_SHOWN]), remedy=remedy)
-        self._status_failed(str(error), rank_0_is_lost=any(beat.rank == 0 for beat in silent))
+        self._end_process(error, record, rank_0_is_lost=any(beat.rank == 0 for beat in silent))
+
+    def _keep_stacks(self, why: str) -> threading.Thread:
+        """Write the stacks of all threads, and start to write the last collectives."""
+        self._keep(f"{why}, {time.strftime('%Y-%m-%dT%H:%M:%S%z')}\n\n")
+        with suppress(OSError, ValueError):
+            faulthandler.dump_traceback(file=self._stacks or sys.stderr, all_threads=True)
+        return flight_recorder.start_dump(self._stacks_path.with_name(f"collectives-{self._world.rank}.json"))
+
+    def _end_process(self, error: RankLostError, record: threading.Thread, *, rank_0_is_lost: bool) -> NoReturn:
+        self._status_failed(str(error), rank_0_is_lost=rank_0_is_lost)
         with suppress(OSError, ValueError):
             print(f"livt: error on rank {self._world.rank}: {error}", file=sys.stderr, flush=True)
+        record.join(RECORD_S)
         os._exit(EXIT_FAILED)
 
     def _status_failed(self, why: str, *, rank_0_is_lost: bool) -> None:
@@ -263,22 +295,12 @@ class Watchdog(Hook):
             behind = heartbeat.slowest(waiting)
             why = f"rank {behind.rank} is behind all others: {behind.where}" if behind else "none of them reports why"
             what = f"rank {self._world.rank} lost the connection to the others after step {self._now.step}: {why}"
-            return RankLostError(f"{what} ({_first_line(error)})", remedy=_REMEDY)
-        named = "; ".join(
-            f"rank {b.rank} stopped: {b.why}"
-            if b.state == "failed"
-            else f"rank {b.rank} is gone: last seen at {b.where}"
-            for b in lost[:MAX_SHOWN]
-        )
-        more = f", and {len(lost) - MAX_SHOWN} more" if len(lost) > MAX_SHOWN else ""
-        return RankLostError(f"{named}{more}", remedy=_REMEDY)
+            return RankLostError(f"{what} ({_first_line(error)})", remedy=REMEDY)
+        return lost_error(lost)
 
     def _others(self) -> list[Heartbeat]:
         beats = heartbeat.read(self._folder, world_size=self._world.world_size)
         return [beat for beat in beats if beat.rank != self._world.rank]
-
-
-_REMEDY = "start the run again to resume from the last checkpoint; if it happens again, check that rank's log and node"
 
 
 def _state_after(error: BaseException) -> heartbeat.State:

@@ -8,6 +8,7 @@
     flip:7:1     after its 7th step rank 1 has one bit of one weight changed
     SIGUSR2:7:1  in its 7th step rank 1 gets that signal (any signal's name)
     slow:0.05    every step takes so much longer, in seconds
+    nccl         collectives wait for ever for a rank that is gone, and so does destroying a group; short bounds
 
 The faults are a hook of the loop; `livt train` is replaced by a command that trains with it.
 """
@@ -19,14 +20,19 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 
 from livt_scale.cli import main
 from livt_scale.config.load import load_recipe
+from livt_scale.distributed import world
+from livt_scale.distributed.ddp import Ddp
+from livt_scale.train import lost_peers, watchdog
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run import train
 from livt_scale.util.errors import SampleError
@@ -40,10 +46,12 @@ class Sabotage(Hook):
         self.slow_s = 0.0
         self.plan: dict[int, list[str]] = {}
         for fault in faults:
-            kind, at, *ranks = fault.split(":")
-            if kind == "slow":
+            kind, at, *ranks = [*fault.split(":"), ""]
+            if kind == "nccl":
+                wait_like_nccl()
+            elif kind == "slow":
                 self.slow_s = float(at)
-            elif rank == int((ranks or [0 if kind == "nan" else rank])[0]):
+            elif rank == int((ranks[0] if ranks else "") or (0 if kind == "nan" else rank)):
                 self.plan.setdefault(int(at), []).append(kind)
 
     def before_step(self, loop: Loop, step: Step) -> None:
@@ -66,6 +74,26 @@ class Sabotage(Hook):
     def after_step(self, loop: Loop, step: Step) -> None:
         if "flip" in self.plan.get(step.number, []):
             next(loop.state.strategy.model.parameters()).data.view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+
+def wait_like_nccl() -> None:
+    """Where gloo raises an error because a rank is gone, wait for ever."""
+
+    def patient(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **named: Any) -> Any:
+            try:
+                return call(*args, **named)
+            except RuntimeError:
+                time.sleep(1e6)
+
+        return wrapped
+
+    for name in ("all_reduce", "all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list"):
+        setattr(dist, name, patient(getattr(dist, name)))
+    Ddp.backward = patient(Ddp.backward)
+    dist.destroy_process_group = lambda *_: time.sleep(1e6)
+    lost_peers.IDLE_S = watchdog.IDLE_S = world.LEAVE_S = 1.0
+    watchdog.ENDING_S = 3.0
 
 
 if __name__ == "__main__":

@@ -56,6 +56,38 @@ def test_an_error_of_one_rank_alone_ends_the_others_at_once_with_its_words(livt)
     assert beats[1].step == 4
 
 
+def test_a_rank_that_waits_in_a_collective_for_ever_ends_with_the_reason_of_the_one_that_failed(livt):
+    """As under NCCL, where neither a collective nor destroying a group ends when a rank is gone."""
+    run_dir = livt.folder / "run"
+    with Ranks(livt, run_dir, "nccl", "error:5:1") as ranks:
+        ranks.wait_for(lambda: first_steps_done(run_dir, 4))
+        codes, took_s = ranks.ended(within_s=60)
+    assert codes == [1, 1]
+    assert took_s < 3 + LINGER_S + GONE_S  # faults.stall_timeout_s is 540
+    assert "livt: error on rank 1: shard x.tar, offset 512, key a-key: not an image" in ranks.said(1)
+    assert "livt: error on rank 0: rank 1 stopped: shard x.tar, offset 512, key a-key: not an image" in ranks.said(0)
+    assert "rank 1 stopped: shard x.tar" in read_status(run_dir, "pretrain")["why"]
+    stacks = run_dir / "pretrain" / "stacks"
+    assert "in patient" in (stacks / "rank-0.txt").read_text() or "wrapped" in (stacks / "rank-0.txt").read_text()
+    recorded = json.loads((stacks / "collectives-0.json").read_text())["gloo"]["entries"]
+    assert "gloo:all_reduce" in {entry["profiling_name"] for entry in recorded}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_is_named_where_collectives_wait_for_ever(livt, victim):
+    run_dir = livt.folder / "run"
+    others = [rank for rank in range(4) if rank != victim]
+    with Ranks(livt, run_dir, "nccl", "slow:0.05", world=4) as ranks:
+        ranks.wait_for(lambda: first_steps_done(run_dir, 5))
+        ranks.kill(victim)
+        codes, took_s = ranks.ended(*others, within_s=60)
+    assert codes == [1, 1, 1]
+    assert took_s < GONE_S
+    for rank in others:
+        assert f"rank {victim} is gone: last seen at step" in ranks.said(rank)
+
+
 @pytest.mark.slow
 def test_a_rank_that_hangs_ends_all_within_the_bound_and_each_leaves_its_stacks(livt):
     run_dir = livt.folder / "run"

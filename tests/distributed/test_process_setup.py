@@ -8,6 +8,7 @@ import resource
 import pytest
 
 from livt_scale.distributed import process_setup
+from livt_scale.distributed.flight_recorder import OLD_SIZE, SIZE
 from livt_scale.distributed.process_setup import LAZY, LAZY_FROM, max_ranks, raise_open_files, set_up_process, sockets
 from tests import warm
 
@@ -68,9 +69,17 @@ def test_thousands_of_ranks_fit_an_ordinary_limit_of_open_files():
 
 @pytest.mark.parametrize(
     ("ranks", "before", "after"),
-    [(LAZY_FROM - 1, {}, {}), (LAZY_FROM, {}, {LAZY: "1"}), (LAZY_FROM, {LAZY: "0"}, {LAZY: "0"})],
+    [
+        (1, {}, {}),
+        (2, {}, {SIZE: "2000"}),
+        (2, {SIZE: "0"}, {SIZE: "0"}),
+        (2, {OLD_SIZE: "9"}, {OLD_SIZE: "9"}),
+        (LAZY_FROM - 1, {}, {SIZE: "2000"}),
+        (LAZY_FROM, {}, {SIZE: "2000", LAZY: "1"}),
+        (LAZY_FROM, {LAZY: "0"}, {SIZE: "2000", LAZY: "0"}),
+    ],
 )
-def test_many_ranks_connect_lazily_unless_the_user_says_otherwise(ranks, before, after):
+def test_collectives_are_recorded_and_many_ranks_connect_lazily_unless_the_user_says_otherwise(ranks, before, after):
     environ = dict(before)
     set_up_process(ranks, environ)
     assert environ == after
