@@ -3,11 +3,11 @@
     rank 0 of 2   samples 0 2 4 6 8        counts ─┐
     rank 1 of 2   samples 1 3 5 7          counts ─┴─ sum ─► top1 = right / 9
 
-Ranks may hold different numbers of batches. No sample is padded, and no rank waits for another inside the loop, unless
-the model is sharded: then a rank that has no batch left calls it on nothing that counts, because the others need its
-shard of the weights. The counts are summed once at the end. So the score does not depend on the world size (as with a
-padding sampler, or with means of batch means, it would). The sum must give the set's number of samples, or it is an
-error.
+Ranks may hold different numbers of batches. No sample is counted twice, and no rank waits for another inside the loop,
+unless the model is sharded: then a rank that has no batch left calls it on nothing that counts, because the others need
+its shard of the weights. A compiled model gets batches of one size, filled up with zeros that do not count. The counts
+are summed once at the end. So the score does not depend on the world size (as with a padding sampler, or with means of
+batch means, it would). The sum must give the set's number of samples, or it is an error.
 
 Groups come from the counts of the *training* set, or those that data.group_counts names; the classes of both sets must
 be the same, in the same order. The report says which data and which weights it is about.
@@ -33,6 +33,7 @@ from livt_scale.data.remote.prefetch import check_evaluation_room
 from livt_scale.data.settings import ImageSettings
 from livt_scale.data.shard_set import SetFacts, ShardSet
 from livt_scale.distributed import precision as precisions
+from livt_scale.distributed.blocks import is_compiled
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.tta import Views
@@ -96,10 +97,13 @@ def evaluate_images(
     if (in_step and world.world_size > 1) if isinstance(model, nn.Module) else model.lockstep:
         owed = _most_batches(shards, world, batch) * views.number  # forward passes, at least
 
+    filled = batch if is_compiled(model if isinstance(model, nn.Module) else model.model) else 1
+
     def counted(images: Tensor) -> Tensor:
         nonlocal owed
-        logits = infer(images)
+        logits = infer(_filled(images, filled))
         owed -= 1
+        logits = logits[: len(images)] if isinstance(logits, Tensor) else logits
         _check_logits(logits, (len(images), shards.num_classes))
         return logits
 
@@ -112,7 +116,7 @@ def evaluate_images(
     except Exception as raised:
         error = raised
     for _ in range(owed):  # after an error too: the others count to the end
-        infer(torch.zeros(1, settings.channels, *[settings.image_px] * 2, device=device))
+        infer(torch.zeros(filled, settings.channels, *[settings.image_px] * 2, device=device))
     world.peers.all_or_none(error)
     if world.world_size > 1:
         for sums in tally.tensors():
@@ -123,6 +127,12 @@ def evaluate_images(
         raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
     facts = {"precision": precision, "views": views.facts(), "data": data_lineage(shards)}
     return {**report, **facts}
+
+
+def _filled(images: Tensor, count: int) -> Tensor:
+    """`images`, followed by zeros where they are fewer than `count`."""
+    missing = count - len(images)
+    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing > 0 else images
 
 
 def _check_logits(logits: Any, shape: tuple[int, int]) -> None:

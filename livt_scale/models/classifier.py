@@ -99,7 +99,8 @@ class Classifier(VisionTransformer):
         if self.training and self.drop_path > 0:
             drop = coins(images, 2 * len(self.blocks), given=drop)
             for k, block in enumerate(self.blocks):
-                block.drop_path1.uniforms, block.drop_path2.uniforms = drop[:, 2 * k], drop[:, 2 * k + 1]
+                block.drop_path1.draw(drop[:, 2 * k])
+                block.drop_path2.draw(drop[:, 2 * k + 1])
         return self.forward_head(self.forward_features(images))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

@@ -97,23 +97,26 @@ def coins(images: Tensor, branches: int, *, given: Tensor | None) -> Tensor:
 class DropPath(nn.Module):
     """Stochastic depth of one residual branch: a sample's branch is 0, or scaled by 1 / keep. Identity in evaluation.
 
-    `uniforms` `[B]` is set before each forward pass and stays until the next, for activation checkpointing runs the
-    branch a second time during the backward pass.
+    `draw` is called before each forward pass in training. What it drew stays until the next, for activation
+    checkpointing runs the branch a second time during the backward pass. The rate is not used in `forward`: a compiled
+    block is compiled for the numbers in it, and the blocks of a network differ in this one alone.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.uniforms: Tensor | None = None
+        self.scale: Tensor | None = None  # [B]
+
+    def draw(self, uniforms: Tensor) -> None:
+        """Decide by `uniforms` `[B]`, in [0, 1), which samples have the branch."""
+        keep = 1 - self.rate
+        self.scale = (uniforms < keep).to(uniforms.dtype) / keep
 
     def forward(self, branch: Tensor) -> Tensor:  # [B, tokens, D] or [B, C, H, W]
-        if not self.training or self.rate == 0:
+        if not self.training or self.scale is None:
             return branch
-        keep = 1 - self.rate
-        assert self.uniforms is not None, "stochastic depth in training needs `drop`"
-        assert len(self.uniforms) == len(branch), (self.uniforms.shape, branch.shape)
-        scale = (self.uniforms < keep).to(branch.dtype) / keep
-        return branch * scale.view(-1, *[1] * (branch.ndim - 1))
+        assert len(self.scale) == len(branch), (self.scale.shape, branch.shape)
+        return branch * self.scale.to(branch.dtype).view(-1, *[1] * (branch.ndim - 1))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

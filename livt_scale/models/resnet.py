@@ -67,7 +67,7 @@ class ResNetClassifier(ResNet):
             blocks = residual_blocks(self)
             drop = coins(images, len(blocks), given=drop)
             for k, one in enumerate(blocks):
-                one.drop_path.uniforms = drop[:, k]
+                one.drop_path.draw(drop[:, k])
         logits: Tensor = self.forward_head(self.forward_features(images))
         return logits
 
