@@ -33,7 +33,7 @@ class Parallel(RecipePart):
     activation_checkpointing: bool = Field(
         False, description="keep each block's input alone and compute the block again in the backward pass"
     )
-    compile: bool = Field(False, description="torch.compile, block by block")
+    compile: bool = Field(False, description="torch.compile, block by block; needs a C compiler on the nodes")
     adamw: Literal["fused", "foreach"] = Field("fused", description="which of torch's implementations")
     threads: PositiveInt | None = Field(
         None, description="CPU threads that a process computes with; None: torch's choice (OMP_NUM_THREADS)"

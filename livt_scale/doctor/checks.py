@@ -124,6 +124,13 @@ def judge_locks(works: bool, *, folder: str) -> Finding:
     return Finding("locks", "ok", f"files in {folder} can be locked")
 
 
+def judge_compiler(path: str | None, *, has_gpu: bool) -> Finding:
+    if path is None and has_gpu:
+        message = "no C compiler on the PATH: parallel.compile needs one"
+        return Finding("compiler", "note", message, "load your site's gcc module, or --set parallel.compile=false")
+    return Finding("compiler", "ok", path or "none; parallel.compile is for GPUs")
+
+
 def judge_slurm(found: list[str]) -> Finding:
     missing = [c for c in SLURM_COMMANDS if c not in found]
     if not found:
@@ -284,6 +291,14 @@ def _jpeg() -> list[Finding]:
     return [Finding("jpeg", "ok", f"simplejpeg decodes; Pillow has {turbo}")]
 
 
+def _compiler() -> list[Finding]:
+    import torch
+
+    named = os.environ.get("CC", "")  # as triton looks for it
+    found = next((path for name in (named, "gcc", "clang") if name and (path := shutil.which(name))), None)
+    return [judge_compiler(found, has_gpu=torch.cuda.is_available())]
+
+
 def _slurm() -> list[Finding]:
     return [judge_slurm([c for c in SLURM_COMMANDS if shutil.which(c)])]
 
@@ -315,6 +330,7 @@ CHECKS: tuple[Callable[[], list[Finding]], ...] = (
     _gpus,
     _collectives,
     _jpeg,
+    _compiler,
     _slurm,
     _shards,
 )

@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = 
     if stage is not None and stage not in recipe.stage_names:
         raise UsageError(f"the recipe has no stage {stage}", remedy=f"it has {', '.join(recipe.stage_names)}")
     world = detect()
-    _set_up_torch(recipe.parallel)
+    _set_up_torch(recipe.parallel, world.device)
     stages = (stage,) if stage else recipe.stage_names
     timeout_s = recipe.parallel.timeout_s
     with process_group(world, timeout_s=timeout_s), _bounded_start(world, timeout_s=timeout_s):
@@ -136,7 +136,9 @@ def _left_to_train(
     return [name for name in stages if name in unfinished]
 
 
-def _set_up_torch(parallel: Parallel) -> None:
+def _set_up_torch(parallel: Parallel, device: torch.device) -> None:
+    if device.type == "cuda" and parallel.precision != "fp32":
+        torch.set_float32_matmul_precision("high")  # TF32 for the products that autocast leaves in fp32
     if parallel.threads is not None:
         torch.set_num_threads(parallel.threads)
     if parallel.deterministic:

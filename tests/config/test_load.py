@@ -387,3 +387,10 @@ def test_a_relative_folder_is_looked_for_here_then_above_the_recipe():
 def test_the_run_directory_follows_from_the_name_unless_given():
     assert load_recipe(write(BASE)).run_dir == str(Path("runs/r").absolute())
     assert load_recipe(write(BASE), sets=["run_dir=elsewhere/x"]).run_dir == str(Path("elsewhere/x").absolute())
+
+
+@pytest.mark.parametrize("group", ["imagenet_lt", "imagenet_bal", "inat18", "places_lt"])
+def test_the_recipes_for_gpus_compile_their_vits_alone(group):
+    for path in sorted((ROOT / "recipes" / group).glob("*.yaml")):
+        recipe = load_recipe(path)
+        assert recipe.parallel.compile == recipe.model.is_vit, path
