@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from typing import Any, Literal
 
 from livt_scale.checkpoint.manifest import step_of
 from livt_scale.config.recipe import Recipe
-from livt_scale.distributed.ports import free_port, port_of_job
+from livt_scale.distributed.ports import TRIES, free_port, port_of_job
 from livt_scale.slurm import bad_nodes, commands
 from livt_scale.slurm.bad_nodes import BadNode
 from livt_scale.slurm.causes import cause_outside, was_cancelled, was_preempted, was_requeued
@@ -155,14 +156,18 @@ def parse_ended(words: Sequence[str]) -> list[tuple[str, int]]:
 
 
 def _begin(job: BatchJob) -> JobExit | None:
-    """End here if the stage is done, has failed in an earlier segment, or makes no progress; None: there is work."""
+    """End here if the stage is done or cannot be continued; None: there is work."""
     if _is_evaluated(job) if job.stage == "evaluate" else _status(job).get("state") == "done":
         log(f"{job.stage} is already done in {job.run_dir}: nothing to do")
         return JobExit(0, "done")
     job.folder.mkdir(parents=True, exist_ok=True)
     if job.segment > 1 and (stop := _ended_before(job)) is not None:
         return stop
-    return None if job.stage == "evaluate" else _count_start(job)
+    if job.stage == "evaluate":
+        return None
+    if free_port(int(job.id)) is None:
+        return _fail(job, f"port {port_of_job(int(job.id))} and {TRIES} others are taken on {socket.gethostname()}")
+    return _count_start(job)
 
 
 def _is_evaluated(job: BatchJob) -> bool:

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from livt_scale.distributed.ports import is_free, port_of_job
+from livt_scale.slurm import job as job_module
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.causes import was_cancelled
 from livt_scale.slurm.commands import Answer
@@ -430,6 +431,15 @@ def test_a_port_that_is_taken_is_replaced_by_another_one(batch):
     port = int(re.match(r"env MASTER_PORT=(\d+) srun ", words)[1])
     assert port != 12077
     assert is_free(port)
+
+
+def test_a_job_whose_ports_are_all_taken_fails_and_its_record_names_them(batch, monkeypatch):
+    monkeypatch.setattr(job_module, "free_port", lambda number: None)
+    assert batch()[0] == 1
+    assert batch.steps == []
+    end = read_end(batch.run, "77")
+    assert (end.kind, end.code) == ("failed", 1)
+    assert end.why.startswith("port 12077 and 50 others are taken on ")
 
 
 # --- the code that runs ---
