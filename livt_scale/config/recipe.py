@@ -19,7 +19,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from livt_scale.config.capabilities import choices, supports
 from livt_scale.config.data import Cache, Data, Remote
 from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_patches
-from livt_scale.config.resume import FREE, resume_of
+from livt_scale.config.resume import FREE, Change, changes, resume_of
 from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
 from livt_scale.config.slurm import Slurm
 from livt_scale.config.stages import (
@@ -218,6 +218,12 @@ def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         if (not path.startswith("stages.") or path.startswith(f"stages.{stage}."))
         and resume_of(path, Recipe).of(batchnorm=not recipe.model.is_vit) != "free"
     }
+
+
+def differences(old: Recipe, new: Recipe) -> list[Change]:
+    """All fields in which two recipes differ, also those that may change freely."""
+    before, after = (_flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
+    return changes(before, after, Recipe, batchnorm=not new.model.is_vit)
 
 
 def digest(fields: dict[str, Any]) -> str:

@@ -27,8 +27,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from livt_scale.config.load import to_yaml
-from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.config.load import load_saved, to_yaml
+from livt_scale.config.recipe import STAGES, Recipe, Stage, differences
 from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
@@ -42,8 +42,9 @@ from livt_scale.slurm.step_times import measure
 from livt_scale.train.compare_run import check_start
 from livt_scale.train.preflight import check_run, is_absent, refuse
 from livt_scale.train.resume_rules import check_allowable
+from livt_scale.train.resume_rules import describe as describe_change
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
-from livt_scale.util.errors import ClusterError, UsageError
+from livt_scale.util.errors import ClusterError, LivtError, UsageError
 from livt_scale.util.resources import shipped
 from livt_scale.util.urls import is_url
 
@@ -168,7 +169,7 @@ def submit(prepared: Prepared) -> dict[str, Any]:
         earlier = read_chain(run_dir)
         (waiting,) = commands.alive([earlier])
         if earlier and waiting:
-            return _join(earlier, waiting, what_runs(prepared, code), run_dir)
+            return _join(earlier, waiting, prepared, runs=what_runs(prepared, code))
         frozen = freeze(code, run_dir) if code else None
         start_over(prepared)
         git = keep_git_view(run_dir / "slurm") if code else None
@@ -286,16 +287,28 @@ def take_back(chains: Sequence[tuple[Path, dict[str, Any]]], ids: list[str], err
         ) from error
 
 
-def _join(chain: dict[str, Any], waiting: dict[str, str], runs: str, run_dir: Path) -> dict[str, Any]:
+def _join(chain: dict[str, Any], waiting: dict[str, str], prepared: Prepared, *, runs: str) -> dict[str, Any]:
     """The chain that is in the queue, if it runs the same; else the second one is refused."""
     told = ", ".join(f"{job} {state.lower()}" for job, state in waiting.items())
     if chain["code"]["runs"] == runs and not chain.get("taken_back"):
         return {**chain, "joined": waiting}
     raise ClusterError(
-        f"this run's jobs of {chain.get('submitted_at')} are still in the queue ({told}), with other code or another "
-        f"recipe: {run_dir}",
+        f"this run's jobs of {chain.get('submitted_at')} are still in the queue ({told}), with {_other(prepared)}: "
+        f"{prepared.run_dir}",
         remedy=f"end them first (scancel {' '.join(waiting)}), or set another run_dir",
     )
+
+
+def _other(prepared: Prepared) -> str:
+    """What differs between the jobs in the queue and `prepared`: fields of the recipe, as far as they can be read."""
+    with suppress(OSError):
+        if prepared.recipe_path.read_bytes() == prepared.recipe_bytes:
+            return "other code"
+    lines = ""
+    with suppress(LivtError):
+        changed = differences(load_saved(prepared.recipe_path), prepared.recipe)
+        lines = "; ".join(describe_change(change, where="in the queue") for change in changed)
+    return f"another recipe ({lines})" if lines else "another recipe"
 
 
 def write_scripts(folder: Path, jobs: Sequence[JobPlan], texts: Sequence[str]) -> list[Path]:

@@ -22,7 +22,7 @@ from livt_scale.config.recipe import STAGES, Recipe, Stage, learnt_from
 from livt_scale.config.resume import Change
 from livt_scale.config.run_place import SAVED, check_place
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.train.resume_rules import QUARANTINE, compare_facts, data_facts, describe_finished, refuse_unallowed
+from livt_scale.train.resume_rules import QUARANTINE, REMEDY, compare_facts, data_facts, describe, refuse_unallowed
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, DataError, LivtError, UsageError
 from livt_scale.util.urls import is_url
@@ -65,11 +65,8 @@ def check_start(recipe: Recipe, run_dir: Path, *, allow: Sequence[str] = ()) -> 
     # A finished stage cannot take a change over, but a field of both stages may change for the one that is not finished
     finished = [d for d in differences if d.finished and not (unfinished and _is_for_both(d.change))]
     if finished:
-        told = "; ".join(f"{stage} has finished with {_values(finished, stage)}" for stage in _stages(finished))
-        raise UsageError(
-            f"{run_dir} was trained by another recipe: {told}",
-            remedy="choose another run_dir, or set these fields back",
-        )
+        lines = "; ".join(describe(d.change, where=f"in the finished {d.stage}") for d in finished)
+        raise UsageError(f"{run_dir} was trained by another recipe: {lines}", remedy=REMEDY)
     return unfinished
 
 
@@ -162,11 +159,3 @@ def _saved_recipe(run_dir: Path) -> Recipe | None:
         return load_saved(run_dir / SAVED)
     except LivtError:
         return None
-
-
-def _stages(differences: Sequence[Difference]) -> list[Stage]:
-    return [stage for stage in STAGES if any(d.stage == stage for d in differences)]
-
-
-def _values(differences: Sequence[Difference], stage: Stage) -> str:
-    return ", ".join(describe_finished(d.change) for d in differences if d.stage == stage)

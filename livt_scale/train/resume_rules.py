@@ -25,6 +25,7 @@ QUARANTINE = "data.quarantine"  # allows the training set of the same shards to 
 MAX_LEFT_OUT = 1000  # samples in quarantine that the facts of a checkpoint name
 NONE_LEFT_OUT: dict[str, Any] = {"count": 0, "classes": {}, "samples": []}
 MAX_LISTED = 5  # samples in one message
+REMEDY = "set these fields back, or give the changed run another run_dir"
 
 
 def check_allowable(fields: Iterable[str]) -> tuple[str, ...]:
@@ -68,23 +69,18 @@ def refuse_unallowed(changed: Iterable[Change], path: Path, *, allow: Sequence[s
     refused = [change for change in changed if change.path not in allow]
     if not refused:
         return
-    remedy = "set these fields back, or give the changed run another run_dir"
+    remedy = REMEDY
     if all(change.policy == "allow" for change in refused):
         remedy += f"; to resume with the change: {' '.join(f'--allow {change.path}' for change in refused)}"
     lines = "; ".join(map(describe, refused))
     raise CheckpointMismatch(f"{path} was trained by another recipe: {lines}", remedy=remedy)
 
 
-def describe(change: Change) -> str:
+def describe(change: Change, *, where: str = "in the checkpoint") -> str:
     """ "stages.pretrain.epochs: 800 in the checkpoint, 900 here"."""
     if change.path == QUARANTINE:
         return _describe_quarantine(change.old, change.new)
-    return f"{change.path}: {_short(change.old)} in the checkpoint, {_short(change.new)} here"
-
-
-def describe_finished(change: Change) -> str:
-    """ "stages.pretrain.epochs = 800, not 900"."""
-    return f"{change.path} = {_short(change.old)}, not {_short(change.new)}"
+    return f"{change.path}: {_short(change.old)} {where}, {_short(change.new)} here"
 
 
 def _short(value: Any) -> str:

@@ -142,8 +142,9 @@ def test_a_chain_submitted_twice_is_joined_not_doubled(tmp_path, fake):
 
 def test_another_recipe_for_the_same_run_is_refused_as_long_as_the_first_is_queued(tmp_path, fake):
     submit(recipe(tmp_path))
-    with pytest.raises(ClusterError, match=r"still in the queue .*scancel 101 102 103"):
-        submit(recipe(tmp_path, seed=5))
+    with pytest.raises(ClusterError, match=r"still in the queue .*another recipe .*scancel 101 102 103") as refused:
+        submit(recipe(tmp_path, seed=5, slurm={"nodes": 2}))
+    assert "(seed: 0 in the queue, 5 here; slurm.nodes: 1 in the queue, 2 here)" in str(refused.value)
     fake.set(queue=[])
     chain = submit(recipe(tmp_path, seed=5))
     assert [job["id"] for job in chain["jobs"]] == ["104", "105", "106"]
