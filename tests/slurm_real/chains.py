@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests import warm
 from tests.slurm_real.cluster import Cluster, wait_for
-from tests.whole_runs import TINY, Livt, assert_same_run, small_data, spelt
+from tests.slurm_real.ordinary import User
+from tests.whole_runs import TINY, Livt, assert_same_run, small_data, small_sets, spelt
 
 FAULTY = Path(__file__).with_name("faulty.py")
 RECIPE = {**TINY, "stages.pretrain.epochs": 3}  # 27 steps and 18
@@ -32,15 +36,18 @@ exec '{python}' "$@"
 
 
 class Chain:
-    """One run and its jobs. Its faults are files that tests/slurm_real/faulty.py reads at each step."""
+    """One run and its jobs. Its faults are files that tests/slurm_real/faulty.py reads at each step.
 
-    def __init__(self, cluster: Cluster, folder: Path, **sets: Any) -> None:
+    user: whose it is, with a copy of the data; None: root's.
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path, *, user: User | None = None, **sets: Any) -> None:
         folder.mkdir()
-        self.cluster, self.folder, self.run_dir = cluster, folder, folder / "run"
+        self.cluster, self.folder, self.run_dir, self.user = cluster, folder, folder / "run", user
         self.faults = folder / "faults"
         self.faults.mkdir()
         python = folder / "python"
-        python.write_text(PYTHON.format(python=sys.executable, faulty=FAULTY))
+        python.write_text(PYTHON.format(python=user.python if user else sys.executable, faulty=FAULTY))
         python.chmod(0o755)
         slurm = {
             "nodes": 2,
@@ -55,11 +62,21 @@ class Chain:
         self.sets = {**RECIPE, **small_data(), "run_dir": self.run_dir}
         self.sets |= {f"slurm.{name}": value for name, value in slurm.items()}
         self.sets |= {name.replace("__", "."): value for name, value in sets.items()}
+        if user is not None:
+            shutil.copytree(small_sets(), folder / "data")
+            self.sets |= {"data.train": folder / "data" / "train-lt", "data.val": folder / "data" / "val"}
+            for path in (folder, *folder.rglob("*")):
+                os.chown(path, user.uid, -1)
 
     def livt(self, *words: str | Path, expect: int | tuple[int, ...] = 0) -> warm.CompletedProcess[str]:
         """A `livt` command, as on a login node."""
-        environ = self.cluster.environ | {"OMP_NUM_THREADS": "1"}
-        done = warm.run(["-m", "livt_scale", *words], cwd=self.folder, env=environ)
+        environ, livt = self.cluster.environ | {"OMP_NUM_THREADS": "1"}, ("-m", "livt_scale", *words)
+        if self.user is None:
+            done = warm.run(livt, cwd=self.folder, env=environ)
+        else:
+            environ |= self.user.environ(self.folder)
+            command = self.user.command(self.user.python, *livt)
+            done = subprocess.run(command, cwd=self.folder, env=environ, capture_output=True, text=True, timeout=240)
         allowed = expect if isinstance(expect, tuple) else (expect,)
         assert done.returncode in allowed, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -122,6 +139,11 @@ class Chain:
         """A more urgent job takes the nodes."""
         where = ("--partition=urgent", f"--nodelist={','.join(nodes)}", f"--nodes={len(nodes)}", "--exclusive")
         self.cluster.run("sbatch", *where, "--time=5", f"--wrap=sleep {seconds}", cwd=self.folder)
+
+    def signal(self, name: str) -> None:
+        """Ask the job to save and stop, as its user would."""
+        command = ("scancel", "--signal=USR2", "--batch", self.jobs[name])
+        self.cluster.run(*(self.user.command(*command) if self.user else command))
 
     def restarts(self, name: str) -> int:
         return int(self.cluster.show(self.jobs[name])["Restarts"])

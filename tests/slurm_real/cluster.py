@@ -25,11 +25,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tests.slurm_real import descriptions
+from tests.slurm_real import descriptions, ordinary
 from tests.slurm_real.descriptions import GPUS, TWO_NODES, Description
 
 DAEMONS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacct", "sacctmgr")
-START_S = 60.0  # a daemon that does not answer after this long has failed
+START_S = 120.0  # a daemon that does not answer after this long has failed
 HOSTS = Path("/etc/hosts")
 HOSTS_MARK = "# the nodes of livt_scale's test cluster"
 
@@ -94,7 +94,7 @@ class Cluster:
         return kept | {"SLURM_CONF": str(self.conf)}
 
     def start(self) -> None:
-        """All daemons up, all nodes idle, an account for root. ClusterError where one does not come up."""
+        """All daemons up, all nodes idle, an account for all users. ClusterError where one does not come up."""
         try:
             self._lay_out()
             self._start_munge()
@@ -121,9 +121,10 @@ class Cluster:
 
     def cancel_all(self) -> None:
         """Ends all jobs and waits until their processes are gone."""
-        self.run("scancel", "--user=root", "--full", check=False)
-        self.run("scancel", "--user=root", "--signal=KILL", "--full", check=False)
-        wait_for(lambda: not self.run("squeue", "--noheader").stdout.strip(), "the queue to be empty", seconds=90)
+        for user in ("root", ordinary.NAME):
+            self.run("scancel", f"--user={user}", "--full", check=False)
+            self.run("scancel", f"--user={user}", "--signal=KILL", "--full", check=False)
+        wait_for(lambda: not self.run("squeue", "--noheader").stdout.strip(), "the queue to be empty", seconds=180)
 
     def settle(self) -> None:
         """No job is left, and all nodes take jobs."""
@@ -238,7 +239,9 @@ class Cluster:
         self.run("sacctmgr", "--immediate", "add", "cluster", "livt")
         self.run("sacctmgr", "--immediate", "add", "account", "lab", "Cluster=livt")
         self.run("sacctmgr", "--immediate", "add", "qos", "low")
-        self.run("sacctmgr", "--immediate", "add", "user", "root", "Account=lab", "QOS=normal,low", "DefaultQOS=normal")
+        for user in ("root", ordinary.NAME):
+            may = ("Account=lab", "QOS=normal,low", "DefaultQOS=normal")
+            self.run("sacctmgr", "--immediate", "add", "user", user, *may)
 
     def _start_slurm(self) -> None:
         self._spawn("slurmctld", "-D", "-c")

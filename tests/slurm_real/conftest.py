@@ -1,13 +1,16 @@
 """The clusters: each description has one for all tests, started when the first asks for it, stopped after the last."""
 
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
 from tests.slurm_real import cluster as slurm
 from tests.slurm_real.chains import RECIPE, Chain
 from tests.slurm_real.cluster import Cluster
-from tests.slurm_real.descriptions import OTHERS, TWO_NODES, Description
+from tests.slurm_real.descriptions import LIMITED, TWO_NODES, UNEVEN, Description
+from tests.slurm_real.ordinary import ordinary_user
 from tests.whole_runs import Livt
 
 
@@ -60,17 +63,27 @@ def local(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def preempted(clusters, tmp_path_factory):
-    """Chains of one task on the other clusters, preempted while they pretrain. They run beside the tests that wait."""
-    folder = tmp_path_factory.mktemp("preempted")
-    chains = {name: Chain(clusters(which), folder / name, slurm__nodes=1) for name, which in OTHERS.items()}
-    for chain in chains.values():
-        chain.lay("pace", "1 1")
+    """Chains of one task on the other clusters, preempted while they pretrain. They run beside the tests that wait.
+
+    The one that is requeued is an ordinary user's, where there is one who can run it. Before it is preempted it is
+    asked to save, and requeues itself.
+    """
+    readable = Path(tempfile.mkdtemp(prefix="livt-ordinary-"))
+    readable.chmod(0o755)
+    limited = Chain(clusters(LIMITED), readable / "a run", slurm__nodes=1, user=ordinary_user())
+    uneven = Chain(clusters(UNEVEN), tmp_path_factory.mktemp("preempted") / "a run", slurm__nodes=1)
+    for chain, pace in ((limited, "1 2"), (uneven, "1 1")):
+        chain.lay("pace", pace)
         chain.submit()
-    for chain in chains.values():
-        chain.await_steps(4)
-        (pretrain, *_) = chain.jobs.values()
-        chain.preempt(chain.cluster.show(pretrain)["NodeList"])
-    return chains
+    limited.await_steps(4)
+    limited.signal("pretrain")
+    uneven.await_steps(4)
+    uneven.preempt(uneven.cluster.show(uneven.jobs["pretrain-1"])["NodeList"])
+    limited.await_restart("pretrain")
+    limited.await_steps(2)
+    limited.preempt(limited.cluster.show(limited.jobs["pretrain"])["NodeList"])
+    yield {"limited": limited, "uneven": uneven}
+    shutil.rmtree(readable)
 
 
 @pytest.fixture

@@ -150,4 +150,3 @@ LIMITED = Description(
     mem_per_cpu_mb=300,
     first_job=2001,
 )
-OTHERS = {"uneven": UNEVEN, "limited": LIMITED}

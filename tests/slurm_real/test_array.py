@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 
 import pytest
 
@@ -79,6 +78,6 @@ def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_o
     wait_for(lambda: states(runs[1])["pretrain"] == "RUNNING", runs[1].tell, seconds=120)
     runs[1].await_steps(2)
     runs[1].livt("cancel", runs[1].run_dir)
-    time.sleep(2)
-    assert not first.cluster.run("squeue", "--noheader", "--array").stdout
+    queue = ("squeue", "--noheader", "--array")
+    wait_for(lambda: not first.cluster.run(*queue).stdout, runs[1].tell, seconds=60)
     assert json.loads(runs[1].livt("status", runs[1].run_dir, "--json").stdout)["state"] == "preempted"

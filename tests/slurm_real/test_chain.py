@@ -7,6 +7,7 @@ takes a node from every job stands behind them.
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -20,7 +21,7 @@ from tests.whole_runs import assert_same_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
-LOST_S = 60.0  # from kill -9 of a task to the end of its job
+LOST_S = 120.0  # from kill -9 of a task to the end of its job; a few seconds on a quiet machine
 SHORT = {"slurm__time_min": 2, "slurm__signal_lead_s": 30}
 PACE = "7 2"  # two starts of 2 minutes at 7 s a step cannot do 27 steps; the third has time for them
 
@@ -93,9 +94,9 @@ def test_a_second_submission_joins_the_first_and_another_recipe_is_refused(short
     assert "In the queue already" in chain.submit()
     chain.sets["seed"] = 7
     # it depends on the moment: before its first checkpoint, between that and the end of the stage, after that
-    moments = ("still in the queue", "seed: 0 in the checkpoint, 7 here", "seed = 0, not 7")
     refused = chain.submit(expect=(1, 2))
-    assert any(moment in refused for moment in moments), refused
+    place = "the queue|the checkpoint|the finished pretrain"
+    assert re.search(f"another recipe.*seed: 0 in ({place}), 7 here", refused, re.DOTALL), refused
     assert chain.jobs == before
 
 
@@ -108,7 +109,7 @@ def test_requeue_signal_and_a_killed_task_at_random_moments_come_to_the_same_wei
     for disturb in dice.sample(["requeue", "signal", "kill"], 3):
         job, before = chain.jobs["pretrain"], chain.restarts("pretrain")
         chain.await_steps(2)
-        time.sleep(dice.uniform(0, 4))
+        time.sleep(dice.uniform(0, 2))  # in all, the three take less than the 27 steps
         print(f"{disturb} in step {chain.lines('steps')[-1]}")
         if disturb == "requeue":
             cluster.run("scontrol", "requeue", job)

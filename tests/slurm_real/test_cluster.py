@@ -52,7 +52,7 @@ def test_the_signal_before_the_time_limit_comes_to_the_batch_shell_alone_and_sru
     cluster, sbatch, tmp_path
 ):
     body = """
-    srun bash -c 'trap "echo task $SLURM_PROCID got it; exit 0" USR2; echo waits; while :; do sleep 0.2; done' &
+    srun bash -c 'trap "echo task $SLURM_PROCID got it; exit 0" USR2; echo waits; while :; do sleep 100; done' &
     trap 'echo shell got it; kill -USR2 $!' USR2
     wait $!; echo "woken by $?"; wait $!; echo "srun ended with $?"
     """
@@ -113,11 +113,12 @@ def test_one_lost_task_ends_the_step_and_the_code_is_of_those_that_were_ended(cl
     assert int(after[2]) < 30
 
 
-def test_after_a_failed_job_its_dependant_is_cancelled_not_left_waiting(cluster, sbatch):
-    failing = sbatch("sleep 3; exit 1", "--time=5")
+def test_after_a_failed_job_its_dependant_is_cancelled_not_left_waiting(cluster, sbatch, tmp_path):
+    failing = sbatch("while [ ! -e fail ]; do sleep 0.2; done; exit 1", "--time=5")
     killed = sbatch("echo never", f"--dependency=afterok:{failing}", "--kill-on-invalid-dep=yes")
     left = sbatch("echo never", f"--dependency=afterok:{failing}", "--kill-on-invalid-dep=no")
-    assert cluster.show(killed)["Reason"] == "Dependency"
+    wait_for(lambda: cluster.show(killed)["Reason"] == "Dependency", "the reason", seconds=60)
+    (tmp_path / "fail").touch()
     cluster.wait(failing, "FAILED")
     assert cluster.wait(killed, *DONE)["JobState"] == "CANCELLED"
     wait_for(lambda: cluster.show(left)["Reason"] == "DependencyNeverSatisfied", "the reason", seconds=60)
@@ -181,11 +182,15 @@ def test_a_lost_node_puts_the_job_back(cluster, sbatch, tmp_path):
 
 def test_an_array_runs_a_bounded_number_at_once(cluster, sbatch, tmp_path):
     array = sbatch("sleep 4; echo $SLURM_ARRAY_TASK_ID >> done", "--array=0-3%2", "--time=5")
-    most = 0
-    while (done := tmp_path / "done") and not (done.exists() and len(done.read_text().split()) == 4):
+    most, done = 0, tmp_path / "done"
+
+    def all_done():
+        nonlocal most
         running = cluster.run("squeue", "--noheader", "--array", f"--jobs={array}", "--states=RUNNING").stdout
         most = max(most, len(running.splitlines()))
-        time.sleep(0.5)
+        return done.exists() and len(done.read_text().split()) == 4
+
+    wait_for(all_done, "the four", seconds=180, every_s=0.5)
     assert most == 2
     assert sorted(done.read_text().split()) == ["0", "1", "2", "3"]
 
@@ -206,7 +211,7 @@ def test_what_cannot_run_is_refused_with_these_words(cluster, sbatch, option, wo
 
 def test_more_nodes_than_there_are_wait_for_ever_with_a_reason(cluster, sbatch):
     job = sbatch("true", "--nodes=3", "--time=1")
-    wait_for(lambda: cluster.show(job)["Reason"] == "PartitionNodeLimit", "the reason", seconds=30)
+    wait_for(lambda: cluster.show(job)["Reason"] == "PartitionNodeLimit", "the reason", seconds=60)
 
 
 def test_a_dependency_on_a_job_that_slurm_has_forgotten_holds_nothing_back(cluster, sbatch):

@@ -10,6 +10,7 @@ import pytest
 
 from livt_scale.slurm import commands
 from livt_scale.util.host_list import expand
+from tests.slurm_real import ordinary
 from tests.slurm_real.chains import Chain
 from tests.slurm_real.cluster import wait_for
 from tests.slurm_real.descriptions import LIMITED, UNEVEN
@@ -52,14 +53,28 @@ def test_preempted_chains_end_like_a_local_run(preempted, local):
     assert ends["limited"] == dict.fromkeys(("pretrain", "finetune", "evaluate"), "COMPLETED"), preempted[
         "limited"
     ].tell()
-    assert preempted["limited"].restarts("pretrain") == 1
+    assert preempted["limited"].restarts("pretrain") == 2
     assert ends["uneven"].pop("pretrain-1") == "PREEMPTED"
     names = ("pretrain-2", "finetune-1", "finetune-2", "evaluate-1", "evaluate-2")
     assert ends["uneven"] == dict.fromkeys(names, "COMPLETED"), preempted["uneven"].tell()
-    for chain in preempted.values():
-        assert len(chain.lines("starts")) == 2
+    for chain, starts in ((preempted["limited"], 3), (preempted["uneven"], 2)):
+        assert len(chain.lines("starts")) == starts
         assert_same_run(chain.run_dir, local)
         assert (chain.run_dir / "export" / "eval.json").is_file()
+
+
+def test_a_chain_can_be_an_ordinary_users(preempted, local):
+    """Submitted, requeued by itself and by Slurm, evaluated and looked at without root."""
+    chain = preempted["limited"]
+    if chain.user is None:
+        pytest.skip(f"the user {ordinary.NAME} can run no Python that has the packages")
+    assert set(chain.ended().values()) == {"COMPLETED"}, chain.tell()
+    user = f"{chain.user.name}({chain.user.uid})"
+    assert {chain.cluster.show(job)["UserId"] for job in chain.jobs.values()} == {user}
+    assert {path.stat().st_uid for path in (chain.run_dir, *chain.run_dir.rglob("*"))} == {chain.user.uid}
+    view = json.loads(chain.livt("status", chain.run_dir, "--json").stdout)
+    assert (view["state"], view["notes"]) == ("done", [])
+    assert_same_run(chain.run_dir, local)
 
 
 def lose_a_node(chain, name, *, noticed_s):

@@ -9,7 +9,7 @@ from tests.slurm_real.chains import Chain
 from tests.slurm_real.cluster import wait_for
 from tests.whole_runs import Livt
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
 
 def test_two_submissions_bring_a_study_to_its_end(cluster, tmp_path):
@@ -32,10 +32,10 @@ def test_two_submissions_bring_a_study_to_its_end(cluster, tmp_path):
     first = submitted()
     assert (first["submitted"], first["waits"]) == (["bal_bce"], ["ce"])
     assert submitted()["joined"], "what is in the queue is not submitted again"
-    wait_for(idle, chain.tell, seconds=300)
+    wait_for(idle, chain.tell, seconds=500)
     second = submitted()
     assert (second["submitted"], second["waits"], second["done"]) == (["ce"], [], ["bal_bce"])
-    wait_for(idle, chain.tell, seconds=300)
+    wait_for(idle, chain.tell, seconds=500)
     told = json.loads(chain.livt("study", "collect", "study.yaml", "--json").stdout)
     one, other = told["runs"]
     assert one["state"] == other["state"] == "done", told["runs"]
