@@ -80,7 +80,7 @@ def verify(
         echo(json.dumps({"checkpoints": rows}, indent=1))
     else:
         for name, wrong in damaged.items():
-            echo(f"{name}: {'; '.join(wrong) if wrong else 'whole'}")
+            echo(f"{name}: {'; '.join(wrong) if wrong else 'complete; every byte matches the manifest'}")
     if any(damaged.values()):
         raise typer.Exit(1)
 
@@ -187,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
                 "?" if row["epoch"] is None else str(row["epoch"]),
                 readable(row["bytes"]),
                 "?" if row["age_s"] is None else _age(row["age_s"]),
-                "whole" if row["whole"] else "damaged",
+                "complete" if row["whole"] else "damaged",
                 ", ".join([*notes, row["why"]] if row["why"] else notes),
             )
         )

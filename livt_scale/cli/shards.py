@@ -290,7 +290,7 @@ def _by_class(facts: dict[str, Any]) -> str:
 
 def _print_faults(folder: str, faults: list[Fault], *, decode: bool, quarantine: bool) -> None:
     if not faults:
-        echo(f"{folder}: whole")
+        echo(f"{folder}: every byte matches the manifest" + ("; every image can be decoded" if decode else ""))
         return
     for fault in faults[:MAX_FAULTS]:
         echo(str(fault))

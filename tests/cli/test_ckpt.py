@@ -52,8 +52,8 @@ def test_ls_tells_step_epoch_size_age_and_what_is_damaged(run):
         ["pretrain", "30", "3"],
         ["finetune", "5", "0"],
     ]
-    assert "damaged  __0_0.distcp has 0 bytes" in lines[2]
-    assert lines[4].split()[5:] == ["now", "whole", "best,", "final,", "score", "0.5000"]
+    assert "damaged   __0_0.distcp has 0 bytes" in lines[2]
+    assert lines[4].split()[5:] == ["now", "complete", "best,", "final,", "score", "0.5000"]
 
 
 def test_ls_json_is_for_scripts(run):
@@ -85,7 +85,7 @@ def test_quick_reads_sizes_alone(run):
     assert "changed" not in livt_ckpt("ls", run, "--quick").stdout
 
 
-def test_verify_is_zero_for_what_is_whole_and_one_for_damage(run):
+def test_verify_is_zero_for_complete_checkpoints_and_one_for_damage(run):
     checkpoints = run / "pretrain" / "checkpoints"
     assert livt_ckpt("verify", checkpoints / "step-00000010").exit_code == 0
     assert livt_ckpt("verify", run / "finetune").exit_code == 0

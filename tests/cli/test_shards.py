@@ -51,9 +51,11 @@ def test_build_takes_a_folder_and_another_place_for_a_source(spec, tmp_path):
     assert ShardSet.open(tmp_path / "out" / "even").class_counts.tolist() == [6, 6, 5]
 
 
-def test_verify_says_whole_or_names_shard_and_key(tmp_path):
+def test_verify_reports_a_match_or_names_shard_and_key(tmp_path):
     folder = small_set(tmp_path)
-    assert livt("verify", folder, "--decode", "--workers", 1)[:2] == (0, f"{folder}: whole\n")
+    assert livt("verify", folder, "--decode", "--workers", 1)[:2] == (
+        0, f"{folder}: every byte matches the manifest; every image can be decoded\n",
+    )  # fmt: skip
     path = folder / "all-000002.tar"
     data = bytearray(path.read_bytes())
     data[600] ^= 1
