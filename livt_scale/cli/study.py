@@ -215,15 +215,14 @@ def fit(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
 
 def _law_lines(fit: dict[str, Any]) -> list[str]:
-    head = f"{fit['measure']} over {' and '.join(fit['over'])}, {fit['num_points']} runs"
+    over = f" over {' and '.join(fit['over'])}" if fit["over"] else ""
+    head = f"{fit['measure']}{over}, {fit['num_points']} runs"
     if fit["problem"]:
         return [f"{head}: no law: {fit['problem']}"]
     lines = [f"{head}: {fit['law']}"]
     for name, value in fit["parameters"].items():
         low, high = fit["intervals"].get(name, (None, None))
         lines.append(f"  {name:<6} {value:.4g}" + (f"  ({low:.4g} to {high:.4g})" if low is not None else ""))
-    if fit["note"]:
-        lines.append(f"  note: {fit['note']}")
     held = fit.get("held_out") or {}
     for point in held.get("points", []):
         lines.append(

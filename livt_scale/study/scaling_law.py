@@ -233,12 +233,12 @@ def _determined(runs: Sequence[LawPoint]) -> tuple[tuple[Over, ...], str]:
 
 def _at_a_bound(theta: Array, y: Array, over: Sequence[Over]) -> str:
     """Constants that the runs do not determine: they are at a bound of the search."""
-    said = []
+    found = []
     names = ["E", *(name for one in over for name in NAMES[one])]
     for name, value, (low, high) in zip(names, theta, bounds(y, len(over)), strict=True):
         if value <= low + 1e-6 or value >= high - 1e-6:
-            said.append(f"{name} is at the {'lower' if value <= low + 1e-6 else 'upper'} end of what is looked at")
-    return "; ".join(said) + (": these runs do not determine it" if said else "")
+            found.append(f"{name} is at the {'lower' if value <= low + 1e-6 else 'upper'} end of the search range")
+    return "; ".join(found) + (": these runs do not determine it" if found else "")
 
 
 def held_out(runs: Sequence[LawPoint], **options: float | int) -> tuple[Fit, tuple[LawPoint, ...]]:
@@ -272,14 +272,15 @@ def _fit_measure(table: Mapping[str, Any], measure: str, *, resamples: int) -> d
         "num_points": len(runs),
         "band": {},
         "held_out": {"who": "", "points": []},
-        "problem": "" if fit.law else fit.problem,  # why there is no law
-        "note": fit.problem if fit.law else "",  # what to know of the one there is
+        "problem": fit.problem,  # why there is no law
     }
     if fit.law is None:
         return told
+    told["over"] = [{"n": "num_weights", "d": amount}[name] for name in fit.law.over]
+    if fit.problem:  # constants at a bound of the search: a fit, but no law that the runs determine
+        return told
     left = f"1 − {measure}" if is_accuracy else "L"
     told |= {
-        "over": [{"n": "num_weights", "d": amount}[name] for name in fit.law.over],
         "law": f"{left} = {LAWS[fit.law.over]}",
         "parameters": fit.law.constants,
         "intervals": {name: list(of) for name, of in fit.intervals.items()},
@@ -330,7 +331,7 @@ def _bands(fit: Fit, amount: str, *, is_accuracy: bool) -> dict[str, Any]:
 def _check(runs: Sequence[LawPoint], *, is_accuracy: bool, resamples: int) -> dict[str, Any]:
     """The largest size, predicted from the smaller ones. `problem` where those are too few for a law."""
     fit, largest = held_out(runs, resamples=resamples)
-    if fit.law is None or "n" not in fit.law.over:
+    if fit.law is None or fit.problem or "n" not in fit.law.over:
         return {
             "who": f"the largest size, {largest[0].n:,.0f} parameters",
             "points": [],

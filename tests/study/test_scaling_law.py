@@ -140,7 +140,7 @@ def table(runs, measure="reconstruction_loss", **more):
 def test_a_table_gives_plain_json_with_band_and_check():
     (one,) = fit_table(table(made(0.002)), measures=["reconstruction_loss"], **QUICK)
     assert one["law"] == "L = E + A·N^−α + B·D^−β"
-    assert one["problem"] == one["note"] == ""
+    assert one["problem"] == ""
     assert one["over"] == ["num_weights", "epochs"]
     assert one["band"]["size"]["at"] == {"epochs": 8}
     assert all(a <= b <= c for a, b, c in zip(*(one["band"]["size"][k] for k in ("low", "mid", "high")), strict=True))
@@ -167,15 +167,15 @@ def test_runs_that_are_not_done_or_differ_in_something_else_give_no_law():
     assert one["parameters"] == {}
 
 
-def test_a_law_whose_constants_are_not_determined_is_told_with_a_note():
+def test_a_law_whose_constants_are_not_determined_is_no_law():
     (one,) = fit_table(
         table([LawPoint(r.n, r.d, 0.5 + 1e-4 * k) for k, r in enumerate(made())]),
         measures=["reconstruction_loss"],
         **QUICK,
     )
-    assert one["problem"] == ""
-    assert "these runs do not determine it" in one["note"]
-    assert one["held_out"]["points"]
+    assert one["problem"].endswith("these runs do not determine it")
+    assert (one["law"], one["parameters"], one["band"], one["held_out"]["points"]) == ("", {}, {}, [])
+    assert one["over"] == ["num_weights", "epochs"]
 
 
 def test_d_is_what_varies_epochs_or_images_or_both():

@@ -14,7 +14,6 @@ from livt_scale.study.report.series import (
     cost_panels,
     curve_panels,
     done,
-    has_law,
     scaling_panels,
     short,
     shot_panels,
@@ -109,7 +108,7 @@ def facts_of(collected: Mapping[str, Any]) -> list[Fact]:
         facts.append(Fact("Training time", text, f"{short(sum(flops))} FLOPs" if flops else f"{len(minutes)} runs"))
     for fit in collected.get("fits", []):
         points = (fit.get("held_out") or {}).get("points", [])
-        if points and has_law(fit) and any(p["relative_error"] is not None for p in points):
+        if points and not fit["problem"] and any(p["relative_error"] is not None for p in points):
             error = max((p["relative_error"] for p in points if p["relative_error"] is not None), key=abs)
             what = f"Law of the {MEASURES[fit['measure']].title.lower()}: error on held-out runs"
             facts.append(
@@ -122,9 +121,9 @@ def fit_table(fit: Mapping[str, Any]) -> dict[str, Any]:
     """A fit as the page and the Markdown write it."""
     measure = MEASURES[fit["measure"]]
     over = " and ".join(OVER.get(name, name) for name in fit.get("over", []))
-    title = f"{measure.title} over {over}"
-    if not has_law(fit):
-        return {"title": title, "problem": str(fit.get("problem") or fit.get("note"))}
+    title = f"{measure.title} over {over}" if over else measure.title
+    if fit["problem"]:
+        return {"title": title, "problem": str(fit["problem"])}
     intervals = fit.get("intervals") or {}
     held = fit.get("held_out") or {}
     return {

@@ -187,7 +187,7 @@ def scaling_panels(collected: Mapping[str, Any]) -> list[Panel]:
 
 def _scaling(collected: Mapping[str, Any], measure: str, over: str, axis: str) -> Panel:
     colour_axis = next((name for name in varied(collected) if name != axis), "")
-    fit = next((f for f in collected.get("fits", []) if f["measure"] == measure and has_law(f)), None)
+    fit = next((f for f in collected.get("fits", []) if f["measure"] == measure and not f["problem"]), None)
     held = held_out_names(fit)
     points = [(run, _place(run, over), value(run, measure)) for run in done(collected)]
     series = []
@@ -211,11 +211,6 @@ def _of_points(label: str, colour: int, points: list[tuple[float, float, str]], 
     """points: x, y and the name of the run."""
     xs, ys, names = [p[0] for p in points], [p[1] for p in points], [p[2] for p in points]
     return Series(label, colour, xs, ys, names, hollow=hollow)
-
-
-def has_law(fit: Mapping[str, Any]) -> bool:
-    """Whether the runs determine the law: not where there is none, or a constant is only at a bound of the search."""
-    return not fit.get("problem") and not fit.get("note")
 
 
 def held_out_names(fit: Mapping[str, Any] | None) -> set[str]:

@@ -89,10 +89,10 @@ def decoded(uri):
 def test_a_law_that_the_runs_do_not_determine_has_no_line_and_no_table(tmp_path):
     collected = study(sizes=("nano", "micro", "mini"), epochs=(3,), seeds=(0,))
     determined, undetermined = deepcopy(collected), deepcopy(collected)
-    undetermined["fits"][0]["note"] = "E is at the lower end: these runs do not determine it"
+    undetermined["fits"][0]["problem"] = "E is at the lower end: these runs do not determine it"
     assert [panel.band is not None for panel in scaling_panels(determined)] == [True, False]
     assert [panel.band is not None for panel in scaling_panels(undetermined)] == [False, False]
-    assert fit_table(undetermined["fits"][0])["problem"] == undetermined["fits"][0]["note"]
+    assert fit_table(undetermined["fits"][0])["problem"] == undetermined["fits"][0]["problem"]
     text = {section.id: section.text for section in sections_of(undetermined)}["scaling"]
     assert text == "Each point is a run."
     assert "Hollow points" in {section.id: section.text for section in sections_of(determined)}["scaling"]
