@@ -64,7 +64,7 @@ class Livt:
 
     def train_words(self, run_dir: Path, **sets: Any) -> list[str]:
         sets = {**TINY, **small_data(), "run_dir": run_dir, **{k.replace("__", "."): v for k, v in sets.items()}}
-        return ["train", str(self.recipe), *(f"--set={name}={spelt(v)}" for name, v in sets.items())]
+        return ["train", str(self.recipe), "--no-report", *(f"--set={name}={spelt(v)}" for name, v in sets.items())]
 
     def start(self, *words: str, processes: int = 1) -> warm.Popen:
         environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}

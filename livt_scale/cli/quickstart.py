@@ -23,7 +23,9 @@ def quickstart(sets: Sets = None) -> None:
         echo(f"This run is finished. To run it again, remove {run_dir}.")
     else:
         starting("quickstart")
+        from livt_scale.study.report.at_end import write_at_end
         from livt_scale.train.run import train as run  # imports torch, which a finished run does not need
 
         run(recipe)
+        write_at_end(run_dir)
     results_table(run_dir, read_eval(run_dir / "finetune" / EVAL))

@@ -20,9 +20,9 @@ def report(
 
     livt report runs/try
     """
-    from livt_scale.study.report.run_page import MARK, write_run_report
+    from livt_scale.study.report.run_page import MARK, REPORT, write_run_report
     from livt_scale.util.outputs import check_output
 
-    path = out or run / "report.html"
+    path = out or run / REPORT
     check_output(path, marks=[MARK], command="report", force=force)
     echo(str(write_run_report(run, path)))

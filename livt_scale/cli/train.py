@@ -21,6 +21,9 @@ def train(
     stage: Annotated[StageName | None, typer.Option(help="Run one stage.", show_default="every unfinished one")] = None,
     sets: Sets = None,
     allow: Allow = None,
+    report: Annotated[
+        bool, typer.Option("--report/--no-report", help="Write report.html into the run directory at the end.")
+    ] = True,
 ) -> None:
     """Train a recipe; resume from its newest checkpoint.
 
@@ -33,4 +36,8 @@ def train(
     starting(f"train {recipe}")
     from livt_scale.api.train import train as run
 
-    run(recipe, overrides=sets or (), stage=stage.value if stage else None, allow=allow or ())
+    run_dir = run(recipe, overrides=sets or (), stage=stage.value if stage else None, allow=allow or ())
+    if report:
+        from livt_scale.study.report.at_end import write_at_end
+
+        write_at_end(run_dir)

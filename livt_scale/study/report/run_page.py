@@ -21,6 +21,7 @@ from livt_scale.util.errors import UsageError
 from livt_scale.util.text import visible
 
 POLICY = Markup("default-src 'none'; img-src data:; style-src 'unsafe-inline'")
+REPORT = "report.html"  # in the run directory
 MARK = b'content="livt report"'  # near the start of every page
 
 

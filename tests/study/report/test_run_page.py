@@ -1,7 +1,9 @@
 """The report of one run: each part of it as text, whatever state the run is in, and text of others stays text."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -9,7 +11,8 @@ from PIL import Image
 from livt_scale.config.load import save_recipe
 from livt_scale.config.recipe import Recipe
 from livt_scale.evaluation.report import make_report
-from livt_scale.study.report import run_sections
+from livt_scale.study.report import at_end, run_sections
+from livt_scale.study.report.at_end import write_at_end
 from livt_scale.study.report.run_page import write_run_report
 from livt_scale.study.report.run_record import read_run
 from livt_scale.study.report.run_sections import sections_of_run
@@ -153,3 +156,32 @@ def test_what_is_no_run_and_a_damaged_evaluation_are_refused(finished, tmp_path)
     with pytest.raises(RunError, match="not a report of an evaluation"):
         write_run_report(tmp_path / "run", tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_training_leaves_a_report_that_is_as_new_as_the_run_and_fails_nothing(finished, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    run, report = tmp_path / "run", tmp_path / "run" / "report.html"
+    shutil.copytree(finished, run)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write_at_end(run)
+    assert not report.exists()
+    monkeypatch.undo()
+    write_at_end(run)
+    assert report.stat().st_size > 10_000
+    write_at_end(run)
+    os.utime(report, ns=(1, 1))  # older than the status
+    write_at_end(run)
+    assert [record.getMessage() for record in caplog.records] == [f"report: {report}"] * 2
+    assert report.stat().st_mtime_ns > 1
+
+    report.write_text("mine")
+    os.utime(report, ns=(1, 1))
+    write_at_end(run)
+    assert report.read_text() == "mine"
+    report.unlink()
+    monkeypatch.setattr(at_end, "write_run_report", lambda *_: 1 / 0)
+    write_at_end(run)
+    foreign, broken = (record.getMessage() for record in caplog.records[2:])
+    assert foreign.startswith(f"no report: {report} is there already")
+    assert broken.startswith("no report: ZeroDivisionError: ")
