@@ -30,6 +30,7 @@ class ImageShape(RecipePart):
     channels: Literal[1, 3]
     seed: NonNegativeInt = 0
     batch: PositiveInt = 1
+    num_branches: NonNegativeInt = 0
 
 
 def checked(part: type[P], values: Mapping[str, Any]) -> P:

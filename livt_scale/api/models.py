@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import Field, PositiveInt
-from torch import nn
 
 from livt_scale.api.arguments import checked
 from livt_scale.config.model import Model
@@ -31,14 +30,15 @@ def build_classifier(
     depth: int | None = None,
     heads: int | None = None,
     drop_path: float = 0.0,
-) -> nn.Module:
+) -> classifier.AnyClassifier:
     """A classifier: images float [B, channels, image_px, image_px], normalised, to logits [B, num_classes].
 
     size: "vit_micro", "vit_ti", "vit_s", "vit_b", "vit_l", "vit_h", "resnet_micro", "resnet18", "resnet34",
     "resnet50", or a size that was registered. patch_px, width, depth, heads: of a ViT; None: from the size. drop_path:
-    rate of stochastic depth in the last block, linear from 0 in the first; in train() its coins are from torch's global
-    generator, as are the initial weights. A ViT has the names and shapes of timm's, with mean pooling, and MAE's
-    initialisation; its head starts at almost 0, from equal odds.
+    rate of stochastic depth in the last block, linear from 0 in the first; in train(), `model(images, drop)` takes its
+    random numbers, float32 [B, model.num_branches], from a `TrainLoader`, and `model(images)` draws them from torch's
+    global generator, which also gives the initial weights. A ViT has the names and shapes of timm's, with mean pooling,
+    and MAE's initialisation; its head starts at almost 0, from equal odds.
 
     Raises UsageError, which names the argument; calling the model on images of another shape raises it too.
     """

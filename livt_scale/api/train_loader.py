@@ -7,7 +7,7 @@
 
 The samples of a step are a pure function of seed, epoch, step, shards and global batch; they do not depend on ranks or
 processes. `livt train` uses the same loader (`livt_scale.data.loader`) and gets, bit for bit, the same samples for the
-same values.
+same values, and the same random numbers for stochastic depth where `num_branches` is given.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class TrainLoader:
     sampling: "instance", "class_balanced", "sqrt", or a mapping with options. repeats: views of an image in a batch.
     epochs: of the training, for a sampling that changes over it. workers: loader processes; "auto": measured at the
     start. prefetch: micro-batches that each keeps ready. device: where batches are normalised and mixed.
+    num_branches: of a model with stochastic depth (`model.num_branches`), whose random numbers then belong to the
+    samples; 0: none.
 
     Raises UsageError, which names the argument, and DataError where the set does not fill a global batch. `epoch` also
     raises SampleError (a corrupt image: shard, offset and key) and DataError (a loader process was killed).
@@ -77,6 +79,7 @@ class TrainLoader:
         workers: int | Literal["auto"] = 2,
         prefetch: int = 4,
         device: torch.device | str = "cpu",
+        num_branches: int = 0,
     ) -> None:
         self.shards = shards
         self._part = training_part(
@@ -84,11 +87,14 @@ class TrainLoader:
             crop_scale=crop_scale, crop_rule=crop_rule, flip=flip, rand_augment=rand_augment,
             random_erasing=random_erasing, mixup=mixup, cutmix=cutmix, smoothing=smoothing,
         )  # fmt: skip
-        shape = checked(ImageShape, {"image_px": image_px, "channels": channels, "seed": seed})
+        shape = checked(
+            ImageShape, {"image_px": image_px, "channels": channels, "seed": seed, "num_branches": num_branches}
+        )
         data = pixel_data(shards, channels=channels, mean=mean, std=std, workers=workers, prefetch=prefetch)
         self._settings = TrainSettings(
-            image_px=shape.image_px, channels=shape.channels, data=data, part=self._part, seed=shape.seed
-        )
+            image_px=shape.image_px, channels=shape.channels, data=data, part=self._part, seed=shape.seed,
+            num_branches=shape.num_branches,
+        )  # fmt: skip
         self._micro_batch = micro_batch
         self._epochs = self._part.epochs if epochs is not None else _endless(self._part, shards)
         self._device = torch.device(device)
@@ -103,12 +109,13 @@ class TrainLoader:
         """Batches that `epoch` yields for each optimizer step on this rank: 1 without `micro_batch`."""
         return 1 if self._micro_batch is None else self._part.global_batch // joined().world_size // self._micro_batch
 
-    def epoch(self, epoch: int, *, step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, targets) of this rank, from `step` to the end of `epoch`.
+    def epoch(self, epoch: int, *, step: int = 0) -> Iterator[tuple[Tensor, ...]]:
+        """(images, targets) of this rank, from `step` to the end of `epoch`; with `num_branches`: and `drop`.
 
         images: float32 [B, C, H, W], normalised. targets: float32 [B, classes], smoothed and mixed, each row a
-        distribution. Starting in the middle costs nothing. Loader processes stay from one epoch to the next; an
-        iteration that is left early, or another epoch out of turn, starts them again.
+        distribution. drop: float32 [B, num_branches], uniform in [0, 1), for `model(images, drop)`. Starting in the
+        middle costs nothing. Loader processes stay from one epoch to the next; an iteration that is left early, or
+        another epoch out of turn, starts them again.
         """
         batches = self.batches(epoch, step=step)
         return (self._prepared(batch.to(self._device)) for batch in batches)
@@ -145,8 +152,9 @@ class TrainLoader:
             yield next(stream)
         self._next = (epoch + 1, 0, world)
 
-    def _prepared(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return images_and_targets(batch, self._part, self._settings.data, num_classes=self.shards.num_classes)
+    def _prepared(self, batch: Batch) -> tuple[Tensor, ...]:
+        prepared = images_and_targets(batch, self._part, self._settings.data, num_classes=self.shards.num_classes)
+        return prepared if batch.drop is None else (*prepared, batch.drop)
 
     def _check_position(self, epoch: int, step: int) -> None:
         if not 0 <= epoch < self._epochs:

@@ -86,6 +86,7 @@ class Classifier(VisionTransformer):
             rate = drop_path * k / max(depth - 1, 1)  # linear over depth, as timm: none in the first block
             block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
         self.drop_path = drop_path
+        self.num_branches = model.num_branches  # columns of `drop`
         self.head_norm = None
         reset_encoder(self)
         trunc_normal_(self.head.weight, std=head_std)
@@ -97,7 +98,7 @@ class Classifier(VisionTransformer):
         """
         check_images(images, self.image_shape)
         if self.training and self.drop_path > 0:
-            drop = coins(images, 2 * len(self.blocks), given=drop)
+            drop = coins(images, self.num_branches, given=drop)
             for k, block in enumerate(self.blocks):
                 block.drop_path1.draw(drop[:, 2 * k])
                 block.drop_path2.draw(drop[:, 2 * k + 1])

@@ -56,6 +56,7 @@ class ResNetClassifier(ResNet):
         for k, one in enumerate(blocks):
             one.drop_path = DropPath(drop_path * k / max(len(blocks) - 1, 1))  # linear over depth, as timm
         self.drop_path = drop_path
+        self.num_branches = model.num_branches  # columns of `drop`
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
         """Images float `[B, C, H, W]` to logits `[B, num_classes]`. Raises UsageError for images of other channels.
@@ -64,9 +65,8 @@ class ResNetClassifier(ResNet):
         """
         check_images(images, (self.in_chans, None, None))
         if self.training and self.drop_path > 0:
-            blocks = residual_blocks(self)
-            drop = coins(images, len(blocks), given=drop)
-            for k, one in enumerate(blocks):
+            drop = coins(images, self.num_branches, given=drop)
+            for k, one in enumerate(residual_blocks(self)):
                 one.drop_path.draw(drop[:, k])
         logits: Tensor = self.forward_head(self.forward_features(images))
         return logits

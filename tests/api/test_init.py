@@ -212,6 +212,7 @@ def test_the_recipe_trains_to_a_model(photos, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # five minutes of CPU time
 def test_on_photographs_the_accuracy_is_far_above_chance(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photograph_folder(tmp_path / "photos", counts=LONG_TAIL)

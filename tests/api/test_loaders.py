@@ -139,7 +139,18 @@ def test_epochs_in_turn_share_loader_processes_and_others_start_where_they_shoul
 
 def test_defaults_are_those_of_a_recipe():
     fields = {**Finetune.model_fields, **Data.model_fields, **Model.model_fields}
-    others = {"shards", "self", "device", "seed", "batch", "micro_batch", "epochs", "global_batch", "sampling"}
+    others = {
+        "shards",
+        "self",
+        "device",
+        "seed",
+        "batch",
+        "num_branches",
+        "micro_batch",
+        "epochs",
+        "global_batch",
+        "sampling",
+    }
     for kind in (livt.TrainLoader, livt.EvalLoader):
         given = {n: p.default for n, p in inspect.signature(kind).parameters.items() if n not in others}
         assert len(given) >= 6
