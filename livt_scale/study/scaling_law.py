@@ -212,7 +212,8 @@ def _fitted(
     for _ in range(resamples):
         drawn = fitted + rng.choice(residuals, size=len(y)) + width * rng.standard_normal(len(y))
         again.append(Law(best(x, drawn, delta, [theta]), over, centres))
-    return Fit(runs, Law(theta, over, centres), _at_a_bound(theta, y, over), tuple(again), residuals)
+    thetas = np.stack([law.theta for law in again])
+    return Fit(runs, Law(theta, over, centres), _undetermined(theta, thetas, y, over), tuple(again), residuals)
 
 
 def _determined(runs: Sequence[LawPoint]) -> tuple[tuple[Over, ...], str]:
@@ -231,13 +232,19 @@ def _determined(runs: Sequence[LawPoint]) -> tuple[tuple[Over, ...], str]:
     return over, ""
 
 
-def _at_a_bound(theta: Array, y: Array, over: Sequence[Over]) -> str:
-    """Constants that the runs do not determine: they are at a bound of the search."""
+def _undetermined(theta: Array, again: Array, y: Array, over: Sequence[Over]) -> str:
+    """Constants that the runs do not determine: at an end of the search range, or with all of it as their interval.
+
+    again: [resamples, 1 + 2k] of the bootstrap.
+    """
     found = []
     names = ["E", *(name for one in over for name in NAMES[one])]
-    for name, value, (low, high) in zip(names, theta, bounds(y, len(over)), strict=True):
+    for name, value, resampled, (low, high) in zip(names, theta, again.T, bounds(y, len(over)), strict=True):
+        first, last = _between(resampled.tolist())
         if value <= low + 1e-6 or value >= high - 1e-6:
             found.append(f"{name} is at the {'lower' if value <= low + 1e-6 else 'upper'} end of the search range")
+        elif first <= low + 1e-6 and last >= high - 1e-6:
+            found.append(f"the interval of {name} is the search range")
     return "; ".join(found) + (": these runs do not determine it" if found else "")
 
 

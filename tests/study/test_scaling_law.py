@@ -178,6 +178,16 @@ def test_a_law_whose_constants_are_not_determined_is_no_law():
     assert one["over"] == ["num_weights", "epochs"]
 
 
+def test_an_exponent_that_could_be_any_is_not_determined():
+    theta, over, y = np.array([-1.0, -1.0, 0.5]), ("n",), np.zeros(9)
+    narrow = np.stack([theta - 0.1, theta + 0.1])
+    assert laws._undetermined(theta, narrow, y, over) == ""
+    wide = narrow.copy()
+    wide[:, 2] = laws.EXPONENTS
+    wide = np.repeat(wide, 100, axis=0)
+    assert laws._undetermined(theta, wide, y, over).startswith("the interval of alpha is the search range")
+
+
 def test_d_is_what_varies_epochs_or_images_or_both():
     runs, told = made(), {}
     for name, change in (("num_images", {"pretrain_epochs": 1}), ("images_seen", {})):

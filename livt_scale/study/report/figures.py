@@ -49,7 +49,8 @@ def _draw(axes: Any, panel: Panel) -> None:
     for series in panel.series:
         _draw_series(axes, panel, series, label=None if series.label in labelled else series.label)
         labelled.add(series.label)
-    axes.legend()
+    if panel.band or len(labelled) > 1:  # a single series is what the title says
+        axes.legend()
 
 
 def _draw_series(axes: Any, panel: Panel, series: Series, *, label: str | None) -> None:

@@ -32,6 +32,7 @@ MAX_POINTS = 100  # of a curve, in the plot and in its table
 MAX_PAIRS = 100  # of classes that are confused
 MATRIX_CLASSES = 20  # up to which the matrix is a table
 PICTURE_BYTES = 600_000
+DIGESTS = {"recipe_digest": "digest of its recipe", "trained_on": "digest of its training set"}
 GROUPS = ("all", "mean_class", "many", "medium", "few")
 
 
@@ -119,6 +120,8 @@ def _stage_panels(stage: StageRecord) -> Iterator[Panel]:
         points = [(line.epoch, getattr(line, name)) for line in stage.lines]
         if drawn := _series(label, 0, points):
             yield Panel(f"{stage.name}-{name}", f"{title}: {label}", "epoch", label, [drawn])
+    if len(stage.evaluations) < 2:  # one evaluation is no curve: it is in the tables
+        return
     accuracies = []
     for number, group in enumerate(("all", "many", "medium", "few")):
         found = [(line.epoch, getattr(line, f"top1_{group}")) for line in stage.evaluations]
@@ -274,7 +277,9 @@ def _calibration(report: dict[str, Any], title: str) -> RunSection:
         for b in panel["bins"]
         if b["images"]
     ]
-    errors = ", ".join(f"{_percent(panel['ece'])} {name}" for name, panel in panels.items())
+    errors = ", ".join(
+        f"{_percent(panel['ece'])} {'at ' if len(panels) > 1 else ''}{name}" for name, panel in panels.items()
+    )
     text = f"Expected calibration error: {errors}."
     if fitted and len(panels) > 1:
         text += (
@@ -353,7 +358,7 @@ def _lineage(run: RunRecord) -> RunSection:
     while isinstance(weights, dict) and weights and at < 8:  # a start from a start …
         what = "evaluated" if not at else "which started from"
         rows += [[what, f"{weights.get('stage', '?')}, {visible(str(weights.get('checkpoint', '?')))}"]]
-        rows += [[f"{name} of it", str(weights[name])] for name in ("recipe_digest", "trained_on") if weights.get(name)]
+        rows += [[label, str(weights[name])] for name, label in DIGESTS.items() if weights.get(name)]
         weights, at = weights.get("init"), at + 1
     data = (run.evaluation or {}).get("data") or {}
     rows += [[f"evaluation set, {name}", visible(str(value))] for name, value in data.items()]
