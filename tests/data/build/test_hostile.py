@@ -7,23 +7,16 @@ for what is not done.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
 import sys
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from livt_scale.cli.shards import app
@@ -31,31 +24,18 @@ from livt_scale.data import manifest
 from livt_scale.data.build.folder import open_folder
 from livt_scale.data.build.indexing import index_tars
 from livt_scale.data.build.sources import open_list, open_tars
-from livt_scale.data.build.tar import MAX_HEADER_BYTES, MAX_SAMPLE_BYTES, read_tar
+from livt_scale.data.build.tar import MAX_SAMPLE_BYTES, read_tar
 from livt_scale.data.build.verify import verify
 from livt_scale.data.build.writer import publish, scan_shard
 from livt_scale.data.loader import train_batches
 from livt_scale.data.reader import SampleReader
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.util.errors import LivtError, ManifestError, SampleError, ShardError, SourceError
-from tests.data.build.hostile import BLOCK, END, entry, gnu_long, header, pax, sample, tar
+from livt_scale.util.errors import ManifestError, SampleError, ShardError, SourceError
+from tests.data.build.hostile import BLOCK, END, entry, header, sample, tar
+from tests.data.build.odd_tars import JPEG, NO_KEY, ONE, PNG, READ, REFUSED, named, tarfile_s, write
 from tests.data.image.test_hostile_images import REFUSED as BAD_IMAGES
 from tests.data.tiny_sets import encoded, photo, tiny_recipe
 from tests.small_sets import contents
-
-PNG, JPEG = encoded(photo(12, 9), "PNG"), encoded(photo(12, 9, seed=1))
-ONE = sample("a", PNG, b"1") + sample("b", JPEG, b"0", kind="jpg")
-LONG = "n" * 300
-
-
-class Boom:
-    """Unpickled, it would leave a mark."""
-
-    def __reduce__(self):
-        return open, ("unpickled", "w")
-
-
-PICKLE = pickle.dumps(Boom())
 
 
 @pytest.fixture(autouse=True)
@@ -70,135 +50,6 @@ def _nothing_hangs():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-def named(name: str | bytes, *, before: bytes = b"", **fields) -> bytes:
-    """A sample of this name, whatever has to stand before its two headers."""
-    raw = name.encode() if isinstance(name, str) else name
-    return entry(raw + b".png", PNG, before=before, **fields) + entry(raw + b".cls", b"0", **fields)
-
-
-def pax_named(name: bytes) -> bytes:
-    first, second = (pax({"path": name + ending}) for ending in (b".png", b".cls"))
-    return entry("x", PNG, before=first) + entry("x", b"0", before=second)
-
-
-def gnu_named(name: bytes) -> bytes:
-    first, second = (gnu_long(name + ending) for ending in (b".png", b".cls"))
-    return entry(name[:99], PNG, before=first, magic=b"ustar  \0") + entry(name[:99], b"0", before=second)
-
-
-CLS = entry("a.cls", b"0")
-BASE_256 = b"\x80" + len(PNG).to_bytes(11, "big")
-
-READ = {
-    "plain": (ONE, ["a", "b"]),
-    "a long name, PAX": (pax_named(LONG.encode()), [LONG]),
-    "a long name, GNU": (gnu_named(LONG.encode()), [LONG]),
-    "a name in two fields": (named("c", prefix=b"p" * 150), ["p" * 150 + "/c"]),
-    "a newline in the name": (named("a\nb"), ["a\nb"]),
-    "quotes and a dollar in the name": (named("'a' \"b\" $(touch x); `y` \\"), ["'a' \"b\" $(touch x); `y` \\"]),
-    "an emoji in the name": (named("🦊"), ["🦊"]),
-    **{f"the name {n!r}": (named(n), [n]) for n in ("-rf", "~root/a", "%s{}%n", " ", "C:\\a", "./a", "a//b")},
-    **{f"the name {n!r}": (named(n), [n]) for n in ("a\u202egpj", "a\u2028b", "\ufeffa", "e\u0301")},
-    "an empty file beside the image": (entry("a.png", PNG) + entry("a.txt", b"") + CLS, ["a"]),
-    "an escape sequence in the name": (named("\x1b]0;x\x07"), ["\x1b]0;x\x07"]),
-    "a PAX size": (entry("a.png", PNG, before=pax({"size": b"%d" % len(PNG)}), claimed=0) + CLS, ["a"]),
-    "a size in base 256": (entry("a.png", PNG, claimed=BASE_256) + CLS, ["a"]),
-    "an attribute in PAX": (entry("a.png", PNG, before=pax({"SCHILY.xattr.user.x": b"=\n\0"})) + CLS, ["a"]),
-    "a global comment": (pax({"comment": b"0" * 40}, type=b"g") + named("a"), ["a"]),
-    "ten thousand extended headers": (pax({"mtime": b"1"}) * 10_000 + named("a"), ["a"]),
-    "a tar from before ustar": (named("a", magic=bytes(8), type=b"\0"), ["a"]),
-    "dates where the prefix is": (named("a", magic=b"ustar  \0", prefix=b"14536471234"), ["a"]),
-    "folders": (entry("x/", type=b"5") + entry("y/", type=b"\0") + named("x/a"), ["x/a"]),
-    "pickles beside the image": (
-        entry("a.pyd", PICKLE) + entry("a.png", PNG) + CLS + entry("a.pkl", PICKLE) + entry("a.pth", PICKLE),
-        ["a"],
-    ),
-    "a tar beside the image": (entry("a.png", PNG) + entry("a.tar", tar(entry("../x", b"y"))) + CLS, ["a"]),
-    "hidden notes": (entry("__init__", PICKLE) + entry(".hidden", b"") + named("a"), ["a"]),
-    "a label with blanks": (entry("a.png", PNG) + entry("a.cls", b" \t0\r\n"), ["a"]),
-    "a label with leading zeros": (entry("a.png", PNG) + entry("a.cls", b"000"), ["a"]),
-    "an image of no bytes": (entry("a.png", b"") + entry("a.cls", b"0"), ["a"]),  # refused when it is decoded
-}  # fmt: skip
-
-SPARSE = {"0.0": {"GNU.sparse.size": b"9"}, "0.1": {"GNU.sparse.map": b"0,1"}, "1.0": {"GNU.sparse.major": b"1"}}
-
-REFUSED = {
-    "an absolute name": (named("/etc/a"), "leads out"),
-    "an absolute name, PAX": (pax_named(b"/etc/a"), "leads out"),
-    "an absolute name in two fields": (named("a", prefix=b"/etc"), "leads out"),
-    "a name that climbs": (named("x/../../a"), "leads out"),
-    "a name that climbs, GNU": (gnu_named(b"../" * 50 + b"a"), "leads out"),
-    "a hard link": (entry("a.png", type=b"1", linkname=b"/etc/passwd"), "hard link"),
-    "a symbolic link": (entry("a.png", type=b"2", linkname=b"/etc/passwd"), "symbolic link"),
-    "a character device": (entry("a.png", type=b"3"), "device"),
-    "a block device": (entry("a.png", type=b"4"), "device"),
-    "a pipe": (entry("a.png", type=b"6"), "pipe"),
-    "a sparse file": (entry("a.png", type=b"S"), "sparse"),
-    **{f"a sparse file, PAX {v}": (entry("a.png", PNG, before=pax(told)), "sparse") for v, told in SPARSE.items()},
-    "an unknown type": (entry("a.png", type=b"Z"), "unknown type"),
-    "a part of another volume": (entry("a.png", type=b"M"), "unknown type"),
-    "a folder with contents": (entry("x/", type=b"5", claimed=5), "folder"),
-    "a claim of 8 GiB": (entry("a.png", claimed=8**11 - 1), "claims 8,589,934,591 bytes"),
-    "a claim of 2^60": (entry("a.png", claimed=b"\x80" + (1 << 60).to_bytes(11, "big")), "claims"),
-    "a claim of 10^18, PAX": (entry("a.png", PNG, before=pax({"size": b"9" * 18})), "claims"),
-    "a claim of 10^5000, PAX": (entry("a.png", PNG, before=pax({"size": b"9" * 5000})), "no number"),
-    "a negative size": (entry("a.png", claimed=b"\xff" * 12), "no number"),
-    "a negative size, PAX": (entry("a.png", PNG, before=pax({"size": b"-512"})), "no number"),
-    "a negative size of an extended header": (entry("x", type=b"x", claimed=b"\xff" * 11 + b"\0"), "no size"),
-    "a size with an underscore": (entry("a.png", PNG, claimed=b"0000000_0100"), "no number"),
-    "an extended header of 8 GiB": (entry("x", type=b"x", claimed=8**11 - 1), "at most 1,048,576"),
-    "a long name of 8 GiB": (entry("x", type=b"L", claimed=8**11 - 1), "at most 1,048,576"),
-    "an extended header of too much": (pax({"comment": bytes(MAX_HEADER_BYTES)}), "at most 1,048,576"),
-    "a PAX record of no length": (entry("x", b"0 path=a\n", type=b"x") + ONE, "no `length key=value`"),
-    "a PAX record that is too long": (entry("x", b"999 path=a\n", type=b"x") + ONE, "no `length key=value`"),
-    "a PAX record without =": (entry("x", b"7 path\n", type=b"x") + ONE, "no `length key=value`"),
-    "a megabyte of digits in PAX": (entry("x", b"1" * 10**6, type=b"x") + ONE, "no `length key=value`"),
-    "one name for all": (pax({"path": b"a.png"}, type=b"g") + ONE, "global header"),
-    "a name given twice": (entry("x", before=pax({"path": b"a.png"}) + gnu_long(b"b.png")), "given twice"),
-    "an extended header alone": (pax({"path": b"a.png"}), "ends after an extended header"),
-    "a name that is not UTF-8": (named(b"\xff\xfea"), "not UTF-8"),
-    "a name that is not UTF-8, PAX": (pax_named(b"\xff\xfea"), "not UTF-8"),
-    "a name of 5,000 bytes": (gnu_named(b"n" * 5000), "a name of 5,004 bytes"),
-    "a thousand members for one key": (b"".join(entry(f"a.{k}\n") for k in range(1000)), "one image"),
-    "a name with a NUL, PAX": (pax_named(b"a\0b"), "NUL"),
-    "a wrong checksum": (header(b"a.png", checksum=b"000000\0 "), "not a tar"),
-    "a zip": (b"PK\3\4" + bytes(2000), "not a tar"),
-    "a compressed tar": (gzip.compress(tar(ONE)) + b"x" * BLOCK, "not a tar"),
-    "a sample in two places": (named("a") + named("b") + named("a"), "there twice"),
-    "a member twice": (entry("a.png", PNG) * 2 + entry("a.cls", b"0"), "there twice"),
-    "a member twice, by case": (entry("a.png", PNG) + entry("a.PNG", PNG) + entry("a.cls", b"0"), "there twice"),
-    "two images": (entry("a.png", PNG) + entry("a.jpg", JPEG) + entry("a.cls", b"0"), "one image"),
-    "no label": (entry("a.png", PNG), "one cls"),
-    "no image": (entry("a.cls", b"0"), "one image"),
-    "a pickle for an image": (entry("a.pkl", PICKLE) + entry("a.cls", b"0"), "one image"),
-    "a tar for an image": (entry("a.tar", tar(ONE)) + entry("a.cls", b"0"), "one image"),
-    **{
-        f"the label {label[:12]!r}": (entry("a.png", PNG) + entry("a.cls", label), said)
-        for label, said in {
-            b"": "the label is", b"-1": "the label is", b"1.0": "the label is", b"0x1": "the label is",
-            b"1_0": "the label is", b"cat": "the label is", "٣".encode(): "the label is", b"1 2": "the label is",
-            b"1\0": "the label is", b"9" * 5000: "the label is", b"__import__('os')": "the label is",
-            PICKLE: "the label is", b"999999999": "at most 1,000,000 classes", b"1000000": "at most 1,000,000",
-        }.items()
-    },
-}  # fmt: skip
-NO_KEY = ("there twice", "one image", "one cls", "the label is", "at most 1,000,000 classes")  # all others are of tars
-
-
-def write(folder: Path, **tars: bytes) -> Path:
-    """`folder` (made) with these tars in it."""
-    folder.mkdir(parents=True)
-    for name, data in tars.items():
-        (folder / f"{name}.tar").write_bytes(data)
-    return folder
-
-
-def tarfile_s(data: bytes) -> list[tuple[str, int, int]]:
-    """(name, where its data begin, size) of the plain files, as Python's own reader finds them."""
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:", encoding="utf-8") as tar:
-        return [(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
 
 
 @pytest.mark.parametrize("case", READ)
@@ -394,76 +245,6 @@ def test_an_index_that_points_elsewhere_is_refused_by_reader_and_verify(field, v
     with pytest.raises(ManifestError, match="impossible row for sample 'b'"):
         list(SampleReader(shards).read(np.array([0, 1])))
     assert ["impossible row" in fault.what for fault in verify(folder, decode=True, workers=1)] == [True]
-
-
-WHOLE = tar(
-    sample("a", PNG, b"1"),
-    pax_named("é".encode() * 60),
-    named("c"),
-    gnu_named(b"d" * 120),
-    sample("e", JPEG, kind="jpg"),
-)
-FIELDS = {"name": (0, 100), "size": (124, 136), "type": (156, 157), "magic": (257, 265), "prefix": (345, 500)}
-TYPES = [b"\0", b"x", b"g", b"L", b"K", b"S", b"1", b"5"]
-SIZES = [b"\xff" * 12, b"\x80" + b"\0" * 10 + b"\1", b"77777777777", b"00000000000", b"00000001000"]
-NAMES = [b"../a.png", b"/a.png", b"a.png", b"c.cls", b"\xff.png", b"ustar\x0000"]
-
-
-@st.composite
-def mutated_tars(draw) -> bytes:
-    """WHOLE, cut, with bytes changed, blocks swapped, doubled or lost, header fields set and checksums corrected."""
-    data = bytearray(WHOLE)
-    for kind in draw(
-        st.lists(st.sampled_from(["byte", "field", "field", "swap", "double", "lose", "cut"]), max_size=4)
-    ):
-        blocks = len(data) // BLOCK
-        one, other = (draw(st.integers(0, max(blocks - 1, 0))) * BLOCK for _ in range(2))
-        if kind == "byte" and data:
-            data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
-        elif kind == "field" and blocks:
-            start, end = FIELDS[draw(st.sampled_from(sorted(FIELDS)))]
-            value = draw(st.one_of(st.sampled_from(TYPES + SIZES + NAMES), st.binary(max_size=12)))
-            data[one + start : one + end] = value.ljust(end - start, b"\0")[: end - start]
-            data[one + 148 : one + 156] = b" " * 8
-            data[one + 148 : one + 156] = b"%06o\0 " % sum(data[one : one + BLOCK])
-        elif kind == "swap":
-            data[one : one + BLOCK], data[other : other + BLOCK] = data[other : other + BLOCK], data[one : one + BLOCK]
-        elif kind == "double":
-            data[other:other] = data[one : one + BLOCK]
-        elif kind == "lose":
-            del data[one : one + BLOCK]
-        elif kind == "cut":
-            del data[draw(st.integers(0, len(data))) :]
-    return bytes(data)
-
-
-@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=mutated_tars())
-def test_any_mutated_tar_gives_what_tarfile_sees_or_one_of_our_errors(tmp_path, data):
-    folder = tmp_path / "tars"
-    folder.mkdir(exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-    (folder / "a.tar").write_bytes(data)
-    try:
-        shards = index_tars(folder, workers=1)
-    except LivtError as error:
-        assert "a.tar" in str(error) or "no sample" in str(error)  # noqa: PT017 - whether it raises is open
-        assert "\n" not in str(error)  # noqa: PT017
-        shards = None
-    if shards is not None:
-        faults = verify(folder, decode=True, workers=1)
-        assert all("decode" not in fault.what and fault.key is not None for fault in faults)
-        numbers = np.arange(shards.manifest.num_samples)
-        try:
-            theirs = {name: data[start : start + size] for name, start, size in tarfile_s(data)}
-        except tarfile.TarError:  # it also reads owner and date, and a damaged one ends it
-            numbers = numbers[:0]
-        for raw in SampleReader(shards).read(numbers):
-            found = {n: d for n, d in theirs.items() if n.rpartition(".")[0] == raw.key and not n.endswith("cls")}
-            assert raw.image in found.values(), raw.key
-    assert {p.name for p in tmp_path.iterdir()} == {"tars"}
-    assert {p.name for p in folder.iterdir()} <= {"a.tar", "index.npy", "keys.bin", "manifest.json"}
 
 
 def test_bad_images_of_many_kinds_go_into_quarantine_and_training_leaves_them_out(tmp_path):
