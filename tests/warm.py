@@ -464,7 +464,7 @@ def end(status: int) -> NoReturn:
 
 
 def use_huge_pages() -> None:
-    """Put this process's memory into pages of 2 MiB where the system can: a fork with torch copies fewer tables of them."""
+    """Put the memory of this process into pages of 2 MiB where the system can: a fork copies fewer table entries."""
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     for line in Path("/proc/self/maps").read_text().splitlines():
@@ -488,9 +488,7 @@ def main() -> None:
         {name: value for name, value in os.environ.items() if name not in environ},
     )
     for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
-        finalizer.atexit = (
-            False  # torch's take back what its operators registered: 50 ms, to free memory that is shared
-        )
+        finalizer.atexit = False  # torch's operators take 50 ms to free what a fork shares with this process
     gc.collect()
     gc.freeze()
     use_huge_pages()
