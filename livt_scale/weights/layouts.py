@@ -164,7 +164,9 @@ def infer_model(state: Mapping[str, Tensor], *, heads: int | None = None, decode
     depth = _depth(state, "blocks")
     size = next((s for s, dims in MODEL_SIZES.items() if dims[0] == width), None)
     if heads is None and size is None:
-        raise WeightsError(f"a ViT of width {width} is no known size: how many heads has it?", remedy="give --heads")
+        raise WeightsError(
+            f"width {width} is of no known ViT, so its number of heads is unknown", remedy="give --heads"
+        )
     size = size or "vit_b"
     decoder: dict[str, int] = {}
     if "mask_token" in state:
