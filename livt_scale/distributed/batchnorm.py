@@ -37,6 +37,10 @@ class WithBatchNorm(StrategyWrapper):
         self._world = world
         self._keep()
 
+    @property
+    def on_device(self) -> None:
+        """Whether the statistics are kept depends on the update."""
+
     def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         update = self._inner.update(lr, max_norm=max_norm)
         if update.applied:

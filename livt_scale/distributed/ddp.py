@@ -15,7 +15,7 @@ from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
-from livt_scale.distributed.strategy import Groups, StepResult
+from livt_scale.distributed.strategy import DeviceResult, Groups, StepResult
 from livt_scale.distributed.world import World
 from livt_scale.optim import MakeOptimizer
 
@@ -74,10 +74,17 @@ class Ddp(TorchOptimizerStep):
             self._updates.scale(loss).backward()
 
     def update(self, lr: float, *, max_norm: float | None) -> StepResult:
+        return replace(super().update(lr, max_norm=max_norm), exchange_s=self._look())
+
+    def update_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
+        return replace(super().update_unless(is_bad, lr, max_norm=max_norm), exchange_s=self._look())
+
+    def _look(self) -> float | None:
+        """The measured exchange, read anew at every LOOK_EVERY-th update."""
         if self._updates_done % LOOK_EVERY == 0:
             self._exchange_s = self._measured_exchange_s()
         self._updates_done += 1
-        return replace(super().update(lr, max_norm=max_norm), exchange_s=self._exchange_s)
+        return self._exchange_s
 
     def _measured_exchange_s(self) -> float | None:
         """DDP's own measurement of its newest sampled step: it samples the first ten, then every hundredth."""

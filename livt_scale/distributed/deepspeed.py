@@ -158,6 +158,8 @@ def _end_process_group() -> None:
 class Zero:
     """A `Strategy`; the engine takes over the model's parameters."""
 
+    on_device = None  # the engine reads whether the gradient overflowed
+
     def __init__(
         self,
         model: nn.Module,

@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from livt_scale.config.recipe import Ema
 from livt_scale.distributed.state_dict import AVERAGE, plain_name
-from livt_scale.distributed.strategy import StepResult, Strategy, StrategyWrapper
+from livt_scale.distributed.strategy import DeviceResult, DeviceUpdates, StepResult, Strategy, StrategyWrapper
 
 UPDATES = f"{AVERAGE}updates"
 
@@ -52,12 +52,30 @@ class WithEma(StrategyWrapper):
         self._weights = {plain_name(name): p for name, p in self.model.named_parameters() if p.requires_grad}
         assert "updates" not in self._weights, "a weight has the name of the count"
         self._average = {name: weight.detach().clone() for name, weight in self._weights.items()}
-        self._updates = torch.zeros((), dtype=torch.int64)
+        device = next(iter(self._weights.values())).device if strategy.on_device is not None else None
+        self._updates = torch.zeros((), dtype=torch.int64, device=device)
 
     def update(self, lr: float, *, max_norm: float | None) -> StepResult:
         update = self._inner.update(lr, max_norm=max_norm)
         if update.applied:
             self._follow()
+        return update
+
+    @property
+    def on_device(self) -> DeviceUpdates | None:
+        return self if self._inner.on_device is not None else None
+
+    @torch.no_grad()
+    def update_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
+        assert self._inner.on_device is not None, "see on_device"
+        update = self._inner.on_device.update_unless(is_bad, lr, max_norm=max_norm)
+        decay = torch.full_like(update.grad_norm, self._ema.decay, dtype=torch.float64)
+        if self._ema.warmup:
+            decay = torch.minimum(decay, (1 + self._updates) / (10 + self._updates.double()))
+        share = torch.where(update.applied, 1 - decay, 0.0).float()
+        average = _locals(self._average)
+        torch._foreach_lerp_(average, _locals(self._weights), [share] * len(average))
+        self._updates += update.applied
         return update
 
     @torch.no_grad()

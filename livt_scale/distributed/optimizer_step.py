@@ -17,7 +17,7 @@ from livt_scale import optim
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed.precision import LOWEST_SCALE
 from livt_scale.distributed.state_dict import collect
-from livt_scale.distributed.strategy import StepResult
+from livt_scale.distributed.strategy import DeviceResult, DeviceUpdates, StepResult
 from livt_scale.models import head_norm
 from livt_scale.util.errors import UsageError
 
@@ -42,6 +42,9 @@ class OptimizerStep:
         self._state_is_checked = make_optimizer is None
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self._scaler = GradScaler(device_type) if parallel.precision == "fp16" else None
+        # fp16's scale is kept by the host, and torch's other optimizers cannot leave out a step on the device
+        is_fused = make_optimizer is None and parallel.adamw == "fused"
+        self.decides_on_device = is_fused and self._scaler is None and parallel.offload == "none"
 
     def scale(self, loss: Tensor) -> Tensor:
         """The loss whose gradient does not underflow in fp16."""
@@ -50,8 +53,8 @@ class OptimizerStep:
     def step(self, lr: float, *, max_norm: float | None) -> StepResult:
         if self._scaler is not None:
             self._scaler.unscale_(self.optimizer)
-        total = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        total, norm_tensor = self._total_norm()
+        norm = float(norm_tensor)
         finite = math.isfinite(norm)
         overflow = False
         if finite:
@@ -64,6 +67,26 @@ class OptimizerStep:
             self._scaler.update()
         self.optimizer.zero_grad()
         return StepResult(norm, applied=finite, overflow=overflow)
+
+    def step_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
+        """`step` without a word from the device: fused AdamW leaves out a step whose `found_inf` is 1."""
+        total, norm = self._total_norm()
+        skipped = is_bad | ~norm.isfinite()
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, max_norm, total, foreach=True)
+        optim.set_lr(self.optimizer, lr)
+        self.optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.optimizer.zero_grad()
+        return DeviceResult(norm, ~skipped)
+
+    def _total_norm(self) -> tuple[Tensor, Tensor]:
+        """Norm of the gradients of all ranks, []: as torch clips by it, and as a plain tensor."""
+        total = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None], foreach=True)
+        return total, total.full_tensor() if isinstance(total, DTensor) else total
 
     def _step(self) -> None:
         if self._state_is_checked:
@@ -113,6 +136,13 @@ class TorchOptimizerStep:
         update = self._updates.step(lr, max_norm=max_norm)
         head_norm.settle(self.model, keep=update.applied)
         return update
+
+    @property
+    def on_device(self) -> DeviceUpdates | None:
+        return self if self._updates.decides_on_device and head_norm.of(self.model) is None else None
+
+    def update_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
+        return self._updates.step_unless(is_bad, lr, max_norm=max_norm)
 
     def discard(self) -> None:
         self._updates.discard()

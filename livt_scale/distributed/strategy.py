@@ -36,12 +36,33 @@ class StepResult:
     exchange_s: float | None = None
 
 
+@dataclass(frozen=True)
+class DeviceResult:
+    """A `StepResult` that is still on the device: grad_norm [] and applied [], bool."""
+
+    grad_norm: Tensor
+    applied: Tensor
+    exchange_s: float | None = None
+
+
+class DeviceUpdates(Protocol):
+    """Updates that the device decides about: the host enqueues them and does not wait."""
+
+    def update_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
+        """`Strategy.update`; nothing changes where `is_bad` ([], bool, the same on all ranks) or the gradient is not
+        finite."""
+
+
 class Strategy(Protocol):
     """`model` keeps its plain parameter names. `lockstep`: a forward pass is a collective call."""
 
     name: StrategyName
     model: nn.Module
     lockstep: bool
+
+    @property
+    def on_device(self) -> DeviceUpdates | None:
+        """None: only the host can decide about an update."""
 
     def call(self, *inputs: Any, last: bool) -> Any:
         """Forward pass of a micro-batch in the recipe's precision; `last` of its step."""
@@ -82,6 +103,10 @@ class StrategyWrapper:
     def __init__(self, strategy: Strategy) -> None:
         self._inner = strategy
         self.name, self.model, self.lockstep = strategy.name, strategy.model, strategy.lockstep
+
+    @property
+    def on_device(self) -> DeviceUpdates | None:
+        return self._inner.on_device
 
     def call(self, *inputs: Any, last: bool) -> Any:
         return self._inner.call(*inputs, last=last)

@@ -72,8 +72,14 @@ class HeadNorm(nn.Module):
         self.of_step += torch.stack([torch.ones_like(values).sum(0), values.sum(0), values.square().sum(0)])
 
 
+def of(model: nn.Module) -> HeadNorm | None:
+    """The one that `model` has, or None."""
+    norm = getattr(model, "head_norm", None)
+    return norm if isinstance(norm, HeadNorm) else None
+
+
 def settle(model: nn.Module, *, keep: bool) -> None:
     """`HeadNorm.settle` of `model`, where it has one. A collective call."""
-    norm = getattr(model, "head_norm", None)
-    if isinstance(norm, HeadNorm):
+    norm = of(model)
+    if norm is not None:
         norm.settle(keep=keep)

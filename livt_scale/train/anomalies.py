@@ -53,6 +53,11 @@ class Anomalies:
         self.due_step: int | None = None  # of the last checkpoint saved by schedule, not because of a signal
         self.not_taken: list[tuple[int, int]] = []  # (first, last) steps, counted from 1, whose update is in no weight
 
+    @property
+    def needs_each_loss(self) -> bool:
+        """A step is judged by its loss before its update."""
+        return self._faults.on_spike in ("skip", "rollback")
+
     def in_loss(self, loss: float, *, step: int) -> Anomaly | None:
         """What is wrong with the mean loss of step `step`, before its update. on_spike `warn` only logs a spike."""
         if not math.isfinite(loss):

@@ -16,10 +16,10 @@ import math
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.distributed.world import World
-from livt_scale.train.anomalies import Anomaly
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.util.errors import NonFiniteError
 
@@ -52,7 +52,9 @@ class AnomalyPolicy(Hook):
             raise NonFiniteError(f"{what}, and there is no checkpoint yet to roll back to. {samples}", remedy=REMEDY)
 
         anomalies = loop.state.anomalies
-        in_a_row = anomalies.skipped(first, step.number, rolled_back=policy == "rollback")
+        # a step that was read late has one after it, which is rolled back with it
+        last = max(step.number, loop.state.step) if policy == "rollback" else step.number
+        in_a_row = anomalies.skipped(first, last, rolled_back=policy == "rollback")
         if anomalies.too_many(in_a_row):
             kind = "rollback since a checkpoint" if policy == "rollback" else "step in a row that is skipped"
             limit = f"it would be the {in_a_row}th {kind}, more than faults.most_in_a_row"
@@ -60,12 +62,14 @@ class AnomalyPolicy(Hook):
 
         step.save |= policy == "rollback"
         if loop.world.is_main:
-            weights = f"weights as after step {first - 1}, no update for steps {first} to {step.number}"
+            weights = f"weights as after step {first - 1}, no update for steps {first} to {last}"
             _log.warning("%s: %s, %s", what, policy, weights)
-            self._append(step.number, step.anomaly, first=first, in_a_row=in_a_row, keys=keys)
+            self._append(step, not_taken=(first, last), in_a_row=in_a_row, keys=keys)
 
-    def _append(self, step: int, anomaly: Anomaly, *, first: int, in_a_row: int, keys: list[str]) -> None:
-        line = {"step": step, "what": anomaly.what, "policy": anomaly.policy, "not_taken": [first, step]}
+    def _append(self, step: Step, *, not_taken: tuple[int, int], in_a_row: int, keys: list[str]) -> None:
+        assert step.anomaly is not None
+        line: dict[str, Any] = {"step": step.number, "what": step.anomaly.what, "policy": step.anomaly.policy}
+        line["not_taken"] = list(not_taken)
         line |= {"in_a_row": in_a_row, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "samples": keys}
         with suppress(OSError), (self._folder / RECORD).open("a", encoding="utf-8") as file:  # the facts have it too
             file.write(json.dumps(line, ensure_ascii=False) + "\n")

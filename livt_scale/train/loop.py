@@ -7,6 +7,11 @@ A step accumulates the gradients of the rank's micro-batches, agrees with the ot
 whether to stop, updates the weights unless loss or gradient forbid it, and advances the position. Everything else a run
 does (logs, evaluation, checkpoints, …) is a hook. The learning rate, the samples, their augmentation and masks are
 functions of the step, so a resumed run does not drift.
+
+On a GPU the host does not wait for an ordinary step. The device itself leaves out an update whose loss or gradient is
+not finite, and the host reads loss, norm and requests to stop of a step after it has enqueued the next one. A stop and
+a policy of `faults` therefore act one step later, on all ranks at the same step. Steps that log, evaluate or save are
+read before their hooks are called. `Loop.reads_late` says where this holds; a CPU reads every step immediately.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -30,11 +35,12 @@ from livt_scale.distributed.strategy import Groups, StepResult, Strategy
 from livt_scale.distributed.world import World
 from livt_scale.train.anomalies import Anomaly
 from livt_scale.train.batch_plan import BatchPlan
+from livt_scale.train.readout import Outcome, Readout
 from livt_scale.train.schedule import Schedule
 from livt_scale.train.telemetry.clock import StepClock
 from livt_scale.train.train_state import TrainState
 
-NOT_UPDATED = StepResult(math.nan, applied=False)
+UNKNOWN = Outcome(math.nan, asks_to_stop=False, result=StepResult(math.nan, applied=False))
 Point = Literal["before_step", "after_backward", "before_update", "on_anomaly", "after_step", "on_save"]
 
 
@@ -82,16 +88,31 @@ class Step:
     began_s: float  # time.perf_counter
     rank_loss: Tensor  # [], mean over this rank's micro-batches
     keys: list[str] = field(default_factory=list)  # of this rank's samples
-    wants_stop: bool = False  # this rank asks to stop after this step
+    wants_stop: bool = False  # this rank asks to stop
     # From here on the same on every rank
-    loss: float = math.nan  # mean over the ranks
-    stop: bool = False  # a rank asks to stop
+    outcome: Outcome = UNKNOWN
+    pending: Readout | None = None  # the outcome, while it is on the device
+    stop: bool = False  # the run stops after this step
     anomaly: Anomaly | None = None
-    result: StepResult = NOT_UPDATED
     save: bool = False  # save a checkpoint after this step; hooks may set it
     seconds: float = 0.0
     metrics: dict[str, Any] = field(default_factory=dict)  # further fields for a line of metrics.jsonl
     evaluation: Evaluation | None = None
+
+    @property
+    def loss(self) -> float:
+        """Mean over the ranks. Waits for the device if it has not arrived."""
+        return self.arrived().loss
+
+    @property
+    def result(self) -> StepResult:
+        """Of the optimizer's step. Waits for the device if it has not arrived."""
+        return self.arrived().result
+
+    def arrived(self) -> Outcome:
+        if self.pending is not None:
+            self.outcome, self.pending = self.pending.read(), None
+        return self.outcome
 
 
 class Hook:
@@ -111,7 +132,7 @@ class Hook:
         """The gradients and `rank_loss` are complete; set `wants_stop` here."""
 
     def before_update(self, loop: Loop, step: Step) -> None:
-        """The optimizer is about to change the weights; not called where the loss forbids it."""
+        """The optimizer is about to change the weights; not called where the loss is known to forbid it."""
 
     def on_anomaly(self, loop: Loop, step: Step) -> None:
         """The weights were not updated because of `step.anomaly`."""
@@ -131,7 +152,11 @@ class Hook:
 
 @dataclass
 class Loop:
-    """Trains `state` by `task`. `clock` measures the parts of a step."""
+    """Trains `state` by `task`. `clock` measures the parts of a step.
+
+    reads_late: a step's outcome is read after the next one is enqueued; None: on a GPU, if the strategy can decide
+    there and no policy needs the loss before the update.
+    """
 
     task: StageTask
     state: TrainState
@@ -139,10 +164,17 @@ class Loop:
     plan: BatchPlan
     world: World
     hooks: Sequence[Hook]
+    reads_late: bool | None = None
     clock: StepClock = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = StepClock(self.world.device)
+        strategy, device = self.state.strategy, self.world.device
+        if self.reads_late is None:
+            on_gpu = device.type == "cuda"
+            self.reads_late = on_gpu and strategy.on_device is not None and not self.state.anomalies.needs_each_loss
+        self._unread: Step | None = None  # the newest step, where it is read late
+        self._flags = torch.eye(2, dtype=torch.double, device=device)[1]  # False and True, on the device already
 
     def run(self, batches_from: Callable[[int], Iterator[Batch]]) -> None:
         """Train from `state.step` to the end of the stage. Raises Preempted, NonFiniteError, …
@@ -168,12 +200,19 @@ class Loop:
         self._accumulate(step, batches)
         self._call("after_backward", step)
 
-        self._agree(step)
-        self._update(step)
-        self._advance(step)
+        if self.reads_late:
+            self._update_on_device(step)
+            self.state.step = step.number
+            self._read_late(step)
+        else:
+            self._agree(step)
+            self._update(step)
+            self.state.step = step.number
+        step.seconds = time.perf_counter() - step.began_s
 
         self._call("after_step", step)
         if step.save:
+            self._read_now(step)
             self._call("on_save", step)
 
     def _call(self, point: Point, step: Step) -> None:
@@ -210,18 +249,19 @@ class Loop:
             step.rank_loss += loss.detach()
             step.keys += batch.keys
 
-    def _agree(self, step: Step) -> None:
-        """One small all-reduce: the mean loss, and whether any rank asks to stop."""
-        with self.clock.part("agree"):
-            stop = step.rank_loss.new_tensor(float(step.wants_stop), dtype=torch.double)
-            values = torch.stack([step.rank_loss.double(), stop])
-            if self.world.world_size > 1:
-                dist.all_reduce(values)
-            sum_loss, num_stops = values.tolist()
+    def _sums(self, step: Step) -> Tensor:
+        """One small all-reduce: [2] float64, the sum of the ranks' losses and how many ranks ask to stop."""
+        sums = torch.stack([step.rank_loss.double(), self._flags[int(step.wants_stop)]])
+        if self.world.world_size > 1:
+            dist.all_reduce(sums)
+        return sums
 
-        step.loss = sum_loss / self.world.world_size
-        step.stop = num_stops > 0
-        step.save = step.stop
+    def _agree(self, step: Step) -> None:
+        """The mean loss, and whether any rank asks to stop."""
+        with self.clock.part("agree"):
+            sum_loss, num_stops = self._sums(step).tolist()
+        step.outcome = replace(UNKNOWN, loss=sum_loss / self.world.world_size, asks_to_stop=num_stops > 0)
+        step.stop = step.save = step.outcome.asks_to_stop
 
     def _update(self, step: Step) -> None:
         """The optimizer's step, unless the mean loss forbids it: then the gradients are discarded."""
@@ -230,16 +270,57 @@ class Loop:
         if step.anomaly is None:
             self._call("before_update", step)
             with self.clock.part("optimizer"):
-                step.result = strategy.update(step.lr, max_norm=self.task.part.clip_grad)
-            if step.result.applied:
-                anomalies.taken(step.loss)
-            step.anomaly = anomalies.in_update(step.result)
+                result = strategy.update(step.lr, max_norm=self.task.part.clip_grad)
+            step.outcome = replace(step.outcome, result=result)
+            self._judge_update(step)
         else:
             strategy.discard()
+            self._call("on_anomaly", step)
 
+    def _judge_update(self, step: Step) -> None:
+        anomalies = self.state.anomalies
+        if step.result.applied:
+            anomalies.taken(step.loss)
+        step.anomaly = anomalies.in_update(step.result)
         if step.anomaly is not None:
             self._call("on_anomaly", step)
 
-    def _advance(self, step: Step) -> None:
-        self.state.step = step.number
-        step.seconds = time.perf_counter() - step.began_s
+    def _update_on_device(self, step: Step) -> None:
+        """Enqueue agreement, the optimizer's step and the copy of what comes of them, without waiting for any."""
+        with self.clock.part("agree"):
+            sums = self._sums(step)
+        self._call("before_update", step)
+        on_device = self.state.strategy.on_device
+        assert on_device is not None, "see reads_late"
+        with self.clock.part("optimizer"):
+            result = on_device.update_unless(~sums[0].isfinite(), step.lr, max_norm=self.task.part.clip_grad)
+        step.pending = Readout(sums, result, world_size=self.world.world_size)
+
+    def _read_late(self, step: Step) -> None:
+        """Read the step before `step`, and `step` itself where something is due after it."""
+        before, self._unread = self._unread, step
+        if before is not None:
+            self._judge(before)
+            step.stop = before.outcome.asks_to_stop
+            step.save = before.save or step.stop
+            if before.anomaly is not None and before.anomaly.policy == "rollback":
+                self._unread, step.pending = None, None  # rolled back with it
+        done, schedule = step.number, self.schedule
+        due = (schedule.logs, schedule.evaluates, schedule.saves, schedule.saves_locally)
+        if step.save or any(is_due(done) for is_due in due):
+            self._read_now(step)
+
+    def _read_now(self, step: Step) -> None:
+        if self._unread is step:
+            self._unread = None
+            self._judge(step)
+            step.stop |= step.outcome.asks_to_stop
+            step.save |= step.stop
+
+    def _judge(self, step: Step) -> None:
+        """What the host does about an update that the device has made or left out."""
+        step.anomaly = self.state.anomalies.in_loss(step.loss, step=step.number)
+        if step.anomaly is None:
+            self._judge_update(step)
+        else:
+            self._call("on_anomaly", step)

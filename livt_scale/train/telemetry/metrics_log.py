@@ -12,6 +12,7 @@ import logging
 import math
 import sys
 import time
+from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,6 +47,7 @@ class MetricsLog(Hook):
         self._terminal: TerminalProgress | None = None
         self._last_line_s = -math.inf
         self._warned_of_disk = False
+        self._uncounted: deque[Step] = deque()
 
     def at_start(self, loop: Loop) -> None:
         self._schedule, self._clock, self._writes = loop.schedule, loop.clock, loop.world.is_main
@@ -59,6 +61,17 @@ class MetricsLog(Hook):
                 self._terminal = TerminalProgress(self._stage, total=loop.schedule.total, done=loop.state.step)
 
     def after_step(self, loop: Loop, step: Step) -> None:
+        self._uncounted.append(step)
+        self._count_arrived()
+        if self._schedule.logs(step.number):
+            self._end_interval(loop, step)
+
+    def _count_arrived(self) -> None:
+        """Add the steps whose outcome is known: on a GPU, all but the newest."""
+        while self._uncounted and self._uncounted[0].pending is None:
+            self._count(self._uncounted.popleft())
+
+    def _count(self, step: Step) -> None:
         result = step.result
         means = {"loss": step.loss, "grad_norm": result.grad_norm, "communication_s": result.exchange_s}
         for name, value in means.items():
@@ -71,8 +84,6 @@ class MetricsLog(Hook):
 
         if self._terminal is not None:
             self._terminal.step(step.number, epoch=self._epoch(step.number), loss=step.loss, lr=step.lr)
-        if self._schedule.logs(step.number):
-            self._end_interval(loop, step)
 
     def close(self, loop: Loop) -> None:
         if self._terminal is not None:
@@ -85,6 +96,7 @@ class MetricsLog(Hook):
     @property
     def sums(self) -> dict[str, float]:
         """Those of the unfinished interval, to be saved with a checkpoint."""
+        self._count_arrived()
         self._add_parts()
         return dict(self._sums)
 
