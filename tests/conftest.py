@@ -54,6 +54,7 @@ SLOW_FILES = (  # with most time first: `make test` gives files to its processes
     "data/order/test_instance.py",
     "e2e/test_faults.py",
 )
+SLOW_S = 1800  # the bound of a slow test that has none of its own, on a machine that does other things too
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "LIVT_")
 
 hypothesis.settings.register_profile("livt", deadline=None)
@@ -65,9 +66,15 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Slow files first, so that none runs alone at the end; with --rewrite-golden, only tests with golden files."""
+    """Slow files first, so that none runs alone at the end; with --rewrite-golden, only tests with golden files.
+
+    Slow tests get SLOW_S in place of the bound of pyproject.toml.
+    """
     place = {name: number for number, name in enumerate(SLOW_FILES)}
     folder = Path(__file__).parent
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_S))
     items.sort(key=lambda item: place.get(item.path.relative_to(folder).as_posix(), len(place)))
     if config.getoption("--rewrite-golden"):
         others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]

@@ -167,7 +167,7 @@ def run(
     arguments: Sequence[str | Path],
     *,
     check: bool = False,
-    timeout: float | None = 240,
+    timeout: float | None = 600,
     **options: Any,
 ) -> CompletedProcess[str]:
     """Like subprocess.run with text captured."""
@@ -182,7 +182,7 @@ def run(
     return done
 
 
-def run_each(each: Sequence[Sequence[str | Path]], *, timeout: float = 240, log: Path, **options: Any) -> str:
+def run_each(each: Sequence[Sequence[str | Path]], *, timeout: float = 600, log: Path, **options: Any) -> str:
     """Run all of `each` at the same time, with one file for what they print; what they have printed."""
     with log.open("w+") as file:
         processes = [Popen(arguments, stdout=file, stderr=file, **options) for arguments in each]

@@ -79,7 +79,7 @@ class Livt:
 
     def run(self, *words: str, processes: int = 1, expect: int = 0) -> warm.CompletedProcess[str]:
         process = self.start(*words, processes=processes)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
         assert process.returncode == expect, f"exit {process.returncode}\n{out}\n{err}"
         return warm.CompletedProcess(words, process.returncode, out, err)
 

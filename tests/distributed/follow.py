@@ -43,7 +43,7 @@ def main() -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank % local)}
     torch.set_num_threads(1)
-    with process_group(world, timeout_s=120):
+    with process_group(world, timeout_s=600):
         for job in json.loads(jobs.read_text()):
             train_job(job, world=world)
 

@@ -89,7 +89,7 @@ class Job:
         }  # fmt: skip
 
 
-def train_all(jobs: list[Job], folder: Path, *, timeout_s: float = 240) -> None:
+def train_all(jobs: list[Job], folder: Path, *, timeout_s: float = 900) -> None:
     """Train `jobs`, those of one world size in one set of processes; their output on failure.
 
     DeepSpeed has processes of its own: it changes torch's functions for good, and with them how sums round.

@@ -29,7 +29,7 @@ EACH = [pytest.param("zero1", marks=pytest.mark.slow), *OFTEN]
 Made = dict[str, dict[str, Any]]
 
 
-def run_ranks(folder: Path, world_size: int, *names: str, timeout_s: float = 250) -> Made:
+def run_ranks(folder: Path, world_size: int, *names: str, timeout_s: float = 900) -> Made:
     """What deepspeed_ranks.py leaves of `names`; its output where it fails or warns."""
     environ = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
