@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from livt_scale.losses import LOSSES, LossOptions, formulas, make, make_loss
 from livt_scale.losses.formulas import soft_targets
 from livt_scale.util.errors import DataError, UsageError
+from tests import pretend_cuda
 
 COUNTS = (500, 120, 60, 9, 1)
 
@@ -459,3 +461,15 @@ def test_a_loss_from_outside_the_package_takes_labels_too():
             loss(z, torch.zeros(2, 4))
     finally:
         LOSSES.remove("plain")
+
+
+def test_lade_reads_the_targets_of_a_gpu_once():
+    form, log_prior = formulas.disentangled(0.1, 0.1), torch.full((3,), -math.log(3))
+    logits, one_hot = torch.randn(4, 3), F.one_hot(torch.tensor([0, 1, 2, 0]), 3).float()
+    pretend_cuda.waits.clear()
+    for _ in range(3):
+        on_gpu = form(*map(pretend_cuda.Gpu, (logits, one_hot, log_prior)))
+    assert sum(pretend_cuda.waits.values()) == 1
+    assert torch.equal(on_gpu.inner, form(logits, one_hot, log_prior))
+    with pytest.raises(UsageError, match="soft targets"):
+        formulas.disentangled(0.1, 0.1)(*map(pretend_cuda.Gpu, (logits, 0.9 * one_hot, log_prior)))
