@@ -181,6 +181,8 @@ def _to(func: Any, name: str, args: tuple[Any, ...], options: dict[str, Any]) ->
         device, rest[0] = rest[0].device, rest[0].dtype
     if device is None:
         return func(*args, **options)
+    if not is_gpu(device) and tensor.dim() == 0 and options.get("non_blocking"):
+        return tensor  # an optimizer's, to where its C++ finds the numbers of the parameters
     if is_gpu(device) != isinstance(tensor, Gpu) and not options.get("non_blocking"):
         wait("copy to the GPU" if is_gpu(device) else "copy to the host")
     tensor = moved(tensor, to_gpu=is_gpu(device))
@@ -230,10 +232,6 @@ def install() -> None:
         def __init__(self, device_type: str, *args: Any, **options: Any) -> None:
             super().__init__("cpu" if device_type == "cuda" else device_type, *args, **options)
 
-    group = torch.optim.Optimizer._group_tensors_by_device_and_dtype  # in C++, which knows where the numbers are
-    torch.optim.Optimizer._group_tensors_by_device_and_dtype = staticmethod(  # type: ignore[method-assign]
-        lambda *args, **named: {(CUDA, dtype): found for (_, dtype), found in group(*args, **named).items()}
-    )
     torch.autocast = Autocast  # type: ignore[misc]
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     Pretend().__enter__()
