@@ -34,7 +34,7 @@ from livt_scale.train import loop as training
 from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.hooks import StopOnRequest
 from livt_scale.train.preempt import Preemption
-from livt_scale.train.readout import Outcome, Readout
+from livt_scale.train.readout import Readout, StepOutcome
 from livt_scale.train.run_dir import Status
 from livt_scale.train.schedule import Schedule
 from livt_scale.train.telemetry.metrics_log import MetricsLog
@@ -86,7 +86,7 @@ def busy_share(recipe: Recipe, device: Device, *, steps: int, reads_late: bool) 
             super().__init__(*args, **named)
             self._ready_at = device.free_at
 
-        def read(self) -> Outcome:
+        def read(self) -> StepOutcome:
             device.wait(self._ready_at)
             return super().read()
 

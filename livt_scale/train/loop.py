@@ -35,12 +35,12 @@ from livt_scale.distributed.strategy import Groups, StepResult, Strategy
 from livt_scale.distributed.world import World
 from livt_scale.train.anomalies import Anomaly
 from livt_scale.train.batch_plan import BatchPlan
-from livt_scale.train.readout import Outcome, Readout
+from livt_scale.train.readout import Readout, StepOutcome
 from livt_scale.train.schedule import Schedule
 from livt_scale.train.telemetry.clock import StepClock
 from livt_scale.train.train_state import TrainState
 
-UNKNOWN = Outcome(math.nan, asks_to_stop=False, result=StepResult(math.nan, applied=False))
+UNKNOWN = StepOutcome(math.nan, asks_to_stop=False, result=StepResult(math.nan, applied=False))
 Point = Literal["before_step", "after_backward", "before_update", "on_anomaly", "after_step", "on_save"]
 
 
@@ -90,7 +90,7 @@ class Step:
     keys: list[str] = field(default_factory=list)  # of this rank's samples
     wants_stop: bool = False  # this rank asks to stop
     # From here on the same on every rank
-    outcome: Outcome = UNKNOWN
+    outcome: StepOutcome = UNKNOWN
     pending: Readout | None = None  # the outcome, while it is on the device
     stop: bool = False  # the run stops after this step
     anomaly: Anomaly | None = None
@@ -109,7 +109,7 @@ class Step:
         """Of the optimizer's step. Waits for the device if it has not arrived."""
         return self.arrived().result
 
-    def arrived(self) -> Outcome:
+    def arrived(self) -> StepOutcome:
         if self.pending is not None:
             self.outcome, self.pending = self.pending.read(), None
         return self.outcome

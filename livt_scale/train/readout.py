@@ -18,7 +18,7 @@ from livt_scale.distributed.strategy import DeviceResult, StepResult
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepOutcome:
     """The same on every rank. loss: mean over the ranks. asks_to_stop: a rank has asked to stop."""
 
     loss: float
@@ -43,9 +43,9 @@ class Readout:
             self._arrived = torch.cuda.Event()
             self._arrived.record()
 
-    def read(self) -> Outcome:
+    def read(self) -> StepOutcome:
         if self._arrived is not None:
             self._arrived.synchronize()
         loss, stops, norm, applied = self._values.tolist()
         result = StepResult(norm, applied=bool(applied), exchange_s=self._exchange_s)
-        return Outcome(loss / self._world_size, stops > 0, result)
+        return StepOutcome(loss / self._world_size, stops > 0, result)

@@ -15,7 +15,7 @@ from livt_scale.distributed.strategy import StepResult
 from livt_scale.distributed.world import World
 from livt_scale.train.anomalies import Anomalies
 from livt_scale.train.loop import Hook, Loop, Step
-from livt_scale.train.readout import Outcome
+from livt_scale.train.readout import StepOutcome
 from livt_scale.train.schedule import Schedule
 from livt_scale.train.train_state import TrainState
 
@@ -39,7 +39,7 @@ def idle_loop(
 
 def a_step(number: int, *, loss: float = 1.0, grad_norm: float = 1.0, applied: bool = True, **more: Any) -> Step:
     known = {"lr": 0.5, "began_s": time.perf_counter(), "rank_loss": torch.tensor(loss), "seconds": 0.25}
-    outcome = Outcome(loss, asks_to_stop=False, result=StepResult(grad_norm, applied=applied))
+    outcome = StepOutcome(loss, asks_to_stop=False, result=StepResult(grad_norm, applied=applied))
     return Step(number, **{**known, **more}, outcome=outcome)
 
 
