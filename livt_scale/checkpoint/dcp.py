@@ -16,6 +16,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -40,6 +41,7 @@ from livt_scale.util.text import first_line
 
 # a piece is a small zip archive: its records are aligned to 64 bytes and its directory is about 1.5 kB
 OVERHEAD_BYTES_A_PIECE = 2048
+ALIGNMENT = 64  # bytes, of a piece in the buffer that it is copied to
 
 
 @dataclass(frozen=True)
@@ -81,38 +83,63 @@ def plan_write(state: dict[str, Tensor], peers: Peers, *, partial: bool = False)
 
 
 class Staging:
-    """Copies of this rank's pieces, in buffers that are kept from save to save (page-locked for a GPU's tensors).
+    """Copies of this rank's pieces, in a buffer that is kept from save to save (page-locked for a GPU's tensors).
 
-    Keeping them holds memory level and saves the page faults of fresh memory; the price is one copy of the rank's
-    pieces for as long as the run lasts.
+    Keeping it holds memory level and saves the page faults of fresh memory; the price is one copy of the rank's pieces
+    for as long as the run lasts. One buffer, because torch rounds each page-locked one up to a power of two.
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[MetadataIndex, Tensor] = {}
+        self._layout: list[_Piece] = []
+        self._copies: dict[MetadataIndex, Tensor] = {}
 
     def copy(self, state: dict[str, Tensor], plan: WritePlan, peers: Peers) -> Pieces:
         """Copies whose values no later step can change: the device has finished copying when this returns."""
-        copies: dict[MetadataIndex, Tensor] = {}
-        devices = set()
-        for index, source in _live_pieces(state, plan, peers).items():
-            copies[index] = target = self._buffer(index, source)
-            target.copy_(source, non_blocking=source.is_cuda)
-            devices.add(source.device)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-        self._buffers = copies  # free the memory of pieces that are no longer saved
-        return Pieces(copies)
+        sources = _live_pieces(state, plan, peers)
+        layout = [_Piece(index, piece.shape, piece.dtype, piece.is_cuda) for index, piece in sources.items()]
+        if layout != self._layout:
+            self._layout, self._copies = layout, {}  # free the old one first
+            self._copies = _in_buffers(layout)
+        for index, source in sources.items():
+            self._copies[index].copy_(source, non_blocking=source.is_cuda)
+        for device in {source.device for source in sources.values() if source.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        return Pieces(self._copies)
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
+        return sum(copy.nbytes for copy in self._copies.values())
 
-    def _buffer(self, index: MetadataIndex, source: Tensor) -> Tensor:
-        old = self._buffers.get(index)
-        if old is not None and old.shape == source.shape and old.dtype == source.dtype:
-            return old
-        return torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
+
+@dataclass(frozen=True)
+class _Piece:
+    index: MetadataIndex
+    shape: torch.Size
+    dtype: torch.dtype
+    pinned: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+def _in_buffers(layout: list[_Piece]) -> dict[MetadataIndex, Tensor]:
+    """An empty tensor for each piece, side by side in one page-locked and one ordinary buffer.
+
+    Each has its own storage, of its own size: DCP would copy what is a part of a larger one before it writes it.
+    """
+    found = {piece.index: torch.empty(piece.shape, dtype=piece.dtype) for piece in layout if not piece.num_bytes}
+    for pinned in (False, True):
+        pieces = [piece for piece in layout if piece.pinned == pinned and piece.num_bytes]
+        ends = list(accumulate(-(-piece.num_bytes // ALIGNMENT) * ALIGNMENT for piece in pieces))
+        if not ends:
+            continue
+        buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned).numpy()
+        for piece, start in zip(pieces, [0, *ends], strict=False):
+            count = piece.shape.numel()
+            flat = torch.frombuffer(buffer, dtype=piece.dtype, count=count, offset=start)  # keeps `buffer` alive
+            found[piece.index] = flat.view(piece.shape)
+    return found
 
 
 class Pieces(SavePlanner):
@@ -123,7 +150,7 @@ class Pieces(SavePlanner):
 
     @classmethod
     def live(cls, state: dict[str, Tensor], plan: WritePlan, peers: Peers) -> Pieces:
-        return cls(_live_pieces(state, plan, peers))
+        return cls({index: piece.contiguous() for index, piece in _live_pieces(state, plan, peers).items()})
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         return self.tensors[write_item.index]

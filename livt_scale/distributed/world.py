@@ -178,6 +178,8 @@ def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
     """The process group of `world` (gloo on CPU, nccl with gloo beside it on GPU); none where it is alone."""
     set_up_process(world.world_size)
     if world.device.type == "cuda":
+        if settings := allocator_settings(os.environ):
+            torch._C._accelerator_setAllocatorSettings(settings)  # of torch 2.9 or newer
         torch.cuda.set_device(world.device)
     if world.world_size == 1:
         yield
@@ -198,6 +200,15 @@ def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
         _leave(world, error)
         raise
     _leave(world, None)
+
+
+def allocator_settings(environ: Mapping[str, str]) -> str | None:
+    """Of torch's GPU memory: it grows in place and does not fragment. None where the user has set the allocator.
+
+    Not by the variable, which torch may have read when it was imported.
+    """
+    is_set = "PYTORCH_ALLOC_CONF" in environ or "PYTORCH_CUDA_ALLOC_CONF" in environ
+    return None if is_set else "expandable_segments:True"
 
 
 def _leave(world: World, error: BaseException | None) -> None:

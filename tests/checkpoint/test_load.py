@@ -9,6 +9,7 @@ import torch
 
 from livt_scale.checkpoint import io
 from livt_scale.checkpoint import saver as saver_module
+from livt_scale.checkpoint.dcp import Staging, plan_write
 from livt_scale.checkpoint.load import (
     Position,
     Retention,
@@ -20,6 +21,7 @@ from livt_scale.checkpoint.load import (
     read_tensors,
     verify,
 )
+from livt_scale.distributed.collectives import Peers
 from livt_scale.util.errors import CheckpointDamaged, CheckpointError, CheckpointMismatch
 
 ONLY = Position(0, 1)
@@ -75,6 +77,27 @@ def test_a_later_step_cannot_change_what_an_async_save_writes(tmp_path, state, m
         go.set()
     for name, tensor in read_tensors(tmp_path / "step-00000001").items():
         assert torch.equal(tensor, state(1)[name]), name
+
+
+def test_copies_are_side_by_side_in_one_buffer_that_is_kept_and_each_is_written_as_it_is():
+    live = {
+        "model.a": torch.arange(6.0).view(2, 3), "model.b": torch.ones(5, dtype=torch.bfloat16),
+        "model.none": torch.empty(0, 4), "step": torch.tensor(7), "model.c": torch.randn(2, 3, 4, 4),
+    }  # fmt: skip
+    live["model.c"] = live["model.c"].to(memory_format=torch.channels_last)
+    plan, staging = plan_write(live, Peers()), Staging()
+    starts = []
+    for _ in range(2):
+        copies = {index.fqn: copy for index, copy in staging.copy(live, plan, Peers()).tensors.items()}
+        for name, tensor in live.items():
+            assert torch.equal(copies[name], tensor), name
+            assert copies[name].is_contiguous()
+            assert copies[name].untyped_storage().nbytes() == tensor.nbytes  # else DCP would copy it once more
+        starts.append(sorted(copy.data_ptr() for copy in copies.values() if copy.numel()))
+        live["model.a"].add_(1)
+    assert starts[0] == starts[1]
+    assert starts[0][-1] - starts[0][0] < sum(tensor.nbytes for tensor in live.values()) + 4 * 64
+    assert staging.num_bytes == sum(tensor.nbytes for tensor in live.values())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from livt_scale.distributed.world import World, _slurm_master, _slurm_port, detect
+from livt_scale.distributed.world import World, _slurm_master, _slurm_port, allocator_settings, detect
 from livt_scale.util.errors import UsageError
 from tests import warm
 
@@ -179,3 +179,11 @@ def test_processes_that_would_share_a_gpu_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match="process 2 of this node, of 4, has no GPU: 2 are visible"):
         _ = World(2, 4, 2, 4).device
+
+
+def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise():
+    settings = allocator_settings({})
+    assert settings == "expandable_segments:True"
+    assert allocator_settings({"PYTORCH_ALLOC_CONF": "x"}) is None
+    assert allocator_settings({"PYTORCH_CUDA_ALLOC_CONF": "x"}) is None
+    torch._C._accelerator_setAllocatorSettings(settings)  # without a GPU it has no effect
