@@ -4,7 +4,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from livt_scale.config.recipe import Model, Recipe, digest, learnt_from
+from livt_scale.config.recipe import Model, Parallel, Recipe, digest, learnt_from
+from livt_scale.distributed.ddp import with_fast_convolutions
 from livt_scale.models.classifier import build_classifier, head_name
 from livt_scale.models.resnet import BatchNorm2d, residual_blocks
 from livt_scale.util.errors import UsageError
@@ -151,3 +152,25 @@ def test_the_micro_batch_decides_what_is_learnt_as_batch_norm_sees_one():
     assert digest(fields[0]) != digest(fields[1])
     of_vits = [learnt_from(recipe(model={"size": "vit_s"}, finetune={"micro_batch": n}), "finetune") for n in (32, 64)]
     assert of_vits[0] == of_vits[1]
+
+
+def test_channels_last_changes_the_layout_on_a_gpu_alone_and_the_results_by_rounding(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    model = build_classifier(Model(size="resnet_micro", image_px=28, channels=1), num_classes=3, drop_path=0.0).eval()
+    images = torch.randn(4, 1, 28, 28)
+    before, parallel = model(images), Parallel()
+    assert with_fast_convolutions(model, torch.device("cpu"), parallel) is model
+    assert model.layer1[0].conv1.weight.is_contiguous()
+    assert not torch.backends.cudnn.benchmark
+    with_fast_convolutions(model, torch.device("cuda"), parallel)  # as after the move there
+    assert model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.backends.cudnn.benchmark
+    torch.testing.assert_close(model(images), before, rtol=1e-4, atol=1e-5)
+    with_fast_convolutions(model, torch.device("cuda"), Parallel(deterministic=True))
+    assert not torch.backends.cudnn.benchmark
+
+
+def test_a_vit_keeps_its_layout(monkeypatch):
+    vit = build_classifier(Model(size="vit_micro", image_px=28, channels=3), num_classes=3, drop_path=0.0)
+    with_fast_convolutions(vit, torch.device("cuda"), Parallel())
+    assert vit.patch_embed.proj.weight.is_contiguous()
