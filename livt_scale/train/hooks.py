@@ -1,8 +1,8 @@
 """The hooks of every run that have no separate file: evaluation, checkpoints, pictures, the stop on request.
 
-The others are in files named after their purpose: `watchdog.py`, `anomaly_policy.py`, `replica_check.py` and, in
-telemetry/, `metrics_log.py`, `layer_stats.py`, `profiler.py`. `run.py` sets their order. `Hook` in `loop.py` has the
-points at which a hook is called, and is the empty hook to derive from.
+The others are in files named after their purpose: `watchdog.py`, `garbage.py`, `anomaly_policy.py`,
+`replica_check.py` and, in telemetry/, `metrics_log.py`, `layer_stats.py`, `profiler.py`. `run.py` sets their order.
+`Hook` in `loop.py` has the points at which a hook is called, and is the empty hook to derive from.
 
     class Announce(Hook):
         def after_step(self, loop, step):

@@ -36,6 +36,7 @@ from livt_scale.train.anomaly_policy import AnomalyPolicy
 from livt_scale.train.batch_plan import BatchPlan, stage_batches
 from livt_scale.train.compare_run import check_start
 from livt_scale.train.finetune import finetune_task
+from livt_scale.train.garbage import GarbageCollection
 from livt_scale.train.hooks import Evaluate, Pictures, Save, StopOnRequest
 from livt_scale.train.loop import Hook, Loop, StageTask
 from livt_scale.train.preempt import Preemption, time_limit
@@ -268,6 +269,7 @@ class _StageRun:
         every_steps = faults.digest_every_steps
         hooks = (
             watchdog,
+            GarbageCollection(),
             Profiler(self.folder / "profile", steps=profile_steps) if profile_steps else None,
             LayerStats() if logs.layer_groups else None,
             log,
