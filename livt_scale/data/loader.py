@@ -407,6 +407,8 @@ def _stop(packed: Any, workers: list[Any]) -> None:
 def _kill(packed: Any, workers: list[Any]) -> None:
     """After a death. The dead one may hold a lock for ever, so that torch's orderly way could hang: not taken."""
     packed._shutdown = True
+    if hasattr(packed, "_pin_memory_thread"):  # on a GPU; it looks at this every 5 s
+        packed._pin_memory_thread_done_event.set()
     for process in workers:
         process.kill()
         process.join()

@@ -9,9 +9,11 @@ import pickle
 import random
 import signal
 import textwrap
+import threading
 import time
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ from torchvision.transforms import functional as tv
 
 from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.build.verify import verify
-from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
+from livt_scale.data.loader import Batch, Mix, _kill, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
 from livt_scale.data.mixup import draw_mix
 from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order
@@ -244,6 +246,13 @@ def test_pinning_keeps_every_tensor_and_its_order_in_memory(whole, shards, monke
     assert_same([pinned], whole["finetune"][:1])
     assert pinned.images.is_contiguous(memory_format=torch.channels_last)
     assert_same([pinned.to("cpu")], [pinned])
+
+
+def test_after_a_death_the_thread_that_pins_batches_ends_too():
+    packed = SimpleNamespace(_pin_memory_thread=None, _pin_memory_thread_done_event=threading.Event())
+    _kill(packed, [])
+    assert packed._pin_memory_thread_done_event.is_set()
+    _kill(SimpleNamespace(), [])  # without a GPU there is none
 
 
 def test_a_killed_worker_is_an_error_at_the_next_batches_and_ends_the_others(shards):
