@@ -7,7 +7,8 @@ The same state is saved in turn by `sync` (the step waits until it is whole on d
 until this rank's pieces are copied), round by round; a figure is the median over rounds. `stall_s` is how long `save`
 holds the step up. Beside it: a step of matrix products, alone and while a save is written behind it, for what the
 writing takes from a machine whose cores have no time to spare. Then all of it by several ranks: whole on each (ddp) and
-sharded (fsdp). Saves are hashed, synced and renamed, as in a run. Resuming reads every byte twice: to verify, to load.
+sharded (fsdp), on GPUs where there is one for each. Saves are hashed, synced and renamed, as in a run. Resuming reads
+every byte twice: to verify, to load.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from livt_scale.checkpoint.load import Position, Retention, Saver, load, newest_whole, read_manifest
 from livt_scale.config.recipe import MODEL_SIZES, Model
 from livt_scale.distributed.state_dict import collect
+from livt_scale.distributed.world import World
 from livt_scale.models.classifier import build_classifier
 
 LAYOUTS = (("one process", 1, False), ("ddp", 2, False), ("fsdp", 2, True))
@@ -51,7 +53,12 @@ def main() -> None:
     size, rounds = ("vit_ti", 2) if options.quick else (options.size, options.rounds)
     folder = Path(tempfile.mkdtemp(prefix="livt-checkpoint-", dir=options.dir))
     try:
-        results = {name: _measured(folder, size, world, sharded, rounds) for name, world, sharded in LAYOUTS}
+        most = torch.cuda.device_count() or max(
+            world for _, world, _ in LAYOUTS
+        )  # asks the driver alone: no fork is harmed
+        results = {
+            name: _measured(folder, size, world, sharded, rounds) for name, world, sharded in LAYOUTS if world <= most
+        }
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     alone = results["one process"]
@@ -82,15 +89,18 @@ def _measured(folder: Path, size: str, world: int, sharded: bool, rounds: int) -
 
 def _rank(rank: int, world: int, work: Path, size: str, sharded: bool, rounds: int) -> None:
     torch.set_num_threads(1)  # more of them wait for each other where cores are shared: the copy's time then is theirs
+    device = World(rank, world, rank, world).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
-        where = f"file://{work}/store"
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(minutes=10))
-    state = _state(size, world, sharded=sharded)
+        where, kind = f"file://{work}/store", "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(kind, init_method=where, rank=rank, world_size=world, timeout=timedelta(minutes=10))
+    state = _state(size, world, sharded=sharded, device=device)
     savers = {
         mode: Saver(work / mode, mode=mode, retention=Retention(keep_last=1), rank=rank, world_size=world)
         for mode in MODES
     }
-    result = _saves(savers, state, rounds) | _steps(savers["async"], state, rounds)
+    result = _saves(savers, state, rounds) | _steps(savers["async"], state, rounds, device)
     result |= _loads(savers["async"], state, rounds)
     for saver in savers.values():
         saver.close()
@@ -128,14 +138,17 @@ def _saves(savers: dict[str, Saver], state: dict[str, Tensor], rounds: int) -> d
     }
 
 
-def _steps(saver: Saver, state: dict[str, Tensor], rounds: int) -> dict[str, Any]:
+def _steps(saver: Saver, state: dict[str, Tensor], rounds: int, device: torch.device) -> dict[str, Any]:
     """Seconds of a step of matrix products: with nothing behind it, and while a save is written."""
-    one, other = torch.randn(768, 768), torch.randn(768, 768)
+    side = 768 if device.type == "cpu" else 8192  # milliseconds on either
+    one, other = torch.randn(2, side, side, device=device)
 
     def step() -> float:
         began = time.perf_counter()
         for _ in range(4):
             torch.mm(one, other)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter() - began
 
     times: dict[str, list[float]] = {"alone": [], "while_saving": []}
@@ -166,11 +179,12 @@ def _loads(saver: Saver, state: dict[str, Tensor], rounds: int) -> dict[str, Any
     }
 
 
-def _state(size: str, world: int, *, sharded: bool) -> dict[str, Tensor]:
+def _state(size: str, world: int, *, sharded: bool, device: torch.device) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = build_classifier(Model.model_validate({"size": size}), num_classes=1000, drop_path=0.0)
+    model.to(device)
     if sharded:
-        fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+        fully_shard(model, mesh=init_device_mesh(device.type, (world,)))
     state = collect(model, torch.optim.AdamW(model.parameters()))
     torch.manual_seed(0)
     for tensor in state.values():
@@ -182,6 +196,7 @@ def _state(size: str, world: int, *, sharded: bool) -> dict[str, Tensor]:
 def _conditions(size: str, rounds: int, folder: Path) -> dict[str, Any]:
     return {
         "model": size,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "rounds": rounds,
         "folder": str(folder.parent),
         "cores": os.cpu_count(),

@@ -1,6 +1,6 @@
 """What the training loop costs beside the steps themselves.
 
-    python benchmarks/overhead.py --json overhead.json   # the quickstart's model and batch: minutes on two cores
+    python benchmarks/overhead.py --json overhead.json   # the quickstart's model and batch: minutes (GPU: ViT-B)
     python benchmarks/overhead.py --checkpoints             # with an asynchronous checkpoint every 50 steps
     python benchmarks/overhead.py --quick                   # a few steps: does it run?
 
@@ -83,6 +83,8 @@ class TakenInTurn(Iterator[Batch]):
 def quickstart(stage: Stage, *, batch: int, log_every: int) -> Recipe:
     sets = [f"stages.{stage}.global_batch={batch}", f"stages.{stage}.micro_batch={batch}", "data.workers=0"]
     sets += [f"log.every_steps={log_every}", "log.tensorboard=true", "stages.finetune.init=scratch"]
+    if torch.cuda.is_available():
+        sets += ["model.size=vit_b"]  # the quickstart's is so small that a GPU would wait for its launches
     return load_recipe(RECIPE, sets=sets)
 
 
@@ -198,10 +200,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
     parser.add_argument("--checkpoints", action="store_true", help="save every 50 steps, and count the writing")
-    parser.add_argument("--batch", type=int, help="images a step; default 64, quick 8")
+    parser.add_argument("--batch", type=int, help="images a step; default 64 (512 on a GPU), quick 8")
     parser.add_argument("--intervals", type=int, help="log intervals that are timed; default 20, quick 2")
     args = parser.parse_args(argv)
-    batch = args.batch or (8 if args.quick else 64)
+    batch = args.batch or (8 if args.quick else 512 if torch.cuda.is_available() else 64)
     intervals = args.intervals or (2 if args.quick else 20)
     if batch < 2 or batch % 2 or intervals < 1:
         parser.error("--batch must be even and at least 2, --intervals at least 1")
