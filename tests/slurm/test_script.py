@@ -206,7 +206,6 @@ def test_a_signal_for_the_batch_shell_reaches_srun_and_the_shell_waits_for_the_s
     script.answers(RUN, ["exit", "85"])
     process = script.start()
     wait_for(script.run / "started")
-    time.sleep(0.5)
     process.send_signal(number)
     time.sleep(0.3)
     process.send_signal(number)  # Slurm sends them again
@@ -365,7 +364,6 @@ def test_a_job_that_is_signalled_saves_and_is_requeued(script):
     script.program("scontrol", "exit 0")
     process = script.start(recipe_path=path, **REAL)
     wait_for(script.run / "started")
-    time.sleep(0.5)  # bash loses about one signal in 2,000 that comes just as its `wait` begins
     process.send_signal(signal.SIGUSR2)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 85, log
