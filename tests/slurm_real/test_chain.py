@@ -127,6 +127,8 @@ def test_requeue_signal_and_a_killed_task_at_random_moments_come_to_the_same_wei
     chain.mend("pace")
     assert set(chain.ended().values()) == {"COMPLETED"}, chain.tell()
     assert len(chain.lines("starts")) >= 4
+    logs = (log.read_text() for log in (chain.run_dir / "slurm" / "logs").glob("pretrain-*.log"))
+    assert not any("could not be put back" in log for log in logs)
     assert_same_run(chain.run_dir, reference)
 
 
