@@ -97,8 +97,9 @@ def test_each_command_succeeds_on_an_unchanged_set(base: Path, shards: Path, com
     assert run_example(base, shards, write, {**UNCHANGED, "command": command}).code == 0
 
 
-SEEDS = [  # each byte of a shard of 64 GiB was hashed, although the manifest has its size
+SEEDS = [  # each byte of a shard of 64 GiB was hashed, although the manifest has another size
     {**UNCHANGED, "file": ("huge", 0.0), "command": COMMANDS[1]},
+    {**UNCHANGED, "quarantine": [], "file": ("zeros", 0.73), "command": COMMANDS[2]},  # removes a link, not its target
     {
         **UNCHANGED,
         "file": ("huge", 0.0),

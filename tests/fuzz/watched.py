@@ -31,14 +31,17 @@ def _watch(root: Path, event: str, args: tuple[object, ...]) -> None:
             _end(event, args)
     elif event in WRITES:
         paths = args[:2] if event in ("os.rename", "os.link") else args[1:2] if event == "os.symlink" else args[:1]
-        if not all(_inside(root, path) for path in paths):
+        follows = event in ("os.chmod", "os.truncate")  # the others act on a link itself
+        if not all(_inside(root, path, follows=follows) for path in paths):
             _end(event, args)
 
 
-def _inside(root: Path, path: object) -> bool:
+def _inside(root: Path, path: object, *, follows: bool = True) -> bool:
     if isinstance(path, int):
         return True
-    text = os.path.realpath(os.fsdecode(path))  # type: ignore[arg-type]
+    text = os.fsdecode(path)  # type: ignore[arg-type]
+    folder, name = os.path.split(text)
+    text = os.path.realpath(text) if follows else os.path.join(os.path.realpath(folder), name)  # noqa: PTH118
     return text.startswith(FREE) or Path(text).is_relative_to(root)
 
 
