@@ -81,7 +81,8 @@ file_changes = st.tuples(
 def change_tree(tree: Any, changes: list[tuple[str, float, Any]]) -> Any:
     """A copy of `tree`, dicts and lists in each other, with `changes`."""
     tree = deepcopy(tree)
-    for kind, where, value in changes:
+    for kind, where, drawn in changes:
+        value = deepcopy(drawn)  # later changes are for the tree, not for ODD
         places = list(_places(tree))
         if not places:
             return value
