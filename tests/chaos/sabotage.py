@@ -106,7 +106,9 @@ if __name__ == "__main__":
         recipe: Path,
         stage: Annotated[str | None, typer.Option()] = None,
         sets: Annotated[list[str] | None, typer.Option("--set")] = None,
+        report: Annotated[bool, typer.Option()] = False,
     ) -> None:
+        assert not report, "the report is not sabotaged"
         train(load_recipe(recipe, sets=sets or []), stage=stage, hooks=hooks)
 
     main.command.cache_clear()  # the server of the tests' forks has built the command line already
