@@ -7,6 +7,7 @@ A golden file holds what a function gave when somebody last read it. `make golde
 """
 
 import difflib
+import gc
 import os
 import shutil
 from pathlib import Path
@@ -80,6 +81,11 @@ def pytest_collection_modifyitems(config, items):
         others = [item for item in items if "golden" not in getattr(item, "fixturenames", ())]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+
+
+def pytest_collection_finish(session):
+    """Garbage is collected without what all tests share: modules, and the tests themselves."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 By itself each rank collects when its own counters say so: some tens of milliseconds, in which all others wait for it at
 the next collective, and at hundreds of ranks there is nearly always one (pytorch/torchtitan#148). So it is off during a
-stage, and done every COLLECT_EVERY steps for young objects, and for all where a checkpoint is saved anyway.
+stage, and done every COLLECT_EVERY steps for young objects, and for all where a checkpoint is saved anyway. What is
+there when the stage begins, modules above all, is left out then (`gc.freeze`): a save would wait for it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,17 @@ YOUNG = 1  # the generation up to which is collected then
 
 
 class GarbageCollection(Hook):
-    """Switches the automatic collection off, and on again at the end of the stage if it was on."""
+    """Switches the automatic collection off, and on again at the end of the stage if it was on.
+
+    A program that has frozen objects itself is left to it.
+    """
 
     def at_start(self, loop: Loop) -> None:
-        self._was_enabled = gc.isenabled()
+        self._was_enabled, self._freezes = gc.isenabled(), gc.get_freeze_count() == 0
         gc.disable()
         gc.collect()
+        if self._freezes:
+            gc.freeze()
 
     def after_step(self, loop: Loop, step: Step) -> None:
         if step.number % COLLECT_EVERY == 0:
@@ -31,5 +37,7 @@ class GarbageCollection(Hook):
         gc.collect()
 
     def close(self, loop: Loop) -> None:
+        if self._freezes:
+            gc.unfreeze()
         if self._was_enabled:
             gc.enable()

@@ -22,6 +22,18 @@ def test_garbage_is_collected_at_fixed_steps_and_at_saves_alone(monkeypatch):
     assert gc.isenabled()
 
 
+def test_what_is_there_before_a_stage_is_left_out_of_its_collections():
+    gc.unfreeze()  # what the tests' own set-up has frozen
+    with started(idle_loop(GarbageCollection())):
+        assert gc.get_freeze_count() > 10_000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    before = gc.get_freeze_count()
+    with started(idle_loop(GarbageCollection())):
+        assert gc.get_freeze_count() <= before
+    assert 0 < gc.get_freeze_count() <= before
+
+
 def test_who_has_switched_collection_off_finds_it_off():
     gc.disable()
     try:
