@@ -199,7 +199,7 @@ def test_an_optimizer_without_options_is_saved_as_its_name(short):
         load_recipe(QUICKSTART, sets=[f"stages.finetune.optimizer={short}z"])
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_source_is_built_into_shards(tmp_path, extension, workers):
     text = example("A source format").replace("checked(FileSource(", "checked(Mine(")
     extension(text + "\nclass Mine(FileSource):\n    pass\n")  # of a class that other processes must import too

@@ -41,6 +41,7 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 def test_it_has_the_state_of_a_new_process(tmp_path: Path, small_files: None) -> None:
     arguments = ["-W", "error", "-c", STATE, "one", "--two"]
     environ = {**os.environ, "PYTHONPATH": str(warm.REPO), "PYTHONWARNINGS": "default", "OMP_NUM_THREADS": "1"}

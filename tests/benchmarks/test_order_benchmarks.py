@@ -18,6 +18,7 @@ def load(name: str) -> ModuleType:
     return load_script(FOLDER / f"{name}.py")
 
 
+@pytest.mark.slow
 def test_the_order_benchmark_writes_cost_and_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "order.json"
     assert load("order").main(["--quick", "--json", str(file)]) == 0

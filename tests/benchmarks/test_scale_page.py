@@ -23,6 +23,7 @@ def _at_the_root(monkeypatch):
     monkeypatch.chdir(ROOT)  # recipes are named from there, as in the commands of the page
 
 
+@pytest.mark.slow
 def test_the_head_and_a_table_of_the_page_are_made_now(scale):
     page = PAGE.read_text(encoding="utf-8")
     assert page.startswith(scale.head()), STALE

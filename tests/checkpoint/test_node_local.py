@@ -23,6 +23,7 @@ def run_ranks(script: Path, folder: Path, world_size: int, *more: str) -> None:
     warm.run_each(each, env={**os.environ, "OMP_NUM_THREADS": "1"}, log=folder / "log")
 
 
+@pytest.mark.slow
 def test_four_ranks_on_two_nodes_go_on_from_what_all_of_them_can_read(tmp_path):
     run_ranks(NODES, tmp_path, 4)
 

@@ -77,7 +77,7 @@ def test_where_jobs_are_cancelled_each_segment_is_an_array_that_waits_for_all_of
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("element", [0, 1, 2])
+@pytest.mark.parametrize("element", [2, *(pytest.param(k, marks=pytest.mark.slow) for k in (0, 1))])
 def test_an_element_trains_its_own_recipe_into_its_own_folder(tmp_path, fake, element):
     names = ["plain", HOSTILE[2].replace("/", "_"), HOSTILE[4].replace("/", "_")]
     recipes = [recipe(tmp_path, name, slurm={"code": "checkout", "check_nodes": "no"}) for name in names]

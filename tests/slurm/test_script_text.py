@@ -197,7 +197,9 @@ def run_script(tmp_path, text, *, words=(), programs=None, environ=None):
     return done, calls
 
 
-@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize(
+    "text", [" ".join(HOSTILE), HOSTILE[5], *(pytest.param(text, marks=pytest.mark.slow) for text in HOSTILE)]
+)
 def test_names_and_paths_with_anything_in_them_are_only_names(tmp_path, text):
     where = tmp_path / text.replace("/", "_")
     where.mkdir(parents=True, exist_ok=True)

@@ -84,7 +84,7 @@ def assert_same(recipe, other):
     assert facts(recipe) == facts(other)
 
 
-@pytest.mark.parametrize("ema", [False, True])
+@pytest.mark.parametrize("ema", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_weights_losses_and_facts_are_the_same_and_ordinary_steps_are_not_waited_for(recipe, ema):
     early, late = recipe("early", ema=ema), recipe("late", ema=ema)
     train(early)
@@ -93,7 +93,7 @@ def test_the_weights_losses_and_facts_are_the_same_and_ordinary_steps_are_not_wa
     assert hook.unread == [1, 2, 3, 5, 7, 9, 10, 11]  # all but those that log or save
 
 
-@pytest.mark.parametrize(("bad", "ema"), [((3,), False), ((2, 3, 8), True)])
+@pytest.mark.parametrize(("bad", "ema"), [pytest.param((3,), False, marks=pytest.mark.slow), ((2, 3, 8), True)])
 def test_a_bad_step_changes_nothing_and_its_own_samples_are_named(recipe, bad, ema):
     early, late = recipe("early", ema=ema, on_non_finite="skip"), recipe("late", ema=ema, on_non_finite="skip")
     train(early, hooks=[Late(late=False, bad=bad)])
@@ -108,7 +108,7 @@ def test_a_bad_step_changes_nothing_and_its_own_samples_are_named(recipe, bad, e
     assert [[line[k] for k in same] for line in ours] == [[line[k] for k in same] for line in theirs]
 
 
-@pytest.mark.parametrize("bad", [8, 9])  # after 8 there is a log line
+@pytest.mark.parametrize("bad", [pytest.param(8, marks=pytest.mark.slow), 9])  # after 8 there is a log line
 def test_a_rollback_takes_the_step_after_the_bad_one_with_it(recipe, bad):
     made = recipe("run", on_non_finite="rollback")
     train(made, hooks=[Late(bad=(bad,))])
@@ -125,7 +125,7 @@ def test_a_stop_by_policy_names_the_step_and_leaves_the_checkpoint_before_it(rec
     assert saved_steps(made) == [6]
 
 
-@pytest.mark.parametrize(("asked", "after"), [(4, 4), (9, 10)])
+@pytest.mark.parametrize(("asked", "after"), [pytest.param(4, 4, marks=pytest.mark.slow), (9, 10)])
 def test_a_request_stops_at_the_same_step_or_the_next_and_the_run_goes_on_exactly(recipe, asked, after):
     unbroken, made = recipe("unbroken"), recipe("run")
     train(unbroken)

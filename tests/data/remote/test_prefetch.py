@@ -210,9 +210,14 @@ def test_verify_and_info_take_a_url(server, local):
         verify(server.url, quarantine=True)
 
 
-@pytest.mark.parametrize("field", ["train", "val"])
 @pytest.mark.parametrize(
-    "url", ["https://me:pa55@h/x", "s3://KEY:pa55@b/x", "https://h/x?X-Amz-Signature=pa55", "https://me:pa55/1@h/x"]
+    ("url", "field"),
+    [
+        ("https://me:pa55@h/x", "train"),
+        ("s3://KEY:pa55@b/x", "val"),
+        ("https://h/x?X-Amz-Signature=pa55", "train"),
+        ("https://me:pa55/1@h/x", "val"),
+    ],
 )
 def test_a_recipe_with_a_secret_in_a_url_is_refused_without_telling_it(tmp_path, url, field):
     path = tmp_path / "r.yaml"

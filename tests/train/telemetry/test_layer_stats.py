@@ -69,6 +69,7 @@ def test_only_the_steps_that_are_logged_have_them_and_what_is_not_finite_is_null
     assert layers["block_00"]["grad_norm"] == pytest.approx(unscaled.after()["block_00"]["grad_norm"] / 2)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_has_the_same_layers_as_a_single_process(tmp_path):
     livt = Livt(tmp_path)
     sets = {
