@@ -11,7 +11,12 @@ from tests.distributed import fake_world
 from tests.distributed.strategies import SMALL, Job, Kind, train_all
 
 pytestmark = pytest.mark.slow
-SEVEN_STEPS = {**SMALL, "stages.*.global_batch": 96, "stages.*.micro_batch": 3}
+SEVEN_STEPS = {
+    **SMALL,
+    "stages.finetune.micro_batch": 32,
+    "stages.*.global_batch": 96,
+    "stages.pretrain.micro_batch": 3,
+}
 
 
 def test_a_step_of_64_ranks_exchanges_what_its_strategy_needs(tmp_path):
@@ -27,7 +32,7 @@ def test_a_step_of_64_ranks_exchanges_what_its_strategy_needs(tmp_path):
 
 
 def test_a_checkpoint_of_32_hybrid_ranks_goes_on_on_3(tmp_path):
-    alone = Job(Kind("ddp", 1), tmp_path / "alone", "pretrain", {**SEVEN_STEPS, "stages.*.micro_batch": 32})
+    alone = Job(Kind("ddp", 1), tmp_path / "alone", "pretrain", {**SEVEN_STEPS, "stages.pretrain.micro_batch": 32})
     many = Job(
         Kind("fsdp", 32, options=(("shard_within", "node"),), local=8), tmp_path / "many", "pretrain", SEVEN_STEPS
     )
