@@ -8,17 +8,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
-from livt_scale.distributed.blocks import blocks_of
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
 from livt_scale.distributed.strategy import DeviceResult, Groups, StepResult
 from livt_scale.distributed.world import World
+from livt_scale.models.resnet import residual_blocks
 from livt_scale.optim import MakeOptimizer
 
 LOOK_EVERY = 5  # steps between two reads of what DDP has measured: a read takes 0.1 ms
@@ -82,7 +81,7 @@ class Ddp(TorchOptimizerStep):
         return replace(super().update_unless(is_bad, lr, max_norm=max_norm), exchange_s=self._look())
 
     def _look(self) -> float | None:
-        """The measured exchange, read anew at every LOOK_EVERY-th update."""
+        """The measured exchange; every LOOK_EVERY-th update reads it again."""
         if self._updates_done % LOOK_EVERY == 0:
             self._exchange_s = self._measured_exchange_s()
         self._updates_done += 1
@@ -111,7 +110,7 @@ def with_fast_convolutions(model: nn.Module, device: torch.device, parallel: Par
 
     In place; a convolution gives its output the layout of its weights. Not under sharded strategies: they flatten.
     """
-    if device.type == "cuda" and any(isinstance(block, BasicBlock | Bottleneck) for block in blocks_of(model)):
+    if device.type == "cuda" and residual_blocks(model):
         torch.backends.cudnn.benchmark = not parallel.deterministic
         model.to(memory_format=torch.channels_last)
     return model

@@ -40,7 +40,12 @@ def with_ema(strategy: Strategy, ema: Ema | None) -> Strategy:
 
 def decay_at(updates: int, ema: Ema) -> float:
     """The decay at the update that has `updates` before it."""
-    return min(ema.decay, (1 + updates) / (10 + updates)) if ema.warmup else ema.decay
+    return min(ema.decay, _warm_up(updates)) if ema.warmup else ema.decay
+
+
+def _warm_up(updates: Any) -> Any:
+    """The decay of the warm-up, of a number or a float64 tensor."""
+    return (1 + updates) / (10 + updates)
 
 
 class WithEma(StrategyWrapper):
@@ -69,9 +74,9 @@ class WithEma(StrategyWrapper):
     def update_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
         assert self._inner.on_device is not None, "see on_device"
         update = self._inner.on_device.update_unless(is_bad, lr, max_norm=max_norm)
-        decay = torch.full_like(update.grad_norm, self._ema.decay, dtype=torch.float64)
+        decay: Any = self._ema.decay
         if self._ema.warmup:
-            decay = torch.minimum(decay, (1 + self._updates) / (10 + self._updates.double()))
+            decay = _warm_up(self._updates.double()).clamp(max=decay)
         share = torch.where(update.applied, 1 - decay, 0.0).float()
         average = _locals(self._average)
         torch._foreach_lerp_(average, _locals(self._weights), [share] * len(average))

@@ -69,7 +69,7 @@ class OptimizerStep:
         return StepResult(norm, applied=finite, overflow=overflow)
 
     def step_unless(self, is_bad: Tensor, lr: float, *, max_norm: float | None) -> DeviceResult:
-        """`step` without a word from the device: fused AdamW leaves out a step whose `found_inf` is 1."""
+        """`step` without waiting for the device: fused AdamW leaves out a step whose `found_inf` is 1."""
         total, norm = self._total_norm()
         skipped = is_bad | ~norm.isfinite()
         if max_norm is not None:

@@ -47,7 +47,7 @@ def raise_open_files() -> int:
 
 
 def open_files() -> tuple[int, int]:
-    """The soft and the hard limit of open files of this process; MAX_OPEN_FILES where there is none."""
+    """The soft and the hard limit of open files of this process; MAX_OPEN_FILES for no limit."""
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (MAX_OPEN_FILES if limit == resource.RLIM_INFINITY else limit for limit in limits)
     return soft, hard

@@ -43,7 +43,7 @@ def worst(ours: list[float], reference: list[float]) -> float:
 def test_ten_steps_of_every_strategy_follow_one_process(tmp_path: Path, stage: str) -> None:
     kinds = [SINGLE, *(Kind(name, processes) for name in STRATEGIES for processes in (2, 4))]
     jobs = {kind: Job(kind, tmp_path / kind.name, stage, SHIPPED) for kind in kinds}
-    train_all(list(jobs.values()), tmp_path, timeout_s=900)
+    train_all(list(jobs.values()), tmp_path)
     off = {kind.name: worst(job.losses, jobs[SINGLE].losses) for kind, job in jobs.items()}
     print(f"\n{stage}: largest relative difference of ten losses from one process, fp32")
     print("\n".join(f"    {name:10} {value:.1e}" for name, value in off.items()))
@@ -57,7 +57,7 @@ def test_bf16_stays_near(tmp_path: Path, stage: str) -> None:
     sets = {**SHIPPED, **SMALL}
     single = Job(SINGLE, tmp_path / "single", stage, sets)
     jobs = [Job(Kind(name, 2, "bf16"), tmp_path / name, stage, sets) for name in STRATEGIES]
-    train_all([single, *jobs], tmp_path, timeout_s=900)
+    train_all([single, *jobs], tmp_path)
     off = {job.kind.name: worst(job.losses, single.losses) for job in jobs}
     print(f"\n{stage}: largest relative difference of ten losses from one process in fp32")
     print("\n".join(f"    {name:14} {value:.1e}" for name, value in off.items()))
@@ -66,13 +66,13 @@ def test_bf16_stays_near(tmp_path: Path, stage: str) -> None:
 
 def test_all_pairs_go_on_from_each_other(tmp_path: Path) -> None:
     saved = {kind: Job(kind, tmp_path / kind.name, sets=SHIPPED) for kind in PAIRED}
-    train_all(list(saved.values()), tmp_path, timeout_s=900)
+    train_all(list(saved.values()), tmp_path)
     gone_on = {
         (a, b): Job(b, tmp_path / f"{a.name} to {b.name}", sets=SHIPPED, goes_on_from=saved[a].checkpoint(5))
         for a in PAIRED
         for b in PAIRED
     }
-    train_all(list(gone_on.values()), tmp_path, timeout_s=900)
+    train_all(list(gone_on.values()), tmp_path)
     off = {pair: worst(job.losses, saved[pair[0]].losses[5:]) for pair, job in gone_on.items()}
     print("\nsaved by (rows), continued by: largest relative difference of the next five losses from the unbroken run")
     print(" " * 10 + "".join(f"{kind.name:>10}" for kind in PAIRED))

@@ -218,7 +218,7 @@ def _octal(field: bytes) -> int | None:
 
 
 def _check_end(file: BinaryIO, position: int) -> None:
-    """From here on zeros and nothing else, and not so many that reading them takes minutes (a sparse file)."""
+    """From here on only zeros, and at most MAX_END_BYTES: those of a sparse file take minutes to read."""
     file.seek(position)
     while chunk := file.read(CHUNK):
         if file.tell() > position + MAX_END_BYTES:

@@ -34,7 +34,7 @@ def write_at_end(run_dir: Path) -> None:
         write_run_report(run_dir, path)
     except LivtError as error:
         _log.warning("no report: %s", error.message)
-    except Exception as error:  # a fault of the page is none of the training
+    except Exception as error:  # a fault of the page must not fail the training
         again = f"livt --debug report {shlex.quote(str(run_dir))}"
         _log.warning("no report: %s: %s; %s shows where", type(error).__name__, error, again)
     else:
