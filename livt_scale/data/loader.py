@@ -5,36 +5,31 @@
         batch = batch.to(device)
         images = normalise(batch.images, mean, std, torch.float32)
 
-One iterator serves an entire stage, so the processes persist across epochs. A batch is one block of shared memory:
-images are decoded, cropped and written into their slots once and never copied on the way to the main process; only
-its name and layout go through the pipe. An error in a loader process is raised in the caller as the same LivtError; a
-killed process raises an error at the next batch and never hangs. No process outlives the iterator.
+One iterator serves an entire stage, so the processes persist across epochs (`loader_processes.py`). A batch is one
+block of shared memory: images are decoded, cropped and written into their slots once and never copied on the way to the
+main process; only its name and layout go through the pipe. An error in a loader process is raised in the caller as the
+same LivtError.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing.connection
-import signal
-import warnings
-import weakref
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import closing
 from itertools import islice
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import IterableDataset, get_worker_info
 
 from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.data import num_workers
-from livt_scale.data.batch import Batch, Blocks, Packed, forget, pack
+from livt_scale.data.batch import Batch, Blocks, Packed, pack
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform, TrainTransform
+from livt_scale.data.loader_processes import Batches, Failed
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
 from livt_scale.data.normalise import images_and_targets, normalise
 from livt_scale.data.num_workers import Loading, this_worker
@@ -46,7 +41,7 @@ from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.util.errors import DataError, LivtError, UsageError
+from livt_scale.util.errors import LivtError, UsageError
 
 __all__ = [
     "Batch",
@@ -60,69 +55,6 @@ __all__ = [
     "train_batches",
     "training_batches",
 ]
-
-
-class Batches:
-    """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped."""
-
-    def __init__(self, dataset: _Dataset, loading: Loading) -> None:
-        self.loading = loading
-        workers, prefetch = loading.workers, loading.prefetch
-        dataset.blocks = Blocks(keep=prefetch + 2)  # the ready ones, one being filled, one in use
-        with warnings.catch_warnings():  # more workers than cores is the recipe's choice; `livt doctor` mentions it
-            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            loader = DataLoader(
-                dataset,
-                batch_size=None,
-                num_workers=workers,
-                prefetch_factor=prefetch if workers else None,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_start_worker if workers else None,
-                generator=torch.Generator(),  # else it would draw from torch's global one
-            )
-            before = set(multiprocessing.active_children())
-            with _signals_held_back():
-                self._packed: Any = iter(loader)
-        self._workers = [p for p in multiprocessing.active_children() if p not in before]
-        if workers:
-            # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
-            # Our workers are taken off its list: a dead one is noticed when the next batch is requested, within 5 s.
-            signal_handling._remove_worker_pids(id(self._packed))
-            self._packed._worker_pids_set = False  # type: ignore[attr-defined]
-        self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        if not self._close.alive:
-            raise StopIteration
-        try:
-            packed = next(self._packed)
-        except StopIteration:
-            self.close()
-            raise
-        except Exception as error:
-            dead = _first_dead(self._workers)
-            if dead is None:
-                raise
-            _kill(self._packed, self._workers)
-            self.close()
-            raise _death(dead) from error
-        if isinstance(packed, _Failed):
-            self.close()
-            raise packed.error
-        return packed if isinstance(packed, Batch) else packed.received().unpack()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the loader processes and wait until they are gone."""
-        self._close()
 
 
 def train_batches(
@@ -251,15 +183,8 @@ def _rate(dataset: _TrainDataset, batch: MicroBatch, *, seconds: float) -> tuple
         return num_workers.decode_rate(lambda part: dataset.load(part, reader), batch, seconds=seconds)
 
 
-@dataclass(frozen=True)
-class _Failed:
-    """Sent through the pipe instead of a batch: torch would wrap the error in a page of traceback."""
-
-    error: LivtError
-
-
 class _Dataset(IterableDataset[Any]):
-    """Runs in a loader process: yields Packed; after an error, _Failed is the last item."""
+    """Runs in a loader process: yields Packed; after an error, Failed is the last item."""
 
     def __init__(self, shards: ShardSet, settings: ImageSettings) -> None:
         super().__init__()
@@ -268,14 +193,14 @@ class _Dataset(IterableDataset[Any]):
         self.blocks = Blocks(keep=0)
         self.crops = 1  # of each sample
 
-    def __iter__(self) -> Iterator[Packed | _Failed]:
+    def __iter__(self) -> Iterator[Packed | Failed]:
         try:
             batches = fetched_ahead(self.micro_batches(*this_worker()), self.shards)
             with closing(SampleReader(self.shards)) as reader, closing(batches):
                 for batch in batches:
                     yield self.load(batch, reader)
         except LivtError as error:
-            yield _Failed(error)
+            yield Failed(error)
 
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
         raise NotImplementedError
@@ -371,65 +296,3 @@ class _EvalDataset(_Dataset):
 
     def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:  # noqa: ARG002
         return {}
-
-
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """A worker that is forked inside begins with the signals blocked, so that none ends it before `_start_worker`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_worker(_: int) -> None:
-    """Slurm signals every process of a step. Only the main process decides what a preemption means; when it ends,
-    however it ends, its workers do too (`_stop`; torch's watch on the parent)."""
-    for number in PREEMPTION_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)
-
-
-def _stop(packed: Any, workers: list[Any]) -> None:
-    if workers:
-        packed._shutdown_workers()  # torch has no public name for it
-    for process in workers:
-        if process.is_alive():
-            process.kill()
-        process.join()
-    forget([process.pid for process in workers])
-
-
-def _kill(packed: Any, workers: list[Any]) -> None:
-    """After a death. The dead one may hold a lock for ever, so that torch's orderly way could hang: not taken."""
-    packed._shutdown = True
-    if hasattr(packed, "_pin_memory_thread"):  # on a GPU; it looks at this every 5 s
-        packed._pin_memory_thread_done_event.set()
-    for process in workers:
-        process.kill()
-        process.join()
-    forget([process.pid for process in workers])
-
-
-def _first_dead(workers: list[Any]) -> Any | None:
-    """The process that ended, if one did: its connections break a moment before the system calls it ended."""
-    ended = multiprocessing.connection.wait([p.sentinel for p in workers], timeout=1) if workers else []
-    for process in workers:
-        if process.sentinel in ended:
-            process.join()
-            return process
-    return None
-
-
-def _death(process: Any) -> DataError:
-    code = process.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
-    return DataError(
-        f"a loader process (pid {process.pid}) {how}",
-        remedy="SIGKILL: most often the machine ran out of memory; SIGBUS: /dev/shm is full; lower data.workers or "
-        "data.prefetch. Run the same command again: it resumes from the last checkpoint",
-    )

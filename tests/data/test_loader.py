@@ -25,7 +25,8 @@ from torchvision.transforms import functional as tv
 
 from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.build.verify import verify
-from livt_scale.data.loader import Batch, Mix, _kill, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
+from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
+from livt_scale.data.loader_processes import _kill
 from livt_scale.data.mixup import draw_mix
 from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order

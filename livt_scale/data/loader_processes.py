@@ -1,0 +1,167 @@
+"""The loader processes of one iterator: started, watched and ended.
+
+    with Batches(dataset, loading) as batches:      # loading.workers processes, each with a copy of the dataset
+        for batch in batches:
+            …
+
+A killed process raises an error at the next batch and never hangs. No process outlives the iterator.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.connection
+import signal
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+
+from livt_scale.data.batch import Batch, Blocks, Packed, forget
+from livt_scale.data.num_workers import Loading
+from livt_scale.util.errors import DataError, LivtError
+
+
+class LoaderDataset(Protocol):
+    """Iterated in each loader process: yields Packed; after an error, Failed is the last item."""
+
+    blocks: Blocks
+
+    def __iter__(self) -> Iterator[Packed | Failed]: ...
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Sent through the pipe instead of a batch: torch would wrap the error in a page of traceback."""
+
+    error: LivtError
+
+
+class Batches:
+    """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped."""
+
+    def __init__(self, dataset: LoaderDataset, loading: Loading) -> None:
+        self.loading = loading
+        workers, prefetch = loading.workers, loading.prefetch
+        dataset.blocks = Blocks(keep=prefetch + 2)  # the ready ones, one being filled, one in use
+        with warnings.catch_warnings():  # more workers than cores is the recipe's choice; `livt doctor` mentions it
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+            loader = DataLoader(
+                dataset,
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                pin_memory=torch.cuda.is_available(),
+                worker_init_fn=_start_worker if workers else None,
+                generator=torch.Generator(),  # else it would draw from torch's global one
+            )
+            before = set(multiprocessing.active_children())
+            with _signals_held_back():
+                self._packed: Any = iter(loader)
+        self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        if workers:
+            # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
+            # Our workers are taken off its list: a dead one is noticed when the next batch is requested, within 5 s.
+            signal_handling._remove_worker_pids(id(self._packed))
+            self._packed._worker_pids_set = False  # type: ignore[attr-defined]
+        self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._close.alive:
+            raise StopIteration
+        try:
+            packed = next(self._packed)
+        except StopIteration:
+            self.close()
+            raise
+        except Exception as error:
+            dead = _first_dead(self._workers)
+            if dead is None:
+                raise
+            _kill(self._packed, self._workers)
+            self.close()
+            raise _death(dead) from error
+        if isinstance(packed, Failed):
+            self.close()
+            raise packed.error
+        return packed if isinstance(packed, Batch) else packed.received().unpack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the loader processes and wait until they are gone."""
+        self._close()
+
+
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A worker that is forked inside begins with the signals blocked, so that none ends it before `_start_worker`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(_: int) -> None:
+    """Slurm signals every process of a step. Only the main process decides what a preemption means; when it ends,
+    however it ends, its workers do too (`_stop`; torch's watch on the parent)."""
+    for number in PREEMPTION_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)
+
+
+def _stop(packed: Any, workers: list[Any]) -> None:
+    if workers:
+        packed._shutdown_workers()  # torch has no public name for it
+    for process in workers:
+        if process.is_alive():
+            process.kill()
+        process.join()
+    forget([process.pid for process in workers])
+
+
+def _kill(packed: Any, workers: list[Any]) -> None:
+    """After a death. The dead one may hold a lock for ever, so that torch's orderly way could hang: not taken."""
+    packed._shutdown = True
+    if hasattr(packed, "_pin_memory_thread"):  # on a GPU; it looks at this every 5 s
+        packed._pin_memory_thread_done_event.set()
+    for process in workers:
+        process.kill()
+        process.join()
+    forget([process.pid for process in workers])
+
+
+def _first_dead(workers: list[Any]) -> Any | None:
+    """The process that ended, if one did: its connections break a moment before the system calls it ended."""
+    ended = multiprocessing.connection.wait([p.sentinel for p in workers], timeout=1) if workers else []
+    for process in workers:
+        if process.sentinel in ended:
+            process.join()
+            return process
+    return None
+
+
+def _death(process: Any) -> DataError:
+    code = process.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+    return DataError(
+        f"a loader process (pid {process.pid}) {how}",
+        remedy="SIGKILL: most often the machine ran out of memory; SIGBUS: /dev/shm is full; lower data.workers or "
+        "data.prefetch. Run the same command again: it resumes from the last checkpoint",
+    )
