@@ -68,7 +68,7 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
     if views.number == 1 and "average" in run:
         raise UsageError("--average has no effect on one view", remedy="give --views 2, 5 or 10, or leave it out")
     world = detect()
-    with process_group(world, timeout_s=TIMEOUT_S), share_with_loader(world):
+    with process_group(world, timeout_s=TIMEOUT_S, loads=True), share_with_loader(world):
         result = evaluate_path(
             path,
             data=data,

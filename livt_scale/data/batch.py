@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
@@ -130,10 +132,15 @@ class Blocks:
         self._kept[self._made] = block
         return block, (os.getpid(), self._made), True
 
+    def drop(self) -> None:
+        """Let go of the blocks; batches that are in use keep theirs."""
+        self._kept.clear()
 
-def forget(processes: list[int]) -> None:
-    """Let go of the blocks of loader processes that have ended; batches that are in use keep theirs."""
-    for name in [name for name in _RECEIVED if name[0] in processes]:
+
+def forget(processes: Sequence[BaseProcess]) -> None:
+    """Let go of the blocks of these loader processes; batches that are in use keep theirs."""
+    pids = [process.pid for process in processes]
+    for name in [name for name in _RECEIVED if name[0] in pids]:
         del _RECEIVED[name]
 
 

@@ -139,15 +139,17 @@ def evaluation_batches(
     batch: int,
     local_ranks: int = 1,
     crops: int = 1,
+    kept: bool = False,
 ) -> Batches:
-    """As `eval_batches`, for settings of any origin."""
+    """As `eval_batches`, for settings of any origin. kept: for `KeptBatches`."""
     positions = eval_positions(shards.num_samples, rank=rank, world_size=world_size)
     samples = shards.usable_to_sample(np.arange(positions.start, positions.stop, dtype=np.int64))
     dataset = _EvalDataset(shards, settings, samples, batch, crops=crops)
     data = settings.data
     workers = num_workers.max_workers(data, local_ranks=local_ranks)  # auto: too few images to measure
     size = num_workers.batch_bytes(settings, batch * crops)
-    return Batches(dataset, Loading(min(workers, dataset.num_batches), data.prefetch, size, "evaluation"))
+    loading = Loading(min(workers, dataset.num_batches), data.prefetch, size, "evaluation")
+    return Batches(dataset, loading, kept=kept)
 
 
 def _loading(dataset: _TrainDataset, *, micro_batch: int, local_ranks: int, demand: float | None) -> Loading:
@@ -201,6 +203,8 @@ class _Dataset(IterableDataset[Any]):
                     yield self.load(batch, reader)
         except LivtError as error:
             yield Failed(error)
+        finally:
+            self.blocks.drop()  # kept processes hold no memory between two passes
 
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
         raise NotImplementedError

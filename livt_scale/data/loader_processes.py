@@ -13,7 +13,7 @@ import multiprocessing.connection
 import signal
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -23,6 +23,13 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
 from livt_scale.data.batch import Batch, Blocks, Packed, forget
+from livt_scale.data.fork_server import (
+    PREEMPTION_SIGNALS,
+    before_server_ends,
+    fork_context,
+    leave_server,
+    signals_held_back,
+)
 from livt_scale.data.num_workers import Loading
 from livt_scale.util.errors import DataError, LivtError
 
@@ -43,26 +50,32 @@ class Failed:
 
 
 class Batches:
-    """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped."""
+    """An iterator of Batch that owns the loader processes; closed by `with`, by `close()` or when it is dropped.
 
-    def __init__(self, dataset: LoaderDataset, loading: Loading) -> None:
+    kept: the processes outlive the last batch, and the next `for` begins with the first one (see `KeptBatches`).
+    """
+
+    def __init__(self, dataset: LoaderDataset, loading: Loading, *, kept: bool = False) -> None:
         self.loading = loading
         workers, prefetch = loading.workers, loading.prefetch
+        self._kept, self._begun = kept, False
         dataset.blocks = Blocks(keep=prefetch + 2)  # the ready ones, one being filled, one in use
         with warnings.catch_warnings():  # more workers than cores is the recipe's choice; `livt doctor` mentions it
             warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-            loader = DataLoader(
-                dataset,
+            self._loader: DataLoader[Any] = DataLoader(
+                dataset,  # type: ignore[arg-type]
                 batch_size=None,
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
+                persistent_workers=kept and workers > 0,
                 pin_memory=torch.cuda.is_available(),
                 worker_init_fn=_start_worker if workers else None,
+                multiprocessing_context=fork_context() if workers else None,
                 generator=torch.Generator(),  # else it would draw from torch's global one
             )
             before = set(multiprocessing.active_children())
-            with _signals_held_back():
-                self._packed: Any = iter(loader)
+            with signals_held_back():
+                self._packed: Any = iter(self._loader)
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         if workers:
             # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
@@ -70,29 +83,50 @@ class Batches:
             signal_handling._remove_worker_pids(id(self._packed))
             self._packed._worker_pids_set = False  # type: ignore[attr-defined]
         self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
+        before_server_ends(self._close)
+
+    @property
+    def is_closed(self) -> bool:
+        return not self._close.alive
 
     def __iter__(self) -> Self:
+        if self._kept and self._begun and not self.is_closed:
+            self._raise_death(within_s=0)
+            try:
+                self._packed = iter(self._loader)
+            except Exception as error:
+                self._raise_death(error)
+                raise
+            self._begun = False
         return self
 
     def __next__(self) -> Batch:
-        if not self._close.alive:
+        if self.is_closed:
             raise StopIteration
+        self._begun = True
         try:
             packed = next(self._packed)
         except StopIteration:
-            self.close()
+            if self._kept:
+                forget(self._workers)
+            else:
+                self.close()
             raise
         except Exception as error:
-            dead = _first_dead(self._workers)
-            if dead is None:
-                raise
-            _kill(self._packed, self._workers)
-            self.close()
-            raise _death(dead) from error
+            self._raise_death(error)
+            raise
         if isinstance(packed, Failed):
             self.close()
             raise packed.error
         return packed if isinstance(packed, Batch) else packed.received().unpack()
+
+    def _raise_death(self, cause: Exception | None = None, *, within_s: float = 1.0) -> None:
+        """End all loader processes and raise DataError if one is dead."""
+        dead = _first_dead(self._workers, within_s=within_s)
+        if dead is not None:
+            _kill(self._packed, self._workers)
+            self.close()
+            raise _death(dead) from cause
 
     def __enter__(self) -> Self:
         return self
@@ -105,17 +139,33 @@ class Batches:
         self._close()
 
 
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+class KeptBatches:
+    """Passes over the same batches by the same processes, which wait in between and hold no batch then.
 
+    kept = KeptBatches(partial(evaluation_batches, …, kept=True))
+    with kept.one_pass() as batches:        # the processes are started, the first time
+        for batch in batches: …
+    kept.close()
+    """
 
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """A worker that is forked inside begins with the signals blocked, so that none ends it before `_start_worker`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, PREEMPTION_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    def __init__(self, make: Callable[[], Batches]) -> None:
+        self._make = make
+        self._batches: Batches | None = None
+
+    @contextmanager
+    def one_pass(self) -> Iterator[Batches]:
+        """The batches, from the first one; a pass that is not finished ends the processes."""
+        if self._batches is None or self._batches.is_closed:
+            self._batches = self._make()
+        try:
+            yield self._batches
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._batches is not None:
+            self._batches.close()
 
 
 def _start_worker(_: int) -> None:
@@ -124,6 +174,7 @@ def _start_worker(_: int) -> None:
     for number in PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)
+    leave_server()
 
 
 def _stop(packed: Any, workers: list[Any]) -> None:
@@ -133,7 +184,7 @@ def _stop(packed: Any, workers: list[Any]) -> None:
         if process.is_alive():
             process.kill()
         process.join()
-    forget([process.pid for process in workers])
+    forget(workers)
 
 
 def _kill(packed: Any, workers: list[Any]) -> None:
@@ -144,12 +195,12 @@ def _kill(packed: Any, workers: list[Any]) -> None:
     for process in workers:
         process.kill()
         process.join()
-    forget([process.pid for process in workers])
+    forget(workers)
 
 
-def _first_dead(workers: list[Any]) -> Any | None:
+def _first_dead(workers: list[Any], *, within_s: float) -> Any | None:
     """The process that ended, if one did: its connections break a moment before the system calls it ended."""
-    ended = multiprocessing.connection.wait([p.sentinel for p in workers], timeout=1) if workers else []
+    ended = multiprocessing.connection.wait([p.sentinel for p in workers], timeout=within_s) if workers else []
     for process in workers:
         if process.sentinel in ended:
             process.join()

@@ -127,7 +127,7 @@ class SetFacts:
 
 @dataclass(frozen=True)
 class ShardSet(SetFacts):
-    """The shards of one folder, opened for reading by `ShardSet.open`. Pickling stores the location and reopens it."""
+    """The shards of one folder, opened for reading by `ShardSet.open`. A pickle has no rows of the index."""
 
     index: np.ndarray = field(kw_only=True)  # [num_samples + quarantined] of INDEX_DTYPE, mapped
 
@@ -144,26 +144,36 @@ class ShardSet(SetFacts):
         manifest = ShardManifest.read(folder)
         for info in (*manifest.shards, manifest.index, manifest.keys):
             _check_size(folder, info)
-        opened = cls(folder, manifest, (), index=map_index(folder / manifest.index.name, manifest))
+        opened = cls._again(folder, manifest, (), None)
         return replace(opened, quarantine=read_quarantine(opened))
 
     @classmethod
-    def _open_remote(cls, remote: RemoteShards, manifest: ShardManifest | None = None) -> Self:
-        """`manifest`: already known if another process has opened the set."""
-        manifest = manifest or remote.manifest()
-        for info in (manifest.index, manifest.keys):
-            remote.keep(info)
-        cache = remote.cache
-        opened = cls(cache.folder, manifest, (), remote, index=map_index(cache.path(manifest.index), manifest))
+    def _open_remote(cls, remote: RemoteShards) -> Self:
+        manifest = remote.manifest()
+        opened = cls._again(remote.cache.folder, manifest, (), remote)
         listed = remote.quarantine()
         if listed is None:
             return opened
         return replace(opened, quarantine=check_quarantine(opened, listed, below(remote.url, QUARANTINE)))
 
+    @classmethod
+    def _again(
+        cls,
+        folder: Path,
+        manifest: ShardManifest,
+        quarantine: tuple[Quarantined, ...],
+        remote: RemoteShards | None,
+    ) -> Self:
+        """Map the files of a set whose manifest and quarantine are known, as in another process of the same run."""
+        path = folder / manifest.index.name
+        if remote:
+            for info in (manifest.index, manifest.keys):
+                remote.keep(info)
+            path = remote.cache.path(manifest.index)
+        return cls(folder, manifest, quarantine, remote, index=map_index(path, manifest))
+
     def __reduce__(self) -> tuple[Any, ...]:  # a mapped array would be pickled as a copy of the full index
-        if self.remote:
-            return type(self)._open_remote, (self.remote, self.manifest)
-        return type(self).open, (self.folder,)
+        return type(self)._again, (self.folder, self.manifest, self.quarantine, self.remote)
 
     def usable_to_sample(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Positions among the usable samples, int64 [n], to sample numbers [n]. The identity without a quarantine."""

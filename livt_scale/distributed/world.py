@@ -18,13 +18,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from livt_scale.data.fork_server import fork_server
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.ports import port_of_job
 from livt_scale.distributed.process_setup import set_up_process
@@ -174,9 +175,19 @@ def tasks_by_node(text: str) -> list[int]:
 
 
 @contextmanager
-def process_group(world: World, *, timeout_s: int) -> Iterator[None]:
-    """The process group of `world` (gloo on CPU, nccl with gloo beside it on GPU); none where it is alone."""
+def process_group(world: World, *, timeout_s: int, loads: bool = False) -> Iterator[None]:
+    """The process group of `world` (gloo on CPU, nccl with gloo beside it on GPU); none where it is alone.
+
+    loads: loader processes will be started in the block. They are forked from a server that is started before.
+    """
     set_up_process(world.world_size)
+    threads = world.world_size > 1 or world.device.type == "cuda"  # of gloo, NCCL or CUDA
+    with fork_server() if loads and threads else nullcontext(), _joined_group(world, timeout_s=timeout_s):
+        yield
+
+
+@contextmanager
+def _joined_group(world: World, *, timeout_s: int) -> Iterator[None]:
     if world.device.type == "cuda":
         if settings := allocator_settings(os.environ):
             torch._C._accelerator_setAllocatorSettings(settings)  # of torch 2.9 or newer

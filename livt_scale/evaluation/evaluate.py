@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from torch import Tensor, nn
 
 from livt_scale.config.recipe import Data, Recipe
 from livt_scale.data.classes import TrainingClasses, check_same_classes
-from livt_scale.data.loader import evaluation_batches
+from livt_scale.data.loader import Batches, evaluation_batches
+from livt_scale.data.loader_processes import KeptBatches
 from livt_scale.data.num_workers import max_workers
 from livt_scale.data.order.instance import eval_positions
 from livt_scale.data.remote.prefetch import check_evaluation_room
@@ -56,19 +59,27 @@ def evaluate(
     batch: int = BATCH,
     views: Views = Views(),  # noqa: B008 - frozen
     keep: list[Tensor] | None = None,
+    batches: KeptBatches | None = None,
 ) -> dict[str, Any]:
     """The report of `model` (a Classifier on `world.device`, or a strategy that holds one) on `shards`, on every rank.
 
     classes: None: those of the recipe's training set. batch: images a forward pass, which sees one view of each. keep:
-    gets this rank's logits, float [B, C] on the CPU, in the order of the set (`train.outputs`). The model is left in
-    the mode it was in. Raises DataError where the classes differ, and on every rank what goes wrong on one.
+    gets this rank's logits, float [B, C] on the CPU, in the order of the set (`train.outputs`). batches: of
+    `kept_batches`, where the set is evaluated again. The model is left in the mode it was in. Raises DataError where
+    the classes differ, and on every rank what goes wrong on one.
     """
     data = recipe.data
     return evaluate_images(
         model, shards, ImageSettings.of_recipe(recipe), precision=recipe.parallel.precision, device=world.device,
         world=world, classes=classes or TrainingClasses.of(SetFacts.read(data.train, data=data), data),
-        batch=batch, views=views, keep=keep,
+        batch=batch, views=views, keep=keep, batches=batches,
     )  # fmt: skip
+
+
+def kept_batches(shards: ShardSet, recipe: Recipe, *, world: World) -> KeptBatches:
+    """For `evaluate` of several weights on `shards`: its loader processes are started once. The caller closes it."""
+    settings = ImageSettings.of_recipe(recipe)
+    return KeptBatches(lambda: evaluation_batches(shards, settings, **_ranks(world), batch=BATCH, kept=True))
 
 
 def evaluate_images(
@@ -83,6 +94,7 @@ def evaluate_images(
     batch: int = BATCH,
     views: Views = Views(),  # noqa: B008 - frozen
     keep: list[Tensor] | None = None,
+    batches: KeptBatches | None = None,
     in_step: bool = False,
 ) -> dict[str, Any]:
     """As `evaluate`, for settings of any origin. `precision`, "fp32" or "bf16", is of a plain model on `device`.
@@ -107,9 +119,11 @@ def evaluate_images(
         _check_logits(logits, (len(images), shards.num_classes))
         return logits
 
+    once = partial(evaluation_batches, shards, settings, **_ranks(world), batch=batch, crops=views.crops)
+    one_pass = once if batches is None else batches.one_pass
     error: Exception | None = None
     try:
-        for logits, labels in _answers(counted, shards, settings, device=device, world=world, batch=batch, views=views):
+        for logits, labels in _answers(counted, one_pass, settings.data, device=device, views=views):
             tally.update(logits, labels)
             if keep is not None:
                 keep.append(logits.float().cpu())
@@ -196,20 +210,21 @@ def eval_json(report: dict[str, Any], *, weights: dict[str, Any]) -> bytes:
 
 def _answers(
     infer: Callable[[Tensor], Tensor],
-    shards: ShardSet,
-    settings: ImageSettings,
+    one_pass: Callable[[], AbstractContextManager[Batches]],
+    data: Data,
     *,
     device: torch.device,
-    world: World,
-    batch: int,
     views: Views,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits and labels of this rank's batches."""
-    ranks = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
-    with evaluation_batches(shards, settings, **ranks, batch=batch, crops=views.crops) as batches:
+    with one_pass() as batches:
         for own in batches:
             on_device = own.to(device)
-            yield views.logits(infer, on_device.images, settings.data), on_device.labels
+            yield views.logits(infer, on_device.images, data), on_device.labels
+
+
+def _ranks(world: World) -> dict[str, Any]:
+    return {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
 
 
 def _most_batches(shards: ShardSet, world: World, batch: int) -> int:

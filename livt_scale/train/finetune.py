@@ -16,12 +16,13 @@ from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import Batch, images_and_targets
+from livt_scale.data.loader_processes import KeptBatches
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import WithEma
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.calibration import temperature_report
-from livt_scale.evaluation.evaluate import check_room, evaluate, weights_lineage
+from livt_scale.evaluation.evaluate import check_room, evaluate, kept_batches, weights_lineage
 from livt_scale.evaluation.logits import About, gather
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.train.loop import Evaluation, Evaluator, StageTask
@@ -45,12 +46,14 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, layer_decay=decay)
 
     val = ShardSet.open(recipe.data.val, data=recipe.data) if recipe.data.val else None
+    images = kept_batches(val, recipe, world=world) if val else None
     return StageTask(
         part,
         model,
         groups,
         _objective(recipe, part, train),
-        evaluate=_evaluator(recipe, train, val, world) if val else None,
+        evaluate=_evaluator(recipe, train, val, world, images) if val and images else None,
+        close=images.close if images else None,
         scored_on=val.digest if val else None,
         evaluate_every_epochs=part.eval_every_epochs,
         origin=origin,
@@ -147,14 +150,14 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[...,
     return objective
 
 
-def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World) -> Evaluator:
+def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World, images: KeptBatches) -> Evaluator:
     classes = TrainingClasses.of(train, recipe.data)
     check_room(val, recipe.data, world=world, train=train)  # now, not after the first epoch
 
     def measured(strategy: Strategy, *, final: bool) -> dict[str, Any]:
         """The report; of the final weights, on rank 0, with the temperature for exports and predictions."""
         kept: list[Tensor] | None = [] if final else None
-        report = evaluate(strategy, val, recipe, world=world, classes=classes, keep=kept)
+        report = evaluate(strategy, val, recipe, world=world, classes=classes, keep=kept, batches=images)
         if kept is None:
             return report
         try:

@@ -77,6 +77,7 @@ class StageTask:
     origin: dict[str, Any] | None = None  # lineage of the initial weights; None: from the seed
     draw: Callable[[Strategy, Path], None] | None = None  # a picture for each checkpoint, into this file
     average: Ema | None = None  # of the weights, kept beside them
+    close: Callable[[], None] | None = None  # called at the end of the stage
 
 
 @dataclass

@@ -6,7 +6,7 @@ import faulthandler
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -75,7 +75,8 @@ def train(recipe: Recipe, *, stage: Stage | None = None, allow: Sequence[str] = 
     _set_up_torch(recipe.parallel, world.device)
     stages = (stage,) if stage else recipe.stage_names
     timeout_s = recipe.parallel.timeout_s
-    with process_group(world, timeout_s=timeout_s), _bounded_start(world, timeout_s=timeout_s):
+    loads = recipe.data.workers != 0
+    with process_group(world, timeout_s=timeout_s, loads=loads), _bounded_start(world, timeout_s=timeout_s):
         train_together(recipe, stages, world=world, allow=allowed, hooks=hooks)
 
 
@@ -196,10 +197,12 @@ class _StageRun:
         world.peers.on_rank0(lambda: heartbeat.clear(self.folder))
         status = rundir.Status(self.folder, stage=self.stage, writes=world.is_main)
         watchdog = Watchdog(self.folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
-        with status.told(), watchdog, watchdog.errors_told():
+        with status.told(), watchdog, watchdog.errors_told(), ExitStack() as to_close:
             train_set = open_alike(recipe, world=world)
             order = stage_order(train_set, recipe, self.stage)
             task = self._task(train_set)
+            if task.close is not None:
+                to_close.callback(task.close)
             schedule = self._schedule(task, order.steps_per_epoch)
             state = self._state(task, train_set)
 

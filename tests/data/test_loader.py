@@ -11,11 +11,13 @@ import signal
 import textwrap
 import threading
 import time
+from contextlib import closing, nullcontext, suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,13 +27,23 @@ from torchvision.transforms import functional as tv
 
 from livt_scale.data.batch import _RECEIVED
 from livt_scale.data.build.verify import verify
-from livt_scale.data.loader import Batch, Mix, _TrainDataset, apply_mix, eval_batches, normalise, train_batches
-from livt_scale.data.loader_processes import _kill
+from livt_scale.data.fork_server import fork_server
+from livt_scale.data.loader import (
+    Batch,
+    Mix,
+    _TrainDataset,
+    apply_mix,
+    eval_batches,
+    evaluation_batches,
+    normalise,
+    train_batches,
+)
+from livt_scale.data.loader_processes import KeptBatches, _kill
 from livt_scale.data.mixup import draw_mix
 from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.seeds import sample_rng
-from livt_scale.data.settings import TrainSettings
+from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, SampleError, ShardError, UsageError
 from tests import warm
@@ -304,26 +316,93 @@ def test_no_process_outlives_the_iterator(shards, how):
     assert not any(w.is_alive() for w in workers)
 
 
+def kept_batches(shards) -> KeptBatches:
+    settings = ImageSettings.of_recipe(tiny_recipe(shards.folder, data__workers=2))
+    return KeptBatches(lambda: evaluation_batches(shards, settings, rank=0, world_size=1, batch=8, kept=True))
+
+
+def one_pass(kept: KeptBatches) -> tuple[list[Batch], set[int | None]]:
+    """The batches and the processes that loaded them."""
+    with kept.one_pass() as batches:
+        images = list(batches)
+        return images, {p.pid for p in multiprocessing.active_children()}
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_kept_processes_load_pass_after_pass_and_hold_no_memory_in_between(shards, served):
+    alone = list(eval_batches(shards, tiny_recipe(shards.folder), rank=0, world_size=1, batch=8))
+    with fork_server() if served else nullcontext(), closing(kept_batches(shards)) as kept:
+        (first, processes), (second, again) = one_pass(kept), one_pass(kept)
+        assert_same(first, alone)
+        assert_same(second, alone)
+        assert len(processes) == 2
+        assert again == processes
+        assert not [name for name in _RECEIVED if name[0] in processes]
+        kept.close()
+        assert not any(is_running(pid) for pid in processes)
+        assert_same(one_pass(kept)[0], alone)
+
+
+def test_a_kept_process_that_dies_between_two_passes_is_named(shards):
+    with closing(kept_batches(shards)) as kept:
+        _, processes = one_pass(kept)
+        victim = multiprocessing.active_children()[0]
+        victim.kill()
+        victim.join()
+        begun = time.monotonic()
+        with pytest.raises(DataError, match=rf"a loader process \(pid {victim.pid}\) was killed by SIGKILL"):
+            one_pass(kept)
+        assert time.monotonic() - begun < 4  # not after torch's wait of 5 s
+        assert not any(is_running(pid) for pid in processes)
+
+
+def test_a_pass_that_is_not_finished_ends_the_processes(shards):
+    kept = kept_batches(shards)
+    with suppress(ZeroDivisionError), kept.one_pass() as batches:
+        next(batches)
+        processes = {p.pid for p in multiprocessing.active_children()}
+        raise ZeroDivisionError
+    assert len(processes) == 2
+    assert not any(is_running(pid) for pid in processes)
+
+
+def test_a_server_s_processes_load_the_same_batches(shards, whole):
+    with fork_server():
+        recipe = tiny_recipe(shards.folder, data__workers=2)
+        with train_batches(
+            shards, recipe, stage="finetune", rank=0, world_size=1, micro_batch=8, epoch=0, step=0
+        ) as batches:
+            first = next(batches)
+            parents = {psutil.Process(p.pid).ppid() for p in multiprocessing.active_children()}
+            assert_same([first, *batches], whole["finetune"])
+        assert len(parents) == 1
+        assert parents.isdisjoint({os.getpid()})
+    assert not is_running(parents.pop())
+
+
 SCRIPT = """
     import multiprocessing, os, signal, sys
+    from contextlib import nullcontext
+    from livt_scale.data.fork_server import fork_server
     from livt_scale.data.loader import train_batches
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.config.recipe import Recipe
     recipe = Recipe.model_validate_json(sys.argv[2])
     shards = ShardSet.open(recipe.data.train)
-    batches = train_batches(shards, recipe, stage="pretrain", rank=0, world_size=1, micro_batch=8, epoch=0, step=0)
-    next(batches)
-    print(*[p.pid for p in multiprocessing.active_children()], flush=True)
-    if sys.argv[1] == "killed":
-        os.kill(os.getpid(), signal.SIGKILL)
+    with fork_server() if "served" in sys.argv[1] else nullcontext():
+        batches = train_batches(shards, recipe, stage="pretrain", rank=0, world_size=1, micro_batch=8, epoch=0, step=0)
+        next(batches)
+        print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+        if "killed" in sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("end", ["killed", "finished"])
+@pytest.mark.parametrize("end", ["killed", "finished", "served and killed", "served and finished"])
 def test_no_process_outlives_the_main_one(shards, end):
     recipe = tiny_recipe(shards.folder, data__workers=2, stages__pretrain__epochs=1000)
     done = warm.run(["-c", textwrap.dedent(SCRIPT), end, recipe.model_dump_json()], timeout=120)
-    assert done.returncode == (-signal.SIGKILL if end == "killed" else 0)
+    assert done.returncode == (-signal.SIGKILL if "killed" in end else 0), done.stderr
     workers = [int(pid) for pid in done.stdout.split()]
     assert len(workers) == 2
     deadline = time.monotonic() + 60
