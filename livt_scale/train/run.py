@@ -50,6 +50,7 @@ from livt_scale.train.telemetry.layer_stats import LayerStats
 from livt_scale.train.telemetry.metrics_log import MetricsLog, last_step_written, measured_demand
 from livt_scale.train.telemetry.mfu import speed_of
 from livt_scale.train.telemetry.profiler import Profiler
+from livt_scale.train.telemetry.rank_times import RankTimes
 from livt_scale.train.telemetry.tensorboard import TensorBoard
 from livt_scale.train.telemetry.trackers import Trackers, check_installed, open_trackers
 from livt_scale.train.train_state import TrainState, run_facts
@@ -292,7 +293,9 @@ class _StageRun:
             self.recipe, self.stage, num_classes=num_classes, device=world.device, world_size=world.world_size
         )
         trackers = world.peers.run_all(lambda: self._trackers(state.step))
-        return MetricsLog(self.folder, speed=speed, trackers=trackers)
+        lockstep = state.strategy.lockstep
+        ranks = RankTimes(world.peers, stage=self.stage, lockstep=lockstep) if world.world_size > 1 else None
+        return MetricsLog(self.folder, speed=speed, trackers=trackers, ranks=ranks)
 
     def _trackers(self, start_step: int) -> Trackers | None:
         if not self.world.is_main:

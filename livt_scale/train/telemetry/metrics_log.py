@@ -23,6 +23,7 @@ from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, drop_l
 from livt_scale.train.telemetry.clock import DEVICE_PARTS, PARTS
 from livt_scale.train.telemetry.display import Pace, TerminalProgress, log_line
 from livt_scale.train.telemetry.mfu import Speed, memory_peak_gib
+from livt_scale.train.telemetry.rank_times import RankTimes
 from livt_scale.train.telemetry.tensorboard import grouped
 from livt_scale.train.telemetry.trackers import Trackers
 from livt_scale.util.errors import RunError
@@ -37,13 +38,20 @@ _log = logging.getLogger(__name__)
 class MetricsLog(Hook):
     """The record of one stage, written by the main rank; the other ranks only count.
 
-    speed None: no tflops, no mfu.
+    speed None: no tflops, no mfu. ranks None: no times of the ranks.
     """
 
-    def __init__(self, folder: Path, *, speed: Speed | None = None, trackers: Trackers | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        speed: Speed | None = None,
+        trackers: Trackers | None = None,
+        ranks: RankTimes | None = None,
+    ) -> None:
         self._path = folder / METRICS
         self._stage = folder.name
-        self._speed, self._trackers = speed, trackers or Trackers([])
+        self._speed, self._trackers, self._ranks = speed, trackers or Trackers([]), ranks
         self._terminal: TerminalProgress | None = None
         self._last_line_s = -math.inf
         self._warned_of_disk = False
@@ -128,6 +136,7 @@ class MetricsLog(Hook):
     def _end_interval(self, loop: Loop, step: Step) -> None:
         self._add_parts()
         sums, self._sums = self._sums, dict.fromkeys(SUMS, 0.0)
+        ranks = self._ranks.exchange(sums) if self._ranks is not None else {}
         if not self._writes:
             return
         line: dict[str, Any] = {
@@ -136,6 +145,7 @@ class MetricsLog(Hook):
             **_figures(sums, lr=step.lr, global_batch=loop.task.part.global_batch, speed=self._speed),
             "memory_peak_gib": memory_peak_gib(loop.world.device),
             "world_size": loop.world.world_size,
+            **ranks,
             "time": _now(),
             **step.metrics,
         }

@@ -20,7 +20,7 @@ from livt_scale.util.outside import read_checked
 
 FOLDER = "tensorboard"
 SYSTEM = ("images_per_s", "tflops", "mfu", "memory_peak_gib")
-NO_CURVE = ("step", "world_size", "time")  # fields of a line that no curve is drawn of
+NO_CURVE = ("step", "world_size", "time", "slowest_rank", "slowest_host")  # fields of a line that no curve is drawn of
 HPARAM_METRICS = ("train/loss", "eval/top1_all")  # columns of TensorBoard's table of hyper-parameters
 
 
