@@ -22,7 +22,7 @@ from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
-from livt_scale.study.comparison import combined_outcome
+from livt_scale.study.comparison import combined_outcome, judge_all
 from livt_scale.study.runs import Run
 from livt_scale.train.run_dir import is_done
 from livt_scale.train.run_files import (
@@ -39,7 +39,7 @@ from livt_scale.train.run_files import (
 from livt_scale.util.errors import LivtError
 from livt_scale.util.resources import root
 
-FORMAT, VERSION = "livt-claim-results", 1
+FORMAT, VERSION = "livt-claim-results", 2
 GROUPS = ("all", "many", "medium", "few")
 
 
@@ -49,7 +49,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
     found = _Found()
     for (arm, seed), runs in runs_of(CLAIMS[claim], setting, seeds=seeds, sets=sets).items():
         found.add(arm, seed, runs[-1], folder, num_classes=setting.num_classes)
-    verdicts = [question.judge(found.values) for question in CLAIMS[claim].questions(setting)]
+    verdicts = judge_all(CLAIMS[claim].questions(setting), found.values)
     by_seed = {
         arm: {m: {str(s): v for s, v in of.items()} for m, of in measures.items()}
         for arm, measures in found.values.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 from livt_scale.study.claims import CLAIMS, SETTINGS
 from livt_scale.study.collect import FORMAT, VERSION
-from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS
+from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS, POWER
 from livt_scale.util.errors import DataError
 from livt_scale.util.outside import read_json
 
@@ -26,16 +26,19 @@ This page has the verdicts on the paper's claims. It is made by `livt reproduce 
 that were collected from run directories and are kept in `docs/results/`; [studies and
 claims](studying.md#check-the-papers-claims) shows how to run it, here and on ImageNet-LT. Each number is the mean
 over seeds ± their standard deviation, on evaluation images. `livt_scale/study/comparison.py` has the rule of a
-verdict: with the same seeds for both arms, the {confidence:.0%} interval of the difference is above 0 (confirmed),
-below 0 (not confirmed), or contains it (not decidable here, as with fewer than {least} seeds). A claim is confirmed
-if each of its questions is, and not confirmed if one is not. All arms have the recipe's learning rate and, unless
-their name differs, the section's epochs; nothing was tuned for any of them.
+verdict: Student's paired t test over seeds, with Holm's correction for the number of questions of the claim. Below
+{level:.0%} the difference is in favour (confirmed) or against (not confirmed); above it, and with fewer than {least}
+seeds, it is not decidable here. A claim is confirmed if each of its questions is, and not confirmed if one is not.
+Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
+point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
+arms have the recipe's learning rate and, unless their name differs, the section's epochs; nothing was tuned for any of
+them.
 """
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
     """The page for these results, in their order."""
-    parts = [HEAD.format(confidence=CONFIDENCE, least=MIN_SEEDS), _overview(results)]
+    parts = [HEAD.format(confidence=CONFIDENCE, level=1 - CONFIDENCE, least=MIN_SEEDS, power=POWER), _overview(results)]
     return "\n".join([*parts, *(_section(result) for result in results)])
 
 
@@ -105,14 +108,19 @@ def _cell(values: Sequence[float], measure: str) -> str:
 
 
 def _verdicts(result: Mapping[str, Any]) -> list[str]:
-    rows = ["| question | difference | interval | seeds | verdict |", "| --- | ---: | ---: | ---: | --- |"]
+    rows = [
+        "| question | difference | interval | effect | p, corrected | seeds | for one point | verdict |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
     for verdict in result["verdicts"]:
-        seeds, cells = verdict["num_seeds"], ["", ""]
+        seeds, cells = verdict["num_seeds"], [""] * 4
         if seeds:
             mean, low, high = (_signed(verdict[key], verdict["unit"]) for key in ("mean", "low", "high"))
-            cells = [mean, f"{low} to {high}" if seeds > 1 else ""]
-        word = verdict["word"] if seeds else "not run"
-        rows.append(f"| {verdict['says']} | {' | '.join(cells)} | {seeds} | {word} |")
+            effect = "" if verdict["effect"] is None else f"{verdict['effect']:+.1f}"
+            p = "" if verdict["p_holm"] is None else f"{verdict['p_holm']:.3f}"
+            cells = [mean, f"{low} to {high}" if seeds > 1 else "", effect, p]
+        word, needed = verdict["word"] if seeds else "not run", verdict["seeds_for_a_point"] or ""
+        rows.append(f"| {verdict['says']} | {' | '.join(cells)} | {seeds} | {needed} | {word} |")
     return rows
 
 

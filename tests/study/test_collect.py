@@ -162,7 +162,7 @@ def test_the_page_is_made_of_the_results_and_names_what_is_not_there(tmp_path):
     text = results_page.page([told])
     assert f"| ce | {told['weights']['ce'] / 1e6:.2f} | 3 | 71.0 ± 1.0 |" in text
     assert "bce, seed 0 (not run)" in text
-    assert "| bal_bce above lade in top1 all |  |  | 0 | not run |" in text
+    assert "| bal_bce above lade in top1 all |  |  |  |  | 0 |  | not run |" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `size`")]
     assert row.count("not run") == len(SETTINGS), "a claim that nobody has run is not left out"
 
@@ -174,7 +174,7 @@ def test_results_are_json_that_comes_back_even_where_an_interval_is_infinite(tmp
     (tmp_path / "kept" / "losses.json").write_bytes(results_page.results_json(told))
     assert results_page.read_results(tmp_path / "kept") == [told]
     assert told["verdicts"][0]["low"] is None
-    assert "| bal_bce above bce in top1 all | +0.0 |  | 1 | not decidable here |" in results_page.page([told])
+    assert "| bal_bce above bce in top1 all | +0.0 |  |  |  | 1 |  | not decidable here |" in results_page.page([told])
 
 
 def test_an_arm_that_joined_the_claim_after_the_runs_is_named_on_the_page(tmp_path):

@@ -1,4 +1,5 @@
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ import scipy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from livt_scale.study.comparison import alike, combined_outcome, exceeds, interval
+from livt_scale.study.comparison import Comparison, alike, combined_outcome, exceeds, holm, interval, judge_all
 
 numbers = st.floats(-10, 10, allow_nan=False)
 
@@ -31,6 +32,62 @@ def test_the_interval_is_that_of_students_t():
     expected = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)  # an independent reckoning
     assert (low, high) == pytest.approx((expected.low, expected.high))
     assert mean == pytest.approx(np.mean(values))
+
+
+@given(st.lists(numbers, min_size=3, max_size=9, unique=True))
+def test_alone_a_question_is_decided_as_its_interval_decides(values):
+    _, low, high = interval(values)
+    word = "confirmed" if low > 0 else "not confirmed" if high < 0 else "not decidable here"
+    assert exceeds(values, says="").word == word
+
+
+def test_the_p_value_is_that_of_students_t():
+    values = [0.1, 0.4, -0.1, 0.3]
+    assert exceeds(values, says="").p == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_the_correction_is_the_closed_test_of_all_sets_of_questions(p_values):
+    """Holm 1979: a question is decided if each set of questions that it is in is, by Bonferroni's rule for the set."""
+    places = range(len(p_values))
+    for place, corrected in enumerate(holm(p_values)):
+        sets = [s for n in places for s in combinations(places, n + 1) if place in s]
+        assert corrected == pytest.approx(max(min(1.0, len(s) * min(p_values[i] for i in s)) for s in sets))
+
+
+def test_questions_that_nobody_ran_are_no_questions():
+    corrected = holm([0.01, math.nan, 0.04])
+    assert math.isnan(corrected[1])
+    assert corrected[::2] == pytest.approx([0.02, 0.04])
+
+
+def test_a_small_difference_is_decided_alone_but_not_among_others():
+    values = {"a": {"top1_all": {0: 0.61, 1: 0.62, 2: 0.64}}, "b": {"top1_all": dict.fromkeys(range(3), 0.6)}}
+    values |= {rival: {"top1_all": {0: 0.63, 1: 0.6, 2: 0.62}} for rival in "cde"}
+    first = Comparison("a", "b", "top1_all")
+    assert first.judge(values).p == pytest.approx(0.118, abs=0.01)
+    values["a"]["top1_all"] = {0: 0.61, 1: 0.612, 2: 0.61}
+    assert first.judge(values).word == "confirmed"
+    together = judge_all([first, *(Comparison("a", rival, "top1_all") for rival in "cdefgh")], values)
+    assert together[0].p_holm == pytest.approx(4 * together[0].p)  # f, g and h have no runs
+
+
+@pytest.mark.parametrize("deviation", [0.002, 0.01, 0.03])
+def test_with_the_seeds_for_a_point_a_point_is_found_as_often_as_it_says(deviation):
+    values = 0.05 + deviation * np.array([-1.0, 0.0, 1.0])  # of exactly this deviation
+    seeds = exceeds(values.tolist(), says="").seeds_for_a_point
+    assert seeds is not None
+    draws = np.random.default_rng(0).normal(0.01, deviation, size=(20_000, seeds))
+    found = (scipy.stats.ttest_1samp(draws, 0, axis=1).pvalue < 0.05).mean()
+    assert found > 0.79
+    if seeds > 3:
+        fewer = (scipy.stats.ttest_1samp(draws[:, :-1], 0, axis=1).pvalue < 0.05).mean()
+        assert fewer < 0.805
+
+
+def test_what_would_take_over_a_thousand_seeds_has_no_number():
+    assert exceeds([-1.0, 0.0, 1.0], says="").seeds_for_a_point is None
+    assert alike([0.01, 0.02, 0.0], says="", within=0.1).seeds_for_a_point is None
 
 
 def test_the_interval_holds_the_truth_as_often_as_it_says():
