@@ -9,6 +9,9 @@ COMPARE_FLAGS ?=
 TEST_FLAGS ?=
 BENCH_OUT ?= build/bench
 
+# Some containers say so for small images; here hundreds of short processes would each compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-slow test-slurm lint format golden docs compare bench peers clean
 
