@@ -19,6 +19,7 @@ from livt_scale.config.load import load_recipe
 from livt_scale.distributed.world import detect
 from livt_scale.train.loop import Hook, Loop, Step
 from livt_scale.train.run import train
+from livt_scale.train.telemetry import rank_times
 
 SLOW_RANK, SLOW_S = 1, 0.2
 
@@ -42,6 +43,7 @@ def main(recipe: str, folder: str, *sets: str) -> None:
     forks: list[bool] = []  # whether the process group was there
     os.register_at_fork(before=lambda: forks.append(dist.is_initialized()))
     observer = Observer()
+    rank_times.LASTING_S = 1.0
     train(load_recipe(recipe, sets=list(sets)), stage="finetune", hooks=[observer])
     found: dict[str, Any] = {
         "forks": forks,

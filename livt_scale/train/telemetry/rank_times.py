@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import socket
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from livt_scale.distributed.collectives import Peers
 FACTOR = 1.2  # a straggler's time over the median; GPUs of one kind differ by some per cent
 SHARE = 0.05  # and at least this part of the step: a wait for data of 2 ms after one of 1 ms costs nothing
 LINES = 3  # of metrics.jsonl in a row
+LASTING_S = 60.0  # and for as long: any process is held up for some seconds now and then
 AGAIN = 100  # lines after which the same straggler is logged again
 _log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class RankTimes:
     lockstep: bool
     _slow: int | None = field(default=None, init=False)  # who was a straggler in the last line
     _lines: int = field(default=0, init=False)  # for how many lines
+    _since: float = field(default=0.0, init=False)  # time.monotonic() of the first of them
+    _logged: int = field(default=0, init=False)  # after how many of them the rank was named
 
     def exchange(self, sums: Mapping[str, float]) -> dict[str, Any]:
         """Fields of a line of metrics.jsonl, on rank 0; {} elsewhere. `sums`: seconds of parts, and `steps`."""
@@ -65,9 +69,14 @@ class RankTimes:
     def _is_due(self, times: list[float], *, step_s: float) -> bool:
         """Whether to log a straggler now."""
         slow = straggler(times, step_s=step_s)
-        self._lines = self._lines + 1 if slow == self._slow else 1
-        self._slow = slow
-        return slow is not None and (self._lines == LINES or self._lines % AGAIN == 0)
+        if slow != self._slow:
+            self._slow, self._lines, self._logged, self._since = slow, 0, 0, time.monotonic()
+        self._lines += 1
+        if slow is None or self._lines < LINES or time.monotonic() - self._since < LASTING_S:
+            return False
+        is_due = not self._logged or self._lines - self._logged >= AGAIN
+        self._logged = self._lines if is_due else self._logged
+        return is_due
 
 
 def straggler(times: list[float], *, step_s: float) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 
 from livt_scale.distributed.collectives import Peers
 from livt_scale.train.telemetry.clock import DEVICE_PARTS
-from livt_scale.train.telemetry.rank_times import AGAIN, LINES, RankTimes, straggler
+from livt_scale.train.telemetry.rank_times import AGAIN, LASTING_S, LINES, RankTimes, straggler
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,20 @@ def sums(own_s: float, *, step_s: float = 1.0, steps: int = 4) -> dict[str, floa
     return {**parts, "backward_s": (step_s - own_s) * steps, "step_s": step_s * steps, "steps": steps}
 
 
-def warnings_of(caplog, intervals: list[tuple[float, ...]]) -> list[tuple[int, Any]]:
-    """(number of the line, rank that is named) for the ranks' times in each interval."""
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def warnings_of(
+    caplog, clock: list[float], intervals: list[tuple[float, ...]], *, each_s: float = LASTING_S
+) -> list[tuple[int, Any]]:
+    """(number of the line, rank that is named) for the ranks' times in each interval of `each_s` seconds."""
     times, named = RankTimes(Peers(), stage="pretrain", lockstep=False), []
     for number, (own_s, *others) in enumerate(intervals, start=1):
+        clock[0] += each_s
         caplog.clear()
         times.peers = FakePeers(tuple(others))  # type: ignore[assignment]
         with caplog.at_level(logging.WARNING, logger="livt_scale"):
@@ -60,19 +71,25 @@ def test_a_forward_pass_with_collectives_does_not_count():
         assert sorted((line["rank_min_s"], line["rank_max_s"])) == pytest.approx(sorted((own_s, 0.1)))
 
 
-def test_equal_ranks_give_no_line(caplog):
-    assert not warnings_of(caplog, [(0.25, 0.25, 0.26)] * 10)
-    assert not warnings_of(caplog, [(0.25, 0.25)] * 10)
+def test_equal_ranks_give_no_line(caplog, clock):
+    assert not warnings_of(caplog, clock, [(0.25, 0.25, 0.26)] * 10)
+    assert not warnings_of(caplog, clock, [(0.25, 0.25)] * 10)
 
 
-def test_a_rank_is_named_once_it_has_been_slow_for_some_lines_and_much_later_again(caplog):
-    assert warnings_of(caplog, [(0.25, 0.25, 0.4)] * (2 * AGAIN)) == [(LINES, 2), (AGAIN, 2), (2 * AGAIN, 2)]
-    assert warnings_of(caplog, [(0.9, 0.4)] * LINES) == [(LINES, 0)]
+def test_a_rank_is_named_once_it_has_been_slow_for_some_lines_and_much_later_again(caplog, clock):
+    assert warnings_of(caplog, clock, [(0.25, 0.25, 0.4)] * (2 * AGAIN)) == [(LINES, 2), (LINES + AGAIN, 2)]
+    assert warnings_of(caplog, clock, [(0.9, 0.4)] * LINES) == [(LINES, 0)]
 
 
-def test_ranks_that_are_slow_in_turn_are_not_named(caplog):
-    assert not warnings_of(caplog, [(0.25, 0.25, 0.4), (0.25, 0.4, 0.25)] * 5)
-    assert not warnings_of(caplog, [(0.25, 0.25, 0.4), (0.25, 0.25, 0.4), (0.25, 0.25, 0.25)] * 5)
+def test_seconds_are_not_enough(caplog, clock):
+    lines = [(0.25, 0.25, 0.4)] * 20
+    assert not warnings_of(caplog, clock, lines, each_s=LASTING_S / 20)
+    assert warnings_of(caplog, clock, lines, each_s=LASTING_S / 10) == [(11, 2)]
+
+
+def test_ranks_that_are_slow_in_turn_are_not_named(caplog, clock):
+    assert not warnings_of(caplog, clock, [(0.25, 0.25, 0.4), (0.25, 0.4, 0.25)] * 5)
+    assert not warnings_of(caplog, clock, [(0.25, 0.25, 0.4), (0.25, 0.25, 0.4), (0.25, 0.25, 0.25)] * 5)
 
 
 def test_a_time_that_is_small_beside_the_step_names_nobody():
