@@ -7,7 +7,7 @@ import pytest
 
 from tests.slurm_real.chains import FAULTY, PYTHON, Chain
 from tests.slurm_real.cluster import wait_for
-from tests.whole_runs import Livt, spelt
+from tests.whole_runs import Livt, assert_same_run, spelt
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
@@ -47,7 +47,7 @@ def states(chain):
     return {name: chain.cluster.show(job)["JobState"] for name, job in chain.jobs.items()}
 
 
-def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_other(runs, tmp_path):
+def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_other(runs, reference, tmp_path):
     first = runs[0]
     told = json.loads(submit_together(runs, tmp_path, "--jobs=2", "--json").stdout)
     arrays = [job["id"] for job in told["jobs"]]
@@ -68,6 +68,8 @@ def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_o
         view = json.loads(chain.livt("status", chain.run_dir, "--json", expect=int(ends == "CANCELLED")).stdout)
         assert view["state"] == ("done" if ends == "COMPLETED" else "failed")
     assert "a planted bug" in first.livt("logs", runs[1].run_dir, "--stage", "pretrain").stdout
+    for chain in (runs[0], runs[2]):
+        assert_same_run(chain.run_dir, reference)
     assert (runs[2].run_dir / "export" / "eval.json").is_file()
 
     # the second submission is of the one that is not done; cancelled, it leaves nothing in the queue

@@ -6,6 +6,7 @@ import pytest
 
 from tests.slurm_real.chains import Chain
 from tests.slurm_real.descriptions import TWO_NODES
+from tests.whole_runs import assert_same_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
@@ -18,10 +19,11 @@ def one_node(cluster, tmp_path):
     return chain
 
 
-def test_a_job_goes_on_without_its_bad_node_and_so_does_the_chain(one_node):
+def test_a_job_goes_on_without_its_bad_node_and_so_does_the_chain(one_node, reference):
     one_node.sets["slurm.check_nodes"] = "exclude"
     one_node.submit()
     assert set(one_node.ended().values()) == {"COMPLETED"}, one_node.tell()
+    assert_same_run(one_node.run_dir, reference)
     shown = {name: one_node.cluster.show(job) for name, job in one_node.jobs.items()}
     assert {job["NodeList"] for job in shown.values()} == {TWO_NODES.nodes[1]}
     assert {job["ExcNodeList"] for job in shown.values()} == {TWO_NODES.nodes[0]}, "what waited was told too"

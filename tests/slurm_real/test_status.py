@@ -7,6 +7,7 @@ import pytest
 from tests.slurm_real.chains import Chain
 from tests.slurm_real.cluster import wait_for
 from tests.slurm_real.descriptions import UNEVEN
+from tests.whole_runs import assert_same_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
 
@@ -30,7 +31,7 @@ def told(chain, state, *, seconds=180):
     return seen
 
 
-def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain):
+def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain, reference):
     # pending: others have the nodes
     full = ("--exclusive", "--nodes=2", "--time=10", "--parsable", "--wrap=sleep 600")
     others = chain.cluster.run("sbatch", *full, cwd=chain.folder).stdout.strip()
@@ -91,6 +92,7 @@ def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain):
     assert [stage["state"] for stage in done["stages"]] == ["done", "done", "done"]
     top1 = json.loads((chain.run_dir / "export" / "eval.json").read_text())["top1"]
     assert done["accuracy"]["all"] == top1["all"]
+    assert_same_run(chain.run_dir, reference)
 
 
 def test_a_job_that_fails_before_python_starts_is_failed_without_accounting_in_both_modes(clusters, tmp_path):
