@@ -6,17 +6,19 @@
 
 Ours is `livt_scale.train.loop.Loop` with the hooks of `livt train`: schedule, gradient norm, agreement on loss and
 signals, metrics.jsonl, TensorBoard, status.json, heartbeat, watchdog, the clock before a time limit, detection of loss
-spikes. The bare loop is forward, backward, step, zero_grad on a second model with the same weights. Both get the same
-batches of real images, loaded before. The steps alternate, one of the loop, one bare, so that a busy machine slows
-both; times are summed over the 20 steps of a log interval, so that the line written once per interval counts, and the
-overhead is the median over intervals of loop / bare - 1. With --checkpoints the loop also pays for the writing: the
-bare step waits until a save has ended.
+spikes, garbage collection. The bare loop is forward, backward, step, zero_grad on a second model with the same weights.
+Both get the same batches of real images, loaded before. The steps alternate, one of the loop, one bare, so that a busy
+machine slows both; times are summed over the 20 steps of a log interval, so that the line written once per interval
+counts, and the overhead is the median over intervals of loop / bare - 1. `cpu_s`: CPU seconds of a step, of all threads
+of the process; the difference, `loop_cpu_s`, is the CPU time of the loop around a step, which other programs change
+little. With --checkpoints the loop also pays for the writing: the bare step waits until a save has ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -40,6 +42,7 @@ from livt_scale.distributed.world import World
 from livt_scale.distributed.wrap import make_strategy
 from livt_scale.train.batch_plan import plan_batches
 from livt_scale.train.finetune import finetune_task
+from livt_scale.train.garbage import GarbageCollection
 from livt_scale.train.hooks import Save, StopOnRequest
 from livt_scale.train.loop import Loop, StageTask
 from livt_scale.train.preempt import Preemption
@@ -63,21 +66,34 @@ class TakenInTurn(Iterator[Batch]):
 
     def __init__(self, batches: list[Batch], *, bare_step: Callable[[Batch], None], settle: Callable[[], None]) -> None:
         self._batches, self._bare_step, self._settle = cycle(batches), bare_step, settle
-        self._handed: float | None = None
+        self._handed: tuple[float, float] | None = None
         self.loop_s: list[float] = []
         self.bare_s: list[float] = []
+        self.loop_cpu_s: list[float] = []
+        self.bare_cpu_s: list[float] = []
 
     def __next__(self) -> Batch:
         self._settle()  # what the loop has begun, it ends on its own time
         if self._handed is not None:
-            self.loop_s.append(time.perf_counter() - self._handed)
+            _add_passed(self._handed, self.loop_s, self.loop_cpu_s)
         batch = next(self._batches)
-        started = time.perf_counter()
+        started = _clocks()
         self._bare_step(batch)
         _wait_for_gpu()
-        self.bare_s.append(time.perf_counter() - started)
-        self._handed = time.perf_counter()
+        _add_passed(started, self.bare_s, self.bare_cpu_s)
+        self._handed = _clocks()
         return batch
+
+
+def _clocks() -> tuple[float, float]:
+    """Wall time and CPU time of this process."""
+    return time.perf_counter(), time.process_time()
+
+
+def _add_passed(since: tuple[float, float], wall_s: list[float], cpu_s: list[float]) -> None:
+    now = _clocks()
+    wall_s.append(now[0] - since[0])
+    cpu_s.append(now[1] - since[1])
 
 
 def quickstart(stage: Stage, *, batch: int, log_every: int) -> Recipe:
@@ -129,12 +145,18 @@ def measure(recipe: Recipe, stage: Stage, *, intervals: int, save_every: int | N
         timed = run_loop(task, recipe, stage, shards, folder, steps=steps, save_every=save_every or NEVER, twin=twin,
                          batches=batches)  # fmt: skip
     counted = slice(WARM_UP_INTERVALS * window, steps)
-    loop, bare = (_sums(seconds[counted], window) for seconds in (timed.loop_s, timed.bare_s))
+    loop, bare, loop_cpu, bare_cpu = (
+        _sums(seconds[counted], window) for seconds in (timed.loop_s, timed.bare_s, timed.loop_cpu_s, timed.bare_cpu_s)
+    )
+    around = [(a - b) / window for a, b in zip(loop_cpu, bare_cpu, strict=True)]
     ratios = [a / b for a, b in zip(loop, bare, strict=True)]
     return {
         "overhead": statistics.median(ratios) - 1,
         "overhead_middle_half": [q - 1 for q in _middle_half(ratios)],
         "step_s": {"loop": statistics.median(loop) / window, "bare": statistics.median(bare) / window},
+        "cpu_s": {"loop": statistics.median(loop_cpu) / window, "bare": statistics.median(bare_cpu) / window},
+        "loop_cpu_s": statistics.median(around),
+        "loop_cpu_s_middle_half": _middle_half(around),
         "intervals": intervals,
         "steps_an_interval": window,
     }
@@ -166,7 +188,7 @@ def run_loop(
     watchdog = Watchdog(folder, status, world=world, faults=recipe.faults, timeout_s=recipe.parallel.timeout_s)
     with Tiers(folder / "checkpoints", saving=saving) as saver, Preemption(time.time() + 1e6) as preemption, watchdog:
         save = Save(saver, status=status, log=log, watchdog=watchdog)
-        hooks = [watchdog, log, save, StopOnRequest(preemption, saver)]
+        hooks = [watchdog, GarbageCollection(), log, save, StopOnRequest(preemption, saver)]
 
         def settle() -> None:
             saver.wait()
@@ -218,6 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "load": os.getloadavg(),
         "quick": args.quick,
     }
     low, high = found["overhead_middle_half"]
@@ -225,6 +248,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, seconds in found["step_s"].items():
         print(f"{name:5} {1000 * seconds:8.2f} ms/step")
     print(f"overhead {found['overhead']:.2%} (middle half {low:.2%} to {high:.2%}) over {intervals} log intervals")
+    low, high = (1000 * seconds for seconds in found["loop_cpu_s_middle_half"])
+    print(f"CPU time of the loop around a step {1000 * found['loop_cpu_s']:.2f} ms ({low:.2f} to {high:.2f})")
+    print(f"load {found['load'][0]:.1f}")
     if args.json:
         args.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0

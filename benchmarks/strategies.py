@@ -1,7 +1,7 @@
 """Step time, memory a rank and tokens a second, by strategy and world size.
 
-    python benchmarks/strategies.py --json strategies.json                     # ViT-Ti on 1, 2 and 4 CPU processes
-    python benchmarks/strategies.py --size vit_l --batch 64 --precision bf16   # on 1, 2, 4 GPUs, as many as there are
+    python benchmarks/strategies.py --json strategies.json           # ViT-Ti on 1, 2 and 4 CPU processes (GPUs: ViT-B)
+    python benchmarks/strategies.py --size vit_l --precision bf16    # on 1, 2, 4, 8 GPUs, as many as there are
     python benchmarks/strategies.py --quick                                    # a few steps of two strategies
 
 Each strategy trains the same masked autoencoder on the same random images, `--batch` a rank, in processes of its own,
@@ -188,8 +188,8 @@ def main() -> None:
         "--quick", action="store_true", help="ddp and fsdp on 1 and 2 processes, few steps: does it run?"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    parser.add_argument("--size", choices=sorted(MODEL_SIZES), default="vit_ti")
-    parser.add_argument("--batch", type=int, help="images a rank; default 8, quick 2")
+    parser.add_argument("--size", choices=sorted(MODEL_SIZES), help="default vit_ti (vit_b on GPUs), quick vit_ti")
+    parser.add_argument("--batch", type=int, help="images a rank; default 8 (64 on GPUs), quick 2")
     parser.add_argument("--steps", type=int, help="timed steps; default 6, quick 2")
     parser.add_argument("--rounds", type=int, help="times that each is started; default 3, quick 1")
     parser.add_argument("--worlds", type=int, nargs="+", help="world sizes; default 1 2 4, on GPUs up to their number")
@@ -199,7 +199,9 @@ def main() -> None:
     parser.add_argument("--rank-writes", type=Path, help=argparse.SUPPRESS)  # the processes that it starts
     args = parser.parse_args()
     gpus = torch.cuda.device_count()
-    args.batch = args.batch or (2 if args.quick else 8)
+    # A small model would measure how fast a GPU is given work.
+    args.size = args.size or ("vit_b" if gpus and not args.quick else "vit_ti")
+    args.batch = args.batch or (2 if args.quick else 64 if gpus else 8)
     args.steps = args.steps or (2 if args.quick else 6)
     args.rounds = args.rounds or (1 if args.quick else 3)
     args.strategies = args.strategies or list(STRATEGIES[:2] if args.quick else STRATEGIES)

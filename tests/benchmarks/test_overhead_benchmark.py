@@ -26,6 +26,7 @@ def test_it_runs_both_stages_and_writes_the_overhead(benchmark: ModuleType, tmp_
     assert benchmark.main([*options, "--checkpoints"] if stage == "pretrain" else options) == 0
     found = json.loads(file.read_text())
     assert found["overhead"] == pytest.approx(found["step_s"]["loop"] / found["step_s"]["bare"] - 1)
+    assert found["loop_cpu_s"] == pytest.approx(found["cpu_s"]["loop"] - found["cpu_s"]["bare"])
     assert found["quick"] is True
 
 
