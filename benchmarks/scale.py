@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from typer.testing import CliRunner
 
 from livt_scale.cli import main as cli
+from livt_scale.plan.failures import FailingRun, simulate
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
 
@@ -26,7 +28,9 @@ GPUS = [2**k for k in range(13)]
 DEVICE = "h100"
 IMAGES_A_GPU = 64  # of the weak scaling
 ENOUGH_IMAGES = 1_281_167  # ImageNet-1k's: an epoch holds a global batch of 64 · 4096
-FAILING_GPUS = [64, 512, 4096]
+FAILING, FAILING_GPUS = "ViT-H/14", [64, 512, 4096]
+DETECT_S, REQUEUE_S, START_S = 30, 600, 120  # of the simulation: the watchdog's bound, a short queue, slurm.start_s
+WORK_DAYS, SEEDS = 30, 10
 MTBF_NODE_DAYS = [100, 300, 1000, 3000]
 ALONE = {  # one stage without the other
     "pretrain": "--set stages.finetune=null",
@@ -41,7 +45,7 @@ This page estimates what training takes on 1 to 4096 GPUs ({device}); nothing on
 each table is for one of its numbers of GPUs; the second command gives the weak scaling.
 
 - **step**: of the fastest choice of strategy, recomputation and micro-batch that fits; "64 × 2": two micro-batches of
-  64.
+  64. **limit**: what decides it. **hours**: low, likely, high.
 - **efficiency**: relative to the smallest number of GPUs that fits, at the recipe's global batch: the result stays
   the same, and each GPU has less work.
 - **weak**: the same with {images} images per GPU, so that the global batch grows with the GPUs: the result changes,
@@ -50,8 +54,8 @@ each table is for one of its numbers of GPUs; the second command gives the weak 
 - **Daly**: the interval between saves that loses least. **lost**: the share of time, with this interval, for saves,
   repeated work and restarts, if a node fails every {mtbf:g} days on average.
 
-The figures are only as good as the assumptions; they have not been compared with a GPU yet. They do not include slow
-nodes, shared networks, evaluation, queueing, or a file system that cannot feed the loaders. Assumptions (`--assume
+The figures are only as good as the assumptions; published times are mostly in such ranges
+([plan](plan.md#published)). They do not include slow nodes, shared networks or queueing. Assumptions (`--assume
 NAME=VALUE` changes one):
 
 """
@@ -86,10 +90,10 @@ def weakly(recipe: str, gpus: int, stage: str) -> str:
 def stage_table(recipe: str, stage: str, gpus: Sequence[int]) -> list[str]:
     """A row for each number of GPUs; the last one says why there are no more."""
     titles = (
-        "GPUs | strategy, micro-batch | step, ms | efficiency | weak | traffic, GB | all steps, h | checkpoint, GB "
+        "GPUs | strategy, micro-batch | limit | step, ms | efficiency | weak | traffic, GB | hours | checkpoint, GB "
     )
     titles += "| stall, s | Daly, min | lost"
-    lines = [f"| {titles} |", "| ---: | --- |" + " ---: |" * 9]
+    lines = [f"| {titles} |", "| ---: | --- | --- |" + " ---: |" * 9]
     first = first_weak = None
     for number in gpus:
         try:
@@ -98,7 +102,7 @@ def stage_table(recipe: str, stage: str, gpus: Sequence[int]) -> list[str]:
             lines.append(f"\n{number} GPUs and more: no figure, {error.message}.")
             break
         if one is None:
-            lines.append(f"| {number} | nothing fits |" + " - |" * 9)
+            lines.append(f"| {number} | nothing fits |" + " - |" * 10)
             continue
         weak = asked(weakly(recipe, number, stage))
         work = one["step_s"] * number
@@ -112,9 +116,10 @@ def row(gpus: int, one: dict[str, Any], efficiency: float, weak: float | None) -
     again = ", recomputed" if one["activation_checkpointing"] else ""
     chosen = f"{one['strategy']}{again}, {one['micro_batch']} × {one['accumulation']}"
     cells = [
-        f"{gpus}", chosen, f"{1000 * one['step_s']:.4g}",
+        f"{gpus}", chosen, one["limit"]["name"], f"{1000 * one['step_s']:.4g}",
         f"{efficiency:.0%}", "-" if weak is None else f"{weak:.0%}", f"{one['exchanged_bytes_per_rank'] / 1e9:.2f}",
-        f"{one['hours']:.3g}", f"{saved['bytes'] / 1e9:.2f}", f"{saved['stall_s']:.2g}",
+        " – ".join(f"{one[name]:.2g}" for name in ("hours_low", "hours", "hours_high")),
+        f"{saved['bytes'] / 1e9:.2f}", f"{saved['stall_s']:.2g}",
         f"{saved['daly_interval_s'] / 60:.0f}", f"{saved['lost_share_daly']:.2%}",
     ]  # fmt: skip
     return "| " + " | ".join(cells) + " |"
@@ -135,30 +140,40 @@ def section(name: str, stage: str, gpus: Sequence[int] = GPUS) -> str:
 
 
 def failures() -> str:
-    """Daly's interval and what is lost, by GPUs and by how often nodes fail."""
+    """Daly's interval and what is lost, by formula and in a simulated run, by GPUs and by how often nodes fail."""
 
-    def line(recipe: str, gpus: int, days: int) -> str:
-        return command(recipe, gpus, "pretrain", f"--assume mtbf_node_days={days}")
+    def line(gpus: int, days: int) -> str:
+        return command(MODELS[FAILING], gpus, "pretrain", f"--assume mtbf_node_days={days}")
 
     lines = [
         "## Nodes that fail", "",
-        "Pretraining: Daly's interval between saves, and the share of time lost with it, if a node fails once in the "
-        "given number of", "days on average. With more nodes, one of them fails more often.", "",
-        "```sh", line(MODELS["ViT-H/14"], 4096, 100), "```", "",
-        "| model, GPUs | " + " | ".join(f"{days} days" for days in MTBF_NODE_DAYS) + " |",
-        "| --- |" + " ---: |" * len(MTBF_NODE_DAYS),
+        f"{FAILING}, pretraining: Daly's interval between saves, and the share of time lost with it, by the formula",
+        f"and in a simulation of {WORK_DAYS} days of work (mean of {SEEDS} runs), if a node fails once in the given",
+        f"number of days on average. Simulated: a failure is noticed after {DETECT_S} s, the job waits {REQUEUE_S} s",
+        "in the queue and starts again, and failures also hit restarts. The formula knows saves, repeated work and",
+        "the start alone, so that it says less.", "",
+        "```sh", line(4096, 100), "```", "",
+        "| GPUs | " + " | ".join(f"{days} days" for days in MTBF_NODE_DAYS) + " |",
+        "| ---: |" + " ---: |" * len(MTBF_NODE_DAYS),
     ]  # fmt: skip
-    for name, recipe in MODELS.items():
-        for gpus in FAILING_GPUS:
-            cells = []
-            for days in MTBF_NODE_DAYS:
-                one = asked(line(recipe, gpus, days))
-                saved = one["checkpoint"] if one else None
-                cells.append(
-                    f"{saved['daly_interval_s'] / 60:.0f} min, {saved['lost_share_daly']:.2%}" if saved else "-"
-                )
-            lines.append(f"| {name}, {gpus} | " + " | ".join(cells) + " |")
+    for gpus in FAILING_GPUS:
+        cells = []
+        for days in MTBF_NODE_DAYS:
+            one = asked(line(gpus, days))
+            cells.append(failing(one, days) if one else "-")
+        lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def failing(one: dict[str, Any], days: int) -> str:
+    """Interval, lost share by the formula, lost share simulated."""
+    saved = one["checkpoint"]
+    run = FailingRun(
+        work_s=WORK_DAYS * 86400, interval_s=saved["daly_interval_s"], save_s=saved["stall_s"],
+        mtbf_s=days * 86400 / one["nodes"], detect_s=DETECT_S, requeue_s=REQUEUE_S, start_s=START_S + saved["write_s"],
+    )  # fmt: skip
+    share = statistics.mean(simulate(run, seed=seed).share for seed in range(SEEDS))
+    return f"{saved['daly_interval_s'] / 60:.0f} min, {saved['lost_share_daly']:.2%}, {share:.2%}"
 
 
 def head() -> str:
@@ -166,7 +181,9 @@ def head() -> str:
     assumed, device = answer["assumptions"], answer["device"]
     said = HEAD.format(device=device["name"].upper(), images=IMAGES_A_GPU, mtbf=assumed["mtbf_node_days"]["value"])
     lines = ["| assumed | value | what it is |", "| --- | ---: | --- |"]
-    lines += [f"| `{name}` | {one['value']:g} | {one['is']} |" for name, one in assumed.items()]
+    for name, one in assumed.items():
+        span = "" if one["low"] == one["high"] else f" ({one['low']:g} to {one['high']:g})"
+        lines.append(f"| `{name}` | {one['value']:g}{span} | {one['is']} |")
     numbers = {name: value for name, value in device.items() if isinstance(value, int | float)}
     numbers |= {f"peak_tflops.{name}": value for name, value in device["peak_tflops"].items() if value}
     lines += [

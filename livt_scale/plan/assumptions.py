@@ -1,24 +1,35 @@
 """The planner's assumptions: each number with its unit and its source; `--assume NAME=VALUE` changes it.
 
-A custom device is a YAML file with a name and the fields of `Accelerator`; `--device my.yaml` reads it:
+A custom device is a YAML file with a name and the fields of `Accelerator`; `--device my.yaml` reads it. What it leaves
+out of `constants` has a default and a wider range, and the plan names it:
 
     {name: mine, peak_tflops: {bf16: 400, fp16: 400, fp32: 50}, memory_gib: 96, memory_gb_s: 3000, node_link_gb_s: 300,
-     network_gb_s: 50, power_w: 500}
+     network_gb_s: 50, power_w: 500, constants: {family: hopper, multiprocessors: 120, matmul: 0.7}}
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from livt_scale.config.yaml import parse, parse_value, validated
+from livt_scale.plan.constants import (
+    EFFICIENCIES,
+    FAMILIES,
+    MULTIPROCESSORS,
+    Chip,
+    Efficiency,
+    End,
+    Family,
+    chip_at,
+    measured,
+)
 from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.outside import read_text
-
-Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
@@ -28,13 +39,12 @@ class _Part(BaseModel):
 class Assumptions(_Part):
     """Each can be overridden. One without a source is a round number that was not measured: calibrate it."""
 
-    mfu: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.40, description="share of the device's peak that matrix products reach, exchange and recomputing aside"
+    overhead: NonNegativeFloat = Field(
+        0.25, description="of a run over its steps: ranks that wait for each other, evaluation, hiccups; a share"
     )
-    block_us: NonNegativeFloat = Field(
-        300, description="least time of a block, forward and backward, however small: its 50 or so kernels are launched"
+    link_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.85, description="of links and networks that collectives reach"
     )
-    overlap: Share = Field(0.8, description="share of the exchange that can hide behind computing (ddp, fsdp, zero3)")
     latency_us: NonNegativeFloat = Field(20, description="of one collective, times log2 of its ranks")
     reserve_gib: NonNegativeFloat = Field(2.0, description="of a device's memory for the driver, NCCL and libraries")
     fragmentation: NonNegativeFloat = Field(0.05, description="what the allocator loses, as a share of the peak")
@@ -42,8 +52,12 @@ class Assumptions(_Part):
         110, description="bytes of a stored image, where there are no shards (ImageNet's mean)"
     )
     decode_images_per_s: PositiveFloat = Field(
-        400, description="one CPU core decodes and augments (two did 1248 to 2134, docs/benchmarks.md)"
+        400, description="one CPU core decodes and augments (two did 1248 to 2134; livt shards bench measures it)"
     )
+    cores_per_gpu: PositiveFloat = Field(
+        12, description="CPU cores of a node for each of its devices; data.workers of them decode"
+    )
+    node_memory_gib: PositiveFloat = Field(512, description="of a node's memory that caches files")
     storage_gb_s: PositiveFloat = Field(5, description="the shared file system writes and reads for this job")
     host_copy_gb_s: PositiveFloat = Field(10, description="of one device to its host's memory, for a save")
     host_gb_s: PositiveFloat = Field(200, description="a node's main memory, under AdamW of all its ranks (offload)")
@@ -56,6 +70,23 @@ class Assumptions(_Part):
         1.5, description="a node's power and its cooling over that of its devices"
     )
 
+    def at(self, end: End) -> Assumptions:
+        """At one end of the hours; what was given (`assume`) stays."""
+        if end == "likely":
+            return self
+        moved = {name: ends[end == "high"] for name, ends in RANGES.items() if name not in self.model_fields_set}
+        return self.model_copy(update=moved)
+
+
+# The best and worst value of an assumption that was not changed: (for low hours, for high hours).
+RANGES: dict[str, tuple[float, float]] = {
+    "overhead": (0.05, 0.7),
+    "link_share": (0.92, 0.5),
+    "latency_us": (10, 40),
+    "decode_images_per_s": (600, 300),
+    "storage_gb_s": (10, 2.5),
+}
+
 
 class PeakTflops(_Part):
     """Dense TFLOP/s by arithmetic."""
@@ -63,6 +94,37 @@ class PeakTflops(_Part):
     fp32: PositiveFloat
     fp16: PositiveFloat
     bf16: PositiveFloat | None = None
+
+
+class DeviceConstants(_Part):
+    """Measured on the device: see `plan.constants.Efficiency`. None: the family's, which `family` names."""
+
+    family: Family | None = None
+    multiprocessors: PositiveInt | None = None
+    matmul: PositiveFloat | None = None
+    memory: PositiveFloat | None = None
+    fused_attention: PositiveFloat | None = None
+    unaligned: PositiveFloat | None = None
+    host_us: PositiveFloat | None = None
+    host_compiled_us: PositiveFloat | None = None
+    gap_us: PositiveFloat | None = None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """What has a default."""
+        if self.family is not None:
+            return () if self.multiprocessors else ("multiprocessors",)
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is None and name != "family")
+
+    @property
+    def efficiency(self) -> Efficiency:
+        base = FAMILIES[self.family or "unknown"]
+        given: dict[str, Any] = {
+            name: measured(value, more_is_better=not name.endswith("_us"))
+            for name in EFFICIENCIES
+            if (value := getattr(self, name)) is not None
+        }
+        return replace(base, **given)
 
 
 class Accelerator(_Part):
@@ -76,31 +138,13 @@ class Accelerator(_Part):
     network_gb_s: PositiveFloat = Field(description="of one node to the others, all its adapters together")
     gpus_per_node: PositiveInt = 8
     power_w: PositiveFloat | None = Field(None, description="of one device under load; None: no energy is reported")
+    constants: DeviceConstants = DeviceConstants()
 
-
-# One direction inside a node, GB/s a device; of a node outwards, GB/s; devices a node; board power, W. Links and power:
-# the makers' data sheets (NVLink 2, 3, 4, 5: 150, 300, 450, 900; PCIe 4 and 5 x16: 32 and 64; Infinity Fabric of MI300X
-# 7 x 64). Networks are what such nodes are usually sold with, one adapter a device where the node has NVLink.
-_PLACES: dict[str, tuple[float, float, int, float]] = {
-    "v100": (150, 12.5, 8, 300),
-    "v100-pcie": (16, 12.5, 4, 250),
-    "t4": (16, 6.25, 4, 70),
-    "a100-40gb": (300, 200, 8, 400),
-    "a100": (300, 200, 8, 400),
-    "a40": (32, 25, 4, 300),
-    "a10": (32, 12.5, 4, 150),
-    "l40s": (32, 50, 4, 350),
-    "l4": (16, 12.5, 4, 72),
-    "rtx3090": (16, 1.25, 4, 350),
-    "rtx4090": (32, 1.25, 4, 450),
-    "h100": (450, 400, 8, 700),
-    "h100-pcie": (64, 50, 4, 350),
-    "h100-nvl": (300, 50, 4, 400),
-    "h200": (450, 400, 8, 700),
-    "b200": (900, 400, 8, 1000),
-    "mi250x": (100, 100, 8, 280),
-    "mi300x": (448, 400, 8, 750),
-}
+    def chip(self, precision: Precision, end: End) -> Chip:
+        return chip_at(
+            end, self.constants.efficiency, peak=peak_tflops(self, precision), memory_gb_s=self.memory_gb_s,
+            multiprocessors=self.constants.multiprocessors or MULTIPROCESSORS,
+        )  # fmt: skip
 
 
 def accelerator(name: str) -> Accelerator:
@@ -112,16 +156,16 @@ def accelerator(name: str) -> Accelerator:
             f"no device is called {name!r}", remedy=f"{nearest(name, DEVICES)}; a YAML file describes others"
         )
     device = DEVICES[name]
-    link, network, gpus, power = _PLACES[name]
     return Accelerator(
         name=name,
         peak_tflops=PeakTflops(fp32=device.tf32 or device.fp32, fp16=device.fp16, bf16=device.bf16),
         memory_gib=device.memory_gib,
         memory_gb_s=device.bandwidth_gb_s,
-        node_link_gb_s=link,
-        network_gb_s=network,
-        gpus_per_node=gpus,
-        power_w=power,
+        node_link_gb_s=device.node_link_gb_s,
+        network_gb_s=device.network_gb_s,
+        gpus_per_node=device.gpus_per_node,
+        power_w=device.power_w,
+        constants=DeviceConstants(family=device.family, multiprocessors=device.multiprocessors),
     )
 
 
@@ -133,8 +177,8 @@ def _from_file(path: Path) -> Accelerator:
     return validated(tree, path, Accelerator, strict=False)
 
 
-def assume(changes: list[str]) -> tuple[Assumptions, frozenset[str]]:
-    """The assumptions with `NAME=VALUE` laid over them, and which were changed. UsageError for one that cannot be."""
+def assumptions(changes: list[str]) -> Assumptions:
+    """The defaults, changed by `NAME=VALUE`. UsageError for a change that cannot be."""
     values = {}
     for change in changes:
         name, sign, text = change.partition("=")
@@ -142,7 +186,7 @@ def assume(changes: list[str]) -> tuple[Assumptions, frozenset[str]]:
             raise UsageError(f"--assume {change!r}: give NAME=VALUE", remedy=nearest(name, Assumptions.model_fields))
         values[name] = parse_value(text)
     try:
-        return Assumptions(**values), frozenset(values)
+        return Assumptions(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise UsageError(f"--assume {first['loc'][0]}={first['input']}: {first['msg']}") from error

@@ -16,7 +16,8 @@ from typing import Any
 
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.plan.memory import GIB, MemoryPeak
-from livt_scale.plan.stage_plan import PlanTask, StagePlan, candidates, plan_stage, spread_of
+from livt_scale.plan.stage_plan import StagePlan, candidates, plan_stage, spread_of
+from livt_scale.plan.task import PlanTask
 from livt_scale.util.plots import GREY, MARKERS, PALETTE, log_scale, png_figure
 
 MADE_BY = "livt plan"

@@ -1,9 +1,8 @@
 """Floating-point operations of a training step, by formula: what MFU divides by the device's peak.
 
 Matrix products alone are counted, 2·m·n·k each; norms, softmax and the optimizer are a few per cent beside them. They
-are counted as this code computes them: pretraining embeds the kept patches alone; its decoder takes all tokens, but
-its last block answers for the masked ones alone, and they alone are predicted. The backward pass is two products for
-each one forward, but one for the patch embedding, whose input needs no gradient.
+are counted as this code computes them (`plan.shapes`). The backward pass is two products for each one forward, but one
+for the patch embedding, whose input needs no gradient.
 
     ViT-B/16 at 224 px: classifier 35 GFLOP forward, 105 a training step an image; MAE with 75 % masked 19 and 57
 
@@ -16,8 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
-
-MLP_RATIO = 4  # hidden width of a block's MLP over its width
+from livt_scale.plan.shapes import Network, classifier, mae
 
 
 @dataclass(frozen=True)
@@ -55,30 +53,17 @@ def network_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
 
 
 def mae_flops(model: Model, *, mask_ratio: float) -> Flops:
-    width, depth, _, patch_px = model.dims
-    kept = model.num_kept(mask_ratio)
-    masked = model.num_patches - kept
-    values = patch_px**2 * model.channels
-    decoder = model.decoder
-    embed = _product(kept, values, width)
-    encoder = _blocks(1 + kept, width=width, depth=depth)
-    tokens = 1 + model.num_patches
-    decode = _blocks(tokens, width=decoder.width, depth=decoder.depth - 1) + _block(masked, tokens, decoder.width)
-    rest = _product(1 + kept, width, decoder.width) + _product(masked, decoder.width, values)
-    again = _recomputed(1 + kept, width=width, depth=depth)
-    again += _recomputed(tokens, width=decoder.width, depth=decoder.depth - 1)
-    again += _block(masked, tokens, decoder.width) - _product(masked, MLP_RATIO * decoder.width, decoder.width)
-    return _both_ways(embed, encoder + decode + rest, again)
+    return _of(mae(model, mask_ratio=mask_ratio))
 
 
 def classifier_flops(model: Model, *, num_classes: int) -> Flops:
     if not model.is_vit:
         return _resnet_flops(model, num_classes=num_classes)
-    width, depth, _, patch_px = model.dims
-    tokens = 1 + model.num_patches
-    embed = _product(model.num_patches, patch_px**2 * model.channels, width)
-    rest = _blocks(tokens, width=width, depth=depth) + _product(1, width, num_classes)
-    return _both_ways(embed, rest, _recomputed(tokens, width=width, depth=depth))
+    return _of(classifier(model, num_classes=num_classes))
+
+
+def _of(network: Network) -> Flops:
+    return Flops(network.forward_flops, network.backward_flops, network.recomputed_flops)
 
 
 def _resnet_flops(model: Model, *, num_classes: int) -> Flops:
@@ -100,30 +85,12 @@ def _resnet_flops(model: Model, *, num_classes: int) -> Flops:
             if before != px or inner != outer:
                 rest += _convolution(px, 1, inner, outer)
             inner = outer
-    return _both_ways(stem, rest + _product(1, inner, num_classes), 0)
+    rest += _product(1, inner, num_classes)
+    return Flops(forward=stem + rest, backward=stem + 2 * rest, recomputed=0)
 
 
 def _convolution(px: int, kernel: int, inner: int, outer: int) -> int:
     return _product(px**2, kernel**2 * inner, outer)
-
-
-def _both_ways(embed: int, rest: int, recomputed: int) -> Flops:
-    return Flops(forward=embed + rest, backward=embed + 2 * rest, recomputed=recomputed)
-
-
-def _blocks(tokens: int, *, width: int, depth: int) -> int:
-    return depth * _block(tokens, tokens, width)
-
-
-def _block(answered: int, tokens: int, width: int) -> int:
-    """Queries and projection of the tokens `answered`, keys and values of all; scores and what they weigh; the MLP."""
-    attention = _product(answered, width, 2 * width) + _product(tokens, width, 2 * width)
-    attention += 2 * _product(answered, width, tokens)
-    return attention + 2 * _product(answered, width, MLP_RATIO * width)
-
-
-def _recomputed(tokens: int, *, width: int, depth: int) -> int:
-    return _blocks(tokens, width=width, depth=depth) - depth * _product(tokens, MLP_RATIO * width, width)
 
 
 def _product(rows: int, inner: int, columns: int) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from livt_scale.config.recipe import Model, Recipe, Stage
-from livt_scale.plan.flops import MLP_RATIO
+from livt_scale.plan.shapes import MLP_RATIO
 
 
 @dataclass(frozen=True)

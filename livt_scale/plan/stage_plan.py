@@ -9,80 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from livt_scale.config.capabilities import CAPABILITIES, StrategyName
-from livt_scale.config.recipe import Recipe, Stage, StagePart
-from livt_scale.plan.assumptions import Accelerator, Assumptions, peak_tflops
-from livt_scale.plan.flops import Flops, network_flops
+from livt_scale.config.recipe import StagePart
+from livt_scale.plan.constants import End
+from livt_scale.plan.failures import daly_interval_s, lost_share
 from livt_scale.plan.memory import FP32, GIB, Memory, Spread, offloaded_bytes, plan_memory
-from livt_scale.plan.parameters import Weight, stage_weights
-from livt_scale.plan.step_time import StepTime, daly_interval_s, lost_share, step_time
+from livt_scale.plan.parameters import Weight
+from livt_scale.plan.step_time import Limit, StepTime, step_time, storage_shares
+from livt_scale.plan.task import PlanTask
 
 PIECE_BYTES = 1840  # a tensor's piece in a checkpoint besides its values: archive and index (1810 to 1870, torch 2.14)
-OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
 SAME = 0.01  # times that differ by less count as equal: the simpler one is taken
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """What the plan needs of the training images. `source`: where the numbers are from."""
-
-    images: int
-    classes: int
-    image_bytes: float
-    source: str
-
-
-@dataclass(frozen=True)
-class PlanTask:
-    """One stage on a number of GPUs of one kind. recipe: as that stage sees it (`Recipe.at`)."""
-
-    recipe: Recipe
-    stage: Stage
-    data: DataSet
-    gpus: int
-    per_node: int
-    device: Accelerator
-    assumed: Assumptions
-
-    @cached_property  # one task is planned at every strategy and micro-batch
-    def weights(self) -> tuple[Weight, ...]:
-        return stage_weights(self.recipe, self.stage, num_classes=self.data.classes)
-
-    @cached_property
-    def flops(self) -> Flops:
-        """Of one image, with what activation checkpointing would compute again."""
-        return network_flops(self.recipe, self.stage, num_classes=self.data.classes)
-
-    @property
-    def nodes(self) -> int:
-        return math.ceil(self.gpus / self.per_node)
-
-    @property
-    def unit(self) -> int:
-        """Images that stay on one rank: mixup pairs neighbours."""
-        return 2 if self.recipe.stage(self.stage).mixes else 1
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Whether the global batch gives all GPUs equal slots, as `train.batch_plan` requires."""
-        return self.recipe.stage(self.stage).global_batch % (self.gpus * self.unit) == 0
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps per epoch; the rest of an epoch that does not fill a batch is left out (`data.order`)."""
-        return self.data.images // self.recipe.stage(self.stage).global_batch
-
-    @property
-    def steps(self) -> int:
-        return self.steps_per_epoch * self.recipe.stage(self.stage).epochs
-
-    @property
-    def usable_bytes(self) -> float:
-        return (self.device.memory_gib - self.assumed.reserve_gib) * GIB / (1 + self.assumed.fragmentation)
 
 
 @dataclass(frozen=True)
@@ -114,15 +54,70 @@ class StagePlan:
     def fits(self) -> bool:
         return self.memory.peak <= self.task.usable_bytes
 
-    @property
+    @cached_property
     def hours(self) -> float:
-        """Steps and saves; without failures, evaluation and queueing."""
-        saves = math.ceil(self.task.steps / self.checkpoint.every_steps)
-        return (self.task.steps * self.time.step_s + saves * self.checkpoint.stall_s) / 3600
+        """Steps and saves; without failures and queueing."""
+        task = self.task
+        saves = math.ceil(task.steps / self.checkpoint.every_steps)
+        shares = self.storage_shares
+        epoch_s = [task.steps_per_epoch * self.time.with_storage(s * self.time.storage_s) for s in shares]
+        steps_s = sum(epoch_s) + (task.epochs - len(shares)) * epoch_s[-1]
+        return (steps_s + saves * self.checkpoint.stall_s) / 3600
+
+    @property
+    def storage_wait_hours(self) -> float:
+        """Of `hours`: the first epochs, until the nodes' memory holds the set, over as many of the last kind."""
+        first = [self.time.with_storage(share * self.time.storage_s) for share in self.storage_shares]
+        return self.task.steps_per_epoch * sum(step_s - first[-1] for step_s in first) / 3600
+
+    @property
+    def epochs_read(self) -> float:
+        """How many times the set is read from storage."""
+        shares = self.storage_shares
+        return sum(shares) + (self.task.epochs - len(shares)) * shares[-1]
+
+    @cached_property
+    def storage_shares(self) -> list[float]:
+        """Share of an epoch's images that is read from storage, epoch by epoch; the last one stays."""
+        task = self.task
+        size = task.data.images * task.data.image_bytes
+        return storage_shares(
+            task.epochs,
+            nodes=task.nodes,
+            fits_memory=size <= task.assumed.node_memory_gib * GIB,
+        )
+
+    @property
+    def limit(self) -> Limit:
+        """What decides in most epochs."""
+        return self.time.limit(self.storage_shares[-1] * self.time.storage_s)
+
+    @property
+    def step_s(self) -> float:
+        """Of most epochs."""
+        return self.time.with_storage(self.storage_shares[-1] * self.time.storage_s)
 
     @property
     def images_per_s(self) -> float:
-        return self.spread.gpus * self.spread.micro_batch * self.spread.accumulation / self.time.step_s
+        return self.spread.gpus * self.spread.micro_batch * self.spread.accumulation / self.step_s
+
+    @cached_property
+    def ends(self) -> tuple[StagePlan, StagePlan]:
+        """The same spread at the low and at the high end."""
+        return self._at("low"), self._at("high")
+
+    def _at(self, end: End) -> StagePlan:
+        return plan_stage(replace(self.task, end=end), self.spread)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """(low, high) hours."""
+        low, high = self.ends
+        return low.hours, high.hours
+
+    @property
+    def step_s_high(self) -> float:
+        return self.ends[1].step_s
 
     @property
     def offloaded_node_bytes(self) -> int:
@@ -143,7 +138,7 @@ class StagePlan:
 def plan_stage(task: PlanTask, spread: Spread) -> StagePlan:
     weights = task.weights
     memory = plan_memory(task.recipe, task.stage, weights, spread)
-    time = step_time(task.flops, weights, spread, task.device, task.assumed, per_node=task.per_node)
+    time = step_time(task, spread)
     return StagePlan(task, spread, memory, time, _checkpoint(task, spread, weights, time))
 
 
@@ -235,53 +230,3 @@ def best(plans: Sequence[StagePlan]) -> StagePlan | None:
         return None
     fastest = min(p.hours for p in fitting)
     return next(p for p in fitting if p.hours <= fastest * (1 + SAME))
-
-
-def energy_kwh(plan: StagePlan) -> float | None:
-    """Of all nodes, cooling included; None where the device's power is not known."""
-    power = plan.task.device.power_w
-    return None if power is None else plan.hours * plan.task.gpus * power * plan.task.assumed.power_overhead / 1000
-
-
-def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
-    """One stage for `--json`."""
-    task, hours = plan.task, plan.hours
-    images_per_s, device_hours = plan.images_per_s, hours * task.gpus
-    peak = peak_tflops(task.device, plan.spread.precision)
-    optimizer = task.recipe.stage(task.stage).trained_by.name
-    return {
-        "stage": task.stage,
-        "params": sum(w.numel for w in task.weights),
-        "train_flops_per_image": task.flops.train,
-        "hardware_flops_per_image": task.flops.hardware if plan.spread.recompute else task.flops.train,
-        "strategy": plan.spread.strategy,
-        "micro_batch": plan.spread.micro_batch,
-        "accumulation": plan.spread.accumulation,
-        "activation_checkpointing": plan.spread.recompute,
-        "memory_gib": plan.memory.gib(),
-        "offload": plan.spread.offload,
-        "offloaded_gib_per_node": plan.offloaded_node_bytes / GIB,
-        "usable_gib": round(task.usable_bytes / GIB, 2),
-        "fits": plan.fits,
-        "why_not": plan.why_not or None,
-        "steps": task.steps,
-        "step_s": plan.time.step_s,
-        "compute_s": plan.time.compute_s,
-        "exchange_s": plan.time.exchange_s,
-        "exposed_exchange_s": plan.time.exposed_s,
-        "exchanged_bytes_per_rank": plan.time.exchanged_bytes,
-        "optimizer": OPTIMIZER_TITLES.get(optimizer, optimizer),
-        "optimizer_s": plan.time.optimizer_s,
-        "offload_s": plan.time.offload_s,
-        "efficiency": plan.time.efficiency,
-        "mfu": images_per_s / task.gpus * task.flops.train / (peak * 1e12),
-        "hours": hours,
-        "device_hours": device_hours,
-        "cost": None if price is None else device_hours * price,
-        "energy_kwh": energy_kwh(plan),
-        "images_per_s": images_per_s,
-        "read_gb_s": images_per_s * task.data.image_bytes / 1e9,
-        "read_tb": task.steps * task.recipe.stage(task.stage).global_batch * task.data.image_bytes / 1e12,
-        "decode_cores_per_node": images_per_s / task.assumed.decode_images_per_s / task.nodes,
-        "checkpoint": {name: getattr(plan.checkpoint, name) for name in plan.checkpoint.__dataclass_fields__},
-    }

@@ -1,149 +1,184 @@
-"""How long a step takes, by formula: computing, what ranks exchange and how much of it hides, AdamW.
+"""How long a step takes: computing from shapes, exchange that does not hide, AdamW, and the limits of host and input.
 
-    computing   images of a rank · FLOPs an image (recomputed ones too) / (peak · mfu), or its kernels' launches
-    exchange    bytes through each rank, over the slower of the node's own links and its share of the network
-    AdamW       seven passes over the fp32 states of a rank, at the device's memory bandwidth
+    device      products, attention, streams of bytes, gaps between kernels (`plan.kernels`)
+    host        kernels that Python launches: if that takes longer than the device, it decides
+    exchange    what computing waits for (`plan.exchange`)
+    AdamW       passes over the fp32 states of a rank, at the device's memory bandwidth
     offload     pieces of weights to the device, of gradients back; AdamW at the host's bandwidth; none of it hides
+    decode      images over what the loader's processes decode
+    storage     bytes over what the file system gives all nodes; less from epoch to epoch if the set fits their memory
 
-A ring over N ranks sends S·(N−1)/N through each for an all-gather or a reduce-scatter of S bytes, and twice that for an
-all-reduce; at a node's border the same bytes pass its adapters. W bytes in fp32, w as gathered (bf16: W/2), a
-micro-batches a step:
-
-    ddp     all-reduce W                          zero1   reduce-scatter W, all-gather W (neither hides)
-    fsdp    a · 2 all-gathers w, reduce-scatter W zero2   a reduce-scatters W, all-gather W (neither hides)
-    hybrid  the same within a node, and           zero3   a · (2 all-gathers W, reduce-scatter W)
-            an all-reduce of a rank's share
-
-Sources: ZeRO, arXiv 1910.02054, section 7; rings, Patarasuk and Yuan 2009; Daly 2006, doi
-10.1016/j.future.2004.11.016.
+The slowest of computing, decoding and storage decides, and `Assumptions.overhead` is added to it.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from livt_scale.plan.assumptions import Accelerator, Assumptions, peak_tflops
-from livt_scale.plan.flops import Flops
+from livt_scale.config.data import Data
+from livt_scale.plan.assumptions import Assumptions
+from livt_scale.plan.constants import Chip, End
+from livt_scale.plan.exchange import Exchange, Unit, exchange, links_of
+from livt_scale.plan.kernels import TENSORS_PER_BLOCK, Parts, block_parts, elapsed_s, host_s, micro_batch
+from livt_scale.plan.kernels import optimizer_parts as adamw
 from livt_scale.plan.memory import FP32, Spread
 from livt_scale.plan.parameters import Weight
+from livt_scale.plan.task import PlanTask
 
+Limit = Literal["compute", "host", "exchange", "decode", "storage"]
 PASSES_OF_ADAMW = 7  # reads weight, gradient, two moments; writes weight and two moments
+GATHER_LAUNCHES = 16  # of a block under fsdp and zero3: copies in and out, gathers, reduction, both ways
+
+
+CALIBRATED_OVERHEAD: dict[End, float] = {"low": 0.02, "likely": 0.05, "high": 0.15}  # what a step does not measure
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step; `exposed_s`: exchange that does not hide. Bytes: through each rank, a step."""
+    """Seconds of a step. parts: of the device, all micro-batches. exposed_s: exchange that does not hide.
 
-    compute_s: float
-    exchange_s: float
-    exposed_s: float
+    decode_s, storage_s: of a step's images, if nothing else limits it; storage_s in the first epoch.
+    """
+
+    parts: Parts
+    device_s: float
+    host_s: float
+    exchange: Exchange
     optimizer_s: float
-    exchanged_bytes: int
-    offload_s: float = 0.0
+    offload_s: float
+    decode_s: float
+    storage_s: float
+    overhead: float
+    decodes_itself: bool = False
+    scale: float = 1.0  # of the parts, by a calibration; the other times have it
+
+    @property
+    def compute_s(self) -> float:
+        return max(self.device_s, self.host_s)
+
+    @property
+    def exposed_s(self) -> float:
+        return self.exchange.exposed_s
+
+    @property
+    def gpu_s(self) -> float:
+        """If the input were always there."""
+        return self.compute_s + self.exposed_s + self.optimizer_s + self.offload_s
+
+    @property
+    def input_s(self) -> float:
+        return self.gpu_s + self.decode_s if self.decodes_itself else self.decode_s
+
+    def with_storage(self, storage_s: float) -> float:
+        """Seconds of a step whose images take `storage_s` to be read."""
+        return (1 + self.overhead) * max(self.gpu_s, self.input_s, storage_s)
 
     @property
     def step_s(self) -> float:
-        return self.compute_s + self.exposed_s + self.optimizer_s + self.offload_s
+        """Where files need not be read from storage again."""
+        return self.with_storage(0.0)
 
     @property
     def efficiency(self) -> float:
         """Share of a step that is computing."""
         return self.compute_s / self.step_s
 
+    def limit(self, storage_s: float) -> Limit:
+        """What decides, if images take `storage_s` to be read."""
+        slowest = max(self.gpu_s, self.input_s, storage_s)
+        if slowest == storage_s:
+            return "storage"
+        if slowest == self.input_s:
+            return "decode"
+        if self.exposed_s > self.compute_s / 2:  # a third of both
+            return "exchange"
+        return "host" if self.host_s > self.device_s else "compute"
 
-@dataclass(frozen=True)
-class Collective:
-    """`count` of them, `traffic` bytes through each of `ranks` ranks, all together."""
 
-    traffic: float
-    count: int
-    ranks: int
-    within_node: bool
-
-
-def step_time(
-    flops: Flops, weights: Sequence[Weight], spread: Spread, device: Accelerator, assumed: Assumptions, *, per_node: int
-) -> StepTime:
+def step_time(task: PlanTask, spread: Spread) -> StepTime:
+    known, frozen = task.calibration, task.part.backbone_frozen
+    chip = task.device.chip(spread.precision, "likely" if known else task.end)
+    scale = known.at(task.end) if known else 1.0
+    assumed = task.assumed.at(task.end)
+    forward, backward = micro_batch(
+        task.network, spread.micro_batch, chip, task.software, recompute=spread.recompute, frozen=frozen
+    )
+    gathers = spread.can.shards_parameters * spread.gpus > 1
+    extra = Parts(launches=GATHER_LAUNCHES * task.network.num_blocks) if gathers else Parts()
+    computing = (forward + backward + extra).times(spread.accumulation)
+    device_s = computing.busy_s + computing.launches * chip.gap_us * 1e-6
+    units = units_of(task, spread, chip)
+    moved = exchange(units, spread, links_of(task.device, assumed, per_node=task.gpus_of_node))
+    optimizer_s, offload_s = _update_s(task, spread, chip, assumed)
     images = spread.micro_batch * spread.accumulation
-    work = flops.hardware if spread.recompute else flops.train
-    launches_s = spread.accumulation * len({w.block for w in weights if w.block}) * assumed.block_us * 1e-6
-    launches_s *= work / flops.train  # a block that is computed again is launched again
-    compute_s = max(images * work / (peak_tflops(device, spread.precision) * 1e12 * assumed.mfu), launches_s)
-    collectives = exchange(weights, spread)
-    exchange_s = sum(_seconds(c, device, assumed, per_node=min(per_node, spread.gpus)) for c in collectives)
-    hidden_s = min(assumed.overlap * exchange_s, compute_s) if spread.can.overlaps else 0.0
-    trained = sum(w.numel for w in weights if w.trained)
+    workers = decoding_cores(task.recipe.data, assumed)
+    return StepTime(
+        parts=computing,
+        device_s=scale * device_s,
+        host_s=scale * host_s(computing, chip, task.software),
+        exchange=Exchange(scale * moved.exchange_s, scale * moved.exposed_s, moved.traffic),
+        optimizer_s=scale * optimizer_s,
+        offload_s=scale * offload_s,
+        decode_s=images / (max(workers, 1) * assumed.decode_images_per_s),
+        storage_s=images * spread.gpus * task.data.image_bytes / (assumed.storage_gb_s * 1e9),
+        overhead=CALIBRATED_OVERHEAD[task.end] if known else assumed.overhead,
+        decodes_itself=workers == 0,
+        scale=scale,
+    )
+
+
+def decoding_cores(data: Data, assumed: Assumptions) -> float:
+    """Cores that decode for one rank; 0: the training process does it itself."""
+    return assumed.cores_per_gpu if data.workers == "auto" else min(data.workers, assumed.cores_per_gpu)
+
+
+def units_of(task: PlanTask, spread: Spread, chip: Chip) -> list[Unit]:
+    """Blocks with their weights and times, in the order of the forward pass; before them all other weights."""
+    blocks: dict[str | None, list[Weight]] = {None: []}
+    for weight in task.weights:
+        blocks.setdefault(weight.block, []).append(weight)
+    times = []
+    for same in task.network.blocks:
+        there, back = block_parts(same, spread.micro_batch, chip, task.software, recompute=spread.recompute)
+        times += [(elapsed_s([there], chip, task.software), elapsed_s([back], chip, task.software))] * same.depth
+    outside = blocks.pop(None)
+    units = [Unit(*_sizes(outside), gathered_wide=True)]
+    for weights, (forward_s, backward_s) in zip(blocks.values(), times, strict=True):
+        units.append(Unit(*_sizes(weights), forward_s, 0.0 if task.part.backbone_frozen else backward_s))
+    return units
+
+
+def _sizes(weights: Sequence[Weight]) -> tuple[int, int]:
+    return sum(w.numel for w in weights), sum(w.numel for w in weights if w.trained)
+
+
+def _update_s(task: PlanTask, spread: Spread, chip: Chip, assumed: Assumptions) -> tuple[float, float]:
+    """Seconds of (AdamW, moving offloaded pieces)."""
+    trained = sum(w.numel for w in task.weights if w.trained)
     own = trained / spread.shards if spread.can.shards_moments else trained
-    traffic = round(sum(c.traffic for c in collectives))
-    exposed_s, here = exchange_s - hidden_s, min(per_node, spread.gpus)
     if spread.offload != "none":
-        optimizer_s = PASSES_OF_ADAMW * FP32 * own * here / (assumed.host_gb_s * 1e9)
-        offload_s = _offload_s(FP32 * own, spread, assumed)
-        return StepTime(compute_s, exchange_s, exposed_s, optimizer_s, traffic, offload_s)
-    optimizer_s = PASSES_OF_ADAMW * FP32 * own / (device.memory_gb_s * 1e9)
-    return StepTime(compute_s, exchange_s, exposed_s, optimizer_s, traffic)
+        optimizer_s = PASSES_OF_ADAMW * FP32 * own * task.gpus_of_node / (assumed.host_gb_s * 1e9)
+        gathers = 2 * spread.accumulation if spread.can.shards_parameters else 1  # otherwise the updated weights, once
+        reduced = spread.accumulation if spread.can.reduces_each_micro_batch else 1
+        return optimizer_s, (gathers + reduced) * FP32 * own / (assumed.host_copy_gb_s * 1e9)
+    tensors = TENSORS_PER_BLOCK * task.network.num_blocks
+    parts = adamw(own, tensors, chip, task.software, clipped=task.part.clip_grad is not None)
+    return elapsed_s([parts], chip, task.software), 0.0
 
 
-def _offload_s(own_bytes: float, spread: Spread, assumed: Assumptions) -> float:
-    """Seconds that a step's pieces move: of weights, `own_bytes` each, for every gather; of gradients, when reduced."""
-    gathers = 2 * spread.accumulation if spread.can.shards_parameters else 1  # otherwise the updated weights, once
-    reduced = spread.accumulation if spread.can.reduces_each_micro_batch else 1
-    return (gathers + reduced) * own_bytes / (assumed.host_copy_gb_s * 1e9)
+def storage_shares(epochs: int, *, nodes: int, fits_memory: bool) -> list[float]:
+    """Share of an epoch's images that is read from storage, epoch by epoch until it stays the same.
 
-
-def exchange(weights: Sequence[Weight], spread: Spread) -> list[Collective]:
-    """The exchange between the ranks in a step."""
-    if spread.gpus == 1:
-        return []
-    low = spread.low_bytes
-    whole = FP32 * sum(w.numel for w in weights if w.trained)
-    go_back = {w.block for w in weights if w.trained}  # a frozen block is gathered for the forward pass alone
-    gathered = sum((1 + (w.block in go_back)) * (low if w.block else FP32) * w.numel for w in weights)
-    units, gathers = len(go_back), len({w.block for w in weights}) + len(go_back)
-    micro = spread.accumulation
-    ranks = spread.shards
-    share = (ranks - 1) / ranks
-    within = spread.within_node is not None
-    if spread.strategy == "ddp":
-        return [Collective(2 * share * whole, units, ranks, False)]
-    if spread.can.zero_stage in (1, 2):
-        times = micro if spread.can.reduces_each_micro_batch else 1
-        return [
-            Collective(share * whole * times, units * times, ranks, False),
-            Collective(share * whole, 1, ranks, False),
-        ]
-    if spread.can.zero_stage == 3:
-        return [Collective(3 * share * whole * micro, 3 * units * micro, ranks, False)]
-    found = [
-        Collective(share * gathered * micro, gathers * micro, ranks, within),
-        Collective(share * whole, units, ranks, within),
-    ]
-    nodes = spread.gpus // ranks
-    if nodes > 1:  # each rank's share, over the nodes; the ranks of a node do it side by side, through one network
-        found.append(Collective(2 * (nodes - 1) / nodes * whole, units, nodes, False))
-    return found
-
-
-def _seconds(collective: Collective, device: Accelerator, assumed: Assumptions, *, per_node: int) -> float:
-    alone = collective.within_node or collective.ranks <= per_node
-    speed = device.node_link_gb_s if alone else min(device.node_link_gb_s, device.network_gb_s)
-    latency = collective.count * assumed.latency_us * 1e-6 * math.log2(max(collective.ranks, 2))
-    return collective.traffic / (speed * 1e9) + latency
-
-
-def daly_interval_s(save_s: float, mtbf_s: float) -> float:
-    """Seconds of work between saves that lose least, if a save holds up `save_s` and failures come every `mtbf_s`.
-
-    Daly 2006, equation 37: √(2δM)·(1 + √(δ/2M)/3 + (δ/2M)/9) − δ where δ < 2M, else M.
+    A node reads a random part of the set in each epoch and keeps what it has read, if the set fits its memory: of N
+    nodes, (1 − 1/N)^e of the set is still unread on one after e epochs.
     """
-    if save_s >= 2 * mtbf_s:
-        return mtbf_s
-    ratio = save_s / (2 * mtbf_s)
-    return math.sqrt(2 * save_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_s
-
-
-def lost_share(interval_s: float, save_s: float, *, mtbf_s: float, restart_s: float) -> float:
-    """Share of the time that goes to saves, to work done again and to restarts (first order in interval / mtbf)."""
-    return save_s / (interval_s + save_s) + (interval_s / 2 + save_s + restart_s) / mtbf_s
+    if not fits_memory:
+        return [1.0]
+    shares: list[float] = []
+    left = 1.0
+    while len(shares) < epochs and left > 0.001:
+        shares.append(left)
+        left *= 1 - 1 / nodes
+    return shares if len(shares) == epochs else [*shares, 0.0]

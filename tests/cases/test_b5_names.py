@@ -31,7 +31,7 @@ def test_b5_a_wrong_size_gets_the_one_that_begins_alike_and_all_that_there_are()
 
 def test_b5_a_wrong_device_gets_the_one_that_begins_alike():
     with pytest.raises(UsageError) as caught:
-        accelerator("v100-16gb")
+        accelerator("v100-sxm")
     assert caught.value.remedy.startswith("did you mean 'v100'?")
     assert all(name in caught.value.remedy.partition("Valid names: ")[2] for name in DEVICES)
 

@@ -20,6 +20,8 @@ from livt_scale.plan.devices import _NAMES, DEVICES, named
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA A100 80GB PCIe", "a100"),
         ("Tesla V100-SXM2-32GB", "v100"),
+        ("Tesla V100-SXM2-16GB", "v100-16gb"),
+        ("NVIDIA GH200 480GB", "gh200"),
         ("Tesla V100-PCIE-16GB", "v100-pcie"),
         ("Tesla T4", "t4"),
         ("NVIDIA A10", "a10"),
@@ -37,7 +39,15 @@ def test_a_device_is_known_by_its_name(name, key):
 
 @pytest.mark.parametrize(
     "name",
-    ["NVIDIA A10G", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA GeForce RTX 4090 D", "NVIDIA H20", "Quadro P400", ""],
+    [
+        "NVIDIA A10G",
+        "NVIDIA GH200 144G HBM3e",
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H20",
+        "Quadro P400",
+        "",
+    ],
 )
 def test_an_unknown_device_has_no_made_up_peak(name):
     assert named(name) is None

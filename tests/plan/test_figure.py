@@ -14,7 +14,8 @@ from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.config.load import load_recipe
 from livt_scale.plan.assumptions import Assumptions, accelerator
 from livt_scale.plan.figure import MARK, by_strategy, draw, hours_by_gpus
-from livt_scale.plan.stage_plan import DataSet, PlanTask, best, candidates, plan_stage, spread_of
+from livt_scale.plan.stage_plan import best, candidates, plan_stage, spread_of
+from livt_scale.plan.task import DataSet, PlanTask
 from livt_scale.util.errors import UsageError
 from livt_scale.util.outputs import check_output
 
@@ -95,7 +96,7 @@ def test_the_command_draws_beside_what_it_prints(tmp_path):
     words = ["plan", QUICKSTART, "--gpus", "2", "--images", "2478", "--classes", "10"]
     path = tmp_path / "new folder" / "plan.png"
     result = CliRunner().invoke(main.app, [*words, "--picture", str(path)], catch_exceptions=False)
-    assert "pretrain: " in result.stdout
+    assert "pretrain " in result.stdout
     assert path.read_bytes().startswith(b"\x89PNG")
     check_output(path, marks=[MARK], command="plan", force=False)  # its own: it may replace it
     with pytest.raises(UsageError, match=r"--picture .*plan\.svg.*"):
