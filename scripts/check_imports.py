@@ -18,6 +18,7 @@ import ast
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,11 @@ def modules(root: Path) -> dict[str, Path]:
     return {".".join(parts).removesuffix(".__init__"): path for path, parts in named.items()}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
 def import_graph(found: Mapping[str, Path]) -> dict[str, set[str]]:
     """Which of the modules each of them imports, wherever in the file."""
     return {
@@ -79,7 +85,7 @@ def import_graph(found: Mapping[str, Path]) -> dict[str, set[str]]:
 
 
 def _imported(path: Path, found: Mapping[str, Path]) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -118,11 +124,7 @@ def circles(graph: Graph) -> list[set[str]]:
 
 def deferred_imports(path: Path) -> int:
     """Import statements inside functions of the file."""
-    functions = [
-        node
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     found = {id(node) for f in functions for node in ast.walk(f) if isinstance(node, ast.Import | ast.ImportFrom)}
     return len(found)
 
@@ -149,7 +151,7 @@ def check_class_names(found: Mapping[str, Path]) -> list[str]:
     """Names with a leading underscore belong to their file alone."""
     places = defaultdict(list)
     for module, path in found.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(module)
     return [f"class {name} occurs in {', '.join(where)}" for name, where in places.items() if len(where) > 1]

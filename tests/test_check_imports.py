@@ -1,4 +1,4 @@
-"""scripts/check_imports.py: the package keeps the contract, and each kind of breach would be found."""
+"""scripts/check_imports.py: each kind of breach is found. That the package has none, `make lint` says."""
 
 from pathlib import Path
 
@@ -22,11 +22,6 @@ def package(tmp_path):
         return check.modules(tmp_path / "p")
 
     return write
-
-
-def test_the_package_keeps_the_contract(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["check_imports.py"])
-    assert (check.main(), capsys.readouterr().out) == (0, "")
 
 
 @pytest.mark.parametrize(

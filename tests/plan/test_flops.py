@@ -20,7 +20,7 @@ MODELS = {
     "vit_micro at 28 px": Model(
         size="vit_micro", image_px=28, channels=1, decoder={"width": 64, "depth": 2, "heads": 2}
     ),
-    "vit_ti": Model(size="vit_ti", decoder={"width": 96, "depth": 1, "heads": 3}),
+    "vit_ti of 2 blocks": Model(size="vit_ti", depth=2, decoder={"width": 96, "depth": 1, "heads": 3}),
     "vit_s of 4 blocks at 96 px": Model(
         size="vit_s", depth=4, image_px=96, decoder={"width": 128, "depth": 2, "heads": 4}
     ),
@@ -28,6 +28,13 @@ MODELS = {
 }
 BATCH = 2
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def meta_device():
+    """Operations are counted and not computed."""
+    with torch.device("meta"):
+        yield
 
 
 def counted(call) -> int:
@@ -71,7 +78,8 @@ def test_a_fine_tuning_step_has_the_flops_of_the_formula(name, recompute):
 @pytest.mark.parametrize(
     ("size", "px"),
     [
-        *((size, px) for size in ("resnet_micro", "resnet50") for px in (28, 33, 65, 70)),
+        *(("resnet_micro", px) for px in (28, 33, 65, 70)),
+        ("resnet50", 33),
         ("resnet18", 65),
         ("resnet34", 70),
     ],
