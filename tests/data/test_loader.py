@@ -11,7 +11,8 @@ import signal
 import textwrap
 import threading
 import time
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +39,7 @@ from livt_scale.data.loader import (
     normalise,
     train_batches,
 )
-from livt_scale.data.loader_processes import KeptBatches, _kill
+from livt_scale.data.loader_processes import Batches, KeptBatches, _kill
 from livt_scale.data.mixup import draw_mix
 from livt_scale.data.order.for_rank import RankOrder
 from livt_scale.data.order.for_stage import stage_order
@@ -366,18 +367,35 @@ def test_a_pass_that_is_not_finished_ends_the_processes(shards):
     assert not any(is_running(pid) for pid in processes)
 
 
-def test_a_server_s_processes_load_the_same_batches(shards, whole):
-    with fork_server():
-        recipe = tiny_recipe(shards.folder, data__workers=2)
-        with train_batches(
-            shards, recipe, stage="finetune", rank=0, world_size=1, micro_batch=8, epoch=0, step=0
-        ) as batches:
-            first = next(batches)
-            parents = {psutil.Process(p.pid).ppid() for p in multiprocessing.active_children()}
-            assert_same([first, *batches], whole["finetune"])
-        assert len(parents) == 1
-        assert parents.isdisjoint({os.getpid()})
-    assert not is_running(parents.pop())
+@contextmanager
+def served_batches(shards, **changes) -> Iterator[tuple[Batches, int]]:
+    """Batches for fine-tuning from processes of a server, and the server's process number."""
+    recipe = tiny_recipe(shards.folder, data__workers=2, **changes)
+    where = {"rank": 0, "world_size": 1, "micro_batch": 8, "epoch": 0, "step": 0}
+    with fork_server(), train_batches(shards, recipe, stage="finetune", **where) as batches:
+        (server,) = {psutil.Process(p.pid).ppid() for p in multiprocessing.active_children()}
+        assert server != os.getpid()
+        yield batches, server
+
+
+def test_a_server_s_processes_load_the_same_batches_whatever_a_preemption_signals(shards, whole):
+    with served_batches(shards) as (batches, server):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            os.kill(server, number)
+        assert_same(list(batches), whole["finetune"])
+    assert not is_running(server)
+
+
+@pytest.mark.slow
+def test_the_death_of_the_server_is_an_error_and_the_next_processes_are_started_without_it(shards, whole):
+    with served_batches(shards, stages__finetune__epochs=1000) as (batches, server):
+        next(batches)
+        processes = [p.pid for p in multiprocessing.active_children()]
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(DataError, match="a loader process"):
+            list(batches)
+        assert not any(is_running(pid) for pid in processes)
+        assert_same(load(shards, "finetune", data__workers=1), whole["finetune"])
 
 
 SCRIPT = """
