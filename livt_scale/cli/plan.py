@@ -42,6 +42,9 @@ def plan(
         int | None, typer.Option("--images", min=1, help="Training images, if there are no shards.")
     ] = None,
     classes: Annotated[int | None, typer.Option("--classes", min=1, help="Classes, if there are no shards.")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="metrics.jsonl of a run, or gpu.jsonl: use its times.")
+    ] = None,
     details: Annotated[bool, typer.Option("--details", help="Print parts, candidates and assumptions too.")] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Measure the peak memory on fake tensors.")] = False,
     picture: Annotated[Path | None, typer.Option("--picture", help="PNG file: plot memory and hours.")] = None,
@@ -52,6 +55,7 @@ def plan(
 
     livt plan recipes/imagenet_lt/vit_h14.yaml --gpus 64 --device h100
     """
+    from livt_scale.cli.plan_calibration import calibrated
     from livt_scale.plan.assumptions import accelerator, assumptions
     from livt_scale.plan.task import PlanTask
 
@@ -65,9 +69,10 @@ def plan(
         raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, names))
     if picture is not None:
         _check_picture(picture, force=force)
+    per_node = gpus_per_node or kind.gpus_per_node
+    tasks = {s: PlanTask(loaded.at(s), s, data, gpus, per_node, kind, assumed) for s in loaded.stage_names}
     found, plans = [], []
-    for stage in loaded.stage_names:
-        task = PlanTask(loaded.at(stage), stage, data, gpus, gpus_per_node or kind.gpus_per_node, kind, assumed)
+    for task in (tasks if calibrate is None else calibrated(tasks, calibrate)).values():
         planned, tried = _planned(task, wanted)
         plans.append(planned)
         found.append(_stage(planned, tried, time_limit=time_limit, price=price, exact=exact))

@@ -39,6 +39,12 @@ def _stage_facts(stage: dict[str, Any]) -> list[str]:
         hours.append(f"{stage['segments']} jobs")
     facts = [f"{_chosen(stage)}: {fits}", "; ".join(hours), stage["limit"]["why"]]
     facts.append(f"change: {stage['limit']['lift']}")
+    known = stage["calibration"]
+    if known:
+        facts.append(
+            f"calibrated: times x {known['scale']:.2f}; "
+            f"high is {known['width']:.1f} times low, not {known['width_before']:.1f}"
+        )
     if stage["storage_wait_hours"] > 0.02 * stage["hours"]:
         facts.append(f"of these {_time(3600 * stage['storage_wait_hours'])} until the nodes' memory holds the set")
     if stage["warning"]:

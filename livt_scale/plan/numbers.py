@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from livt_scale.plan.assumptions import peak_tflops
 from livt_scale.plan.limits import explain, little_work, parts_s
 from livt_scale.plan.memory import GIB
-from livt_scale.plan.stage_plan import StagePlan
+from livt_scale.plan.stage_plan import StagePlan, plan_stage
 
 OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
+
+
+def calibration(plan: StagePlan) -> dict[str, Any]:
+    """What a calibration changed: the factor of the times, and high over low hours without and with it."""
+    known = plan.task.calibration
+    assert known is not None
+    plain = plan_stage(replace(plan.task, calibration=None), plan.spread).range
+    now = plan.range
+    return {"from": known.source, "scale": known.scale, "width_before": plain[1] / plain[0], "width": now[1] / now[0]}
 
 
 def energy_kwh(plan: StagePlan) -> float | None:
@@ -59,6 +68,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "decode_s": time.input_s,
         "storage_s": time.storage_s,
         "limit": asdict(explain(plan)),
+        "calibration": None if task.calibration is None else calibration(plan),
         "warning": little_work(plan) or None,
         "efficiency": time.efficiency,
         "mfu": images_per_s / task.gpus * task.flops.train / (peak * 1e12),
