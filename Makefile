@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH211 := .venv-torch211
 A ?= main
 B ?= .
 COMPARE_FLAGS ?=
@@ -13,10 +14,10 @@ BENCH_OUT ?= build/bench
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-slurm lint format golden docs compare bench peers clean
+.PHONY: help install quickstart test test-slow test-slurm test-torch211 lint format golden docs compare bench peers clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 	@echo "  Python other than python3.11: make PYTHON=/path/to/python3.11 quickstart"
 
 install: $(READY)  ## create .venv with the tested versions (the other targets do this by themselves)
@@ -39,6 +40,16 @@ test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 
 test-slurm: $(READY)  ## the tests on real Slurm clusters, started for them; as root
 	$(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)
+
+# Over .venv, from which all else comes, CUDA's libraries too.
+$(TORCH211)/.ready: $(READY)
+	$(BIN)/python -m venv --clear $(TORCH211)
+	$(TORCH211)/bin/python scripts/overlay.py $(VENV)
+	$(TORCH211)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torch==2.11.0 torchvision==0.26.0 triton==3.6.0
+	@touch $@
+
+test-torch211: $(TORCH211)/.ready  ## tests of ranks, checkpoints and training with the oldest torch
+	$(TORCH211)/bin/python -m pytest -m "not slow and not slurm" tests/distributed tests/checkpoint tests/train $(TEST_FLAGS)
 
 lint: $(READY)  ## ruff, mypy, the contracts on imports, and words of plain English
 	$(BIN)/ruff check .

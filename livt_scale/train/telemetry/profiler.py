@@ -39,7 +39,8 @@ class Profiler(Hook):
             return
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         try:
-            running = profile(activities=activities)
+            # There is one cycle, which torch 2.11 would warn is the only one kept.
+            running = profile(activities=activities, acc_events=True)
             running.start()
         except RuntimeError as error:
             self._failed = True
