@@ -346,7 +346,7 @@ def problem_in(line):
 
 
 def make_problem(words):
-    targets = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     unknown = [w for w in words if "=" not in w and w not in targets]
     return f"no target {unknown}" if unknown else None
 

@@ -59,17 +59,23 @@ def doctor(
     if as_json:
         echo(json.dumps({"ok": not failed, "checks": [asdict(f) for f in findings], **measured}, indent=2))
     else:
-        for finding in findings:
-            echo(f"{finding.status:<9}{finding.name:<16}{finding.message}")
-            if finding.fix:
-                echo(f"{'':<9}fix: {finding.fix}")
+        _print(findings)
     raise typer.Exit(1 if failed else 0)
+
+
+def _print(findings: list[Finding]) -> None:
+    for finding in findings:
+        echo(f"{finding.status:<9}{finding.name:<16}{finding.message}")
+        if finding.fix:
+            echo(f"{'':<9}fix: {finding.fix}")
 
 
 def _look_at_node(folder: Path) -> None:
     from livt_scale.doctor.node import look_at_node
 
-    raise typer.Exit(1 if look_at_node(folder) else 0)
+    findings = look_at_node(folder)
+    _print(findings)
+    raise typer.Exit(1 if any(f.status == "problem" for f in findings) else 0)
 
 
 def _bench(dirs: list[Path], recipe: Path | None, *, seconds: float) -> tuple[dict[str, Any], list[Finding]] | None:
