@@ -12,13 +12,13 @@ from livt_scale.cli.options import AsJson, Force, RecipeFile, Sets
 from livt_scale.cli.output import echo
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.plan.devices import DEVICES
-from livt_scale.util.errors import LivtError, UsageError, nearest
+from livt_scale.util.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.plan.assumptions import Accelerator, Assumptions
     from livt_scale.plan.stage_plan import StagePlan
-    from livt_scale.plan.task import DataSet, PlanTask
+    from livt_scale.plan.task import DataSet
 
 SCHEMA_VERSION = 2  # of --json: 1 had no range, no limit and one MFU
 ASSUME_HELP = "Change an assumption. Repeatable."
@@ -58,11 +58,12 @@ def plan(
     from livt_scale.cli.plan_calibration import calibrated
     from livt_scale.plan.assumptions import accelerator, assumptions
     from livt_scale.plan.task import PlanTask
+    from livt_scale.train.planned_stage import data_set, planned_stage
 
     loaded = _load(recipe, sets or [])
     kind = accelerator(device)
     assumed = assumptions(assume or [])
-    data = _data_set(loaded, assumed, images=images, classes=classes)
+    data = data_set(loaded, assumed, images=images, classes=classes)
     wanted = strategy or loaded.parallel.strategy
     names = ("auto", *STRATEGIES)
     if wanted not in names:
@@ -73,7 +74,7 @@ def plan(
     tasks = {s: PlanTask(loaded.at(s), s, data, gpus, per_node, kind, assumed) for s in loaded.stage_names}
     found, plans = [], []
     for task in (tasks if calibrate is None else calibrated(tasks, calibrate)).values():
-        planned, tried = _planned(task, wanted)
+        planned, tried = planned_stage(task, wanted)
         plans.append(planned)
         found.append(_stage(planned, tried, time_limit=time_limit, price=price, exact=exact))
     if picture is not None:
@@ -112,57 +113,6 @@ def _check_picture(picture: Path, *, force: bool) -> None:
     check_output(picture, marks=[MARK], command="plan", force=force)
 
 
-def _data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None, classes: int | None) -> DataSet:
-    """The sizes given, else those of the shards, else the published size of the set that the folder is named after."""
-    from livt_scale.data.shard_set import ShardSet
-    from livt_scale.plan.published import published
-    from livt_scale.plan.task import DataSet
-
-    size = assumed.image_kib * 1024
-    if images is not None:
-        if classes is None and recipe.stages.finetune is not None:
-            raise UsageError("--images goes with --classes: the classifier's head has one row a class")
-        return DataSet(images, classes or 1, size, "--images and --classes")
-    try:
-        shards = ShardSet.open(recipe.data.train, data=recipe.data)
-    except (LivtError, OSError) as error:
-        known = published(recipe.data.train)
-        if known is None:
-            raise UsageError(
-                f"how many images data.train has is not known: {error}", remedy="give --images and --classes"
-            ) from error
-        name, number, number_of_classes = known
-        return DataSet(number, classes or number_of_classes, size, f"{name}'s published size: its shards are not here")
-    manifest = shards.manifest
-    mean = sum(s.bytes for s in manifest.shards) / max(manifest.num_samples, 1)
-    return DataSet(shards.num_samples, len(manifest.class_names), mean, "the shards' manifest")
-
-
-def _planned(task: PlanTask, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
-    """The stage as requested, and all candidates that were tried."""
-    from livt_scale.plan.stage_plan import best, candidates, plan_stage, spread_of, strategies_for
-    from livt_scale.train.batch_plan import plan_batches
-
-    parallel, part = task.recipe.parallel, task.recipe.stage(task.stage)
-    if task.steps < 1:
-        raise UsageError(f"{task.stage}: {task.data.images} images are no global batch of {part.global_batch}")
-    batches = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
-    possible = strategies_for(part)
-    strategy = next((name for name in possible if name == wanted), None)
-    if strategy is None and wanted != "auto":
-        raise UsageError(
-            f"{task.stage}: {wanted} takes neither LARS nor a frozen backbone", remedy=f"give {' or '.join(possible)}"
-        )
-    tried = candidates(task)
-    if strategy is None:
-        return best(tried) or min(tried, key=lambda p: p.memory.peak), tried
-    spread = spread_of(
-        task, strategy, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
-        recompute=parallel.activation_checkpointing,
-    )  # fmt: skip
-    return plan_stage(task, spread), tried
-
-
 def _stage(
     planned: StagePlan, tried: list[StagePlan], *, time_limit: float, price: float | None, exact: bool
 ) -> dict[str, Any]:
@@ -194,9 +144,10 @@ def _segments(planned: StagePlan, time_limit: float) -> tuple[int | None, str]:
     from livt_scale.slurm.step_times import Measured
 
     task, save_s = planned.task, planned.checkpoint.stall_s + planned.checkpoint.write_s
-    slurm = task.recipe.slurm.model_copy(update={"start_s": task.assumed.start_s, "step_s": planned.step_s_high})
+    slurm = task.recipe.slurm.model_copy(update={"start_s": task.assumed.start_s, "step_s": None})
     asked = Resources(task.nodes, min(task.per_node, task.gpus), 0, None, max(int(time_limit * 60), 1), None)
-    known = Measured(total=task.steps, step_s=planned.step_s_high, save_s=save_s)
+    step_s = planned.step_s_high
+    known = Measured(total=task.steps, planned_step_s=step_s, longest_step_s=step_s, save_s=save_s)
     try:
         return num_segments(slurm, task.stage, asked, known)
     except UsageError as error:  # more than a chain may have: the plan reports it and continues

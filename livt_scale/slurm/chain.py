@@ -12,13 +12,14 @@ later stages are never started. A stage that is done is not in the plan.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm.facts import ClusterFacts, PartitionFacts, QosFacts
+from livt_scale.slurm.planned_time import PlannedTime
 from livt_scale.slurm.script import JobPlan
 from livt_scale.slurm.sites import JobKind, Resources, Site, field_of_time, partition_of, resources_for
 from livt_scale.slurm.step_times import Measured
@@ -26,6 +27,7 @@ from livt_scale.train.preempt import lead
 from livt_scale.util.errors import UsageError, nearest
 
 Mode = Literal["requeue", "segments"]
+Planner = Callable[[Recipe, Stage, Resources], PlannedTime | None]
 SIGNAL_EARLY_S = 60  # sbatch's --signal: "the signal may be sent up to 60 seconds earlier than specified"
 MAX_SEGMENTS = 100  # more is a mistake in the step time or the limit, not a plan
 SPARE_SEGMENTS = 1  # where their number is an estimate: one that finds nothing to do ends in seconds
@@ -64,10 +66,12 @@ def plan_chain(
     measured: Mapping[Stage, Measured],
     *,
     exported: bool = False,
+    planned: Planner | None = None,
 ) -> ChainPlan:
     """What to submit for `recipe`. Raises UsageError for what cannot run, or would make no progress.
 
-    exported: the run's classifier is exported, and evaluated, already.
+    exported: the run's classifier is exported, and evaluated, already. planned: what is asked for the time of a stage
+    that neither the recipe nor the run knows.
     """
     slurm = recipe.slurm
     stages = [stage for stage in recipe.stage_names if not measured[stage].done]
@@ -87,10 +91,15 @@ def plan_chain(
     if site and site.needs_account and not slurm.account:
         raise UsageError("slurm.account is not given, and this site needs one", remedy="--set slurm.account=NAME")
     for stage in stages:
-        plan.notes += check_times(slurm, stage, resources[stage], measured[stage])
+        known = measured[stage]
+        plan.notes += check_times(slurm, stage, resources[stage], known)
+        guess = planned(recipe, stage, resources[stage]) if planned and not (slurm.step_s or known.step_s) else None
+        if guess is not None:
+            known = replace(known, total=known.total or guess.steps, planned_step_s=guess.step_s)
+            plan.notes.append(f"{stage}: by livt plan {guess.about}")
         segments = 1
         if mode == "segments":
-            segments, how = num_segments(slurm, stage, resources[stage], measured[stage])
+            segments, how = num_segments(slurm, stage, resources[stage], known)
             plan.notes.append(f"{stage}: {how}")
         plan.jobs += _jobs(stage, resources[stage], segments, mode)
     if evaluates:
@@ -250,19 +259,20 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) 
     given: int | None = getattr(slurm, stage).segments
     if given is not None:
         return given, f"{given} segments, by slurm.{stage}.segments"
-    step_s = slurm.step_s or known.step_s
+    step_s = slurm.step_s or known.step_s or known.planned_step_s
     if step_s is None or known.total is None:
         what = "a step's time" if step_s is None else "the number of steps"
         how = f"{MIN_SEGMENTS} segments, because {what} is not known: set slurm.{stage}.segments, or slurm.step_s"
         return MIN_SEGMENTS, how
     measured = slurm.step_s is None and known.world_size is not None
+    source = "slurm.step_s" if slurm.step_s else "measured" if known.step_s else "planned, at the high end"
     if measured and known.world_size is not None:
         step_s *= known.world_size / asked.world_size
     left = max(known.total - known.step, 0)
     useful_s = asked.time_min * 60 - slurm.start_s - end_s(slurm, known)
     count = max(math.ceil(left * step_s / useful_s) + SPARE_SEGMENTS, MIN_SEGMENTS)
     how = (
-        f"{count} segments = {left} steps · {step_s:.3g} s ({'measured' if measured else 'slurm.step_s'}) / "
+        f"{count} segments = {left} steps · {step_s:.3g} s ({source}) / "
         f"{useful_s:.0f} s that train in each job of {asked.time_min} min, and {SPARE_SEGMENTS} to spare"
     )
     if count > MAX_SEGMENTS:

@@ -49,6 +49,9 @@ class Partition(RecipePart):
     gpu_type: Word | None = Field(
         None, description="asked for with the GPUs: a100 of gpu:a100:4 (sinfo -o %G); None: any"
     )
+    device: Word | None = Field(
+        None, description="its GPUs' name in livt plan, such as h100; None: gpu_type, if livt plan knows it"
+    )
     cpus_per_node: PositiveInt | None = Field(None, description="cores that jobs may have; None: Slurm's default")
     preempt: Preempt = Field("off", description="PreemptMode: what happens to its jobs when others need the nodes")
 
@@ -112,6 +115,7 @@ class Resources:
     partition: str | None
     memory_gib: int | None = None  # of a node
     gpu_type: str | None = None
+    device: str | None = None  # what `livt plan` calls its GPUs
 
     @property
     def world_size(self) -> int:
@@ -185,7 +189,8 @@ def resources_for(slurm: Slurm, site: Site | None, job: JobKind, *, longest_min:
         gpus, tasks, time_min = min(gpus, 1), 1, slurm.evaluate.time_min
     limits = [limit for limit in (longest_min, offer and offer.time_min, qos and qos.time_min) if limit]
     time_min = time_min or math.floor(min(limits, default=UNLIMITED_MIN))
-    asked = Resources(nodes, tasks, gpus, cpus, time_min, name, memory, gpu_type)
+    device = (offer.device if offer else None) or gpu_type
+    asked = Resources(nodes, tasks, gpus, cpus, time_min, name, memory, gpu_type, device)
     if offer:
         _check_offered(asked, offer, job, slurm, where=f"partition {name}")
     if qos:

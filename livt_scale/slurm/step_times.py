@@ -29,6 +29,7 @@ class Measured:
     longest_step_s: float | None = None
     save_s: float | None = None
     world_size: int | None = None  # with which step_s was measured
+    planned_step_s: float | None = None  # by livt plan, at the high end, where nothing was measured
 
 
 def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:

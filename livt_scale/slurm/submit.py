@@ -35,6 +35,7 @@ from livt_scale.slurm.bad_nodes import BAD_NODES, excluding, read_bad_nodes
 from livt_scale.slurm.chain import ChainPlan, dependencies, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
 from livt_scale.slurm.facts import ClusterFacts
+from livt_scale.slurm.planned_time import planned_time
 from livt_scale.slurm.records import CHAIN, ENDS, read_chain
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site, with_site
@@ -98,7 +99,7 @@ def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None, allow: Sequen
     measured = {stage: measure(recipe, stage, run_dir) for stage in recipe.stage_names}
     made = run_dir / "export" / ("eval.json" if recipe.data.val else "config.json")
     cluster = cluster or look_at_cluster()
-    plan = plan_chain(recipe, site, cluster.facts, measured, exported=made.is_file())
+    plan = plan_chain(recipe, site, cluster.facts, measured, exported=made.is_file(), planned=planned_time)
     plan.notes += [*cluster.notes, *inherited.notes(os.environ, recipe.slurm)]
     for node in read_bad_nodes(run_dir):
         then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"
