@@ -15,7 +15,7 @@ from livt_scale.cli.output import echo
 if TYPE_CHECKING:  # `livt --help` does without what is heavy
     from livt_scale.study.runs import Run
 
-DEVICE, MFU = "h100", 0.35
+DEVICE = "h100"
 CLAIM_HELP = "balance, two-stages, losses, reconstruction, size or all."
 
 
@@ -42,10 +42,6 @@ def reproduce(
     device: Annotated[
         str | None, typer.Option(help="With --dry-run: device to estimate hours for.", show_default=DEVICE)
     ] = None,
-    mfu: Annotated[
-        float | None,
-        typer.Option(min=0.01, max=1, help="With --dry-run: fraction of peak FLOP/s reached.", show_default=str(MFU)),
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train and compare the runs of a claim of the paper.
@@ -61,13 +57,13 @@ def reproduce(
         raise UsageError(f"there is no setting {on!r}", remedy=nearest(on, SETTINGS))
     if claim != "all" and claim not in CLAIMS:
         raise UsageError(f"there is no claim {claim!r}", remedy=nearest(claim, [*CLAIMS, "all"]))
-    if not dry_run and (device is not None or mfu is not None):
-        raise UsageError("--device and --mfu are for the cost of runs", remedy="add --dry-run, or leave them out")
+    if not dry_run and device is not None:
+        raise UsageError("--device is for the cost of runs", remedy="add --dry-run, or leave it out")
     names = list(CLAIMS) if claim == "all" else [claim]
     laid, folder = _parsed(sets or []), out / on  # a run of one setting is never taken for another's
     runs = _runs(names, on, range(seeds), laid)
     if dry_run:
-        _tell_cost(runs, on, folder, device=device or DEVICE, mfu=mfu or MFU, as_json=as_json)
+        _tell_cost(runs, on, folder, device=device or DEVICE, as_json=as_json)
         return
     _check_page(page, force=force)
     failed = {} if collect_only else _run(runs, folder, jobs=jobs)
@@ -98,13 +94,13 @@ def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any]) -> l
     return in_order(run for of in every for runs in of.values() for run in runs)
 
 
-def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, mfu: float, as_json: bool) -> None:
+def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from livt_scale.study.claims import SETTINGS
     from livt_scale.study.cost import summarize_cost
 
-    summary = summarize_cost(runs, folder, SETTINGS[on].size_of, device=device, mfu=mfu)
+    summary = summarize_cost(runs, folder, SETTINGS[on].size_of, device=device)
     echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
 
 

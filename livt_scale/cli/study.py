@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train a grid of runs, collect, fit scaling laws, report.", no_args_is_help=True)
 TABLE = "table.json"
-DEVICE, MFU = "h100", 0.35
+DEVICE = "h100"
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, or livt:NAME for a shipped one.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs.", show_default="the study's")]
@@ -39,7 +39,6 @@ def submit(
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit Slurm arrays instead of running here.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
     device: Annotated[str, typer.Option(help="With --dry-run: device to estimate hours for.")] = DEVICE,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="With --dry-run: fraction of peak FLOP/s reached.")] = MFU,
     as_json: AsJson = False,
 ) -> None:
     """Train every run of a study; skip finished ones, resume the rest.
@@ -53,7 +52,7 @@ def submit(
     loaded = load_study(study, folder=out)
     every = points(loaded)
     if dry_run:
-        _tell_cost(loaded, runs(loaded), device=device, mfu=mfu, as_json=as_json)
+        _tell_cost(loaded, runs(loaded), device=device, as_json=as_json)
         return
     from livt_scale.study.local_runner import check_runs, run_all
     from livt_scale.study.subsets import build_subsets, wanted_subsets
@@ -79,7 +78,7 @@ def submit(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, mfu: float, as_json: bool) -> None:
+def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, as_json: bool) -> None:
     from dataclasses import asdict
 
     from livt_scale.study.cost import summarize_cost
@@ -98,7 +97,7 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, mfu: float,
             )
         return images, classes
 
-    summary = summarize_cost(runs, loaded.folder, size_of, device=device, mfu=mfu)
+    summary = summarize_cost(runs, loaded.folder, size_of, device=device)
     echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
 
 

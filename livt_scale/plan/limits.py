@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from livt_scale.plan.stage_plan import StagePlan
-from livt_scale.plan.step_time import Limit, decoding_cores
+from livt_scale.plan.step_time import Limit, decode_images_per_s, decoding_cores
 
 LITTLE_WORK_S = 0.025  # of computing a step: what happens between kernels and ranks takes a large share of it
 
@@ -47,9 +47,10 @@ def _decode(plan: StagePlan) -> tuple[str, str]:
     takes = _images(plan) / time.gpu_s / task.nodes
     if cores == 0:
         return "input bound: data.workers is 0, so the training process decodes between steps", "--set data.workers=8"
-    rate = ranks * cores * assumed.decode_images_per_s
+    each = decode_images_per_s(task, assumed)
+    rate = ranks * cores * each
     why = f"input bound: {ranks * cores:.0f} cores a node decode {rate:,.0f} images/s, the GPUs take {takes:,.0f}"
-    needed = math.ceil(takes / ranks / assumed.decode_images_per_s)
+    needed = math.ceil(takes / ranks / each)
     if needed <= assumed.cores_per_gpu:
         return why, f"--set data.workers={needed}"
     return why, f"{needed} cores a GPU, or prepared shards (livt shards build --resize-shorter 256)"

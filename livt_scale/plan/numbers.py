@@ -9,6 +9,7 @@ from livt_scale.plan.assumptions import peak_tflops
 from livt_scale.plan.limits import explain, little_work, parts_s
 from livt_scale.plan.memory import GIB
 from livt_scale.plan.stage_plan import StagePlan, plan_stage
+from livt_scale.plan.step_time import decode_images_per_s
 
 OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
 
@@ -82,6 +83,6 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "read_gb_s": images_per_s * task.data.image_bytes / 1e9,
         "read_tb": plan.epochs_read * task.data.images * task.data.image_bytes / 1e12,
         "storage_wait_hours": plan.storage_wait_hours,
-        "decode_cores_per_node": images_per_s / task.assumed.decode_images_per_s / task.nodes,
+        "decode_cores_per_node": images_per_s / decode_images_per_s(task, task.assumed) / task.nodes,
         "checkpoint": {name: getattr(plan.checkpoint, name) for name in plan.checkpoint.__dataclass_fields__},
     }

@@ -1,9 +1,7 @@
-"""What a grid of runs would cost, by formula, before anything is started: `--dry-run` of `livt reproduce` and `study`.
+"""What a grid of runs would cost, before anything is started: `--dry-run` of `livt reproduce` and `study`.
 
-    images = epochs · images of the training set        operations = images · those of a training image (`plan.flops`)
-    device hours = operations / (peak of the device · the share of it that is reached)
-
-Evaluation, loading and starting are not in it. The share (MFU) is an assumption, and printed as one.
+A ViT's hours are those of `livt plan` on one device, low, likely and high. A ResNet's are its FLOPs over a share of the
+device's peak, in a wide range. Evaluation of finished runs and queueing are not in them.
 """
 
 from __future__ import annotations
@@ -14,74 +12,92 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from livt_scale.plan.devices import DEVICES, Precision
+from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.plan.assumptions import Accelerator, Assumptions, accelerator, peak_tflops
 from livt_scale.plan.flops import stage_flops
+from livt_scale.plan.stage_plan import plan_stage, spread_of
+from livt_scale.plan.task import DataSet, PlanTask
 from livt_scale.study.runs import Run
-from livt_scale.util.errors import UsageError, nearest
+from livt_scale.train.batch_plan import plan_batches
+
+RESNET_SHARES = (0.45, 0.25, 0.1)  # of the peak, for low, likely and high hours: round numbers
+BYTES_OF_A_VALUE = 0.75  # of an image that is stored in the size of the crops
+KINDS = ("hours_low", "hours", "hours_high")
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """Of one run. flops: model FLOPs, forward and backward."""
+    """Of one run on one device. flops: model FLOPs, forward and backward. hours: low, likely, high."""
 
     epochs: int
     images: int
     flops: int
-    precision: Precision
-
-    def device_hours(self, peak_tflops: float, *, mfu: float) -> float:
-        """Hours of one device that reaches the share `mfu` of its peak."""
-        return self.flops / (peak_tflops * 1e12 * mfu) / 3600
+    hours: tuple[float, float, float]
 
 
-def cost_of(run: Run, folder: Path, *, num_images: int, num_classes: int) -> RunCost:
-    """num_images, num_classes: of its training set. Raises RecipeError where the run's recipe cannot be."""
+def cost_of(run: Run, folder: Path, *, data: DataSet, device: Accelerator) -> RunCost:
+    """data: its training set. Raises RecipeError where the run's recipe cannot be; UsageError: no such precision."""
     recipe = run.load(folder)
     stage = recipe.stage(run.stage)
-    images = num_images // stage.global_batch * stage.global_batch * stage.epochs
-    flops = images * stage_flops(recipe, run.stage, num_classes=num_classes).train
-    return RunCost(stage.epochs, images, flops, recipe.parallel.precision)
+    images = data.images // stage.global_batch * stage.global_batch * stage.epochs
+    flops = images * stage_flops(recipe, run.stage, num_classes=data.classes).train
+    peak = 1e12 * peak_tflops(device, recipe.parallel.precision)
+    if recipe.model.is_vit:
+        return RunCost(stage.epochs, images, flops, _planned(recipe, run.stage, data, device))
+    low, likely, high = (flops / (share * peak) / 3600 for share in RESNET_SHARES)
+    return RunCost(stage.epochs, images, flops, (low, likely, high))
+
+
+def _planned(recipe: Recipe, stage: Stage, data: DataSet, device: Accelerator) -> tuple[float, float, float]:
+    task = PlanTask(recipe.at(stage), stage, data, 1, 1, device, Assumptions())
+    part = task.part
+    batches = plan_batches(part.global_batch, part.micro_batch, world_size=1, pairs=part.mixes)
+    recompute = recipe.parallel.activation_checkpointing
+    cut = {"micro_batch": batches.micro_batch, "accumulation": batches.accumulation}
+    planned = plan_stage(task, spread_of(task, "ddp", recompute=recompute, **cut))
+    low, high = planned.range
+    return low, planned.hours, high
 
 
 @dataclass(frozen=True)
 class CostSummary:
-    """All runs together. runs: name, stage, after, command, epochs, images and flops of each."""
+    """All runs together. runs: name, stage, after, command, epochs, images, flops and hours of each."""
 
     runs: list[dict[str, Any]]
     device: str
-    mfu: float
+    device_hours_low: float
     device_hours: float
+    device_hours_high: float
 
     def lines(self) -> list[str]:
-        """For people: each run's command, then the sum."""
-        told = [
-            f"{one['command']}{'   # with pretrain/ of ' + str(one['after']) if one['after'] else ''}"
-            for one in self.runs
-        ]
+        """For people: the sum, then each run's command."""
         images, flops = (sum(one[name] for one in self.runs) for name in ("images", "flops"))
         return [
-            *told,
-            f"{len(told)} runs, {images:.3g} images, {flops:.3g} model FLOPs;",
-            f"at {self.mfu:.0%} of the peak of {self.device} (an assumption: --device, --mfu) "
-            f"{self.device_hours:.3g} device hours",
+            f"{len(self.runs)} runs, {images:.3g} images, {flops:.3g} model FLOPs",
+            f"{self.device_hours_low:.3g} to {self.device_hours_high:.3g} device hours on {self.device}, likely "
+            f"{self.device_hours:.3g} (another one: --device)",
+            *(
+                f"{one['command']}{'   # with pretrain/ of ' + str(one['after']) if one['after'] else ''}"
+                for one in self.runs
+            ),
         ]
 
 
 def summarize_cost(
-    runs: Sequence[Run], folder: Path, size_of: Callable[[Run], tuple[int, int]], *, device: str, mfu: float
+    runs: Sequence[Run], folder: Path, size_of: Callable[[Run], tuple[int, int]], *, device: str
 ) -> CostSummary:
     """size_of: (images, classes) of a run's training set. Raises UsageError: no such device or precision."""
-    if device not in DEVICES:
-        raise UsageError(f"there is no device {device!r}", remedy=nearest(device, DEVICES))
-    told, hours = [], 0.0
+    kind, usual = accelerator(device), Assumptions().image_kib * 1024
+    told, sums = [], [0.0, 0.0, 0.0]
     for run in runs:
         images, classes = size_of(run)
-        cost = cost_of(run, folder, num_images=images, num_classes=classes)
-        peak = DEVICES[device].peak_tflops(cost.precision)
-        if peak is None:
-            raise UsageError(f"a {device} has no {cost.precision}", remedy="--set parallel.precision=fp16")
-        hours += cost.device_hours(peak, mfu=mfu)
+        model = run.load(folder).model
+        stored = min(usual, BYTES_OF_A_VALUE * model.channels * model.image_px**2)
+        data = DataSet(images, classes, stored, "the setting's size")
+        cost = cost_of(run, folder, data=data, device=kind)
+        sums = [total + hours for total, hours in zip(sums, cost.hours, strict=True)]
         facts = {"epochs": cost.epochs, "images": cost.images, "flops": cost.flops}
+        hours = dict(zip(KINDS, cost.hours, strict=True))
         words = f"livt {shlex.join(run.words(folder))}"
-        told.append({"name": run.name, "stage": run.stage, "after": run.after, "command": words, **facts})
-    return CostSummary(told, device, mfu, hours)
+        told.append({"name": run.name, "stage": run.stage, "after": run.after, "command": words, **facts, **hours})
+    return CostSummary(told, device, *sums)

@@ -9,7 +9,9 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import learnt_from
 from livt_scale.longtail import class_counts_exponential
 from livt_scale.losses import LOSSES
+from livt_scale.plan.assumptions import accelerator
 from livt_scale.plan.flops import classifier_flops, mae_flops
+from livt_scale.plan.task import DataSet
 from livt_scale.study import claims
 from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, loss_sets, runs_of
 from livt_scale.study.cost import cost_of
@@ -121,7 +123,8 @@ def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
 
     def cost(run):
         images, classes = setting.size_of(run)
-        return cost_of(run, tmp_path, num_images=images, num_classes=classes)
+        data = DataSet(images, classes, 110 * 1024, "the setting's size")
+        return cost_of(run, tmp_path, data=data, device=accelerator("h100"))
 
     long_tailed, balanced = (
         cost(Run("x", setting.recipe, {**sets, "stages.pretrain.epochs": 50}, "pretrain"))
@@ -130,9 +133,12 @@ def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
     assert long_tailed.images == 115_846 // 4096 * 4096 * 50
     assert balanced.images == 160_000 // 4096 * 4096 * 50
     assert long_tailed.flops / long_tailed.images == pytest.approx(57e9, rel=0.02)  # plan.flops: 57 GFLOP an image
-    # 1e18 operations at half of 100 TFLOP/s
-    fine = cost(Run("x", setting.recipe))
-    assert fine.device_hours(100, mfu=0.5) == pytest.approx(fine.flops / 50e12 / 3600)
+    low, likely, high = balanced.hours
+    assert low < likely < high
+    assert likely > balanced.flops / 989.5e12 / 3600  # no faster than the peak
+    assert likely / long_tailed.hours[1] == pytest.approx(balanced.images / long_tailed.images, rel=0.02)
+    resnet = cost(Run("x", Path(setting.recipe).with_name("resnet50_scratch.yaml")))
+    assert 0 < resnet.hours[0] < resnet.hours[1] < resnet.hours[2]
 
 
 def livt(monkeypatch, capsys, *words):
@@ -150,8 +156,8 @@ def test_one_word_takes_a_claim_to_imagenet_and_dry_run_tells_its_cost(monkeypat
         assert len([line for line in lines if line.startswith("livt train ")]) == 1 + len(
             claims.LOSSES
         )  # with the pretraining
-        assert lines[0].startswith(f"livt train {SETTINGS[on].recipe}")
-        assert "device hours" in lines[-1]
+        assert "device hours" in lines[1]
+        assert lines[2].startswith(f"livt train {SETTINGS[on].recipe}")
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
@@ -159,7 +165,7 @@ def test_wrong_words_are_told_before_anything_is_started(monkeypatch, capsys):
     for words, said in {
         ("looses",): "did you mean 'losses'?",
         ("losses", "--on", "imagenet"): "did you mean 'imagenet_lt'?",
-        ("losses", "--mfu", "0.5"): "add --dry-run",
+        ("losses", "--device", "a100"): "add --dry-run",
         ("losses", "--dry-run", "--device", "h10"): "did you mean 'h100'?",
         ("losses", "--on", "imagenet_lt", "--dry-run", "--device", "v100"): "has no bf16",
         ("losses", "--set", "seed"): "write --set a.b=c",
