@@ -22,6 +22,7 @@ from livt_scale.cli import main as cli
 from livt_scale.plan.failures import FailingRun, simulate
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
+from livt_scale.util.plots import PALETTE, png_figure
 
 MODELS = {"ViT-B/16": "vit_b16", "ViT-L/16": "vit_l16", "ViT-H/14": "vit_h14"}
 GPUS = [2**k for k in range(13)]
@@ -31,6 +32,7 @@ ENOUGH_IMAGES = 1_281_167  # ImageNet-1k's: an epoch holds a global batch of 64 
 FAILING, FAILING_GPUS = "ViT-H/14", [64, 512, 4096]
 DETECT_S, REQUEUE_S, START_S = 30, 600, 120  # of the simulation: the watchdog's bound, a short queue, slurm.start_s
 WORK_DAYS, SEEDS = 30, 10
+PARTS_ON, FP16 = ("v100", "a100", "h100"), "--set parallel.precision=fp16 --strategy auto"
 MTBF_NODE_DAYS = [100, 300, 1000, 3000]
 ALONE = {  # one stage without the other
     "pretrain": "--set stages.finetune=null",
@@ -197,11 +199,40 @@ def page() -> str:
     return "\n".join([head(), *sections, failures()])
 
 
+def draw_parts(path: Path) -> None:
+    """A bar for each model, stage and device: which part of a step takes which share, on one node."""
+    bars = {}
+    for name, recipe in MODELS.items():
+        for stage, title in NAMES.items():
+            for device in PARTS_ON:
+                one = asked(
+                    f"livt plan recipes/imagenet_lt/{recipe}.yaml --gpus 8 --device {device} {ALONE[stage]} {FP16}"
+                )
+                if one is not None:
+                    bars[f"{name}, {title}, 8 {device}"] = one["parts_s"]
+    with png_figure(path, width=8, height=0.28 * len(bars) + 1.2, made_by="benchmarks/scale.py") as figure:
+        axes = figure.subplots()
+        left = [0.0] * len(bars)
+        for part, colour in zip(next(iter(bars.values())), PALETTE, strict=False):
+            shares = [parts[part] / sum(parts.values()) for parts in bars.values()]
+            axes.barh(range(len(bars)), shares, left=left, color=colour, label=part)
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+        axes.set_yticks(range(len(bars)), list(bars))
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of a step, by the plan's likely values")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Predicted scaling from 1 to 4096 GPUs.")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page there; None: print it")
     parser.add_argument("--quick", action="store_true", help="ViT-B's pretraining alone")
+    parser.add_argument("--parts", type=Path, metavar="PNG", help="draw the parts of a step there, and nothing else")
     args = parser.parse_args()
+    if args.parts:
+        draw_parts(args.parts)
+        return
     text = section("ViT-B/16", "pretrain", GPUS[:4]) if args.quick else page()
     if args.page is None:
         print(text)

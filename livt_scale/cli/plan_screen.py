@@ -5,17 +5,22 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-WIDTH = 80
+WIDTH, MAX_LINES = 80, 20
 INDENT = 11
 
 
 def summary_lines(answer: dict[str, Any]) -> list[str]:
     """Whether it fits, the strategy, hours and cost as a range, the limit that decides, and what to change."""
+    lines = _summary(answer, remarks=True)
+    return lines if len(lines) <= MAX_LINES else _summary(answer, remarks=False)
+
+
+def _summary(answer: dict[str, Any], *, remarks: bool) -> list[str]:
     data, device = answer["data"], answer["device"]
     where = f"{answer['gpus']} x {device['name']} on {answer['nodes']} node{'s' * (answer['nodes'] > 1)}"
     lines = _wrapped(f"{where}; {data['images']:,} images, {data['classes']} classes ({data['from']})", indent=2)
     for stage in answer["stages"]:
-        first, *others = _stage_facts(stage)
+        first, *others = _stage_facts(stage, remarks=remarks)
         lines += _wrapped(f"{stage['stage']:<{INDENT}}{first}")
         lines += [line for fact in others for line in _wrapped(" " * INDENT + fact)]
     total = [_range(answer)] if len(answer["stages"]) > 1 else []
@@ -30,24 +35,25 @@ def summary_lines(answer: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _stage_facts(stage: dict[str, Any]) -> list[str]:
+def _stage_facts(stage: dict[str, Any], *, remarks: bool) -> list[str]:
     peak, usable = stage["memory_gib"]["peak"], stage["usable_gib"]
     fits = f"fits, {_gib(peak)} of {_gib(usable)}" if stage["fits"] else f"does NOT fit: {stage['why_not']}"
     steps = f"{stage['steps']:,} steps of {_time(stage['step_s'])}"
     hours = [_range(stage), steps]
     if stage["segments"] is not None:
         hours.append(f"{stage['segments']} jobs")
-    facts = [f"{_chosen(stage)}: {fits}", "; ".join(hours), stage["limit"]["why"]]
-    facts.append(f"change: {stage['limit']['lift']}")
+    facts = [f"{_chosen(stage)}: {fits}", "; ".join(hours)]
+    if stage["fits"]:
+        facts += [stage["limit"]["why"], f"change: {stage['limit']['lift']}"]
     known = stage["calibration"]
     if known:
         facts.append(
             f"calibrated: times x {known['scale']:.2f}; "
             f"high is {known['width']:.1f} times low, not {known['width_before']:.1f}"
         )
-    if stage["storage_wait_hours"] > 0.02 * stage["hours"]:
+    if remarks and stage["storage_wait_hours"] > 0.02 * stage["hours"]:
         facts.append(f"of these {_time(3600 * stage['storage_wait_hours'])} until the nodes' memory holds the set")
-    if stage["warning"]:
+    if remarks and stage["warning"]:
         facts.append(stage["warning"])
     best = stage["best"]
     if not stage["fits"] or (best and best["hours"] < 0.95 * stage["hours"]):

@@ -186,6 +186,15 @@ def test_the_summary_is_at_most_20_lines_of_80_columns(recipe, words):
     assert any("bound: " in line for line in said)
 
 
+def test_a_summary_with_every_remark_leaves_out_some_to_keep_to_20_lines(tmp_path):
+    path = tmp_path / "a-device-with-a-rather-long-name-that-is-not-in-the-table.yaml"
+    path.write_text(MINE.replace("mine", path.stem).replace("96", "7") + "node_link_gb_s: 3\nnetwork_gb_s: 2\n")
+    words = ["plan", VIT_H, "--gpus", "512", "--device", str(path), "--strategy", "ddp", "--price-per-gpu-hour", "2"]
+    said = CliRunner().invoke(main.app, words, catch_exceptions=False).stdout.splitlines()
+    assert len(said) <= 20
+    assert sum("does NOT fit" in line for line in said) == 2
+
+
 def test_a_device_file_without_constants_gets_defaults_that_are_named_and_a_wider_range(tmp_path):
     rest = MINE + "node_link_gb_s: 300\nnetwork_gb_s: 50\n"
     (tmp_path / "bare.yaml").write_text(rest)
