@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH211 := .venv-torch211
+BARE := .venv-bare
+PYTHON312 ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3.12)
 A ?= main
 B ?= .
 COMPARE_FLAGS ?=
@@ -14,7 +16,7 @@ BENCH_OUT ?= build/bench
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-slurm test-torch211 lint format golden docs compare bench peers clean
+.PHONY: help install quickstart test test-slow test-slurm test-torch211 lint format golden docs compare bench peers gpu-bundle gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -87,6 +89,23 @@ peers: $(READY)  ## .venv-peers: .venv and, over it, the loaders that the benchm
 	$(BIN)/python -m venv --clear .venv-peers
 	.venv-peers/bin/python scripts/overlay.py $(VENV)
 	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+
+gpu-bundle: $(READY)  ## .whl: what benchmarks/gpu.sh needs on a GPU machine without a network (docs/gpu.md)
+	$(BIN)/python scripts/gpu_bundle.py .whl
+
+# Like such a machine: Python 3.12 and torch 2.11, without what the bundle has. CUDA's libraries, which torch only loads here,
+# are those of .venv.
+$(BARE)/.ready: $(READY) benchmarks/bare.txt
+	$(PYTHON312) -m venv --clear $(BARE)
+	$(BARE)/bin/python -m pip install --quiet --no-deps torch==2.11.0 torchvision==0.26.0
+	$(BARE)/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/bare.txt 2>$(BARE)/conflicts.txt
+	$(BARE)/bin/python -m pip install --quiet -c constraints.txt --no-deps timm accelerate
+	$(BARE)/bin/python -m pip uninstall --quiet --yes pydantic pydantic_core annotated-types typing-inspection
+	ln -sfn $$($(BIN)/python -c "import nvidia; print(*nvidia.__path__)") $(BARE)/lib/python3.12/site-packages/nvidia
+	@touch $@
+
+gpu-check: gpu-bundle $(BARE)/.ready  ## benchmarks/gpu.sh in miniature on a CPU, with Python 3.12, torch 2.11 and .whl alone
+	QUICK=1 PYTHON=$(BARE)/bin/python benchmarks/gpu.sh build/gpu-check
 
 clean:  ## remove .venv, build and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache

@@ -1,60 +1,58 @@
 #!/usr/bin/env bash
-# Everything worth measuring on a GPU machine, by one command:
+# Everything worth measuring on one GPU, in ten minutes, without a network (docs/gpu.md):
 #
-#     benchmarks/gpu.sh                            # into build/gpu: one JSON a benchmark, gpu.json with all, table.txt
-#     SIZES="vit_b" benchmarks/gpu.sh OUT          # one model size, into OUT
+#     benchmarks/gpu.sh OUT              # gpu.jsonl, table.md, metrics.jsonl and log.txt in OUT, by default build/gpu
+#     QUICK=1 benchmarks/gpu.sh OUT      # in miniature, also on a CPU: does it run?
 #
-# Strategies, step, loader and checkpoint benchmarks for ViT-B, L and H. Where deepspeed is missing, its strategies are
-# left out, and the table says so. A benchmark that fails stops no other: its log lies beside it, the exit status is 1.
+# The most wanted parts come first. Each has a bound, and none runs longer than DEADLINE_S seconds after the start. A part
+# that fails or is stopped keeps the results that it had by then, and stops no other; the exit status is then 1.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 OUT=${1:-build/gpu}
+DEADLINE_S=${DEADLINE_S:-$([ -n "${QUICK:-}" ] && echo 1800 || echo 560)}
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-read -r -a SIZES <<<"${SIZES:-vit_b vit_l vit_h}"
-QUICK=${QUICK:+--quick} # QUICK=1: does it run?
-PRECISION=${PRECISION:-bf16}
-BATCH_vit_b=${BATCH_vit_b:-256} BATCH_vit_l=${BATCH_vit_l:-128} BATCH_vit_h=${BATCH_vit_h:-64}
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$OUT"
+: >"$OUT/gpu.jsonl"
+: >"$OUT/log.txt"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+# What the machine lacks, from the wheels of `make gpu-bundle`.
+has='import sys; from importlib.util import find_spec; sys.exit(not all(map(find_spec, sys.argv[1:])))'
+if ! "$PYTHON" -c "$has" pydantic simplejpeg webdataset deepspeed; then
+  "$PYTHON" -m pip install --quiet --no-index --no-deps --no-cache-dir --target "$work/site" .whl/*.whl || exit 1
+  PYTHONPATH=$work/site
+fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" TMPDIR="$work"
 
 status=0
-run() { # NAME SCRIPT ARGUMENTS…: its figures in OUT/NAME.json, what it said in OUT/NAME.log
-  local name=$1
-  shift
-  echo "== $name"
-  if ! "$PYTHON" "benchmarks/$1.py" "${@:2}" ${QUICK:+"$QUICK"} --json "$OUT/$name.json" 2>&1 | tee "$OUT/$name.log"; then
-    echo "== $name failed: $OUT/$name.log" >&2
-    status=1
+failed() { # PART WHY
+  printf '{"part": "%s", "name": "all", "failed": "%s"}\n' "$1" "$2" | tee -a "$OUT/gpu.jsonl"
+  status=1
+}
+part() { # PART SECONDS
+  local bound=$((DEADLINE_S - SECONDS)) code=0
+  if [ "$bound" -gt "$2" ] && [ -z "${QUICK:-}" ]; then bound=$2; fi
+  if [ "$bound" -lt 5 ]; then
+    failed "$1" "no time was left"
+    return
   fi
+  echo "== $1, at $SECONDS s" | tee -a "$OUT/log.txt"
+  timeout --kill-after=5 "$bound" "$PYTHON" benchmarks/gpu.py "$1" --out "$OUT" ${QUICK:+--quick} >>"$OUT/log.txt" 2>&1 || code=$?
+  case $code in
+    0) ;;
+    124 | 137) failed "$1" "stopped after $bound s" ;;
+    *) failed "$1" "exit code $code: see log.txt" ;;
+  esac
 }
 
-set -o pipefail
-strategies=(ddp fsdp)
-if "$PYTHON" -c "import deepspeed" 2>/dev/null; then
-  strategies+=(zero1 zero2 zero3)
-else
-  echo "deepspeed is not installed: zero1, zero2 and zero3 are left out" | tee "$OUT/left_out.txt"
-fi
-for size in "${SIZES[@]}"; do
-  batch=BATCH_$size
-  run "step-$size" step --size "$size" --precision "$PRECISION" --batch "${!batch:-8}"
-  run "strategies-$size" strategies --size "$size" --precision "$PRECISION" --batch "${!batch:-8}" --strategies "${strategies[@]}"
-done
-run checkpoint checkpoint
-run overhead overhead
-run loader loader # beside the peers that are installed (make peers)
-
-"$PYTHON" - "$OUT" <<'PY'
-import json
-import sys
-from pathlib import Path
-
-out = Path(sys.argv[1])
-figures = {p.stem: json.loads(p.read_text()) for p in sorted(out.glob("*.json")) if p.name != "gpu.json"}
-(out / "gpu.json").write_text(json.dumps(figures, indent=2) + "\n")
-logs = [f"## {p.stem}\n{p.read_text().strip()}\n" for p in sorted(out.glob("*.log"))]
-left = out / "left_out.txt"
-(out / "table.txt").write_text("\n".join([*logs, left.read_text() if left.exists() else ""]))
-print(f"{out / 'gpu.json'}: {', '.join(figures) or 'nothing'}; {out / 'table.txt'}")
-PY
+[ -z "${QUICK:-}" ] || part imports 120 # of every benchmark
+part ceilings 60
+part right 120
+part mfu 300
+part train 200
+part zero 90
+"$PYTHON" benchmarks/gpu_table.py "$OUT/gpu.jsonl" >"$OUT/table.md" || status=1
+cat "$OUT/table.md"
+grep -q '"failed"' "$OUT/gpu.jsonl" && status=1
 exit $status
