@@ -135,9 +135,10 @@ class StagePlan:
         return f"needs {memory.peak / GIB:.1f} GiB of {usable / GIB:.1f} usable ({what})"
 
 
-def plan_stage(task: PlanTask, spread: Spread) -> StagePlan:
+def plan_stage(task: PlanTask, spread: Spread, *, memory: Memory | None = None) -> StagePlan:
+    """`memory`: if it is known already."""
     weights = task.weights
-    memory = plan_memory(task.recipe, task.stage, weights, spread)
+    memory = memory or plan_memory(task.recipe, task.stage, weights, spread)
     time = step_time(task, spread)
     return StagePlan(task, spread, memory, time, _checkpoint(task, spread, weights, time))
 
@@ -216,10 +217,10 @@ def candidates(task: PlanTask) -> list[StagePlan]:
         for recompute in (False,) if part.backbone_frozen else (False, True):
             for m in sizes:
                 spread = spread_of(task, strategy, micro_batch=m, accumulation=slots // m, recompute=recompute)
-                planned = plan_stage(task, spread)
-                if planned.fits:
+                memory = plan_memory(task.recipe, task.stage, task.weights, spread)
+                if memory.peak <= task.usable_bytes:
                     break
-            found.append(planned)
+            found.append(plan_stage(task, spread, memory=memory))
     return found
 
 
