@@ -28,6 +28,7 @@ def saved(run_dir, step: int):
     return read_tensors(path), facts["anomalies"]
 
 
+@pytest.mark.slow
 def test_a_rollback_takes_the_weights_of_the_last_checkpoint_and_the_position_goes_on(livt):
     run_dir, every = livt.folder / "run", {**ONE, **POLICIES}
     said = run(livt, run_dir, "nan:8", "spike:17", **every)

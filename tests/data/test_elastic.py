@@ -87,6 +87,7 @@ def test_three_epochs_are_the_same_in_every_world(world, new_order, micros, seed
     three_epochs_are_the_same(world, new_order, micros, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=3, deadline=None)  # each takes seconds
 @given(new_order=orders(), micros=st.integers(1, 4), seed=st.integers(0, 99))
 def test_three_epochs_are_the_same_in_the_largest_world(new_order, micros, seed):

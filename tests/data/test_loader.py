@@ -445,7 +445,7 @@ def test_shared_memory_has_no_name(shards):
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux alone")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_blocks_go_round_and_none_is_filled_while_a_view_of_it_lives(shards, whole, workers):
     long = {"stages__pretrain__epochs": 60, "stages__pretrain__warmup_epochs": 0, "data__workers": workers}
     recipe = tiny_recipe(shards.folder, **long)

@@ -43,6 +43,7 @@ def test_saves_that_fail_are_told_and_the_run_ends_as_if_nothing_had_been(livt, 
     assert_same_run(run_dir, finished)
 
 
+@pytest.mark.slow
 def test_too_many_in_a_row_end_the_run_and_it_goes_on_later(livt, finished, full_disk):
     run_dir = livt.folder / "run"
     full_disk("6 <= step")
@@ -85,6 +86,7 @@ def test_a_run_stopped_while_the_disk_is_full_is_requeued_if_it_has_got_on(livt,
     assert expected in said.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_the_quick_save_on_its_node(livt, finished):
     """Shared saves at the end of each epoch, step 9; quick ones every second step."""
     run_dir, disk = livt.folder / "run", livt.folder / "node disk"

@@ -47,7 +47,8 @@ def test_how_it_is_saved_loaded_and_computed_changes_nothing(livt, finished):
     assert_same_run(livt.folder / "run", finished)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_more_processes_follow_the_same_loss_curve(livt, finished, processes):
     livt.train(livt.folder / "run", processes=processes, **{"stages__*__micro_batch": 20})
     for stage in ("pretrain", "finetune"):

@@ -184,7 +184,7 @@ def test_an_arm_that_joined_the_claim_after_the_runs_is_named_on_the_page(tmp_pa
     assert "Not run: cb_bce," in results_page.page([told])
 
 
-@pytest.mark.parametrize("claim", ["losses", "size"])
+@pytest.mark.parametrize("claim", ["losses", pytest.param("size", marks=pytest.mark.slow)])
 def test_the_same_results_give_the_same_picture(tmp_path, claim):
     told = results(made(tmp_path, top1=lambda arm, seed: 0.7 + 0.01 * seed))
     if claim == "size":  # another number of weights an arm: drawn against it
