@@ -98,7 +98,7 @@ gpu-bundle: $(READY)  ## .whl: what benchmarks/gpu.sh needs on a GPU machine wit
 $(BARE)/.ready: $(READY) benchmarks/bare.txt
 	$(PYTHON312) -m venv --clear $(BARE)
 	$(BARE)/bin/python -m pip install --quiet --no-deps torch==2.11.0 torchvision==0.26.0
-	$(BARE)/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/bare.txt 2>$(BARE)/conflicts.txt
+	$(BARE)/bin/python -m pip install --quiet -c constraints.txt -r benchmarks/bare.txt 2>$(BARE)/log || { cat $(BARE)/log >&2; exit 1; }
 	$(BARE)/bin/python -m pip install --quiet -c constraints.txt --no-deps timm accelerate
 	$(BARE)/bin/python -m pip uninstall --quiet --yes pydantic pydantic_core annotated-types typing-inspection
 	ln -sfn $$($(BIN)/python -c "import nvidia; print(*nvidia.__path__)") $(BARE)/lib/python3.12/site-packages/nvidia
