@@ -34,8 +34,9 @@ $(READY): pyproject.toml constraints.txt
 quickstart: $(READY)  ## both stages of LiVT on the real images that ship here, then a table
 	$(BIN)/livt quickstart
 
+# Three processes for two cores: many tests wait for timeouts and ends of processes.
 test: $(READY)  ## the tests, without the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(TEST_FLAGS)
 
 test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
 	$(BIN)/python -m pytest -m "slow and not slurm" $(TEST_FLAGS)

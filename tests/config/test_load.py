@@ -312,7 +312,7 @@ def test_merge_keys_bring_in_what_a_part_has_not():
     seed=st.integers(0, 10**18),
     ratio=st.floats(0.01, 0.99),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_saved_recipe_reads_back_to_the_same_recipe(tmp_path_factory, name, lr, seed, ratio):
     stages = {"pretrain": {"base_lr": lr, "mask_ratio": ratio}, "finetune": {"loss": {"name": "ce"}}}
     recipe = Recipe.model_validate(
@@ -345,7 +345,7 @@ FULL = Recipe.model_validate(
 
 
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_any_misspelt_field_anywhere_is_refused(tmp_path_factory, data):
     """Pain 36 of the neighbours: a misspelt key is ignored and the default used."""
     tree = FULL.model_dump(mode="json")

@@ -100,7 +100,7 @@ def three_epochs_are_the_same(world, new_order, micros, seed):
     np.testing.assert_array_equal(seen, expected)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(new_order=orders(), data=st.data())
 def test_a_run_that_changes_its_world_at_random_steps_sees_the_same_batches(new_order, data):
     expected = whole_run(new_order())
@@ -112,7 +112,7 @@ def test_a_run_that_changes_its_world_at_random_steps_sees_the_same_batches(new_
     np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shards=manifests(), seed=st.integers(0, 99))
 def test_over_three_epochs_no_sample_is_lost_or_seen_twice(shards, seed):
     order = Order(shards, BATCH, seed=seed)
@@ -124,7 +124,7 @@ def test_over_three_epochs_no_sample_is_lost_or_seen_twice(shards, seed):
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(shards=manifests(), more=st.integers(1, 10**6), sampling=st.sampled_from(SAMPLINGS), repeats=st.integers(1, 3))
 def test_a_batch_larger_than_the_set_is_an_error_that_names_both(shards, more, sampling, repeats):
     total = int(shards.sum())

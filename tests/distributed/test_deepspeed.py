@@ -231,6 +231,7 @@ def test_an_old_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         zero.import_deepspeed(World())
 
 
+@pytest.mark.slow
 def test_a_whole_run_says_nothing_that_is_deepspeeds(tmp_path: Path) -> None:
     livt = Livt(tmp_path)
     said = livt.run(

@@ -20,12 +20,13 @@ FSDP, COPIES, FOREACH = (
     Kind("ddp", 2, options=(("adamw", "foreach"),)),
 )
 LOW = [Kind("fsdp", 2, "bf16"), Kind("fsdp", 2, "fp16"), Kind("ddp", 1, "fp16")]
+RARE_OPTIONS = ("activation_checkpointing", "true"), ("offload", "cpu")
 OFTEN = [
-    *(("pretrain", kind) for kind in (FSDP, COPIES, *LOW, Kind("fsdp", 2, options=(("offload", "cpu"),)))),
+    *(("pretrain", kind) for kind in (FSDP, COPIES, *LOW[:2])),
     ("finetune", FSDP),
 ]
 RARELY = [
-    *(("pretrain", kind) for kind in (FOREACH, Kind("fsdp", 2, options=(("activation_checkpointing", "true"),)))),
+    *(("pretrain", kind) for kind in (FOREACH, LOW[2], *(Kind("fsdp", 2, options=(o,)) for o in RARE_OPTIONS))),
     *(("finetune", kind) for kind in (COPIES, LOW[0])),
 ]
 EACH = [*OFTEN, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in RARELY)]
