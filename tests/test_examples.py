@@ -92,7 +92,8 @@ def test_the_loss_alone_in_a_script_of_timm():
     assert re.search(r"loss [\d.]+ after 5 steps\naccuracy by class: ", text)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_the_loader_with_accelerate(ranks):
     text = said_by("accelerate_loader.py", "--cpu", "--steps", "2", ranks=ranks)
     assert f"{ranks} processes, {64 // ranks} images each, loss " in text

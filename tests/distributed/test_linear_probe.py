@@ -44,7 +44,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     def job(name: str, kind: Kind, goes_on_from: Path | None = None) -> Job:
         return Job(kind, folder / name, "finetune", sets, goes_on_from)
 
-    found = {"alone": job("alone", SINGLE), "ddp": job("ddp", DDP), "fsdp": job("fsdp", FSDP), "fp16": job("fp16", LOW)}
+    found = {"alone": job("alone", SINGLE), "fsdp": job("fsdp", FSDP)}
     for name in ("alone", "fsdp"):
         found[f"{name} again"] = job(f"{name} again", found[name].kind, found[name].checkpoint(5))
     found["fsdp from alone"] = job("fsdp from alone", FSDP, found["alone"].checkpoint(5))
@@ -58,13 +58,23 @@ def test_the_loss_curve_and_the_statistics_are_those_of_one_process(jobs: Jobs) 
     assert alone.losses[-1] < alone.losses[0]
     sums = read_tensors(alone.checkpoint(10))["model.head_norm.sums"]
     assert sums[0].unique().tolist() == [720]
-    for name in ("ddp", "fsdp"):
-        assert jobs[name].losses == pytest.approx(alone.losses, rel=1e-5), name
-        assert jobs[name].norms == pytest.approx(alone.norms, rel=1e-4), name
-        ours = read_tensors(jobs[name].checkpoint(10))["model.head_norm.sums"]
-        torch.testing.assert_close(ours, sums, rtol=1e-6, atol=1e-3)
-    assert jobs["fp16"].losses == pytest.approx(alone.losses, rel=2e-2)
+    assert_follows(jobs["fsdp"], alone)
     assert jobs["fsdp from alone"].losses == pytest.approx(alone.losses[5:], rel=1e-5)
+
+
+def assert_follows(job: Job, alone: Job) -> None:
+    assert job.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert job.norms == pytest.approx(alone.norms, rel=1e-4)
+    ours, sums = (read_tensors(one.checkpoint(10))["model.head_norm.sums"] for one in (job, alone))
+    torch.testing.assert_close(ours, sums, rtol=1e-6, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_ddp_and_fp16_follow_too(jobs: Jobs, tmp_path: Path) -> None:
+    ddp, fp16 = (Job(kind, tmp_path / kind.name, "finetune", jobs["alone"].sets) for kind in (DDP, LOW))
+    train_all([ddp, fp16], tmp_path, timeout_s=600)
+    assert_follows(ddp, jobs["alone"])
+    assert fp16.losses == pytest.approx(jobs["alone"].losses, rel=2e-2)
 
 
 @pytest.mark.parametrize("name", ["alone", "fsdp"])

@@ -56,6 +56,7 @@ def test_too_many_in_a_row_end_the_run_and_it_goes_on_later(livt, finished, full
     assert_same_run(run_dir, finished, stages=["pretrain"])
 
 
+@pytest.mark.slow
 def test_the_last_save_of_a_stage_must_succeed(livt, finished, full_disk):
     run_dir = livt.folder / "run"
     full_disk("step == 18")

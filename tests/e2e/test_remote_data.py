@@ -43,9 +43,10 @@ def kill_all(process) -> None:
     process.communicate(timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "stages"),
-    [(1, ("pretrain",)), pytest.param(2, ("pretrain", "finetune"), marks=pytest.mark.slow)],
+    [(1, ("pretrain",)), (2, ("pretrain", "finetune"))],
 )
 def test_a_rank_killed_in_mid_download_leaves_a_cache_that_the_next_start_uses(livt, finished, processes, stages):
     cache, asked = livt.folder / "a cache", threading.Event()

@@ -56,6 +56,7 @@ def test_timm_builds_the_same_logits_from_the_folder_alone(tmp_path: Path, model
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
 
 
+@pytest.mark.slow
 def test_timm_builds_a_resnet_from_the_folder_alone_and_a_small_one_as_the_docs_say(tmp_path: Path) -> None:
     for size, px in (("resnet18", 65), ("resnet18", 28), ("resnet_micro", 28)):
         recipe, run_dir = tiny_recipe(size=size, image_px=px), tmp_path / f"run-{size}-{px}"

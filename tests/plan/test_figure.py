@@ -34,6 +34,7 @@ def planned(task, **changes):
     return plan_stage(task, spread_of(task, "fsdp", **how))
 
 
+@pytest.mark.slow
 def test_the_same_plan_gives_the_same_bytes_and_another_one_others(tmp_path):
     for name, gpus in (("a", 8), ("b", 8), ("c", 16)):
         draw([planned(task) for task in tasks("imagenet_lt/vit_b16.yaml", gpus=gpus)], tmp_path / name)

@@ -117,6 +117,7 @@ def zero(request, by_deepspeed) -> tuple[int, Path]:
     return request.param, by_deepspeed
 
 
+@pytest.mark.slow
 def test_deepspeeds_own_checkpoint_becomes_ours(zero, tmp_path):
     """Real files of two ranks: weights as DeepSpeed's own script gives them, moments as one process of torch has."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

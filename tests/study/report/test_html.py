@@ -124,6 +124,7 @@ def test_a_hundred_runs_with_pictures_stay_under_five_megabytes(tmp_path):
     assert page.stat().st_size < 5_000_000
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(hostile, browser):
     page = browser.new_page(viewport={"width": 1600, "height": 900}, color_scheme="light")
     page.set_default_timeout(120_000)
