@@ -58,7 +58,7 @@ SLOW_FILES = (  # with most time first: `make test` gives files to its processes
 SLOW_S = 1800  # the bound of a slow test that has none of its own, on a machine that does other things too
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "LIVT_")
 
-hypothesis.settings.register_profile("livt", deadline=None)
+hypothesis.settings.register_profile("livt", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("livt")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,13 @@ def livt(tmp_path: Path) -> Livt:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of both stages that nothing disturbed. Read only."""
-    folder = tmp_path_factory.mktemp("finished")
-    Livt(folder).train(folder / "run")
+    """A run of both stages that nothing disturbed. Read only: the test processes of one `pytest -n` share it."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "finished"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "made").exists():
+            Livt(folder).train(folder / "run")
+            (folder / "made").touch()
     return folder / "run"

@@ -41,6 +41,7 @@ def test_a_finished_run_is_not_run_again(livt, finished):
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
+@pytest.mark.slow
 def test_how_it_is_saved_loaded_and_computed_changes_nothing(livt, finished):
     other = {"checkpoint__mode": "sync", "checkpoint__every_steps": 7, "data__workers": 0}
     livt.train(livt.folder / "run", parallel__deterministic=True, **other)
