@@ -16,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.whole_runs import Livt, metrics
+from tests.whole_runs import REPO, Livt, metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 STORED = Path(__file__).parents[1] / "golden" / "saved-7d37c38" / "mid-pretrain.tar.gz"
+SHIPPED = REPO / "shards" / "fashion-mnist-lt"
 SETS = {
+    "data.train": SHIPPED / "train-lt",
+    "data.val": SHIPPED / "val",
     "name": "written-at-7d37c38",
     "model.width": 8,
     "model.depth": 1,
