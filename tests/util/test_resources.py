@@ -165,5 +165,6 @@ def test_a_wheel_without_its_files_says_so(installed, tmp_path):
     shutil.copytree(installed / "livt_scale", tmp_path / "livt_scale", ignore=shutil.ignore_patterns("shipped"))
     for words in (["recipe", "list"], ["quickstart"], ["submit", "livt:imagenet_lt/vit_b16", "--dry-run"]):
         said = livt(tmp_path, tmp_path, *words, expect=1)
-        assert "livt: error: the files that ship with livt_scale are missing" in said
-        assert said.count("\n") == 1
+        *logged, error = said.splitlines()
+        assert error.startswith("livt: error: the files that ship with livt_scale are missing")
+        assert len(logged) <= 1  # `quickstart` logs that it checks the run
