@@ -10,11 +10,12 @@ A killed process raises an error at the next batch and never hangs. No process o
 from __future__ import annotations
 
 import multiprocessing.connection
+import os
 import signal
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -32,6 +33,8 @@ from livt_scale.data.fork_server import (
 )
 from livt_scale.data.num_workers import Loading
 from livt_scale.util.errors import DataError, LivtError
+
+END_S = 60.0  # for a killed process to be gone: one in the middle of a read from a file server takes its time
 
 
 class LoaderDataset(Protocol):
@@ -77,12 +80,15 @@ class Batches:
             with signals_held_back():
                 self._packed: Any = iter(self._loader)
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        self._handles = _handles(self._workers)
         if workers:
             # torch's handler of SIGCHLD raises in whatever line runs when a worker dies, in the middle of a save too.
             # Our workers are taken off its list: a dead one is noticed when the next batch is requested, within 5 s.
             signal_handling._remove_worker_pids(id(self._packed))
             self._packed._worker_pids_set = False  # type: ignore[attr-defined]
-        self._close = weakref.finalize(self, _stop, self._packed, self._workers)  # also runs at the interpreter's exit
+        self._close = weakref.finalize(
+            self, _stop, self._packed, self._workers, self._handles
+        )  # also runs at the interpreter's exit
         before_server_ends(self._close)
 
     @property
@@ -124,7 +130,7 @@ class Batches:
         """End all loader processes and raise DataError if one is dead."""
         dead = _first_dead(self._workers, within_s=within_s)
         if dead is not None:
-            _kill(self._packed, self._workers)
+            _kill(self._packed, self._workers, self._handles)
             self.close()
             raise _death(dead) from cause
 
@@ -177,23 +183,38 @@ def _start_worker(_: int) -> None:
     leave_server()
 
 
-def _stop(packed: Any, workers: list[Any]) -> None:
+def _stop(packed: Any, workers: list[Any], handles: list[int]) -> None:
     if workers:
         packed._shutdown_workers()  # torch has no public name for it
-    for process in workers:
-        if process.is_alive():
-            process.kill()
-        process.join()
-    forget(workers)
+    _end(workers, handles)
 
 
-def _kill(packed: Any, workers: list[Any]) -> None:
+def _kill(packed: Any, workers: list[Any], handles: list[int]) -> None:
     """After a death. The dead one may hold a lock for ever, so that torch's orderly way could hang: not taken."""
     packed._shutdown = True
     if hasattr(packed, "_pin_memory_thread"):  # on a GPU; it looks at this every 5 s
         packed._pin_memory_thread_done_event.set()
+    _end(workers, handles)
+
+
+def _handles(workers: list[Any]) -> list[int]:
+    """A pidfd of each: when the server that forked it is dead, `multiprocessing` takes a living process for ended."""
+    found = []
     for process in workers:
-        process.kill()
+        with suppress(ProcessLookupError):  # it has ended, and its server has noticed
+            found.append(os.pidfd_open(process.pid))
+    return found
+
+
+def _end(workers: list[Any], handles: list[int]) -> None:
+    """Kill what still runs and wait until all are gone. `handles` is empty afterwards."""
+    for handle in handles:
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(handle, signal.SIGKILL)
+    while handles:
+        multiprocessing.connection.wait([handles[-1]], timeout=END_S)
+        os.close(handles.pop())
+    for process in workers:
         process.join()
     forget(workers)
 

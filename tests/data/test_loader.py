@@ -264,9 +264,9 @@ def test_pinning_keeps_every_tensor_and_its_order_in_memory(whole, shards, monke
 
 def test_after_a_death_the_thread_that_pins_batches_ends_too():
     packed = SimpleNamespace(_pin_memory_thread=None, _pin_memory_thread_done_event=threading.Event())
-    _kill(packed, [])
+    _kill(packed, [], [])
     assert packed._pin_memory_thread_done_event.is_set()
-    _kill(SimpleNamespace(), [])  # without a GPU there is none
+    _kill(SimpleNamespace(), [], [])  # without a GPU there is none
 
 
 def test_a_killed_worker_is_an_error_at_the_next_batches_and_ends_the_others(shards):
