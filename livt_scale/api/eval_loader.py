@@ -66,8 +66,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(images float32 [B, C, H, W], labels int64 [B])."""
         world, data = joined(), self._settings.data
-        ranks: dict[str, Any] = {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
-        with evaluation_batches(self.shards, self._settings, **ranks, batch=self.batch) as batches:
+        with evaluation_batches(self.shards, self._settings, **world.for_loader, batch=self.batch) as batches:
             for batch in batches:
                 on_device = batch.to(self._device)
                 yield normalise(on_device.images, data.mean, data.std, torch.float32), on_device.labels

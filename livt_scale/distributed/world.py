@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,6 +58,11 @@ class World:
     def peers(self) -> Peers:
         """All ranks, speaking over the process group of the training."""
         return Peers(self.rank, self.world_size)
+
+    @property
+    def for_loader(self) -> dict[str, Any]:
+        """This process's part of what all ranks load, as arguments of `data.loader.evaluation_batches`."""
+        return {"rank": self.rank, "world_size": self.world_size, "local_ranks": self.local_size}
 
     @property
     def device(self) -> torch.device:

@@ -79,7 +79,7 @@ def evaluate(
 def kept_batches(shards: ShardSet, recipe: Recipe, *, world: World) -> KeptBatches:
     """For `evaluate` of several weights on `shards`: its loader processes are started once. The caller closes it."""
     settings = ImageSettings.of_recipe(recipe)
-    return KeptBatches(lambda: evaluation_batches(shards, settings, **_ranks(world), batch=BATCH, kept=True))
+    return KeptBatches(lambda: evaluation_batches(shards, settings, **world.for_loader, batch=BATCH, kept=True))
 
 
 def evaluate_images(
@@ -119,7 +119,7 @@ def evaluate_images(
         _check_logits(logits, (len(images), shards.num_classes))
         return logits
 
-    once = partial(evaluation_batches, shards, settings, **_ranks(world), batch=batch, crops=views.crops)
+    once = partial(evaluation_batches, shards, settings, **world.for_loader, batch=batch, crops=views.crops)
     one_pass = once if batches is None else batches.one_pass
     error: Exception | None = None
     try:
@@ -221,10 +221,6 @@ def _answers(
         for own in batches:
             on_device = own.to(device)
             yield views.logits(infer, on_device.images, data), on_device.labels
-
-
-def _ranks(world: World) -> dict[str, Any]:
-    return {"rank": world.rank, "world_size": world.world_size, "local_ranks": world.local_size}
 
 
 def _most_batches(shards: ShardSet, world: World, batch: int) -> int:

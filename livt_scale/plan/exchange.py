@@ -54,9 +54,13 @@ class Links:
     latency_s: float
     per_node: int
 
-    def ring_s(self, traffic: float, ranks: int, *, within_node: bool) -> float:
-        """Seconds of one collective that sends `traffic` bytes through each of `ranks` ranks."""
-        speed = self.within if within_node or ranks <= self.per_node else min(self.within, self.between)
+    def ring_s(self, traffic: float, ranks: int, *, crosses: bool | None = None) -> float:
+        """Seconds of one collective that sends `traffic` bytes through each of `ranks` ranks.
+
+        crosses: whether it leaves a node; None: if one node does not hold so many.
+        """
+        crosses = ranks > self.per_node if crosses is None else crosses
+        speed = min(self.within, self.between) if crosses else self.within
         return traffic / speed + self.latency_s * math.log2(max(ranks, 2))
 
 
@@ -93,32 +97,28 @@ class _Ring:
     def __init__(self, spread: Spread, links: Links) -> None:
         self.spread, self.links = spread, links
         self.share = (spread.shards - 1) / spread.shards
-        self.within = spread.within_node is not None
+        self.crosses = None if spread.within_node is None else False  # of gathers and reductions among the shards
         self.total_s = self.traffic = 0.0
 
     def gather(self, unit: Unit) -> float:
         wide = unit.gathered_wide or self.spread.can.zero_stage == 3
         size = (FP32 if wide else self.spread.low_bytes) * unit.weights
-        return self._take(self.share * size, self.spread.shards, within=self.within)
+        return self._take(self.share * size, self.spread.shards, crosses=self.crosses)
 
     def reduce(self, unit: Unit) -> float:
         if not unit.trained:
             return 0.0
         size = FP32 * unit.trained
         if self.spread.strategy == "ddp":
-            return self._take(2 * self.share * size, self.spread.shards, within=False)
-        seconds = self._take(self.share * size, self.spread.shards, within=self.within)
+            return self._take(2 * self.share * size, self.spread.shards)
+        seconds = self._take(self.share * size, self.spread.shards, crosses=self.crosses)
         nodes = self.spread.gpus // self.spread.shards
         if nodes > 1:  # each rank's share, over the nodes; the ranks of a node side by side, through one network
-            seconds += self._take(2 * (nodes - 1) / nodes * size, nodes, within=False, crosses=True)
+            seconds += self._take(2 * (nodes - 1) / nodes * size, nodes, crosses=True)
         return seconds
 
-    def _take(self, traffic: float, ranks: int, *, within: bool, crosses: bool = False) -> float:
-        links = self.links
-        if crosses:
-            seconds = traffic / min(links.within, links.between) + links.latency_s * math.log2(ranks)
-        else:
-            seconds = links.ring_s(traffic, ranks, within_node=within)
+    def _take(self, traffic: float, ranks: int, *, crosses: bool | None = None) -> float:
+        seconds = self.links.ring_s(traffic, ranks, crosses=crosses)
         self.total_s += seconds
         self.traffic += traffic
         return seconds
@@ -129,9 +129,9 @@ def _at_the_end(units: Sequence[Unit], spread: Spread, links: Links) -> Exchange
     whole = FP32 * sum(unit.trained for unit in units)
     share = (spread.shards - 1) / spread.shards
     times = spread.accumulation if spread.can.reduces_each_micro_batch else 1
-    reduced = links.ring_s(share * whole, spread.shards, within_node=False)
+    reduced = links.ring_s(share * whole, spread.shards)
     reduced += links.latency_s * math.log2(spread.shards) * (len(units) - 1)
-    gathered = links.ring_s(share * whole, spread.shards, within_node=False)
+    gathered = links.ring_s(share * whole, spread.shards)
     seconds = times * reduced + gathered
     return Exchange(seconds, seconds, round(share * whole * (times + 1)))
 

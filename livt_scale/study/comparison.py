@@ -129,9 +129,9 @@ def _seeds_for_a_point(deviation: float, unit: Unit) -> int | None:
     """By the power of the paired t test at 5 %, two-sided (noncentral t)."""
     if unit != "accuracy":
         return None
+    if deviation == 0:
+        return MIN_SEEDS
     for n in range(MIN_SEEDS, MOST_SEEDS + 1):
-        if deviation == 0:
-            return n
         critical, shift = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)), 0.01 * math.sqrt(n) / deviation
         if 1 - nctdtr(n - 1, shift, critical) >= POWER:  # the other tail is negligible where power is 80 %
             return n

@@ -35,15 +35,14 @@ class RunCost:
     hours: tuple[float, float, float]
 
 
-def cost_of(run: Run, folder: Path, *, data: DataSet, device: Accelerator) -> RunCost:
-    """data: its training set. Raises RecipeError where the run's recipe cannot be; UsageError: no such precision."""
-    recipe = run.load(folder)
-    stage = recipe.stage(run.stage)
+def cost_of(recipe: Recipe, of_stage: Stage, *, data: DataSet, device: Accelerator) -> RunCost:
+    """data: its training set. Raises UsageError: the device has no such precision."""
+    stage = recipe.stage(of_stage)
     images = data.images // stage.global_batch * stage.global_batch * stage.epochs
-    flops = images * stage_flops(recipe, run.stage, num_classes=data.classes).train
+    flops = images * stage_flops(recipe, of_stage, num_classes=data.classes).train
     peak = 1e12 * peak_tflops(device, recipe.parallel.precision)
     if recipe.model.is_vit:
-        return RunCost(stage.epochs, images, flops, _planned(recipe, run.stage, data, device))
+        return RunCost(stage.epochs, images, flops, _planned(recipe, of_stage, data, device))
     low, likely, high = (flops / (share * peak) / 3600 for share in RESNET_SHARES)
     return RunCost(stage.epochs, images, flops, (low, likely, high))
 
@@ -86,15 +85,18 @@ class CostSummary:
 def summarize_cost(
     runs: Sequence[Run], folder: Path, size_of: Callable[[Run], tuple[int, int]], *, device: str
 ) -> CostSummary:
-    """size_of: (images, classes) of a run's training set. Raises UsageError: no such device or precision."""
+    """size_of: (images, classes) of a run's training set.
+
+    Raises RecipeError where a run's recipe cannot be; UsageError: no such device or precision.
+    """
     kind, usual = accelerator(device), Assumptions().image_kib * 1024
     told, sums = [], [0.0, 0.0, 0.0]
     for run in runs:
         images, classes = size_of(run)
-        model = run.load(folder).model
-        stored = min(usual, BYTES_OF_A_VALUE * model.channels * model.image_px**2)
+        recipe = run.load(folder)
+        stored = min(usual, BYTES_OF_A_VALUE * recipe.model.channels * recipe.model.image_px**2)
         data = DataSet(images, classes, stored, "the setting's size")
-        cost = cost_of(run, folder, data=data, device=kind)
+        cost = cost_of(recipe, run.stage, data=data, device=kind)
         sums = [total + hours for total, hours in zip(sums, cost.hours, strict=True)]
         facts = {"epochs": cost.epochs, "images": cost.images, "flops": cost.flops}
         hours = dict(zip(KINDS, cost.hours, strict=True))

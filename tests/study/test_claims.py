@@ -124,7 +124,7 @@ def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
     def cost(run):
         images, classes = setting.size_of(run)
         data = DataSet(images, classes, 110 * 1024, "the setting's size")
-        return cost_of(run, tmp_path, data=data, device=accelerator("h100"))
+        return cost_of(run.load(tmp_path), run.stage, data=data, device=accelerator("h100"))
 
     long_tailed, balanced = (
         cost(Run("x", setting.recipe, {**sets, "stages.pretrain.epochs": 50}, "pretrain"))
