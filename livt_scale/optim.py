@@ -57,20 +57,22 @@ def param_groups(
     """
     _check_rates(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     named = [(WRAPPERS.sub("", name), parameter) for name, parameter in model.named_parameters()]
-    numbers = [int(block[1]) for name, _ in named if (block := BLOCK.match(name))]
-    depth = max(numbers, default=-1) + 1
-    if layer_decay is not None and layer_decay < 1 and not depth:
+    layers = _layers(model)
+    last = max(layers.values(), default=0)
+    exempt = _exempt(model)
+    if layer_decay is not None and layer_decay < 1 and not last:
         raise UsageError(
-            f"layer_decay is {layer_decay:g}, and {type(model).__name__} has no parameter named blocks.0.…",
-            remedy="leave it out, or give a ViT with the names of timm",
+            f"layer_decay is {layer_decay:g}, and {type(model).__name__} has neither parameters named blocks.0.… nor "
+            "timm's group_matcher",
+            remedy="leave it out, or give a model with the names of timm",
         )
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named:
         if not parameter.requires_grad:
             continue
-        decays = parameter.ndim > 1 and (tokens_decay or name not in TOKENS_AND_POSITIONS)
-        layer = depth + 1 if layer_decay is None else layer_of(name, depth=depth)
-        scale = 1.0 if layer_decay is None else layer_decay ** (depth + 1 - layer)
+        decays = parameter.ndim > 1 and (tokens_decay or name not in exempt)
+        layer = last if layer_decay is None else layers[name]
+        scale = 1.0 if layer_decay is None else layer_decay ** (last - layer)
         kind = "decay" if decays else "no_decay"
         group = {
             "params": [],
@@ -94,6 +96,40 @@ def _check_rates(*, lr: float, weight_decay: float, layer_decay: float | None) -
     ):
         if not fits:
             raise UsageError(f"{name} is {value}", remedy=f"give a number {range_}")
+
+
+def _layers(model: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, by its plain name, the first layer 0; all 0: there are no layers.
+
+    Of a timm model by its own `group_matcher`, as in `timm.optim.param_groups_layer_decay`; else by `layer_of`.
+    """
+    plain = unwrapped(model)
+    names = [name for name, _ in plain.named_parameters()]
+    matcher = getattr(plain, "group_matcher", None)
+    if matcher is not None:
+        from timm.models import group_parameters
+
+        found = group_parameters(plain, matcher(coarse=False), reverse=True)
+        last = max(found.values(), default=0)
+        return {name: found.get(name, last) for name in names}
+    numbers = [int(block[1]) for name in names if (block := BLOCK.match(name))]
+    depth = max(numbers, default=-1) + 1
+    return {name: layer_of(name, depth=depth) if depth else 0 for name in names}
+
+
+def _exempt(model: nn.Module) -> set[str]:
+    """Parameters of more than one dim that do not decay: tokens and positions, and what a timm model names."""
+    named: set[str] = getattr(unwrapped(model), "no_weight_decay", set)()
+    return {*TOKENS_AND_POSITIONS, *named}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of DistributedDataParallel and torch.compile, in any order."""
+    while True:
+        children = dict(model.named_children())
+        if set(children) not in ({"module"}, {"_orig_mod"}):
+            return model
+        [model] = children.values()
 
 
 def layer_of(name: str, *, depth: int) -> int:

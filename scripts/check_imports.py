@@ -31,6 +31,7 @@ CHECKS = "a library that is missing or broken is a finding of livt doctor, not i
 DEFERRED: dict[str, str] = {
     "cli/": START_UP,
     "losses/options.py": TORCH,
+    "config/timm_models.py": TORCH,
     "api/init.py": TORCH,
     "api/registration.py": TORCH,
     "api/train.py": TORCH,
@@ -42,7 +43,8 @@ DEFERRED: dict[str, str] = {
     "export/timm.py": "start-up: timm takes seconds, and only the check of an export needs it",
     "export/onnx.py": "optional: onnxruntime comes with an extra, and without it an export is not checked",
     "plan/exact.py": "start-up: torch is for the process that it starts",
-    "optim.py": "start-up: timm takes seconds, and only LARS needs it",
+    "optim.py": "start-up: timm takes seconds, and only LARS and layer decay need it",
+    "weights/timm_weights.py": "optional: only a download needs the hub's client",
     "study/collect.py": TORCH,
     "study/table.py": TORCH,
     "study/report/html.py": "optional: bokeh comes with an extra, and its absence is an error that names it",

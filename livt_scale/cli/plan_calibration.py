@@ -115,7 +115,7 @@ def _gpu_lines(path: Path) -> list[dict[str, Any]]:
 def _check_network(recipe: Recipe, task: PlanTask, path: Path) -> None:
     there, here = recipe.at(task.stage), task.recipe
     pairs = (
-        ("model", there.model, here.model, f"{there.model.size}, and here {here.model.size}"),
+        ("model", there.model, here.model, f"{there.model.name}, and here {here.model.name}"),
         ("precision", there.parallel.precision, here.parallel.precision, f"{there.parallel.precision}"),
     )
     for what, of_run, of_plan, said in pairs:

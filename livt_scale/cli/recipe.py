@@ -114,7 +114,7 @@ def check_one(path: Path, *, sets: list[str], data: bool) -> dict[str, Any]:
 
 def summary(recipe: Recipe) -> str:
     """The run on one line: "vit_b 224 px; pretrain 800 epochs of 4096; finetune 100 epochs of 1024, bal_bce"."""
-    parts = [f"{recipe.model.size} {recipe.model.image_px} px"]
+    parts = [f"{recipe.model.name} {recipe.model.image_px} px"]
     for name in recipe.stage_names:
         stage = recipe.stage(name)
         px = recipe.at(name).model.image_px
@@ -138,7 +138,10 @@ def derived(recipe: Recipe) -> list[str]:
 
 
 def _model_lines(model: Model) -> list[str]:
-    if not model.is_vit:
+    if model.timm is not None:
+        facts = model.timm_facts
+        return [f"model: {model.timm} of timm, {len(facts.blocks)} blocks, head {facts.head}"]
+    if model.is_resnet:
         stem = "3x3, stride 1" if model.has_small_stem else "7x7, stride 2, max pooling"
         return [f"model: {model.size}, blocks {' + '.join(map(str, model.stage_blocks))}, stem {stem}"]
     width, depth, heads, patch_px = model.dims

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from typing import Annotated
 
@@ -21,6 +22,9 @@ def train(
     stage: Annotated[StageName | None, typer.Option(help="Run one stage.", show_default="every unfinished one")] = None,
     sets: Sets = None,
     allow: Allow = None,
+    allow_download: Annotated[
+        bool, typer.Option("--allow-download", help="Download the weights of model.timm, where the recipe asks for it.")
+    ] = False,
     report: Annotated[
         bool, typer.Option("--report/--no-report", help="Write report.html into the run directory at the end.")
     ] = True,
@@ -34,6 +38,10 @@ def train(
         torchrun --nproc-per-node 2 -m livt_scale train RECIPE
     """
     starting(f"train {recipe}")
+    if allow_download:
+        from livt_scale.config.stages import ALLOW_DOWNLOAD
+
+        os.environ[ALLOW_DOWNLOAD] = "1"
     from livt_scale.api.train import train as run
 
     run_dir = run(recipe, overrides=sets or (), stage=stage.value if stage else None, allow=allow or ())

@@ -53,7 +53,7 @@ class Row:
     @property
     def model(self) -> str:
         model = self.recipe.model
-        return f"{model.size}/{model.dims.patch_px}" if model.is_vit else model.size
+        return f"{model.size}/{model.dims.patch_px}" if model.is_vit else model.name
 
     def stage(self, name: Stage) -> str:
         """ "800 × 4096 at 224 px", for fine-tuning with the loss and what is trained; "-" without the stage."""

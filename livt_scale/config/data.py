@@ -41,8 +41,19 @@ class Data(RecipePart):
     val: Annotated[str | None, FREE] = Field(
         None, min_length=1, description="the same of the evaluation shards; None: no evaluation"
     )
-    mean: tuple[float, ...] = Field((0.485, 0.456, 0.406), description="of the pixels in [0, 1], one a channel")
+    mean: tuple[float, ...] = Field(
+        (0.485, 0.456, 0.406),
+        description="of the pixels in [0, 1], one a channel; with model.timm, if not set, that of its weights",
+    )
     std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
+    interpolation: Literal["bicubic", "bilinear"] = Field(
+        "bicubic", description="of resized images, with antialiasing; with model.timm, if not set, that of its weights"
+    )
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="in evaluation, the crop's side over the resized shorter side; None: 0.875 up to 224 px, else 1; "
+        "with model.timm, if not set, that of its weights",
+    )
     many_over: Annotated[PositiveInt, ALLOW] = Field(
         100, description="many-shot: classes with more training images than this"
     )

@@ -24,6 +24,8 @@ from livt_scale.config.extends import forget_below, read_tree
 from livt_scale.config.fields import dotted, fields_at, hint, types_at
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.config.run_place import SAVED, absolute_run_dir, other_run
+from livt_scale.config.stages import DOWNLOAD
+from livt_scale.config.timm_models import with_pixel_facts
 from livt_scale.config.yaml import MAX_DEPTH, Tree, Where, dump, mistakes_in, parse_value, shown_value
 from livt_scale.extensions import load_extensions
 from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
@@ -168,7 +170,7 @@ def _validate(tree: Tree, path: Path) -> Recipe:
     load_extensions()
     try:
         # as JSON: strict (no "12" or true for 12), but a list is accepted for a tuple
-        return Recipe.model_validate_json(json.dumps(tree.values), strict=True)
+        return Recipe.model_validate_json(json.dumps(with_pixel_facts(tree.values)), strict=True)
     except ValidationError as error:
         lines = [_explain(e, tree, path) for e in mistakes_in(error)]
         raise RecipeError(list(dict.fromkeys(lines))) from None
@@ -225,7 +227,7 @@ def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
         }
     )
     part = recipe.stages.finetune
-    if part is None or part.weights is None:
+    if part is None or part.weights in (None, DOWNLOAD):
         return found
     stage = part.model_copy(update={"weights": _find(part.weights, path)})
     return found.model_copy(update={"stages": recipe.stages.model_copy(update={"finetune": stage})})

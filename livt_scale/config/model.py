@@ -1,16 +1,21 @@
-"""The recipe's part `model`: the Vision Transformer that a run trains and the MAE's decoder, or a ResNet.
+"""The recipe's part `model`: the ViT that a run trains and the MAE's decoder, a ResNet, or a model of timm.
 
 MODEL_SIZES.register("vit_tiny_mine", ViTDims(width=64, depth=4, heads=2, patch_px=4))      # a custom size
 """
 
 from __future__ import annotations
 
-from typing import Annotated, NamedTuple, Self
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from livt_scale.config import timm_models
 from livt_scale.config.runtime import RecipePart
-from livt_scale.util.choices import NameIn
+from livt_scale.config.timm_models import TimmFacts, TimmSpec
+from livt_scale.util.choices import UNKNOWN_NAME, NameIn
 from livt_scale.util.errors import UsageError
 from livt_scale.util.registry import Registry
 
@@ -35,8 +40,11 @@ RESNETS: dict[str, tuple[int, int, int, int]] = {
 FIRST_WIDTH = {"resnet_micro": 20}  # channels of the first stage; each next one has twice as many
 USUAL_FIRST_WIDTH = 64
 SMALL_STEM_UP_TO_PX = 64
+OF_TIMM = {"timm": "what model.timm names"}
 
-MODEL_SIZES: Registry[ViTDims] = Registry("model size", reserved=dict.fromkeys(RESNETS, f"{__name__}.RESNETS"))
+MODEL_SIZES: Registry[ViTDims] = Registry(
+    "model size", reserved=dict.fromkeys((*RESNETS, *OF_TIMM), f"{__name__}.RESNETS")
+)
 
 # vit_micro is ours, for images of 28 to 32 px; the rest: ViT, DeiT, MAE
 MODEL_SIZES.register("vit_micro", ViTDims(96, 4, 3, 4))
@@ -58,19 +66,62 @@ class Decoder(RecipePart):
 class Model(RecipePart):
     """The Vision Transformer. A size gives width, depth, heads and patch; each can be set on its own.
 
-    Or a ResNet, to be trained from scratch with labels: it has a size, and nothing else of these.
+    Or a ResNet, to be trained from scratch with labels: it has a size, and nothing else of these. Or any classification
+    model of timm, to be fine-tuned: it has a name, arguments, and the images that it takes.
     """
 
-    size: Annotated[str, NameIn(MODEL_SIZES, RESNETS)] = Field(
-        "vit_b", description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1, no pooling"
+    size: Annotated[str, NameIn(MODEL_SIZES, RESNETS, OF_TIMM)] = Field(
+        "vit_b",
+        description="resnet*: up to 64 px with CIFAR's stem, 3x3 of stride 1, no pooling; timm: the model that "
+        "model.timm names, which sets this",
     )
+    timm: str | None = Field(
+        None, min_length=1, description="in place of size: a classification model of timm, as convnext_atto.d2_in1k"
+    )
+    args: dict[str, Any] = Field({}, description="with timm: further arguments of timm.create_model, as {depth: 2}")
     width: PositiveInt | None = Field(None, description="None: from the size")
     depth: PositiveInt | None = Field(None, description="None: from the size")
     heads: PositiveInt | None = Field(None, description="None: from the size")
     patch_px: PositiveInt | None = Field(None, description="None: from the size")
-    image_px: PositiveInt = 224
+    image_px: PositiveInt = Field(224, description="side of the images; with timm, if not set, that of its weights")
     channels: PositiveInt = 3
     decoder: Decoder = Decoder()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_timm(cls, given: Any) -> Any:
+        """The size that says so."""
+        is_timm = isinstance(given, Mapping) and given.get("timm") is not None
+        return {"size": "timm", **given} if is_timm else given
+
+    @field_validator("timm")
+    @classmethod
+    def _timm_has_it(cls, name: str | None) -> str | None:
+        if name is not None:
+            try:
+                timm_models.check_name(name)
+            except ValueError as error:
+                raise PydanticCustomError(UNKNOWN_NAME, "{hint}", {"hint": str(error)}) from None
+        return name
+
+    @model_validator(mode="after")
+    def _timm_can_build_it(self) -> Self:
+        if self.timm is None:
+            if self.size in OF_TIMM:
+                raise ValueError("size is 'timm', and timm names no model: set model.timm, or take another size")
+            if self.args:
+                raise ValueError("args has no effect without timm: leave it out, or set model.timm")
+            return self
+        given = [name for name in ("width", "depth", "heads", "patch_px") if getattr(self, name) is not None]
+        if self.size not in OF_TIMM:
+            raise ValueError(f"size is {self.size!r}, and timm names another model: leave size out, or set it to timm")
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} has no effect on {self.timm}: leave it out, or give timm's own argument in args"
+            )
+        timm_models.check_args(self.args)
+        timm_models.facts_of(self.timm_spec)
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -89,8 +140,10 @@ class Model(RecipePart):
 
     @model_validator(mode="after")
     def _a_resnet_has_a_size_alone(self) -> Self:
+        if not self.is_resnet:
+            return self
         given = [name for name in ("width", "depth", "heads", "patch_px") if getattr(self, name) is not None]
-        if given and not self.is_vit:
+        if given:
             raise ValueError(
                 f"{' and '.join(given)} has no effect on size {self.size!r}: leave it out, or take a vit_*"
             )
@@ -104,6 +157,31 @@ class Model(RecipePart):
     @property
     def is_vit(self) -> bool:
         return self.size in MODEL_SIZES
+
+    @property
+    def is_resnet(self) -> bool:
+        return self.size in RESNETS
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its name in timm, else its size."""
+        return self.timm or self.size
+
+    @property
+    def timm_spec(self) -> TimmSpec:
+        """UsageError: the model is not of timm."""
+        if self.timm is None:
+            raise UsageError(f"model.size is {self.size}, which is not a model of timm", remedy="set model.timm")
+        return TimmSpec(self.timm, self.image_px, self.channels, json.dumps(self.args, sort_keys=True))
+
+    @property
+    def timm_facts(self) -> TimmFacts:
+        """The parts of a model of timm, which is imported for it. UsageError: the model is not of timm."""
+        return timm_models.facts_of(self.timm_spec)
+
+    @property
+    def has_batchnorm(self) -> bool:
+        return self.is_resnet or (self.timm is not None and self.timm_facts.has_batchnorm)
 
     @property
     def stage_blocks(self) -> tuple[int, int, int, int]:
@@ -122,18 +200,28 @@ class Model(RecipePart):
 
     @property
     def has_small_stem(self) -> bool:
-        return not self.is_vit and self.image_px <= SMALL_STEM_UP_TO_PX
+        return self.is_resnet and self.image_px <= SMALL_STEM_UP_TO_PX
+
+    def num_uniforms(self, *, drop_path: float) -> int:
+        """Random numbers that the classifier takes for each image in training.
+
+        One for each branch that is dropped, and of a model of timm one more if it draws others: they seed those.
+        """
+        branches = self.num_branches if drop_path else 0
+        return branches + (self.timm is not None and self.timm_facts.draws)
 
     @property
     def num_branches(self) -> int:
         """Residual branches, each dropped independently (stochastic depth): two per ViT block, one per ResNet block."""
+        if self.timm is not None:
+            return len(self.timm_facts.drop_paths)
         return 2 * self.dims.depth if self.is_vit else sum(self.stage_blocks)
 
     @property
     def dims(self) -> ViTDims:
         """Of a ViT: what the recipe sets, else what the size gives. UsageError: the model is not a ViT."""
         if not self.is_vit:
-            raise UsageError(f"model.size is {self.size}, which has no patches", remedy="take a vit_* for this")
+            raise UsageError(f"the model is {self.name}, which has no patches", remedy="take a vit_* for this")
         width, depth, heads, patch_px = MODEL_SIZES[self.size]
         return ViTDims(self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px)
 

@@ -23,6 +23,7 @@ from livt_scale.config.resume import FREE, Change, changes, resume_of
 from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
 from livt_scale.config.slurm import Slurm
 from livt_scale.config.stages import (
+    DOWNLOAD,
     Ema,
     Finetune,
     Pretrain,
@@ -109,33 +110,67 @@ class Recipe(RecipePart):
         return self
 
     @model_validator(mode="after")
-    def _a_resnet_is_trained_from_scratch(self) -> Self:
-        """A ResNet has no patches to mask and no layers of decaying rates, and its batch norm keeps statistics."""
-        part, size = self.stages.finetune, self.model.size
-        if self.model.is_vit:
-            return self
-        if self.stages.pretrain:
+    def _only_a_vit_is_pretrained(self) -> Self:
+        """Masked pretraining leaves out patches of our own ViTs."""
+        if self.stages.pretrain and not self.model.is_vit:
+            how = "init: weights" if self.model.timm else "init: scratch"
             raise ValueError(
-                f"stages.pretrain masks patches, and model.size {size!r} has none: set stages.pretrain: null "
-                "and stages.finetune.init: scratch, or take a vit_*"
+                f"stages.pretrain masks patches of our own ViTs, and the model is {self.model.name}: set "
+                f"stages.pretrain: null and stages.finetune.{how}, or take a vit_* as model.size"
             )
-        assert part is not None
+        return self
+
+    @model_validator(mode="after")
+    def _a_resnet_is_trained_from_scratch(self) -> Self:
+        """A ResNet has no layers of decaying rates."""
+        part, size = self.stages.finetune, self.model.size
+        if not self.model.is_resnet or part is None:
+            return self
         if part.init != "scratch":
             raise ValueError(
                 f"stages.finetune.init is {part.init!r}: {size} begins from scratch alone, set init: scratch"
             )
         if part.layer_decay != 1:
             raise ValueError(f"stages.finetune.layer_decay has no effect on {size}: set layer_decay: 1.0")
+        return self
+
+    @model_validator(mode="after")
+    def _timm_takes_these_options(self) -> Self:
+        part, name = self.stages.finetune, self.model.timm
+        if name is None or part is None:
+            return self
+        if part.head_norm != "none":
+            raise ValueError(f"stages.finetune.head_norm is for our own ViTs, not for {name}: leave it out")
+        if part.drop_path and "drop_path_rate" not in self.model.timm_facts.takes:
+            raise ValueError(f"stages.finetune.drop_path has no effect on {name}, which takes none: set drop_path: 0")
+        return self
+
+    @model_validator(mode="after")
+    def _only_timm_has_weights_to_download(self) -> Self:
+        part = self.stages.finetune
+        if part is not None and part.weights == DOWNLOAD and self.model.timm is None:
+            raise ValueError(
+                "stages.finetune.weights is 'download', which is for model.timm: give a file, or ./download for one "
+                "of that name"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_norm_allows_it(self) -> Self:
+        """Batch norm keeps statistics of the batches that it has seen."""
+        part, name = self.stages.finetune, self.model.name
+        if part is None or not self.model.has_batchnorm:
+            return self
         if part.micro_batch < 2:
-            raise ValueError(f"stages.finetune.micro_batch is 1, and {size}'s batch norm needs at least 2 images")
+            raise ValueError(f"stages.finetune.micro_batch is 1, and {name}'s batch norm needs at least 2 images")
         if self.parallel.activation_checkpointing:
             raise ValueError(
-                f"parallel.activation_checkpointing computes blocks twice, and {size}'s batch norm would count each "
+                f"parallel.activation_checkpointing computes blocks twice, and {name}'s batch norm would count each "
                 "batch twice: leave it out"
             )
         if part.ema:
             raise ValueError(
-                f"stages.finetune.ema averages weights, and {size}'s batch norm keeps the statistics of the others: "
+                f"stages.finetune.ema averages weights, and {name}'s batch norm keeps the statistics of the others: "
                 "leave it out"
             )
         return self
@@ -216,14 +251,14 @@ def learnt_from(recipe: Recipe, stage: Stage) -> dict[str, Any]:
         path: value
         for path, value in flat.items()
         if (not path.startswith("stages.") or path.startswith(f"stages.{stage}."))
-        and resume_of(path, Recipe).of(batchnorm=not recipe.model.is_vit) != "free"
+        and resume_of(path, Recipe).of(batchnorm=recipe.model.has_batchnorm) != "free"
     }
 
 
 def differences(old: Recipe, new: Recipe) -> list[Change]:
     """All fields in which two recipes differ, also those that may change freely."""
     before, after = (_flatten(recipe.model_dump(mode="json")) for recipe in (old, new))
-    return changes(before, after, Recipe, batchnorm=not new.model.is_vit)
+    return changes(before, after, Recipe, batchnorm=new.model.has_batchnorm)
 
 
 def digest(fields: dict[str, Any]) -> str:

@@ -137,6 +137,8 @@ class Ema(RecipePart):
     warmup: bool = Field(True, description="at update k (from 0) no more than (1 + k) / (10 + k) stays")
 
 
+DOWNLOAD = "download"  # as stages.finetune.weights
+ALLOW_DOWNLOAD = "LIVT_ALLOW_DOWNLOAD"  # in the environment of all ranks, set by `livt train --allow-download`
 LARS_MOMENTUM = 0.9  # MAE, arXiv 2111.06377, table 10
 
 
@@ -155,7 +157,9 @@ class Finetune(StagePart):
         "pretrain", description="where the encoder's weights come from"
     )
     weights: Annotated[str | None, FREE] = Field(
-        None, description="with init: weights. What `livt import` or `livt export` wrote, a file, or another run"
+        None,
+        description="with init: weights. What `livt import` or `livt export` wrote, a file, or another run; with "
+        "model.timm also `download`: timm's own, with `livt train --allow-download`",
     )
     keep_head: Annotated[bool, FREE] = Field(
         False, description="with init: weights. Take the head too; its classes must be the same"

@@ -55,5 +55,5 @@ class TrainSettings(ImageSettings):
             part=part,
             seed=recipe.seed,
             num_patches=model.num_patches if isinstance(part, Pretrain) else 0,
-            num_branches=model.num_branches if isinstance(part, Finetune) and part.drop_path else 0,
+            num_branches=model.num_uniforms(drop_path=part.drop_path) if isinstance(part, Finetune) else 0,
         )

@@ -18,12 +18,17 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from livt_scale.models.timm_backbone import TimmClassifier
+
 BACKEND = "inductor"
 MAX_GRAPHS = 64  # of one kind of block; torch's limit is 8, after which a block runs uncompiled
 
 
 def blocks_of(model: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks of encoder and decoder, or a ResNet's residual ones, in the order of their calls."""
+    """The blocks in the order of their calls: transformer blocks of encoder and decoder, a ResNet's residual ones, of
+    another model of timm those that it names."""
+    if isinstance(model, TimmClassifier):
+        return (model.get_submodule(name) for name in model.facts.blocks)
     return (module for module in model.modules() if isinstance(module, Block | BasicBlock | Bottleneck))
 
 
@@ -35,8 +40,9 @@ def prepare_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None
         torch._dynamo.config.recompile_limit = MAX_GRAPHS
     for block in blocks_of(model):
         if recompute:
-            # No random state to keep: stochastic depth takes its numbers from the batch.
-            block.forward = partial(_recomputed, block.forward)
+            # Stochastic depth takes its numbers from the batch; what else draws, must draw the same again.
+            draws = isinstance(model, TimmClassifier) and model.facts.draws
+            block.forward = partial(_recomputed, block.forward, draws)
         if compiled:
             block.compile(backend=BACKEND, dynamic=False)
 
@@ -46,5 +52,5 @@ def is_compiled(model: nn.Module) -> bool:
     return any(block._compiled_call_impl is not None for block in blocks_of(model))
 
 
-def _recomputed(forward: Any, *inputs: Any) -> Any:
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _recomputed(forward: Any, draws: bool, *inputs: Any, **named: Any) -> Any:
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=draws, **named)

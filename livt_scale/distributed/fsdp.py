@@ -24,6 +24,7 @@ from livt_scale.distributed.blocks import blocks_of
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
 from livt_scale.distributed.strategy import Groups
 from livt_scale.distributed.world import World
+from livt_scale.models.timm_backbone import TimmClassifier
 from livt_scale.optim import MakeOptimizer
 
 
@@ -51,8 +52,10 @@ class Fsdp(TorchOptimizerStep):
             param_dtype=precision.LOW.get(parallel.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # norms of timm take no weights in another precision than their input (`models.layers.LayerNorm`)
+        of_blocks = full if isinstance(model, TimmClassifier) else low
         for block in blocks_of(model):
-            fully_shard(block, mesh=mesh, mp_policy=low, offload_policy=offload)
+            fully_shard(block, mesh=mesh, mp_policy=of_blocks, offload_policy=offload)
         self.model = model  # sharded in place, and given FSDPModule's methods
         self._sharded: FSDPModule = fully_shard(model, mesh=mesh, mp_policy=full, offload_policy=offload)
         self._device, self._precision = world.device, parallel.precision

@@ -15,9 +15,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam, AdamW, Optimizer
 
+from livt_scale.optim import unwrapped
 from livt_scale.util.errors import CheckpointMismatch
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # torch.compile; torch's checkpoint_wrapper
@@ -64,11 +64,7 @@ def plain_name(name: str) -> str:
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    while True:  # compile(DDP(model)) and DDP(compile(model)) alike
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", None)
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
+    model = unwrapped(model)
     tensors = {plain_name(name): value for name, value in model.state_dict(keep_vars=True).items()}
     for name, value in tensors.items():
         assert isinstance(value, Tensor), f"{name}: only tensors can be saved"

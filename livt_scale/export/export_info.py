@@ -55,6 +55,8 @@ class ModelFacts(BaseModel):
     group_counts: tuple[NonNegativeInt, ...] | None = None  # of what decides the groups; None: class_counts do
     mean: tuple[float, ...]  # of the pixels in [0, 1]
     std: tuple[float, ...]
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of resized images
+    crop_pct: float | None = None  # as data.crop_pct of a recipe
     many_over: int
     few_under: int
     precision: Literal["fp32", "bf16"]  # of the forward pass in training and evaluation; the weights are fp32
@@ -72,8 +74,9 @@ class ModelFacts(BaseModel):
 
     def recipe(self, folder: Path) -> Recipe:
         """What evaluating this model needs of a recipe; its training data are not known here."""
-        data = Data(train=str(folder), mean=self.mean, std=self.std, many_over=self.many_over, few_under=self.few_under)
-        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0))
+        pixels = {name: getattr(self, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+        data = Data(train=str(folder), **pixels, many_over=self.many_over, few_under=self.few_under)
+        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0, drop_path=0.0))
         parallel = Parallel(precision=self.precision)
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
 

@@ -96,7 +96,7 @@ def hf_config(recipe: Recipe) -> dict[str, Any]:
 def _classifier(run_dir: Path, which: str | None) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
     trained = load_trained(run_dir, which=which)
     if not trained.recipe.model.is_vit:
-        raise UsageError(f"MAE's code has no place for a {trained.recipe.model.size}", remedy="give --to timm")
+        raise UsageError(f"MAE's code has no place for {trained.recipe.model.name}", remedy="give --to timm")
     return dict(trained.model.state_dict()), trained.weights, trained.recipe
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Model
-from livt_scale.data.image.transforms import EVAL_CROP, EVAL_CROP_UP_TO_PX
+from livt_scale.data.image.transforms import eval_crop
 from livt_scale.export.export_info import WEIGHTS, ExportInfo
 from livt_scale.models.layers import vit_args
 from livt_scale.models.resnet import use_small_stem
@@ -38,18 +38,17 @@ TIMM_NAMES = {
 def timm_config(info: ExportInfo) -> dict[str, Any]:
     """config.json as timm reads it (`timm.models._hub.load_model_config_from_path`, checked with timm 1.0.31)."""
     model, num_classes = info.model, len(info.class_names)
-    of_kind, first_conv, classifier = _of_vit(model) if model.is_vit else _of_resnet(model)
+    of_kind, first_conv, classifier = _of_kind(model)
     return {
         "architecture": _timm_name(model),
         "num_classes": num_classes,
         **of_kind,
-        "global_pool": "avg",
         "label_names": list(info.class_names),
         "pretrained_cfg": {
             "input_size": [model.channels, model.image_px, model.image_px],
-            "fixed_input_size": model.is_vit,
-            "interpolation": "bicubic",
-            "crop_pct": EVAL_CROP if model.image_px <= EVAL_CROP_UP_TO_PX else 1.0,
+            "fixed_input_size": "img_size" in of_kind["model_args"],
+            "interpolation": info.interpolation,
+            "crop_pct": eval_crop(model.image_px, crop_pct=info.crop_pct),
             "crop_mode": "center",
             "mean": list(info.mean),
             "std": list(info.std),
@@ -64,21 +63,43 @@ def timm_config(info: ExportInfo) -> dict[str, Any]:
 
 def _timm_name(model: Model) -> str:
     """For a size from outside the package: that of the ViT whose width is the nearest."""
+    if model.timm is not None:
+        return model.timm.partition(".")[0]
     vits = [size for size in TIMM_NAMES if size in MODEL_SIZES]
     width = model.dims.width if model.is_vit else 0
     nearest = min(vits, key=lambda size: abs(MODEL_SIZES[size].width - width))
     return TIMM_NAMES.get(model.size, TIMM_NAMES[nearest])
 
 
+def _of_kind(model: Model) -> tuple[dict[str, Any], Any, str]:
+    """(`model_args`, features and pooling; the first convolution; the classifier)."""
+    if model.timm is not None:
+        return _of_timm(model)
+    return _of_vit(model) if model.is_vit else _of_resnet(model)
+
+
+def _of_timm(model: Model) -> tuple[dict[str, Any], Any, str]:
+    """What the recipe gives to `timm.create_model`; all else is the architecture's own."""
+    import timm
+
+    facts = model.timm_facts
+    args = {"in_chans": model.channels, **model.args}
+    if "img_size" in facts.takes:
+        args["img_size"] = model.image_px
+    first_conv = timm.get_pretrained_cfg(model.timm, allow_unregistered=False).first_conv
+    return {"model_args": args}, first_conv, facts.head
+
+
 def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:
     args = {**vit_args(model), "global_pool": "avg"}
-    return {"num_features": model.dims.width, "model_args": args}, "patch_embed.proj", "head"
+    of_kind = {"num_features": model.dims.width, "global_pool": "avg", "model_args": args}
+    return of_kind, "patch_embed.proj", "head"
 
 
 def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:
     """timm's arguments cannot express the small stem: `timm_network` describes how to read the weights then."""
     width = model.stage_widths[-1] * (4 if model.has_bottlenecks else 1)
-    return {"num_features": width, "model_args": _resnet_args(model)}, "conv1", "fc"
+    return {"num_features": width, "global_pool": "avg", "model_args": _resnet_args(model)}, "conv1", "fc"
 
 
 def _resnet_args(model: Model) -> dict[str, Any]:

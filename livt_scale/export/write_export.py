@@ -117,6 +117,8 @@ def model_facts(trained: Trained) -> ModelFacts:
         group_counts=trained.classes.group_counts,
         mean=recipe.data.mean,
         std=recipe.data.std,
+        interpolation=recipe.data.interpolation,
+        crop_pct=recipe.data.crop_pct,
         many_over=recipe.data.many_over,
         few_under=recipe.data.few_under,
         precision=recipe.parallel.precision,

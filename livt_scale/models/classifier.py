@@ -1,4 +1,5 @@
 """Stage 2's network: timm's VisionTransformer with mean pooling, as LiVT fine-tunes it, and how it takes MAE's weights.
+A ResNet (`models.resnet`) and any other model of timm (`models.timm_backbone`) are built here too.
 
 The state dict is timm's, so an export is plain timm. Two things differ from timm's own: the initialisation (MAE's; a
 head of almost zero, so that training starts from equal odds), and stochastic depth, whose coins the caller may give:
@@ -26,7 +27,8 @@ from livt_scale.models.head_norm import HeadNorm
 from livt_scale.models.layers import LAYER_NORM, DropPath, check_images, coins, on_grid, vit_args
 from livt_scale.models.mae import reset_encoder
 from livt_scale.models.resnet import ResNetClassifier
-from livt_scale.util.errors import CheckpointMismatch
+from livt_scale.models.timm_backbone import TimmClassifier, build_timm
+from livt_scale.util.errors import CheckpointMismatch, UsageError
 
 # What may be left over in a pretrained state, and what fine-tuning initialises. Everything else must match.
 LEFT = re.compile(r"decoder_.*|mask_token|norm\.(weight|bias)")
@@ -50,14 +52,15 @@ def build_classifier(
 ) -> AnyClassifier:
     """The classifier of a recipe's `model`, freshly initialised from torch's global generator.
 
-    head_only: for a linear probe, all but the head frozen. head_norm: with a `HeadNorm` before the head. Both of a ViT
-    alone: a recipe has no probe of a ResNet, which begins from scratch.
+    head_only: for a linear probe, all but the head frozen; not of a ResNet, which begins from scratch. head_norm: with
+    a `HeadNorm` before the head, of our own ViTs alone.
     """
-    if not model.is_vit:
+    head_std = PROBE_STD if head_only else HEAD_STD
+    if model.is_resnet:
         return ResNetClassifier(model, num_classes=num_classes, drop_path=drop_path)
-    classifier = Classifier(
-        model, num_classes=num_classes, drop_path=drop_path, head_std=PROBE_STD if head_only else HEAD_STD
-    )
+    if model.timm is not None:
+        return build_timm(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std, head_only=head_only)
+    classifier = Classifier(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
     if head_only:
         for name, parameter in classifier.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
@@ -67,8 +70,19 @@ def build_classifier(
 
 
 def head_name(classifier: nn.Module) -> str:
-    """What timm calls the last linear layer of `classifier`: "head" of a ViT, "fc" of a ResNet."""
+    """What timm calls the last linear layer: "head" of a ViT, "fc" of a ResNet, "head.fc" of a ConvNeXt."""
+    if isinstance(classifier, TimmClassifier):
+        return classifier.facts.head
     return "fc" if isinstance(classifier, ResNetClassifier) else "head"
+
+
+def head_of(classifier: nn.Module) -> nn.Linear:
+    """The last layer. UsageError: it is not a linear one, as a method that works on its rows needs."""
+    name = head_name(classifier)
+    head = classifier.get_submodule(name)
+    if not isinstance(head, nn.Linear):
+        raise UsageError(f"{name} is a {type(head).__name__}, not a linear layer", remedy="choose another model")
+    return head
 
 
 class Classifier(VisionTransformer):
@@ -122,7 +136,7 @@ class Classifier(VisionTransformer):
             self.head_norm = None
 
 
-AnyClassifier = Classifier | ResNetClassifier
+AnyClassifier = Classifier | ResNetClassifier | TimmClassifier
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from livt_scale.config import timm_models
 from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
 from livt_scale.plan.shapes import Network, classifier, mae
 
@@ -48,7 +49,7 @@ def network_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
         return mae_flops(model, mask_ratio=part.mask_ratio)
     flops = classifier_flops(model, num_classes=num_classes)
     if part.backbone_frozen:  # the gradient of the head's weights is all that goes back
-        return Flops(flops.forward, _product(1, model.dims.width, num_classes), 0)
+        return Flops(flops.forward, _product(1, _head_width(model, num_classes), num_classes), 0)
     return flops
 
 
@@ -57,9 +58,20 @@ def mae_flops(model: Model, *, mask_ratio: float) -> Flops:
 
 
 def classifier_flops(model: Model, *, num_classes: int) -> Flops:
-    if not model.is_vit:
+    if model.is_resnet:
         return _resnet_flops(model, num_classes=num_classes)
+    if model.timm is not None:
+        forward, backward = timm_models.weights_of(model.timm_spec, num_classes=num_classes)[1]
+        return Flops(forward, backward, recomputed=0)
     return _of(classifier(model, num_classes=num_classes))
+
+
+def _head_width(model: Model, num_classes: int) -> int:
+    if model.timm is None:
+        return model.dims.width
+    head = f"{model.timm_facts.head}.weight"
+    weights = timm_models.weights_of(model.timm_spec, num_classes=num_classes)[0]
+    return next(weight.shape[1] for weight in weights if weight.name == head)
 
 
 def _of(network: Network) -> Flops:

@@ -1,4 +1,5 @@
 """The weights of both stages' networks by name and shape, from the recipe alone: no network is built, no torch.
+A model of timm is built on the meta device, without memory.
 
     ViT-H/14, 1000 classes: classifier 632 M weights in 32 blocks of 19.7 M; MAE 657 M, 26 M of them the decoder's
 
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from livt_scale.config import timm_models
 from livt_scale.config.recipe import Model, Recipe, Stage
 from livt_scale.plan.shapes import MLP_RATIO
 
@@ -35,10 +37,14 @@ class Weight:
 
     def rows_numel(self, ranks: int) -> int:
         """Elements of the first rank's rows, by torch's `fully_shard`: the fullest rank's, with what pads them."""
+        if not self.shape:
+            return 1
         return math.ceil(self.shape[0] / ranks) * math.prod(self.shape[1:])
 
     def num_pieces(self, ranks: int) -> int:
         """How many ranks have rows of it."""
+        if not self.shape:
+            return 1
         return math.ceil(self.shape[0] / math.ceil(self.shape[0] / ranks))
 
 
@@ -53,7 +59,8 @@ def stage_weights(recipe: Recipe, stage: Stage, *, num_classes: int) -> tuple[We
     weights = weights_of(recipe.model, stage, num_classes=num_classes)
     weights = tuple(replace(w, moments=part.trained_by.moments) for w in weights)
     if part.backbone_frozen:
-        weights = tuple(replace(w, trained=w.name.startswith("head.")) for w in weights)
+        head = recipe.model.timm_facts.head if recipe.model.timm else "head"
+        weights = tuple(replace(w, trained=w.name.startswith(f"{head}.")) for w in weights)
     return weights
 
 
@@ -74,8 +81,11 @@ def _mae(model: Model) -> Iterator[Weight]:
 
 
 def _classifier(model: Model, num_classes: int) -> Iterator[Weight]:
-    if not model.is_vit:
+    if model.is_resnet:
         yield from _resnet(model, num_classes)
+        return
+    if model.timm is not None:
+        yield from _of_timm(model, num_classes)
         return
     width, depth, _, _ = model.dims
     yield from _embedding(model, fixed_positions=False)
@@ -83,6 +93,13 @@ def _classifier(model: Model, num_classes: int) -> Iterator[Weight]:
         yield from _block(f"blocks.{k}", width)
     yield from _norm("fc_norm", width)
     yield from _linear("head", width, num_classes)
+
+
+def _of_timm(model: Model, num_classes: int) -> Iterator[Weight]:
+    """Counted on torch's meta device; what has no part in the logits is not trained."""
+    unused = model.timm_facts.unused
+    for name, shape, block in timm_models.weights_of(model.timm_spec, num_classes=num_classes)[0]:
+        yield Weight(name, shape, trained=name not in unused, block=block)
 
 
 def _resnet(model: Model, num_classes: int) -> Iterator[Weight]:

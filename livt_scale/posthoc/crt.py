@@ -33,7 +33,7 @@ from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import check_target, write_export
 from livt_scale.losses import make_loss
 from livt_scale.losses.formulas import soft_targets
-from livt_scale.models.classifier import head_name
+from livt_scale.models.classifier import head_of
 from livt_scale.posthoc import features
 from livt_scale.posthoc.features import LabelledOutputs
 from livt_scale.train.load_trained import Trained
@@ -105,7 +105,7 @@ def retrain_head(
     check_same_classes(shards, trained.classes)
     head, steps = retrained(features.features(trained, shards), len(trained.classes.names), settings)
     model = copy.deepcopy(trained.model)
-    getattr(model, head_name(model)).load_state_dict(head.state_dict())
+    head_of(model).load_state_dict(head.state_dict())
     made = {
         "method": "crt", **asdict(settings), "steps": steps, "sampling": "class_balanced", "loss": "ce",
         "trained_on": data_lineage(shards)["manifest_digest"],
@@ -125,7 +125,7 @@ def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None)
     outputs = features.features(trained, shards)
     about = (outputs.labels, trained.classes, trained.recipe)
     with torch.inference_mode():
-        old = getattr(trained.model, head_name(trained.model))
+        old = head_of(trained.model)
         before, after = old(outputs.values), head(outputs.values)
     figures = {
         "before": features.figures(before, *about)["top1"],

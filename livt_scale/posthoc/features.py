@@ -61,7 +61,7 @@ def model_outputs(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: 
 def features(trained: Trained, shards: ShardSet, *, batch: int = BATCH) -> LabelledOutputs:
     """The input of the head of `trained`: values [N, D]."""
     body = copy.deepcopy(trained.model)
-    setattr(body, head_name(body), nn.Identity())
+    body.set_submodule(head_name(body), nn.Identity())
     return model_outputs(body, shards, trained.recipe, batch=batch)
 
 

@@ -78,11 +78,11 @@ def read_members(paths: Sequence[Path], *, all_checkpoints: bool = False, weight
             members.append(Ingredient(place, trained))
     if len(members) < 2:
         raise UsageError("a soup has at least two members", remedy="give more paths, or --all-checkpoints")
-    if not members[0].trained.recipe.model.is_vit:
+    if members[0].trained.recipe.model.has_batchnorm:
         raise UsageError(
-            f"{members[0].path} is a {members[0].trained.recipe.model.size}: for the mean of weights, batch norm's "
+            f"{members[0].path} is of {members[0].trained.recipe.model.name}: for the mean of weights, batch norm's "
             "statistics would have to be computed again, which is not supported",
-            remedy="make soups of ViTs",
+            remedy="make soups of models without batch norm",
         )
     for other in members[1:]:
         _check_alike(members[0], other)

@@ -23,7 +23,7 @@ from torch import Tensor
 from livt_scale.evaluation.holdout import half_rows
 from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import check_target, write_export
-from livt_scale.models.classifier import head_name
+from livt_scale.models.classifier import head_of
 from livt_scale.posthoc import features
 from livt_scale.util.errors import UsageError
 
@@ -59,8 +59,7 @@ def tau_normalise(
     outputs = features.features(trained, shards)
     rows = half_rows(outputs.labels.numpy())
     choosing, reporting = (outputs.rows(part) for part in rows)
-    name = head_name(trained.model)
-    head = getattr(trained.model, name)
+    head = head_of(trained.model)
     bias = head.bias.detach()
 
     def logits(values: Tensor, tau: float) -> Tensor:
@@ -76,7 +75,7 @@ def tau_normalise(
     as_trained = reporting.values @ head.weight.detach().T + bias
     model = copy.deepcopy(trained.model)
     with torch.no_grad():
-        new_head = getattr(model, name)
+        new_head = head_of(model)
         new_head.weight.copy_(normalised(head.weight, best))
         if not keep_bias:
             new_head.bias.zero_()

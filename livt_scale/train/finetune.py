@@ -14,6 +14,7 @@ from livt_scale import optim
 from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import Finetune, Recipe, digest
+from livt_scale.config.stages import DOWNLOAD
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import Batch, images_and_targets
 from livt_scale.data.loader_processes import KeptBatches
@@ -25,12 +26,14 @@ from livt_scale.evaluation.calibration import temperature_report
 from livt_scale.evaluation.evaluate import check_room, evaluate, kept_batches, weights_lineage
 from livt_scale.evaluation.logits import About, gather
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
+from livt_scale.models.timm_backbone import TimmClassifier
 from livt_scale.train.loop import Evaluation, Evaluator, StageTask
 from livt_scale.train.run_dir import is_done, is_run
 from livt_scale.train.run_files import read_status
 from livt_scale.util.errors import DataError, RunError, UsageError, WeightsError
 from livt_scale.weights.adapt import start_classifier
 from livt_scale.weights.importer import open_weights
+from livt_scale.weights.timm_weights import check_heads, start_from_file, start_from_hub, start_timm
 
 _log = logging.getLogger(__name__)
 
@@ -40,9 +43,11 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
     part = recipe.stages.finetune
     assert part is not None
     model, origin = initial_classifier(recipe, num_classes=train.num_classes, run_dir=run_dir)
+    if isinstance(model, TimmClassifier) and world.is_main:
+        _log_timm(model)
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        decay = part.layer_decay if recipe.model.is_vit and part.train == "all" else None
+        decay = part.layer_decay if not recipe.model.is_resnet and part.train == "all" else None
         return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, layer_decay=decay)
 
     val = ShardSet.open(recipe.data.val, data=recipe.data) if recipe.data.val else None
@@ -59,6 +64,15 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         origin=origin,
         average=part.ema,
     )
+
+
+def _log_timm(model: TimmClassifier) -> None:
+    """What is special about a model of timm."""
+    if model.facts.draws:
+        _log.info("finetune: dropout draws its random numbers by rank: on another number of ranks it draws others")
+    if model.facts.unused:
+        names = ", ".join(model.facts.unused[:3])
+        _log.info("finetune: %d parameters have no part in the logits and stay: %s", len(model.facts.unused), names)
 
 
 def initial_classifier(
@@ -78,6 +92,9 @@ def initial_classifier(
         )
     if part.init == "scratch":
         return model, None
+    if isinstance(model, TimmClassifier):
+        assert part.weights is not None, "the recipe has no pretraining of it"
+        return model, _start_timm(model, part.weights, recipe, keep_head=part.keep_head)
     assert isinstance(model, Classifier), "the recipe has a ResNet begin from scratch"
     if part.init == "weights":
         assert part.weights is not None
@@ -90,9 +107,7 @@ def initial_classifier(
 def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head: bool) -> dict[str, Any]:
     """Load foreign weights into `model`: an import, an export, a file or a run. Returns their lineage."""
     if is_run(path):
-        if keep_head:
-            raise UsageError(f"{path} is a run: its pretraining has no head", remedy="export it, and give the export")
-        state, lineage, theirs = read_pretraining(path)
+        state, lineage, theirs = _pretraining_without_head(path, keep_head=keep_head)
         if (heads := theirs.model.dims.heads) != recipe.model.dims.heads:
             raise WeightsError(
                 f"{path} has {heads} heads, the model {recipe.model.dims.heads}", remedy="set model.heads"
@@ -102,10 +117,33 @@ def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head
     weights = open_weights(path)
     weights.check_heads(recipe.model)
     start_classifier(model, weights.state, recipe.model, keep_head=keep_head)
-    origin = weights.origin()
-    return (
-        {**origin, "recipe_digest": digest({"weights": origin["recipe_digest"], "head": True})} if keep_head else origin
-    )
+    return _lineage(weights.origin(), keep_head=keep_head)
+
+
+def _start_timm(model: TimmClassifier, weights: str, recipe: Recipe, *, keep_head: bool) -> dict[str, Any]:
+    """Load weights into timm's `model`: a file, an import, an export, a run or the hub. Returns their lineage."""
+    if weights == DOWNLOAD:
+        return _lineage(start_from_hub(model, recipe.model.timm_spec, keep_head=keep_head), keep_head=keep_head)
+    path = Path(weights)
+    if is_run(path):
+        state, lineage, theirs = _pretraining_without_head(path, keep_head=keep_head)
+        check_heads(model, theirs.model.dims.heads, where=weights)
+        start_timm(model, state, keep_head=False, where=weights)
+        return lineage
+    return _lineage(start_from_file(model, path, keep_head=keep_head), keep_head=keep_head)
+
+
+def _lineage(origin: dict[str, Any], *, keep_head: bool) -> dict[str, Any]:
+    """The lineage of foreign weights; those with their head are others than those without."""
+    head = {"recipe_digest": digest({"weights": origin["recipe_digest"], "head": True})}
+    return {**origin, **head} if keep_head else origin
+
+
+def _pretraining_without_head(path: Path, *, keep_head: bool) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
+    """`read_pretraining` of the run `path`. UsageError: a head is wanted."""
+    if keep_head:
+        raise UsageError(f"{path} is a run: its pretraining has no head", remedy="export it, and give the export")
+    return read_pretraining(path)
 
 
 def read_pretraining(run_dir: Path) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:

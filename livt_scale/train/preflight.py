@@ -11,6 +11,7 @@ takes seconds where the set has a billion samples, and a login node can do it. `
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.config.run_place import absolute_run_dir
+from livt_scale.config.stages import ALLOW_DOWNLOAD, DOWNLOAD
 from livt_scale.data.classes import TrainingClasses, check_same_classes, read_group_counts
 from livt_scale.data.order.for_stage import check_order
 from livt_scale.data.remote.shards import held_bytes
@@ -183,6 +185,11 @@ def _weights_problems(recipe: Recipe, stage: Stage) -> Iterator[Problem]:
     if part.weights is None:
         return
     path, name = Path(part.weights), f"stages.{stage}.weights"
+    if part.weights == DOWNLOAD and recipe.model.timm is not None:
+        if not os.environ.get(ALLOW_DOWNLOAD):
+            what = f"the weights of {recipe.model.timm} would be downloaded, which is not allowed"
+            yield Problem(name, what, DOWNLOAD, "run livt train --allow-download, or give a file")
+        return
     if isinstance(part, Finetune) and is_run(path):
         if part.keep_head:
             yield Problem(

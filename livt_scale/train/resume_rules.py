@@ -59,8 +59,8 @@ def compare_facts(ours: dict[str, Any], theirs: dict[str, Any], path: Path) -> l
     if theirs.get("stage") != ours["stage"]:
         raise CheckpointMismatch(f"{path} is of stage {theirs.get('stage')}, not {ours['stage']}")
     old, new = _learnt_from(theirs, path), _learnt_from(ours, path)
-    is_vit = from_saved(ours["recipe"], where=path).model.is_vit
-    changed = changes(old, new, Recipe, batchnorm=not is_vit)
+    has_batchnorm = from_saved(ours["recipe"], where=path).model.has_batchnorm
+    changed = changes(old, new, Recipe, batchnorm=has_batchnorm)
     return [_of_quarantine(change, ours, theirs) if change.path == "data.manifest" else change for change in changed]
 
 

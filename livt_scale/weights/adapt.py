@@ -50,7 +50,7 @@ def adapt(state: Mapping[str, Tensor], to: Model) -> tuple[dict[str, Tensor], di
     projection = state["patch_embed.proj.weight"]  # [D, C, p, p]
     channels, old_px = projection.shape[1], projection.shape[2]
     if channels != to.channels:
-        projection = _channels(projection, to.channels)
+        projection = with_channels(projection, to.channels)
         changed["patch_embed.proj.weight"] = f"channels {channels} -> {to.channels}"
     if old_px != patch_px:
         projection = resample_patch_embed(projection, [patch_px, patch_px])
@@ -147,7 +147,8 @@ def _may_be_made(name: str, has_decoder: bool) -> bool:
     return bool(_OF_CLASSIFIER.fullmatch(name) or _NORM.fullmatch(name))
 
 
-def _channels(projection: Tensor, channels: int) -> Tensor:
+def with_channels(projection: Tensor, channels: int) -> Tensor:
+    """The weights `[D, C, p, p]` of a first convolution for other channels: see above."""
     given = projection.shape[1]
     if channels == 1:
         return projection.sum(dim=1, keepdim=True)

@@ -72,7 +72,7 @@ def open_weights(path: Path, *, layout: str = "auto") -> Weights:
     told: Layout = found if layout == "auto" else layout  # type: ignore[assignment]
     if (found == "hf") != (told == "hf"):
         raise WeightsError(f"{file} is not in the layout {told!r}: its names are those of {found!r}")
-    heads, decoder_heads = _heads(file.parent, digest)
+    heads, decoder_heads = heads_beside(file.parent, digest)
     return Weights(to_ours(state, told), told, file, digest, beside, heads, decoder_heads)
 
 
@@ -144,7 +144,7 @@ def _changed(model: Model, **given: int | None) -> Model:
         raise UsageError(f"the model that this would be: {first_mistake(error)}") from error
 
 
-def _heads(folder: Path, digest: str) -> tuple[int | None, int | None]:
+def heads_beside(folder: Path, digest: str) -> tuple[int | None, int | None]:
     """(heads, the decoder's) from the JSON next to the weights; ours also has their digest, which must match."""
     info = _json(folder / INFO)
     if info.get("format") == "livt-weights":

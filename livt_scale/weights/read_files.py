@@ -20,32 +20,42 @@ from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.util.errors import CheckpointDamaged, WeightsError
 
 WRAPPED_IN = ("model", "state_dict", "module")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 PREFIXES = ("module.", "_orig_mod.")
 
 
-def read_state(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+def read_state(path: Path, *, integers: bool = False) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """(weights in `path`, float32 on the CPU, by the file's own names; its other contents). Raises WeightsError.
 
     Refused: a truncated file or one that calls code, values that are not floating-point numbers, NaN and infinity.
+    integers: keep whole numbers as they are, which networks other than ours have as buffers (batch norm's count).
     """
     if path.suffix == ".safetensors":
         found, beside = _read_safetensors(path), tuple[str, ...]()
     else:
         found, beside = _read_pickled(path)
+    return checked_state(found, where=str(path), integers=integers), beside
+
+
+def checked_state(found: Mapping[str, Tensor], *, where: str, integers: bool = False) -> dict[str, Tensor]:
+    """`found` in float32. Raises WeightsError for values that are not floating-point numbers, NaN and infinity."""
     state: dict[str, Tensor] = {}
     for name, tensor in found.items():
+        if integers and tensor.dtype in INTEGERS and not tensor.is_meta:
+            state[name] = tensor
+            continue
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             kind = "a tensor without values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
-            raise WeightsError(f"{path}: {name} is {kind}: weights are dense real numbers")
+            raise WeightsError(f"{where}: {name} is {kind}: weights are dense real numbers")
         state[name] = tensor.to(torch.float32)
     broken = [name for name, tensor in state.items() if not tensor.isfinite().all()]
     if broken:
         raise WeightsError(
-            f"{path}: NaN or infinity in {len(broken)} tensors, the first is {broken[0]}",
+            f"{where}: NaN or infinity in {len(broken)} tensors, the first is {broken[0]}",
             remedy="take another checkpoint: this one had diverged, or is damaged",
         )
-    return state, beside
+    return state
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

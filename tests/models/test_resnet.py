@@ -106,7 +106,7 @@ def test_the_head_goes_by_timms_name():
 @pytest.mark.parametrize(
     ("parts", "said"),
     [
-        ({"stages": {"pretrain": {}, "finetune": {}}}, "masks patches, and model.size 'resnet18' has none"),
+        ({"stages": {"pretrain": {}, "finetune": {}}}, "masks patches of our own ViTs, and the model is resnet18"),
         ({"finetune": {"init": "weights", "weights": "w"}}, "begins from scratch alone"),
         ({"finetune": {"layer_decay": 0.75}}, "set layer_decay: 1.0"),
         ({"finetune": {"micro_batch": 1, "mixup": 0, "cutmix": 0}}, "at least 2 images"),

@@ -52,6 +52,7 @@ class TrainTransform:
         self._channels = settings.channels
         self._scale, self._rule = part.crop_scale, part.crop_rule
         self._flip = part.flip
+        self._interpolation = data.interpolation
         self._erasing = finetune.random_erasing if finetune else 0.0
         self._noise = erasing_noise(data.mean, data.std)
         self._augment = (
@@ -65,7 +66,8 @@ class TrainTransform:
         image = open_image(data, channels=self._channels)
         uniforms = sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist()
         box = draw_crop(image.height, image.width, scale=self._scale, uniforms=uniforms[1:], rule=self._rule)
-        resize(*cut(image, box, target_px=slot.shape[-1], workspace=self._workspace), slot)
+        pixels, box = cut(image, box, target_px=slot.shape[-1], workspace=self._workspace)
+        resize(pixels, box, slot, interpolation=self._interpolation)
         if self._flip and uniforms[0] < 0.5:
             slot.copy_(slot[None].flip(-1)[0])
         if self._augment is not None:
@@ -75,13 +77,14 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """What happens to an evaluation image: the shorter side to T / 0.875 (above 224 px: to T), centre crop to T."""
+    """What happens to an evaluation image: the shorter side to T / `crop_pct`, centre crop to T."""
 
     def __init__(self, settings: ImageSettings) -> None:
         self._workspace = Workspace()
         self._channels = settings.channels
-        target_px = settings.image_px
-        self._resized_px = int(target_px / EVAL_CROP) if target_px <= EVAL_CROP_UP_TO_PX else target_px
+        data = settings.data
+        self._interpolation = data.interpolation
+        self._resized_px = int(settings.image_px / eval_crop(settings.image_px, crop_pct=data.crop_pct))
 
     def __call__(self, data: bytes, slot: torch.Tensor) -> None:
         """Fill `slot`, uint8 [C, T, T]. Raises BadImage."""
@@ -97,12 +100,19 @@ class EvalTransform:
         pixels = _centre(pixels)
         height, width = _shorter_side_to(pixels.shape[0], pixels.shape[1], self._resized_px)
         resized = _channels_last(height, width, self._channels)
-        resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized)
+        resize(pixels, Box(0, 0, pixels.shape[0], pixels.shape[1]), resized, interpolation=self._interpolation)
         px = slots.shape[-1]  # torchvision's CenterCrop rounds half to even, so do we
         centre = round((height - px) / 2), round((width - px) / 2)
         corners = [(top, left) for top in (0, height - px) for left in (0, width - px)]
         for slot, (top, left) in zip(slots, [centre, *corners], strict=False):
             slot.copy_(resized[:, top : top + px, left : left + px])
+
+
+def eval_crop(image_px: int, *, crop_pct: float | None) -> float:
+    """Share of the resized shorter side that evaluation crops; `crop_pct` None: 0.875 up to 224 px, else 1."""
+    if crop_pct is not None:
+        return crop_pct
+    return EVAL_CROP if image_px <= EVAL_CROP_UP_TO_PX else 1.0
 
 
 def draw_crop(
@@ -153,8 +163,10 @@ def cut(image: EncodedImage, box: Box, *, target_px: int, workspace: Workspace |
     return pixels, Box(top, left, bottom - top, right - left)
 
 
-def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
-    """Fill `slot` [C, h, w] with `box` of `pixels` [H, W, C], bicubic with antialias.
+def resize(
+    pixels: Pixels, box: Box, slot: torch.Tensor, *, interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+) -> None:
+    """Fill `slot` [C, h, w] with `box` of `pixels` [H, W, C], with antialias.
 
     On photographs Pillow's `resize` gives the same to within 1 of 255 levels, in 6 values of a million 2 to 4 (both
     round between two passes).
@@ -166,7 +178,8 @@ def resize(pixels: Pixels, box: Box, slot: torch.Tensor) -> None:
     if source.shape[2:] == slot.shape[1:]:
         slot.copy_(source[0])
         return
-    torch.ops.aten._upsample_bicubic2d_aa.out(source, slot.shape[1:], False, None, None, out=slot[None])
+    operators = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
+    operators[interpolation].out(source, slot.shape[1:], False, None, None, out=slot[None])
 
 
 def _centre(pixels: Pixels) -> Pixels:
