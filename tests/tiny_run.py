@@ -47,7 +47,9 @@ def tiny_recipe(*, train: Path | str = "train", val: Path | str | None = None, *
 def tiny_classifier(recipe: Recipe, *, num_classes: int, seed: int = 0) -> Classifier:
     """Random weights far from the initial ones: logits that tell images apart, and every tensor of its own."""
     torch.manual_seed(seed)
-    model = build_classifier(recipe.model, num_classes=num_classes, drop_path=0.1)
+    part = recipe.stages.finetune
+    scale = part.cosine_scale if part is not None else None
+    model = build_classifier(recipe.model, num_classes=num_classes, drop_path=0.1, cosine_scale=scale)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

@@ -140,6 +140,7 @@ class Ema(RecipePart):
 DOWNLOAD = "download"  # as stages.finetune.weights
 ALLOW_DOWNLOAD = "LIVT_ALLOW_DOWNLOAD"  # in the environment of all ranks, set by `livt train --allow-download`
 LARS_MOMENTUM = 0.9  # MAE, arXiv 2111.06377, table 10
+COSINE_SCALE = 25.0  # LIFT, arXiv 2309.10019, in its public code
 
 
 class Finetune(StagePart):
@@ -173,6 +174,18 @@ class Finetune(StagePart):
         "none",
         description="with train: head. batch: BatchNorm without weights before the head, of all images of the steps "
         "before, on all ranks",
+    )
+    head: Literal["linear", "cosine"] = Field(
+        "linear", description="cosine: head_scale times the cosine of features and class weights, without a bias"
+    )
+    head_scale: PositiveFloat | None = Field(None, description="with head: cosine; None: 25")
+    head_init: Literal["random", "class_means", "file"] = Field(
+        "random",
+        description="what the head's weights are at the first step. class_means: the mean features of each class, over "
+        "one pass of the training set; file: those in head_file. Both with norm 1",
+    )
+    head_file: Annotated[str | None, FREE] = Field(
+        None, description="with head_init: file. A vector for each class, e.g. of a text encoder: see docs/features.md"
     )
     layer_decay: Annotated[float, Field(gt=0, le=1), ALLOW] = 0.75
     drop_path: Annotated[float, Field(ge=0, lt=1), ALLOW] = 0.1
@@ -224,6 +237,38 @@ class Finetune(StagePart):
                 )
         if self.keep_head and self.head_norm != "none":
             raise ValueError("keep_head: that head was trained without head_norm: set head_norm: none, or leave it out")
+        return self
+
+    @property
+    def cosine_scale(self) -> float | None:
+        """None: the head is linear."""
+        if self.head != "cosine":
+            return None
+        return COSINE_SCALE if self.head_scale is None else self.head_scale
+
+    @model_validator(mode="after")
+    def _the_head_takes_these_options(self) -> Self:
+        if self.head_scale is not None and self.head != "cosine":
+            raise ValueError(f"head_scale has no effect with head {self.head!r}: set head: cosine, or leave it out")
+        if (self.head_init == "file") != (self.head_file is not None):
+            raise ValueError(
+                f"head_init is {self.head_init!r} and head_file is {self.head_file!r}: head_init: file needs a file, "
+                "and nothing else reads one"
+            )
+        if self.keep_head and (self.head != "linear" or self.head_init != "random"):
+            raise ValueError("keep_head takes a linear head along: set head: linear and head_init: random, or leave it")
+        if self.head_init == "random":
+            return self
+        if self.init == "scratch":
+            raise ValueError(
+                f"head_init is {self.head_init!r}, and the backbone of init 'scratch' is random, and so are its "
+                "features: set head_init: random"
+            )
+        if self.head_norm != "none":
+            raise ValueError(
+                f"head_init is {self.head_init!r}, but head_norm {self.head_norm!r} changes the features after the "
+                "first step: set head_norm: none"
+            )
         return self
 
     @model_validator(mode="after")

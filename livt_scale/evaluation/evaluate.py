@@ -103,8 +103,47 @@ def evaluate_images(
     ranks wait for each other.
     """
     check_same_classes(shards, classes)
-    world.peers.run_all(lambda: check_room(shards, settings.data, world=world, batch=batch))
     tally = Tally(shards.num_classes, device=device)
+
+    def count(logits: Tensor, labels: Tensor) -> None:
+        tally.update(logits, labels)
+        if keep is not None:
+            keep.append(logits.float().cpu())
+
+    each_batch(
+        model, shards, settings, count, precision=precision, device=device, world=world, batch=batch, views=views,
+        batches=batches, in_step=in_step,
+    )  # fmt: skip
+    if world.world_size > 1:
+        for sums in tally.tensors():
+            dist.all_reduce(sums)
+    groups = {"many_over": settings.data.many_over, "few_under": settings.data.few_under}
+    report = tally.report(classes.counts, **groups, group_counts=classes.group_counts)
+    if report["num_samples"] != shards.num_samples:
+        raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
+    facts = {"precision": precision, "views": views.facts(), "data": data_lineage(shards)}
+    return {**report, **facts}
+
+
+def each_batch(
+    model: nn.Module | Strategy,
+    shards: ShardSet,
+    settings: ImageSettings,
+    take: Callable[[Tensor, Tensor], None],
+    *,
+    precision: str,
+    device: torch.device,
+    world: World,
+    batch: int = BATCH,
+    views: Views = Views(),  # noqa: B008 - frozen
+    batches: KeptBatches | None = None,
+    in_step: bool = False,
+) -> None:
+    """Call `take(logits, labels)`, [B, C] and [B] on `device`, for each of this rank's batches, each image once.
+
+    A collective call. Arguments as `evaluate_images`; raises on every rank what goes wrong on one.
+    """
+    world.peers.run_all(lambda: check_room(shards, settings.data, world=world, batch=batch))
     infer, owed = _plain(model, device, precision) if isinstance(model, nn.Module) else model.infer, 0
     if (in_step and world.world_size > 1) if isinstance(model, nn.Module) else model.lockstep:
         owed = _most_batches(shards, world, batch) * views.number  # forward passes, at least
@@ -124,23 +163,12 @@ def evaluate_images(
     error: Exception | None = None
     try:
         for logits, labels in _answers(counted, one_pass, settings.data, device=device, views=views):
-            tally.update(logits, labels)
-            if keep is not None:
-                keep.append(logits.float().cpu())
+            take(logits, labels)
     except Exception as raised:
         error = raised
     for _ in range(owed):  # after an error too: the others count to the end
         infer(torch.zeros(filled, settings.channels, *[settings.image_px] * 2, device=device))
     world.peers.all_or_none(error)
-    if world.world_size > 1:
-        for sums in tally.tensors():
-            dist.all_reduce(sums)
-    groups = {"many_over": settings.data.many_over, "few_under": settings.data.few_under}
-    report = tally.report(classes.counts, **groups, group_counts=classes.group_counts)
-    if report["num_samples"] != shards.num_samples:
-        raise RunError(f"{shards.where}: {report['num_samples']} samples counted of {shards.num_samples}")
-    facts = {"precision": precision, "views": views.facts(), "data": data_lineage(shards)}
-    return {**report, **facts}
 
 
 def _filled(images: Tensor, count: int) -> Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, ValidationError, model_validator
 
 from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
@@ -61,6 +61,7 @@ class ModelFacts(BaseModel):
     few_under: int
     precision: Literal["fp32", "bf16"]  # of the forward pass in training and evaluation; the weights are fp32
     loss: AnyLoss
+    cosine_scale: PositiveFloat | None = None  # of a cosine head; None: the head is linear
     calibration: Calibration  # of the logits
     lineage: dict[str, Any]
 
@@ -76,7 +77,8 @@ class ModelFacts(BaseModel):
         """What evaluating this model needs of a recipe; its training data are not known here."""
         pixels = {name: getattr(self, name) for name in ("mean", "std", "interpolation", "crop_pct")}
         data = Data(train=str(folder), **pixels, many_over=self.many_over, few_under=self.few_under)
-        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0, drop_path=0.0))
+        head: dict[str, Any] = {"head": "cosine", "head_scale": self.cosine_scale} if self.cosine_scale else {}
+        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0, drop_path=0.0, **head))
         parallel = Parallel(precision=self.precision)
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
 

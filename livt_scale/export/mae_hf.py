@@ -17,6 +17,7 @@ from torch import Tensor
 
 from livt_scale.checkpoint.tensor_file import write_tensors, write_torch
 from livt_scale.config.recipe import Recipe
+from livt_scale.models.classifier import head_of
 from livt_scale.models.layers import MLP_RATIO
 from livt_scale.train.finetune import read_pretraining
 from livt_scale.train.load_trained import load_trained
@@ -97,6 +98,7 @@ def _classifier(run_dir: Path, which: str | None) -> tuple[dict[str, Tensor], di
     trained = load_trained(run_dir, which=which)
     if not trained.recipe.model.is_vit:
         raise UsageError(f"MAE's code has no place for {trained.recipe.model.name}", remedy="give --to timm")
+    head_of(trained.model)  # MAE has a linear one
     return dict(trained.model.state_dict()), trained.weights, trained.recipe
 
 

@@ -62,7 +62,9 @@ def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}", remedy=remedy) from error
     with torch.random.fork_rng(devices=[]):
-        model = build_classifier(info.model, num_classes=len(info.class_names), drop_path=0.0).eval()
+        model = build_classifier(
+            info.model, num_classes=len(info.class_names), drop_path=0.0, cosine_scale=info.cosine_scale
+        ).eval()
     wrong = _misfits(tensors, model.state_dict())
     if wrong:
         raise ExportError(f"{path} does not fit the model in {CONFIG}: {'; '.join(wrong[:5])}", remedy=remedy)

@@ -16,6 +16,8 @@ from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Model
 from livt_scale.data.image.transforms import eval_crop
 from livt_scale.export.export_info import WEIGHTS, ExportInfo
+from livt_scale.models.classifier import head_inputs, head_name
+from livt_scale.models.cosine_head import CosineHead
 from livt_scale.models.layers import vit_args
 from livt_scale.models.resnet import use_small_stem
 from livt_scale.util.errors import ExportError
@@ -110,36 +112,45 @@ def _resnet_args(model: Model) -> dict[str, Any]:
     return args
 
 
-def timm_network(folder: Path, shape: Model) -> nn.Module:
-    """timm's network with the weights in `folder`, from that folder alone, in evaluation mode.
+def timm_network(folder: Path, shape: Model, *, has_head: bool = True) -> nn.Module:
+    """timm's network with the weights in `folder`, from that folder alone, in evaluation mode; its output without
+    `has_head`: the features that a head is given.
 
     A ResNet for images up to 64 px is timm's with another stem, which no argument of timm's makes (1.0.31): asked for
     "local-dir:", timm refuses the shape of `conv1`. A few lines replace the stem (`models.resnet.use_small_stem`).
     """
     import timm
 
+    bare = {} if has_head else {"num_classes": 0}
     if not shape.has_small_stem:
-        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        network: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True, **bare)
         return network.eval()
     tensors, _ = read_safetensors(folder / WEIGHTS)
-    network = timm.create_model(TIMM_NAMES[shape.size], num_classes=len(tensors["fc.bias"]), **_resnet_args(shape))
+    if not has_head:
+        del tensors["fc.weight"]
+    num_classes = len(tensors["fc.bias"]) if has_head else 0
+    network = timm.create_model(TIMM_NAMES[shape.size], num_classes=num_classes, **_resnet_args(shape))
     use_small_stem(network, shape.stage_widths[0])
     network.load_state_dict(tensors)
     return network.eval()
 
 
 def compare_with_timm(model: nn.Module, folder: Path, shape: Model) -> None:
-    """Raise ExportError unless timm, from `folder` alone, gives the logits of `model`."""
+    """Raise ExportError unless timm, from `folder` alone, gives the logits of `model`; of a cosine head, which timm
+    does not have, the features before it."""
+    has_head = not isinstance(model.get_submodule(head_name(model)), CosineHead)
     one = (shape.channels, shape.image_px, shape.image_px)
     with torch.random.fork_rng(devices=[]):
         images = torch.randn(2, *one, generator=torch.Generator().manual_seed(0))
-        theirs = timm_network(folder, shape)
+        theirs = timm_network(folder, shape, has_head=has_head)
     device = next(model.parameters()).device
     was_training = model.training
-    with torch.inference_mode():
-        ours = model.eval()(images.to(device)).cpu()
+    with torch.inference_mode(), head_inputs(model) as given:
+        logits = model.eval()(images.to(device))
+        ours = (logits if has_head else given[0]).cpu()
         read_back = theirs(images)
     model.train(was_training)
     if not torch.allclose(ours, read_back, rtol=0, atol=1e-6 * float(ours.abs().max())):
         gap = float((ours - read_back).abs().max())
-        raise ExportError(f"timm reads other logits from the export than the model gives: they differ by {gap:.2g}")
+        what = "logits" if has_head else "features"
+        raise ExportError(f"timm reads other {what} from the export than the model gives: they differ by {gap:.2g}")

@@ -37,6 +37,10 @@ from livt_scale.util.errors import ExportError
 from livt_scale.util.outside import real_path
 
 _log = logging.getLogger(__name__)
+COSINE = (
+    "timm has no cosine head: livt reads this export with its head, timm without it, by "
+    "create_model('local-dir:…', pretrained=True, num_classes=0)"
+)
 
 
 def export_run(
@@ -62,6 +66,8 @@ def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportI
             config = timm_config(info) | {"livt": info.model_dump(mode="json")}
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
             compare_with_timm(trained.model, temporary, info.model)
+            if info.cosine_scale is not None:
+                _log.warning("export: %s", COSINE)
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"{out} cannot be written: {error}", remedy="see to free space and rights there, or give another --out"
@@ -123,6 +129,7 @@ def model_facts(trained: Trained) -> ModelFacts:
         few_under=recipe.data.few_under,
         precision=recipe.parallel.precision,
         loss=recipe.stages.finetune.loss,
+        cosine_scale=recipe.stages.finetune.cosine_scale,
         calibration=trained.calibration,
         lineage={**trained.weights, "learnt_from": trained.learnt_from},
     )

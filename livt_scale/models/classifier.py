@@ -14,7 +14,8 @@ Source: LiVT, arXiv 2212.02015, section 4; MAE, arXiv 2111.06377, A.2; stochasti
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from livt_scale.config.recipe import Model
+from livt_scale.models.cosine_head import CosineHead
 from livt_scale.models.head_norm import HeadNorm
 from livt_scale.models.layers import LAYER_NORM, DropPath, check_images, coins, on_grid, vit_args
 from livt_scale.models.mae import reset_encoder
@@ -48,24 +50,45 @@ class LoadReport:
 
 
 def build_classifier(
-    model: Model, *, num_classes: int, drop_path: float, head_only: bool = False, head_norm: bool = False
+    model: Model,
+    *,
+    num_classes: int,
+    drop_path: float,
+    head_only: bool = False,
+    head_norm: bool = False,
+    cosine_scale: float | None = None,
 ) -> AnyClassifier:
     """The classifier of a recipe's `model`, freshly initialised from torch's global generator.
 
     head_only: for a linear probe, all but the head frozen; not of a ResNet, which begins from scratch. head_norm: with
-    a `HeadNorm` before the head, of our own ViTs alone.
+    a `HeadNorm` before the head, of our own ViTs alone. cosine_scale: with a `CosineHead`; None: a linear head.
     """
     head_std = PROBE_STD if head_only else HEAD_STD
+    classifier: AnyClassifier
     if model.is_resnet:
-        return ResNetClassifier(model, num_classes=num_classes, drop_path=drop_path)
-    if model.timm is not None:
-        return build_timm(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std, head_only=head_only)
+        classifier = ResNetClassifier(model, num_classes=num_classes, drop_path=drop_path)
+    elif model.timm is not None:
+        classifier = build_timm(
+            model, num_classes=num_classes, drop_path=drop_path, head_std=head_std, head_only=head_only
+        )
+    else:
+        classifier = _build_vit(
+            model, num_classes=num_classes, drop_path=drop_path, head_std=head_std, head_only=head_only
+        )
+        if head_norm:
+            classifier.head_norm = HeadNorm(classifier.num_features)
+    if cosine_scale is not None:
+        head = head_of(classifier)
+        cosine = CosineHead(head.in_features, head.out_features, scale=cosine_scale)
+        classifier.set_submodule(head_name(classifier), cosine)
+    return classifier
+
+
+def _build_vit(model: Model, *, num_classes: int, drop_path: float, head_std: float, head_only: bool) -> Classifier:
     classifier = Classifier(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
     if head_only:
         for name, parameter in classifier.named_parameters():
             parameter.requires_grad_(name.startswith("head."))
-    if head_norm:
-        classifier.head_norm = HeadNorm(classifier.num_features)
     return classifier
 
 
@@ -77,12 +100,30 @@ def head_name(classifier: nn.Module) -> str:
 
 
 def head_of(classifier: nn.Module) -> nn.Linear:
-    """The last layer. UsageError: it is not a linear one, as a method that works on its rows needs."""
+    """The last layer. UsageError: it is not a plain linear one, as a method that works on its rows needs."""
     name = head_name(classifier)
     head = classifier.get_submodule(name)
-    if not isinstance(head, nn.Linear):
+    if not isinstance(head, nn.Linear) or isinstance(head, CosineHead):
         raise UsageError(f"{name} is a {type(head).__name__}, not a linear layer", remedy="choose another model")
     return head
+
+
+@contextmanager
+def head_inputs(classifier: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block the list holds what the head was given in the latest forward pass: float [B, D].
+
+    A hook on the head alone, so it also sees the features of a model that a strategy has wrapped or sharded.
+    """
+    latest: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        latest[:] = [inputs[0].detach()]
+
+    hook = classifier.get_submodule(head_name(classifier)).register_forward_pre_hook(keep)
+    try:
+        yield latest
+    finally:
+        hook.remove()
 
 
 class Classifier(VisionTransformer):

@@ -129,8 +129,9 @@ def _network(recipe: Recipe, stage: Stage, num_classes: int) -> torch.nn.Module:
         return build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
     assert isinstance(part, Finetune)
     return build_classifier(
-        recipe.model, num_classes=num_classes, drop_path=part.drop_path, head_only=part.backbone_frozen
-    )
+        recipe.model, num_classes=num_classes, drop_path=part.drop_path, head_only=part.backbone_frozen,
+        cosine_scale=part.cosine_scale,
+    )  # fmt: skip
 
 
 def _measured(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from livt_scale.config import timm_models
-from livt_scale.config.recipe import Model, Recipe, Stage
+from livt_scale.config.recipe import Finetune, Model, Recipe, Stage
 from livt_scale.plan.shapes import MLP_RATIO
 
 
@@ -57,9 +57,11 @@ def stage_weights(recipe: Recipe, stage: Stage, *, num_classes: int) -> tuple[We
     """`weights_of`, trained as the recipe says: a linear probe's backbone is frozen, each optimizer has its moments."""
     part = recipe.stage(stage)
     weights = weights_of(recipe.model, stage, num_classes=num_classes)
+    head = recipe.model.timm_facts.head if recipe.model.timm else "fc" if recipe.model.is_resnet else "head"
+    if isinstance(part, Finetune) and part.head == "cosine":
+        weights = tuple(w for w in weights if w.name != f"{head}.bias")
     weights = tuple(replace(w, moments=part.trained_by.moments) for w in weights)
     if part.backbone_frozen:
-        head = recipe.model.timm_facts.head if recipe.model.timm else "head"
         weights = tuple(replace(w, trained=w.name.startswith(f"{head}.")) for w in weights)
     return weights
 

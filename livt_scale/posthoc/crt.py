@@ -97,6 +97,7 @@ def retrain_head(
     settings = settings or Settings()
     check_target(out)
     trained = open_trained(source, which=which)
+    head_of(trained.model)
     check_target(out, weights={**trained.weights, "baseline": {"method": "crt"}}, force=force)
     folder = train or (None if is_export(source) else trained.recipe.data.train)
     if folder is None:

@@ -163,7 +163,12 @@ def _check_alike(first: Ingredient, other: Ingredient) -> None:
 
 def _shape_of(trained: Trained) -> dict[str, Any]:
     data = trained.recipe.data
-    about = {"model": trained.recipe.model.model_dump(mode="json"), "classes": list(trained.classes.names)}
+    part = trained.recipe.stages.finetune
+    about: dict[str, Any] = {
+        "model": trained.recipe.model.model_dump(mode="json"),
+        "classes": list(trained.classes.names),
+    }
+    about["cosine_scale"] = part.cosine_scale if part is not None else None
     return {**about, "mean": list(data.mean), "std": list(data.std), "class_counts": list(trained.classes.counts)}
 
 

@@ -54,12 +54,12 @@ def tau_normalise(
         raise UsageError(f"--tau {', '.join(map(str, taus)) or 'none'}: give numbers from 0 up")
     check_target(out)
     trained = open_trained(source, which=which)
+    head = head_of(trained.model)
     check_target(out, weights={**trained.weights, "baseline": {"method": "tau-norm"}}, force=force)
     shards = features.held_out_set(trained, source, data)
     outputs = features.features(trained, shards)
     rows = half_rows(outputs.labels.numpy())
     choosing, reporting = (outputs.rows(part) for part in rows)
-    head = head_of(trained.model)
     bias = head.bias.detach()
 
     def logits(values: Tensor, tau: float) -> Tensor:

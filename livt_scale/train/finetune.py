@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from livt_scale.evaluation.evaluate import check_room, evaluate, kept_batches, w
 from livt_scale.evaluation.logits import About, gather
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
 from livt_scale.models.timm_backbone import TimmClassifier
+from livt_scale.train.head_init import start_from_class_means, start_from_vectors
 from livt_scale.train.loop import Evaluation, Evaluator, StageTask
 from livt_scale.train.run_dir import is_done, is_run
 from livt_scale.train.run_files import read_status
@@ -63,6 +65,9 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         evaluate_every_epochs=part.eval_every_epochs,
         origin=origin,
         average=part.ema,
+        begin=partial(start_from_class_means, train=train, recipe=recipe, world=world)
+        if part.head_init == "class_means"
+        else None,
     )
 
 
@@ -89,19 +94,28 @@ def initial_classifier(
             drop_path=part.drop_path,
             head_only=part.train == "head",
             head_norm=part.head_norm == "batch",
+            cosine_scale=part.cosine_scale,
         )
     if part.init == "scratch":
         return model, None
+    lineage = _start_backbone(model, part, recipe, run_dir=run_dir)
+    if part.head_file is not None:
+        lineage = start_from_vectors(model, Path(part.head_file), lineage)
+    return model, lineage
+
+
+def _start_backbone(model: AnyClassifier, part: Finetune, recipe: Recipe, *, run_dir: Path) -> dict[str, Any]:
+    """Load weights into `model`, in place: of RUN/pretrain, or those that the recipe names. Returns their lineage."""
     if isinstance(model, TimmClassifier):
         assert part.weights is not None, "the recipe has no pretraining of it"
-        return model, _start_timm(model, part.weights, recipe, keep_head=part.keep_head)
+        return _start_timm(model, part.weights, recipe, keep_head=part.keep_head)
     assert isinstance(model, Classifier), "the recipe has a ResNet begin from scratch"
     if part.init == "weights":
         assert part.weights is not None
-        return model, _start_elsewhere(model, Path(part.weights), recipe, keep_head=part.keep_head)
+        return _start_elsewhere(model, Path(part.weights), recipe, keep_head=part.keep_head)
     state, lineage, _ = read_pretraining(run_dir)
     load_encoder(model, state)
-    return model, lineage
+    return lineage
 
 
 def _start_elsewhere(model: Classifier, path: Path, recipe: Recipe, *, keep_head: bool) -> dict[str, Any]:

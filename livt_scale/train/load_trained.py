@@ -87,7 +87,10 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
     with torch.random.fork_rng(devices=[]):
         part = recipe.stages.finetune
         head_norm = part is not None and part.head_norm == "batch"
-        model = build_classifier(recipe.model, num_classes=len(classes.names), drop_path=0.0, head_norm=head_norm)
+        scale = part.cosine_scale if part is not None else None
+        model = build_classifier(
+            recipe.model, num_classes=len(classes.names), drop_path=0.0, head_norm=head_norm, cosine_scale=scale
+        )
     load.load(path, collect(model), allow_unexpected=("optim.*", f"{AVERAGE}*"))
     position = manifest.position
     lineage = weights_lineage(facts, step=position.step, epoch=position.epoch, checkpoint=path.name)

@@ -63,8 +63,8 @@ class Evaluator(Protocol):
 class StageTask:
     """The loop's interface to a stage.
 
-    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate` and
-    `draw` are called on all ranks.
+    `objective(call, batch)` gives the mean loss of a micro-batch, calling the model through `call`. `evaluate`,
+    `draw` and `begin` are called on all ranks.
     """
 
     part: StagePart
@@ -77,6 +77,7 @@ class StageTask:
     origin: dict[str, Any] | None = None  # lineage of the initial weights; None: from the seed
     draw: Callable[[Strategy, Path], None] | None = None  # a picture for each checkpoint, into this file
     average: Ema | None = None  # of the weights, kept beside them
+    begin: Callable[[Strategy], None] | None = None  # sets initial weights; not called where the stage is resumed
     close: Callable[[], None] | None = None  # called at the end of the stage
 
 

@@ -182,6 +182,11 @@ def _batch_problems(
 def _weights_problems(recipe: Recipe, stage: Stage) -> Iterator[Problem]:
     """Whether the weights to start from exist, and are of a known kind; they are read when the stage begins."""
     part = recipe.stage(stage)
+    if isinstance(part, Finetune) and part.head_file is not None and not Path(part.head_file).is_file():
+        head_file = part.head_file
+        yield Problem(
+            f"stages.{stage}.head_file", f"there is no file {head_file}", head_file, "see docs/features.md", absent=True
+        )
     if part.weights is None:
         return
     path, name = Path(part.weights), f"stages.{stage}.weights"

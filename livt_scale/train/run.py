@@ -216,6 +216,9 @@ class _StageRun:
                 status.write("running", step=state.step, total_steps=schedule.total)
                 plan = stage_batches(recipe, self.stage, world_size=world.world_size)
                 self._announce(task, plan, state.strategy, resumed)
+                if resumed is None and task.begin is not None:
+                    watchdog.at("evaluation", state.step)
+                    task.begin(state.strategy)
 
                 log = self._metrics_log(state, train_set)
                 evaluate = Evaluate(task.evaluate, log=log, watchdog=watchdog) if task.evaluate else None

@@ -18,6 +18,7 @@ from livt_scale.export.export_info import CONFIG, WEIGHTS, ExportInfo
 from livt_scale.export.open_trained import load_export, open_trained
 from livt_scale.export.timm import timm_network
 from livt_scale.export.write_export import export_run, write_export
+from livt_scale.models.classifier import head_inputs
 from livt_scale.train.load_trained import load_trained, pick_checkpoint
 from livt_scale.util.errors import CheckpointDamaged, ExportError, RunError, UsageError
 from tests.tiny_run import CLASS_COUNTS, CLASS_NAMES, tiny_recipe, tiny_run
@@ -30,6 +31,26 @@ def logits(model: torch.nn.Module, recipe: Recipe) -> torch.Tensor:
     images = torch.randn(shape, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         return model.eval()(images)
+
+
+@pytest.mark.parametrize("model", [{}, {"size": "resnet_micro"}], ids=["vit", "resnet"])
+def test_a_cosine_head_is_ours_alone_and_timm_reads_the_features_before_it(
+    tmp_path: Path, model: dict[str, object]
+) -> None:
+    tree = tiny_recipe(**model).model_dump()
+    tree["stages"]["finetune"] |= {"head": "cosine"}
+    recipe = Recipe.model_validate(tree)
+    live = tiny_run(tmp_path / "run", recipe, steps=(40,))[40]
+    export_run(tmp_path / "run", tmp_path / "out")
+    again = open_trained(tmp_path / "out")
+    assert torch.equal(logits(again.model, recipe), logits(live, recipe))
+    assert again.recipe.stages.finetune.cosine_scale == 25
+    bare = timm_network(tmp_path / "out", recipe.model, has_head=False)
+    with head_inputs(live) as given:
+        logits(live, recipe)
+    assert torch.equal(logits(bare, recipe), given[0])
+    with pytest.raises((RuntimeError, KeyError)):
+        timm_network(tmp_path / "out", recipe.model)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
 from livt_scale.cli.main import app
+from livt_scale.config.recipe import Recipe
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import evaluate
@@ -215,6 +216,16 @@ def test_what_cannot_be_averaged_is_said(run_dir: Path, tmp_path: Path) -> None:
     damaged.write_bytes(raw)
     with pytest.raises(CheckpointDamaged, match="SHA-256"):
         read_members([run_dir], all_checkpoints=True)
+
+
+@pytest.mark.parametrize("command", ["retrain", "tau-norm"])
+def test_a_cosine_head_is_refused(command: str, val: ShardSet, tmp_path: Path) -> None:
+    tree = tiny_recipe(train=val.folder, val=val.folder).model_dump()
+    tree["stages"]["finetune"] |= {"head": "cosine"}
+    names = tuple(COUNTS)
+    tiny_run(tmp_path / "r", Recipe.model_validate(tree), steps=(40,), class_names=names, class_counts=(3, 2, 1))
+    with pytest.raises(UsageError, match="not a linear layer"):
+        livt(command, tmp_path / "r", "--out", tmp_path / "x")
 
 
 @pytest.mark.parametrize("command", [("retrain",), ("tau-norm",), ("soup", "--all-checkpoints")])
