@@ -12,6 +12,7 @@ from __future__ import annotations
 import multiprocessing.connection
 import os
 import signal
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ from livt_scale.data.num_workers import Loading
 from livt_scale.util.errors import DataError, LivtError
 
 END_S = 60.0  # for a killed process to be gone: one in the middle of a read from a file server takes its time
+NO_PIDFD = (OSError, AttributeError)  # a kernel before 5.3, a container that forbids it; a Python built without it
 
 
 class LoaderDataset(Protocol):
@@ -176,11 +178,31 @@ class KeptBatches:
 
 def _start_worker(_: int) -> None:
     """Slurm signals every process of a step. Only the main process decides what a preemption means; when it ends,
-    however it ends, its workers do too (`_stop`; torch's watch on the parent)."""
+    however it ends, its workers do too (`_stop`, `_end_with_main`)."""
     for number in PREEMPTION_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PREEMPTION_SIGNALS)
     leave_server()
+    _end_with_main()
+
+
+def _end_with_main() -> None:
+    """In a loader process: end when the main process is gone, also if it already is.
+
+    torch watches the parent that it finds when the process is ready. A main process that was killed before then is not
+    that parent: its loader processes would never end.
+    """
+    main = multiprocessing.parent_process()
+    assert main is not None and main.pid is not None
+    try:
+        handle = os.pidfd_open(main.pid)
+    except ProcessLookupError:
+        os._exit(1)
+    except NO_PIDFD:
+        return
+    threading.Thread(
+        target=lambda: multiprocessing.connection.wait([handle]) and os._exit(1), name="livt-end-with-main", daemon=True
+    ).start()
 
 
 def _stop(packed: Any, workers: list[Any], handles: list[int]) -> None:
@@ -201,7 +223,7 @@ def _handles(workers: list[Any]) -> list[int]:
     """A pidfd of each: when the server that forked it is dead, `multiprocessing` takes a living process for ended."""
     found = []
     for process in workers:
-        with suppress(ProcessLookupError):  # it has ended, and its server has noticed
+        with suppress(ProcessLookupError, *NO_PIDFD):  # the first: it has ended, and its server has noticed
             found.append(os.pidfd_open(process.pid))
     return found
 
@@ -211,6 +233,10 @@ def _end(workers: list[Any], handles: list[int]) -> None:
     for handle in handles:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
+    if not handles:  # all have ended, or there are no pidfds
+        for process in workers:
+            if process.is_alive():
+                process.kill()
     while handles:
         multiprocessing.connection.wait([handles[-1]], timeout=END_S)
         os.close(handles.pop())

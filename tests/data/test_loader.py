@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -399,24 +400,38 @@ def test_the_death_of_the_server_is_an_error_and_the_next_processes_are_started_
 
 
 SCRIPT = """
-    import multiprocessing, os, signal, sys
+    import multiprocessing, os, signal, sys, time
     from contextlib import nullcontext
+    from pathlib import Path
+    from livt_scale.data import loader_processes
     from livt_scale.data.fork_server import fork_server
     from livt_scale.data.loader import train_batches
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.config.recipe import Recipe
     recipe = Recipe.model_validate_json(sys.argv[2])
     shards = ShardSet.open(recipe.data.train)
+    if "at once" in sys.argv[1]:  # a loader process that only begins when the main process has gone
+        main, leave = Path(f"/proc/{os.getpid()}"), loader_processes.leave_server
+        def leave_late():
+            leave()
+            while main.exists():
+                time.sleep(0.01)
+            time.sleep(0.3)  # the server ends too
+        loader_processes.leave_server = leave_late
     with fork_server() if "served" in sys.argv[1] else nullcontext():
         batches = train_batches(shards, recipe, stage="pretrain", rank=0, world_size=1, micro_batch=8, epoch=0, step=0)
-        next(batches)
+        if "at once" not in sys.argv[1]:
+            next(batches)
         print(*[p.pid for p in multiprocessing.active_children()], flush=True)
         if "killed" in sys.argv[1]:
             os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("end", ["killed", "finished", "served and killed", "served and finished"])
+@pytest.mark.parametrize(
+    "end",
+    ["killed", "killed at once", "finished", "served and killed", "served and killed at once", "served and finished"],
+)
 def test_no_process_outlives_the_main_one(shards, end):
     recipe = tiny_recipe(shards.folder, data__workers=2, stages__pretrain__epochs=1000)
     done = warm.run(["-c", textwrap.dedent(SCRIPT), end, recipe.model_dump_json()], timeout=120)
@@ -427,6 +442,21 @@ def test_no_process_outlives_the_main_one(shards, end):
     while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(is_running(pid) for pid in workers)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSYS, "an old kernel"), AttributeError("a Python without it")])
+def test_loader_processes_end_where_there_are_no_pidfds(shards, monkeypatch, error):
+    def pidfd_open(_):
+        raise error
+
+    monkeypatch.setattr(os, "pidfd_open", pidfd_open)
+    recipe = tiny_recipe(shards.folder, data__workers=1)
+    start = {"stage": "pretrain", "rank": 0, "world_size": 1, "micro_batch": 8, "epoch": 0, "step": 0}
+    with train_batches(shards, recipe, **start) as batches:
+        next(batches)
+        (process,) = batches._workers
+        _kill(batches._packed, batches._workers, batches._handles)
+        assert not is_running(process.pid)
 
 
 def is_running(pid: int) -> bool:
