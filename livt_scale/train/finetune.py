@@ -192,10 +192,11 @@ def final_pretraining(run_dir: Path) -> Path:
 
 def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[..., Tensor]:
     criterion = part.loss.criterion(train.class_counts)
+    takes_numbers = recipe.model.num_uniforms(drop_path=part.drop_path) > 0
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
         images, targets = images_and_targets(batch, part, recipe.data, num_classes=train.num_classes)
-        assert batch.drop is not None or not part.drop_path, "the coins of a run belong to its samples"
+        assert (batch.drop is not None) == takes_numbers, "the coins of a run belong to its samples"
         logits = call(images, batch.drop)
         return criterion(logits, targets)
 
