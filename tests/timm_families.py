@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+import pytest
 
 from livt_scale.config.model import Model
 
@@ -27,3 +30,8 @@ FAMILIES: dict[str, dict[str, Any]] = {  # the recipe's part `model`, without ch
 
 def family(name: str, **changes: Any) -> Model:
     return Model.model_validate({**FAMILIES[name], "channels": 1, **changes})
+
+
+def families(ordinary: Iterable[str]) -> list[Any]:
+    """All names for `parametrize`: those in `ordinary` in the ordinary suite, the others in the slow one."""
+    return [pytest.param(name, marks=() if name in ordinary else pytest.mark.slow) for name in FAMILIES]

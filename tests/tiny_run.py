@@ -26,7 +26,7 @@ CLASS_COUNTS = (300, 120, 20, 3)
 def tiny_recipe(*, train: Path | str = "train", val: Path | str | None = None, **model: Any) -> Recipe:
     """Grey images of 28 px and the smallest transformer, as quick as it gets."""
     is_resnet = str(model.get("size", "")).startswith("resnet")
-    usual = {} if is_resnet else {"size": "vit_micro", "depth": 2}
+    usual = {} if is_resnet or "timm" in model else {"size": "vit_micro", "depth": 2}
     finetune = {"init": "scratch", "epochs": 20, "global_batch": 8, "micro_batch": 8}
     return Recipe.model_validate(
         {
@@ -84,7 +84,7 @@ def tiny_run(
     with Saver(run_dir / "finetune" / "checkpoints", mode="sync", retention=Retention(keep_last=9)) as saver:
         for step in steps:
             models[step] = tiny_classifier(recipe, num_classes=len(class_names), seed=step)
-            decay = 0.75 if recipe.model.is_vit else None
+            decay = None if recipe.model.is_resnet else 0.75
             groups = param_groups(models[step], lr=1e-3, weight_decay=0.05, layer_decay=decay)
             saver.save(
                 collect(models[step], make_adamw(groups, betas=(0.9, 0.99))),

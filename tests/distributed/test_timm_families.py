@@ -1,5 +1,4 @@
-"""Ten families of timm, each small: one loss curve under three strategies on two ranks, a resume to the bit, and the same
-logits in timm itself."""
+"""Ten families of timm, each small: one loss curve under three strategies, a resume to the bit, timm's own logits."""
 
 from __future__ import annotations
 

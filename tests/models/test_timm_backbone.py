@@ -14,7 +14,7 @@ from livt_scale.models.classifier import HEAD_STD, build_classifier, head_of
 from livt_scale.optim import param_groups
 from livt_scale.plan.parameters import weights_of
 from livt_scale.util.errors import UsageError
-from tests.timm_families import FAMILIES, family
+from tests.timm_families import FAMILIES, families, family
 
 
 def built(name, *, drop_path=0.2, **changes):
@@ -44,7 +44,7 @@ def test_layers_decay_as_in_timm(name):
     assert len({g["lr_scale"] for g in ours}) > 2
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families(["swin", "dinov3"]))
 def test_names_and_logits_are_timms_and_the_plan_counts_its_parameters(name):
     model = built(name).eval()
     given = family(name)
@@ -62,7 +62,7 @@ def test_names_and_logits_are_timms_and_the_plan_counts_its_parameters(name):
     assert planned == {each: tuple(parameter.shape) for each, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", families(["convnext", "registers"]))
 def test_random_numbers_belong_to_the_samples(name):
     larger = {"timm": "efficientnet_b0"} if name == "efficientnet" else {}  # the small one has no skips to drop
     model = built(name, drop_path=0.6, **larger).train()

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from livt_scale.config.timm_models import TimmFacts
+from livt_scale.models.timm_backbone import TimmClassifier
 from livt_scale.train.loop import Hook, Loop, Step
 
 BLOCK = re.compile(r"(decoder_)?blocks\.(\d+)\.")
@@ -39,6 +41,12 @@ def group_of(name: str) -> str:
     if name.startswith(("fc_norm.", "head.", "fc.")):
         return "head"
     return "norm" if name.startswith("norm.") else "embed"
+
+
+def group_in_timm(name: str, facts: TimmFacts) -> str:
+    """The layer group of a parameter of another model of timm: its block, "head", or "embed" for the rest."""
+    block = next((block for block in facts.blocks if name.startswith(f"{block}.")), None)
+    return block or ("head" if name.startswith(f"{facts.head}.") else "embed")
 
 
 class LayerStats(Hook):
@@ -67,7 +75,8 @@ class LayerGroups:
         self._groups: dict[str, list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._groups.setdefault(group_of(name), []).append(parameter)
+                group = group_in_timm(name, model.facts) if isinstance(model, TimmClassifier) else group_of(name)
+                self._groups.setdefault(group, []).append(parameter)
         self._gradients: Tensor | None = None
         self._before: list[list[Tensor]] = []
 
