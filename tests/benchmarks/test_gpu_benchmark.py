@@ -73,6 +73,20 @@ def table(tmp_path, lines, page=None):
     return subprocess.run(words, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_each_part_runs_in_miniature_on_a_cpu(tmp_path):
+    out = tmp_path / "an out folder"
+    environ = {**os.environ, "QUICK": "1", "PYTHON": sys.executable}
+    done = subprocess.run([BENCHMARKS / "gpu.sh", out], env=environ, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = [json.loads(line) for line in (out / "gpu.jsonl").read_text().splitlines()]
+    assert {line["part"] for line in lines} == {"imports", "ceilings", "right", "waits", "mfu", "train", "zero"}
+    assert not [line for line in lines if "failed" in line]
+    assert next(line["agrees"] for line in lines if line["part"] == "right")
+    assert "ViT-L compiled" in (out / "table.md").read_text()
+
+
 def test_the_table_fills_the_page_and_invents_nothing(tmp_path):
     page = tmp_path / "gpu.md"
     page.write_text(PAGE)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -56,16 +53,3 @@ def test_held_memory_falls_as_one_over_the_world_size(benchmark, strategy: str) 
     print(f"\n{strategy}: " + ", ".join(f"{n} ranks {size / 1e6:.1f} MB" for n, size in held.items()))
     for n in (2, 4):
         assert held[n] == pytest.approx(held[1] / n, rel=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_one_command_measures_all_and_joins_it(tmp_path: Path) -> None:
-    environ = {**os.environ, "QUICK": "1", "SIZES": "vit_ti", "PRECISION": "fp32", "PYTHON": sys.executable}
-    done = subprocess.run(
-        [BENCHMARKS / "gpu.sh", tmp_path / "an out folder"], env=environ, capture_output=True, text=True, timeout=1100
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    joined = json.loads((tmp_path / "an out folder" / "gpu.json").read_text())
-    assert set(joined) == {"step-vit_ti", "strategies-vit_ti", "checkpoint", "overhead", "loader"}
-    assert "tokens/s" in (tmp_path / "an out folder" / "table.txt").read_text()
