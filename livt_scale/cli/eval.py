@@ -12,6 +12,7 @@ from livt_scale.cli.options import AsJson, EvaluationShards, Force, Weights, Wei
 from livt_scale.cli.output import echo, starting
 
 VIEWS_HELP = "Views of each image to average: 1 (centre crop), 2 (and its mirror image), 5 (crops) or 10 (both)."
+RESIZE_HELP = "Pixels of the shorter side of the image that views are cut from."
 AVERAGE_HELP = "What to average over the views."
 GALLERY_HELP = "Write the most frequent confusions as HTML."
 REPORTS_HELP = "Folder for per_class.csv, per_class.png and reliability.png."
@@ -33,6 +34,10 @@ def eval_(
     ] = None,
     average: Annotated[
         str | None, typer.Option("--average", metavar="<logits|probs>", help=AVERAGE_HELP, show_default="logits")
+    ] = None,
+    resize: Annotated[
+        int | None,
+        typer.Option("--resize", min=1, help=RESIZE_HELP, show_default="as data.crop_pct says"),
     ] = None,
     tau: Annotated[str | None, typer.Option("--tau", metavar="<t[,t...]|auto>", help=TAU_HELP)] = None,
     temperature: Annotated[
@@ -64,7 +69,7 @@ def eval_(
     from livt_scale.cli.evaluation import Wanted, evaluated, print_report
 
     wanted = Wanted(tau, temperature, reports, gallery, save_logits, out, force)
-    typed = {"which": which, "batch": batch, "views": views, "average": average}
+    typed = {"which": which, "batch": batch, "views": views, "average": average, "resize": resize}
     typed["weights"] = None if weights is WeightsName.raw else weights.value
     run = {name: value for name, value in typed.items() if value is not None}
     done = evaluated(path, data=data, run=run, wanted=wanted)

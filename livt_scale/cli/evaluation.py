@@ -55,7 +55,7 @@ class Done:
 def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Wanted) -> Done | None:
     """Evaluate `path` (a run, an export, a file of logits) and write what is `wanted`; None on ranks but the first.
 
-    run: how the model is run, as typed: which, weights, batch, views, average.
+    run: how the model is run, as typed: which, weights, batch, views, average, resize.
     """
     if wanted.tau is not None:
         adjust.parse_taus(wanted.tau)  # now, not after an hour
@@ -64,7 +64,7 @@ def evaluated(path: Path, *, data: str | None, run: dict[str, Any], wanted: Want
         _refuse_other_report(wanted.out, path, which=run.get("which"))
     if path.is_file():
         return _of_file(path, data=data, run=run, wanted=wanted)
-    views = Views(run.get("views", 1), run.get("average", "logits"))
+    views = Views(run.get("views", 1), run.get("average", "logits"), run.get("resize"))
     if views.number == 1 and "average" in run:
         raise UsageError("--average has no effect on one view", remedy="give --views 2, 5 or 10, or leave it out")
     world = detect()
@@ -166,7 +166,8 @@ def print_report(done: Done) -> None:
         )
     views = report["views"]
     if views["number"] > 1:
-        echo(f"views: {views['number']}, mean of {views['average']}")
+        resized = f", of the image at {views['resize_px']} px" if "resize_px" in views else ""
+        echo(f"views: {views['number']}, mean of {views['average']}{resized}")
     weights = report["weights"]
     average = " (average)" if "ema" in weights else ""
     echo(f"weights: {weights['checkpoint']}{average} of {weights['read_from']}, recipe {weights['recipe_digest'][:12]}")

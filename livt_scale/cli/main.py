@@ -21,12 +21,15 @@ from livt_scale.cli import (
     doctor,
     eval,
     export,
+    features,
     import_,
     init,
     job,
+    knn,
     logs,
     plan,
     predict,
+    probe,
     quickstart,
     recipe,
     report,
@@ -128,6 +131,9 @@ app.command(name="eval")(eval.eval_)
 app.command()(report.report)
 app.command()(export.export)
 app.command()(predict.predict)
+app.command()(features.features)
+app.command()(knn.knn)
+app.command()(probe.probe)
 app.command(name="import")(import_.import_)
 app.command()(retrain.retrain)
 app.command(name="tau-norm")(tau_norm.tau_norm)

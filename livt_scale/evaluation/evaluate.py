@@ -143,6 +143,7 @@ def each_batch(
 
     A collective call. Arguments as `evaluate_images`; raises on every rank what goes wrong on one.
     """
+    settings = views.settings(settings)
     world.peers.run_all(lambda: check_room(shards, settings.data, world=world, batch=batch))
     infer, owed = _plain(model, device, precision) if isinstance(model, nn.Module) else model.infer, 0
     if (in_step and world.world_size > 1) if isinstance(model, nn.Module) else model.lockstep:

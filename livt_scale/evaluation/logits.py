@@ -118,7 +118,7 @@ def gather(kept: list[Tensor], shards: ShardSet, about: About, *, world: World) 
     """
     num_classes = len(about.class_names)
     own = torch.cat([k.float().cpu() for k in kept]) if kept else torch.empty(0, num_classes)
-    everywhere = _to_rank_0(own, world)
+    everywhere = to_rank_0(own, world)
     positions = shards.usable_to_sample(np.arange(shards.num_samples, dtype=np.int64))
     keys = tuple(shards.keys(positions)) if world.is_main else ()
 
@@ -160,7 +160,7 @@ def load_outputs(path: Path) -> Outputs:
     return Outputs(tensors["logits"], tensors["labels"], keys, about)
 
 
-def _to_rank_0(own: Tensor, world: World) -> Tensor | None:
+def to_rank_0(own: Tensor, world: World) -> Tensor | None:
     """[n_r, C] of each rank -> [sum of n_r, C] on rank 0, in the order of ranks, which is that of the set."""
     if world.world_size == 1:
         return own

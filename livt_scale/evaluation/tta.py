@@ -6,8 +6,10 @@
     --views 10    those five and their mirror images ("ten-crop", Krizhevsky et al. 2012)
 
 All are cut from the evaluation's one resized image (shorter side T / 0.875; above 224 px it is T, and the corners of a
-square image are then its centre again). They are averaged on the rank that has the image, before anything is counted,
-so each image still counts once, whatever the world size. Two ways to average:
+square image are then its centre again). `--resize` sets its shorter side: 248 with 5 views of 224 px is LIFT's
+test-time ensembling (arXiv 2309.10019; `tte` of its public code), whose crops do not start at the border of a patch.
+They are averaged on the rank that has the image, before anything is counted, so each image still counts once, whatever
+the world size. Two ways to average:
 
     logits   mean of z: up to normalisation the geometric mean of the softmax probabilities, and of the odds of sigmoids
     probs    mean of softmax(z); what is handed on is its logarithm, so that softmax gives the mean back
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from livt_scale.config.recipe import Data
 from livt_scale.data.loader import normalise
+from livt_scale.data.settings import ImageSettings
 from livt_scale.util.errors import UsageError, nearest
 
 Average = Literal["logits", "probs"]
@@ -37,6 +40,7 @@ class Views:
 
     number: int = 1
     average: Average = "logits"
+    resize_px: int | None = None  # shorter side of the image that views are cut from; None: as the evaluation has it
 
     def __post_init__(self) -> None:
         if self.number not in NUMBERS:
@@ -57,7 +61,20 @@ class Views:
 
     def facts(self) -> dict[str, Any]:
         """For reports, as JSON values."""
-        return {"number": self.number, "average": self.average}
+        resized = {} if self.resize_px is None else {"resize_px": self.resize_px}
+        return {"number": self.number, "average": self.average, **resized}
+
+    def settings(self, settings: ImageSettings) -> ImageSettings:
+        """`settings` with the image resized as these views want it. UsageError: it would be smaller than a crop."""
+        if self.resize_px is None:
+            return settings
+        if self.resize_px < settings.image_px:
+            raise UsageError(
+                f"--resize {self.resize_px}: the model takes {settings.image_px} px",
+                remedy=f"give at least {settings.image_px}",
+            )
+        crop_pct = settings.image_px / (self.resize_px + 0.5)  # the resized side is rounded down
+        return replace(settings, data=settings.data.model_copy(update={"crop_pct": crop_pct}))
 
     def logits(self, infer: Callable[[Tensor], Tensor], images: Tensor, data: Data) -> Tensor:
         """The output of `infer` for each image, averaged over its views: float `[B, C]`, by `number` calls of `infer`.

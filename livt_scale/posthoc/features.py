@@ -21,6 +21,7 @@ from livt_scale.data.classes import TrainingClasses, check_same_classes
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed import precision
+from livt_scale.distributed.world import World
 from livt_scale.evaluation.calibration import Calibration, fit_calibration
 from livt_scale.evaluation.evaluate import BATCH, data_lineage
 from livt_scale.evaluation.holdout import SEED, half_rows
@@ -46,11 +47,18 @@ class LabelledOutputs:
 
 
 @torch.inference_mode()
-def model_outputs(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: int = BATCH) -> LabelledOutputs:
-    """The outputs of `model` for the images of `shards`, prepared as for evaluation, on the model's device."""
+def model_outputs(
+    model: nn.Module,
+    shards: ShardSet,
+    recipe: Recipe,
+    *,
+    batch: int = BATCH,
+    world: World = World(),  # noqa: B008 - frozen
+) -> LabelledOutputs:
+    """The outputs of `model` for this rank's images of `shards`, prepared as for evaluation, on the model's device."""
     device = next(model.parameters()).device
     values, labels = [], []
-    with eval_batches(shards, recipe, rank=0, world_size=1, batch=batch) as batches:
+    with eval_batches(shards, recipe, **world.for_loader, batch=batch) as batches:
         for one in batches:
             images = normalise(one.to(device).images, recipe.data.mean, recipe.data.std, torch.float32)
             values.append(precision.infer(model, device, recipe.parallel.precision, images).float().cpu())
@@ -58,11 +66,17 @@ def model_outputs(model: nn.Module, shards: ShardSet, recipe: Recipe, *, batch: 
     return LabelledOutputs(torch.cat(values).clone(), torch.cat(labels).clone())
 
 
-def features(trained: Trained, shards: ShardSet, *, batch: int = BATCH) -> LabelledOutputs:
-    """The input of the head of `trained`: values [N, D]."""
+def features(
+    trained: Trained,
+    shards: ShardSet,
+    *,
+    batch: int = BATCH,
+    world: World = World(),  # noqa: B008 - frozen
+) -> LabelledOutputs:
+    """The input of the head of `trained` for this rank's images of `shards`: values [N, D]."""
     body = copy.deepcopy(trained.model)
     body.set_submodule(head_name(body), nn.Identity())
-    return model_outputs(body, shards, trained.recipe, batch=batch)
+    return model_outputs(body.to(world.device), shards, trained.recipe, batch=batch, world=world)
 
 
 def held_out_set(trained: Trained, where: Path, data: str | None) -> ShardSet:

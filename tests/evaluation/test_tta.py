@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torchvision.transforms.functional import five_crop
 
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.image.transforms import EvalTransform
@@ -54,6 +55,21 @@ def test_five_crops_are_the_centre_and_the_corners_of_the_resized_image(tmp_path
     alone = torch.empty(28, 28, 1, dtype=torch.uint8).permute(2, 0, 1)
     EvalTransform(ImageSettings.of_recipe(recipe))(png(pixels), alone)
     assert torch.equal(alone, slots[0])
+
+
+@pytest.mark.parametrize("resize_px", [28, 29, 31, 40])
+def test_the_views_of_a_resized_image_are_its_five_crops(shards: ShardSet, resize_px: int) -> None:
+    """LIFT's test-time ensembling: torchvision's Resize(px) and FiveCrop(T)."""
+    views, usual = Views(5, resize_px=resize_px), ImageSettings.of_recipe(tiny_recipe(train=shards.folder))
+    pixels = np.random.default_rng(0).integers(0, 256, (resize_px, resize_px + 3), dtype=np.uint8)  # not resized
+    slots = torch.empty(5, 28, 28, 1, dtype=torch.uint8).permute(0, 3, 1, 2)
+    EvalTransform(views.settings(usual)).crops(png(pixels), slots)
+    image = torch.from_numpy(pixels)[None]
+    top_left, top_right, bottom_left, bottom_right, centre = five_crop(image, [28, 28])
+    expected = torch.stack([centre, top_left, top_right, bottom_left, bottom_right])
+    assert torch.equal(slots, expected)
+    with pytest.raises(UsageError, match="takes 28 px"):
+        Views(5, resize_px=27).settings(usual)
 
 
 def test_the_loader_gives_the_crops_of_an_image_as_neighbours(shards: ShardSet) -> None:
