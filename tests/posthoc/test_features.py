@@ -99,9 +99,8 @@ def test_a_probe_is_scikit_learns_logistic_regression() -> None:
     values = rng.normal(size=(60, 4)).astype(np.float32)
     values[:, 0] += labels
     expected = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000).fit(values, labels)
-    head, converged = fitted(
-        torch.from_numpy(values), torch.from_numpy(labels), num_classes=3, settings=ProbeSettings()
-    )
+    x, y = torch.from_numpy(values), torch.from_numpy(labels)
+    head, converged = fitted(x, y, num_classes=3, settings=ProbeSettings())
     assert converged
     np.testing.assert_allclose(head(x).softmax(1).numpy(), expected.predict_proba(values), atol=1e-3)
 
