@@ -41,6 +41,8 @@ DEFERRED: dict[str, str] = {
     "train/telemetry/trackers.py": "start-up: only the trackers that a recipe asks for; mlflow is optional",
     "train/telemetry/tensorboard.py": "start-up: accelerate and TensorBoard, which a recipe may turn off",
     "export/timm.py": "start-up: timm takes seconds, and only the check of an export needs it",
+    "export/peft.py": "optional: peft comes with an extra",
+    "models/parameter_efficient.py": "optional: peft comes with an extra",
     "export/onnx.py": "optional: onnxruntime comes with an extra, and without it an export is not checked",
     "plan/exact.py": "start-up: torch is for the process that it starts",
     "optim.py": "start-up: timm takes seconds, and only LARS and layer decay need it",

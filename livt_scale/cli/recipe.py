@@ -122,7 +122,8 @@ def summary(recipe: Recipe) -> str:
         parts.append(f"{name} {stage.epochs} epochs{at}, batch {stage.global_batch}")
     if recipe.stages.finetune:
         parts[-1] += f", {recipe.stages.finetune.loss.name}"
-        parts[-1] += ", head alone" * recipe.stages.finetune.backbone_frozen
+        tuning = recipe.stages.finetune.train
+        parts[-1] += f", {tuning.phrase}" if tuning.freezes else ""
     return "; ".join(parts)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 StrategyName = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
-Feature = Literal["offload", "hybrid", "ema", "other_optimizer", "frozen_backbone", "layer_groups"]
+Feature = Literal["offload", "hybrid", "ema", "other_optimizer", "frozen_parameters", "layer_groups"]
 
 STRATEGIES: tuple[StrategyName, ...] = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 AUTO: tuple[StrategyName, ...] = ("ddp", "fsdp")  # what `strategy: auto` chooses from
@@ -41,7 +41,7 @@ class Capabilities:
     hybrid: bool  # parallel.shard_within: node
     ema: bool  # stages.finetune.ema; ZeRO-3 holds no parameter complete or as torch's shards
     other_optimizer: bool  # than AdamW: flat pieces do not give it each layer, whose norm lars needs
-    frozen_backbone: bool  # stages.finetune.train: head
+    frozen_parameters: bool  # stages.finetune.train other than all
     layer_groups: bool  # log.layer_groups reads the gradient of each layer, which DeepSpeed keeps to itself
 
 
@@ -56,7 +56,7 @@ _TABLE: dict[str, tuple[bool, ...]] = {
     "hybrid":                     (False, True,  False, False, False),
     "ema":                        (True,  True,  True,  True,  False),
     "other_optimizer":          (True,  True,  False, False, False),
-    "frozen_backbone":            (True,  True,  False, False, False),
+    "frozen_parameters":          (True,  True,  False, False, False),
     "layer_groups":               (True,  True,  False, False, False),
 }  # fmt: skip
 

@@ -64,7 +64,7 @@ class Row:
         loss = (
             f", {self.recipe.stages.finetune.loss.name}" if name == "finetune" and self.recipe.stages.finetune else ""
         )
-        trained = ", head alone" if part.backbone_frozen else ""
+        trained = f", {part.tuning.phrase}" if part.tuning.freezes else ""
         return f"{part.epochs} × {part.global_batch} at {px} px{loss}{trained}"
 
 

@@ -40,6 +40,7 @@ RESNETS: dict[str, tuple[int, int, int, int]] = {
 FIRST_WIDTH = {"resnet_micro": 20}  # channels of the first stage; each next one has twice as many
 USUAL_FIRST_WIDTH = 64
 SMALL_STEM_UP_TO_PX = 64
+MLP_RATIO = 4  # hidden width of a ViT block's MLP over its width
 OF_TIMM = {"timm": "what model.timm names"}
 
 MODEL_SIZES: Registry[ViTDims] = Registry(
@@ -224,6 +225,19 @@ class Model(RecipePart):
             raise UsageError(f"the model is {self.name}, which has no patches", remedy="take a vit_* for this")
         width, depth, heads, patch_px = MODEL_SIZES[self.size]
         return ViTDims(self.width or width, self.depth or depth, self.heads or heads, self.patch_px or patch_px)
+
+    @property
+    def tunable_shapes(self) -> tuple[dict[str, tuple[int, ...]], str]:
+        """(what methods of `config.tuning` look for by name: matrices of the blocks, positions; the head's name)."""
+        if self.timm is not None:
+            facts, spec = self.timm_facts, self.timm_spec
+            weights = timm_models.weights_of(spec, num_classes=2)[0]
+            return {w.name: w.shape for w in weights if w.name not in facts.unused}, facts.head
+        width, depth, _, _ = self.dims
+        linear = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        linear |= {"mlp.fc1": (MLP_RATIO * width, width), "mlp.fc2": (width, MLP_RATIO * width)}
+        blocks = {f"blocks.{k}.{name}.weight": shape for k in range(depth) for name, shape in linear.items()}
+        return {"pos_embed": (1, 1 + self.num_patches, width), **blocks}, "head"
 
     @property
     def num_patches(self) -> int:

@@ -208,6 +208,17 @@ class Recipe(RecipePart):
         return self
 
     @model_validator(mode="after")
+    def _the_model_has_what_is_tuned(self) -> Self:
+        part = self.stages.finetune
+        if part is not None and part.train.freezes and not self.model.is_resnet:
+            shapes, head = self.model.tunable_shapes
+            try:
+                part.train.adapted(shapes, head=head)
+            except ValueError as error:
+                raise ValueError(f"stages.finetune.train: {error}") from None
+        return self
+
+    @model_validator(mode="after")
     def _a_probe_can_be_spread(self) -> Self:
         part, strategy = self.stages.finetune, self.parallel.strategy
         if part is None:
@@ -218,12 +229,12 @@ class Recipe(RecipePart):
                 f"not the flat partitions of parallel.strategy {strategy!r}: set strategy to "
                 f"{choices('other_optimizer')}, or optimizer: adamw"
             )
-        if part.train == "head" and not supports(strategy, "frozen_backbone"):
+        if part.train.freezes and not supports(strategy, "frozen_parameters"):
             raise ValueError(
-                f"stages.finetune.train 'head' leaves parallel.strategy {strategy!r} almost no gradients and moments "
-                f"to shard: set strategy to {choices('frozen_backbone')}"
+                f"stages.finetune.train {part.train.name!r} leaves parallel.strategy {strategy!r} almost no gradients "
+                f"and moments to shard: set strategy to {choices('frozen_parameters')}"
             )
-        if part.train == "head" and self.parallel.activation_checkpointing and self.stages.pretrain is None:
+        if part.backbone_frozen and self.parallel.activation_checkpointing and self.stages.pretrain is None:
             raise ValueError(
                 "parallel.activation_checkpointing has no effect on stages.finetune.train 'head': nothing of a frozen "
                 "backbone is kept for a backward pass; leave it out"

@@ -13,6 +13,7 @@ from livt_scale.config.optimizers import AdamW, AnyOptimizer, OptimizerOptions
 from livt_scale.config.resume import ALLOW, FREE, Resume
 from livt_scale.config.runtime import RecipePart
 from livt_scale.config.sampling import Instance, Sampling
+from livt_scale.config.tuning import AnyTuning, TrainAll, Tuning
 from livt_scale.losses import LOSSES, LossOptions
 from livt_scale.losses.builtin import BalancedBinaryCrossEntropy
 from livt_scale.util.choices import Chosen
@@ -82,9 +83,14 @@ class StagePart(RecipePart):
         return AdamW()
 
     @property
+    def tuning(self) -> Tuning:
+        """Which parameters are trained."""
+        return TrainAll()
+
+    @property
     def backbone_frozen(self) -> bool:
         """Whether the head alone is trained."""
-        return False
+        return self.tuning.head_alone
 
     @model_validator(mode="after")
     def _views_fill_the_batch(self) -> Self:
@@ -165,9 +171,13 @@ class Finetune(StagePart):
     keep_head: Annotated[bool, FREE] = Field(
         False, description="with init: weights. Take the head too; its classes must be the same"
     )
-    train: Literal["all", "head"] = Field("all", description="head: a linear probe; all else stays as it begins")
+    train: AnyTuning = Field(
+        TrainAll(),
+        description="all, or a few parameters: head (a linear probe), lora, adaptformer, vpt, bitfit, layernorm, with "
+        "options as {name: lora, rank: 8}",
+    )
     optimizer: AnyOptimizer = Field(
-        AdamW(), description="adamw, lars, or with options {name: sgd, momentum: 0.9} or one that you registered"
+        AdamW(), description="adamw, lars or, with its options, {name: …} that you registered"
     )
     momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
     head_norm: Literal["none", "batch"] = Field(
@@ -205,8 +215,8 @@ class Finetune(StagePart):
         return self.mixup > 0 or self.cutmix > 0
 
     @property
-    def backbone_frozen(self) -> bool:
-        return self.train == "head"
+    def tuning(self) -> Tuning:
+        return self.train
 
     @property
     def lars_momentum(self) -> float | None:
@@ -220,15 +230,17 @@ class Finetune(StagePart):
 
     @model_validator(mode="after")
     def _a_frozen_backbone_is_left_alone(self) -> Self:
-        if self.train == "all":
-            if self.head_norm != "none":
-                raise ValueError(
-                    f"head_norm is {self.head_norm!r}, whose statistics are of a backbone that stays as it is: "
-                    "set train: head, or head_norm: none"
-                )
+        if self.head_norm != "none" and not self.backbone_frozen:
+            raise ValueError(
+                f"head_norm is {self.head_norm!r}, whose statistics are of a backbone that stays as it is: "
+                "set train: head, or head_norm: none"
+            )
+        if self.train.freezes and self.init == "scratch":
+            raise ValueError(
+                f"train is {self.train.name!r}, so the backbone of init 'scratch' would stay random: take other weights"
+            )
+        if not self.backbone_frozen:
             return self
-        if self.init == "scratch":
-            raise ValueError("train is 'head', so the backbone of init 'scratch' would stay random: take other weights")
         for name, neutral in (("layer_decay", 1), ("drop_path", 0)):
             if getattr(self, name) != neutral:
                 raise ValueError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from livt_scale.config.data import Data
-from livt_scale.config.recipe import Finetune, Pretrain, Recipe, Stage
+from livt_scale.config.recipe import Finetune, Model, Pretrain, Recipe, Stage
 from livt_scale.util.errors import UsageError
 
 
@@ -43,7 +43,7 @@ class TrainSettings(ImageSettings):
     part: Pretrain | Finetune  # batch and order, crops, augmentation, mixing
     seed: int
     num_patches: int = 0  # uniforms an image for the masks of pretraining
-    num_branches: int = 0  # uniforms an image for stochastic depth
+    num_branches: int = 0  # uniforms an image for stochastic depth and the dropout of LoRA
 
     @classmethod
     def of_stage(cls, recipe: Recipe, stage: Stage) -> Self:
@@ -55,5 +55,9 @@ class TrainSettings(ImageSettings):
             part=part,
             seed=recipe.seed,
             num_patches=model.num_patches if isinstance(part, Pretrain) else 0,
-            num_branches=model.num_uniforms(drop_path=part.drop_path) if isinstance(part, Finetune) else 0,
+            num_branches=_num_uniforms(recipe.model, part) if isinstance(part, Finetune) else 0,
         )
+
+
+def _num_uniforms(model: Model, part: Finetune) -> int:
+    return model.num_uniforms(drop_path=part.drop_path) + part.train.uniforms

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, Valid
 from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
+from livt_scale.config.tuning import AnyTuning, TrainAll
 from livt_scale.evaluation.calibration import Calibration
 from livt_scale.extensions import load_extensions
 from livt_scale.util.errors import ExportError
@@ -25,7 +26,9 @@ from livt_scale.util.outside import first_mistake, read_json
 
 WEIGHTS = "model.safetensors"
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 CONFIG = "config.json"
+FILES = (WEIGHTS, ONNX, ONNX_DATA, ADAPTER, ADAPTER_CONFIG, CONFIG)  # those that an export consists of, or some
 
 
 class WeightsFile(BaseModel):
@@ -33,7 +36,7 @@ class WeightsFile(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: Literal["model.safetensors", "model.onnx", "model.onnx.data"]
+    name: Literal["model.safetensors", "model.onnx", "model.onnx.data", "adapter_model.safetensors"]
     bytes: NonNegativeInt
     sha256: str
 
@@ -63,6 +66,7 @@ class ModelFacts(BaseModel):
     loss: AnyLoss
     cosine_scale: PositiveFloat | None = None  # of a cosine head; None: the head is linear
     calibration: Calibration  # of the logits
+    tuning: AnyTuning = TrainAll()  # what is left of `stages.finetune.train` in the weights, where it is not merged
     lineage: dict[str, Any]
 
     @model_validator(mode="after")

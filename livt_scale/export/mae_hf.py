@@ -28,7 +28,7 @@ from livt_scale.weights.importer import open_weights
 from livt_scale.weights.layouts import to_hf
 from livt_scale.weights.locate import SAFETENSORS
 
-LAYOUTS = ("timm", "onnx", "mae", "hf")
+LAYOUTS = ("timm", "onnx", "peft", "livt", "mae", "hf")
 PTH = "checkpoint.pth"
 
 
@@ -96,6 +96,10 @@ def hf_config(recipe: Recipe) -> dict[str, Any]:
 
 def _classifier(run_dir: Path, which: str | None) -> tuple[dict[str, Tensor], dict[str, Any], Recipe]:
     trained = load_trained(run_dir, which=which)
+    if trained.tuning.freezes:
+        raise UsageError(
+            f"MAE's code has no place for what train: {trained.tuning.name} has added", remedy="give --to livt"
+        )
     if not trained.recipe.model.is_vit:
         raise UsageError(f"MAE's code has no place for {trained.recipe.model.name}", remedy="give --to timm")
     head_of(trained.model)  # MAE has a linear one
@@ -107,7 +111,7 @@ def _check(layout: str, stage: str, which: str | None) -> None:
         raise UsageError(f"no layout is called {layout!r} ({nearest(layout, LAYOUTS)})")
     if stage not in ("pretrain", "finetune"):
         raise UsageError(f"no stage is called {stage!r} ({nearest(stage, ('pretrain', 'finetune'))})")
-    if layout in ("timm", "onnx"):
+    if layout in ("timm", "onnx", "peft", "livt"):
         raise UsageError(f"{layout} has no place for a masked autoencoder", remedy="give --to mae or hf")
     if layout == "hf" and stage == "finetune":
         raise UsageError("Hugging Face's ViTMAE has no classifier", remedy="give --stage pretrain, or --to timm or mae")

@@ -12,8 +12,9 @@ from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import load_saved
 from livt_scale.data.classes import TrainingClasses
-from livt_scale.export.export_info import CONFIG, WEIGHTS, ExportInfo, identity, is_export, read_info
-from livt_scale.models.classifier import AnyClassifier, build_classifier
+from livt_scale.export.export_info import ADAPTER, CONFIG, WEIGHTS, ExportInfo, identity, is_export, read_info
+from livt_scale.models.classifier import AnyClassifier
+from livt_scale.models.parameter_efficient import build_tuned
 from livt_scale.train.load_trained import Trained, Weights, load_trained, pick_checkpoint
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.errors import ExportError, UsageError
@@ -41,7 +42,7 @@ def open_trained(path: Path, *, which: str | None = None, weights: Weights = "ra
     classes = TrainingClasses(info.class_names, info.class_counts, where=str(path), group_counts=info.group_counts)
     lineage = dict(info.lineage)
     learnt_from = lineage.pop("learnt_from", {})
-    return Trained(model, info.recipe(path), classes, lineage, learnt_from, info.calibration)
+    return Trained(model, info.recipe(path), classes, lineage, learnt_from, info.calibration, tuning=info.tuning)
 
 
 def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
@@ -52,7 +53,8 @@ def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
     info = read_info(folder)
     path = folder / WEIGHTS
     if info.weights.name != WEIGHTS:
-        raise ExportError(f"{folder} is an export for onnxruntime", remedy="export the run with --to timm as well")
+        reader = "peft" if info.weights.name == ADAPTER else "onnxruntime"
+        raise ExportError(f"{folder} is an export for {reader}", remedy="export the run with --to timm as well")
     remedy = "copy the export again, or write it again with `livt export`"
     try:
         size = path.stat().st_size
@@ -62,8 +64,12 @@ def load_export(folder: Path) -> tuple[AnyClassifier, ExportInfo]:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path} cannot be read: {error}", remedy=remedy) from error
     with torch.random.fork_rng(devices=[]):
-        model = build_classifier(
-            info.model, num_classes=len(info.class_names), drop_path=0.0, cosine_scale=info.cosine_scale
+        model = build_tuned(
+            info.model,
+            num_classes=len(info.class_names),
+            drop_path=0.0,
+            tuning=info.tuning,
+            cosine_scale=info.cosine_scale,
         ).eval()
     wrong = _misfits(tensors, model.state_dict())
     if wrong:

@@ -139,10 +139,20 @@ def compare_with_timm(model: nn.Module, folder: Path, shape: Model) -> None:
     """Raise ExportError unless timm, from `folder` alone, gives the logits of `model`; of a cosine head, which timm
     does not have, the features before it."""
     has_head = not isinstance(model.get_submodule(head_name(model)), CosineHead)
-    one = (shape.channels, shape.image_px, shape.image_px)
     with torch.random.fork_rng(devices=[]):
-        images = torch.randn(2, *one, generator=torch.Generator().manual_seed(0))
         theirs = timm_network(folder, shape, has_head=has_head)
+    check_same_logits(model, theirs, shape, reader="timm", tolerance=1e-6, has_head=has_head)
+
+
+def check_same_logits(
+    model: nn.Module, theirs: nn.Module, shape: Model, *, reader: str, tolerance: float, has_head: bool = True
+) -> None:
+    """Raise ExportError unless `theirs`, as `reader` has opened it, gives the logits of `model` for two images.
+
+    tolerance: of a difference, over the largest logit. has_head: false: `theirs` gives features, which are compared.
+    """
+    one = (shape.channels, shape.image_px, shape.image_px)
+    images = torch.randn(2, *one, generator=torch.Generator().manual_seed(0))
     device = next(model.parameters()).device
     was_training = model.training
     with torch.inference_mode(), head_inputs(model) as given:
@@ -150,7 +160,7 @@ def compare_with_timm(model: nn.Module, folder: Path, shape: Model) -> None:
         ours = (logits if has_head else given[0]).cpu()
         read_back = theirs(images)
     model.train(was_training)
-    if not torch.allclose(ours, read_back, rtol=0, atol=1e-6 * float(ours.abs().max())):
+    if not torch.allclose(ours, read_back, rtol=0, atol=tolerance * float(ours.abs().max())):
         gap = float((ours - read_back).abs().max())
         what = "logits" if has_head else "features"
-        raise ExportError(f"timm reads other {what} from the export than the model gives: they differ by {gap:.2g}")
+        raise ExportError(f"{reader} reads other {what} from the export than the model gives: they differ by {gap:.2g}")

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.export.export_info import (
     CONFIG,
-    ONNX,
-    ONNX_DATA,
+    FILES,
     WEIGHTS,
     ExportInfo,
     ModelFacts,
@@ -44,28 +43,45 @@ COSINE = (
 
 
 def export_run(
-    run_dir: Path, out: Path, *, which: str | None = None, weights: Weights = "raw", force: bool = False
+    run_dir: Path,
+    out: Path,
+    *,
+    which: str | None = None,
+    weights: Weights = "raw",
+    for_timm: bool = True,
+    force: bool = False,
 ) -> ExportInfo:
     """Write the classifier of `run_dir` to `out`; `which` checkpoint and `weights`: see `train.load_trained`.
 
-    force: replace the export of another run. Raises ExportError (`out` holds something else, no room), and what
-    `load_trained` raises.
+    for_timm: refuse a network that timm cannot build. force: replace the export of another run. Raises ExportError
+    (`out` holds something else, no room), and what `load_trained` raises.
     """
     check_target(out)
-    return write_export(load_trained(run_dir, which=which, weights=weights), out, force=force)
+    trained = load_trained(run_dir, which=which, weights=weights)
+    if for_timm and trained.tuning.freezes:
+        raise ExportError(
+            f"{run_dir} was trained with train: {trained.tuning.name}, which cannot be merged into timm's network",
+            remedy="give --to livt, for livt.load, livt eval and livt predict, or --to onnx",
+        )
+    return write_export(trained, out, force=force)
 
 
 def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportInfo:
-    """Write `trained` to `out` atomically. What is replaced there: see `check_target`."""
+    """Write `trained` to `out` atomically. What is replaced there: see `check_target`.
+
+    timm's part of config.json is left out where the network is not timm's (`trained.tuning`).
+    """
     check_target(out, weights=trained.weights, file=WEIGHTS, force=force)
     tensors = {name: t.detach().cpu().contiguous() for name, t in trained.model.state_dict().items()}
     try:
         with new_folder(real_path(out)) as temporary:
             write_tensors(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
             info = ExportInfo(**dict(model_facts(trained)), weights=WeightsFile.of(temporary / WEIGHTS))
-            config = timm_config(info) | {"livt": info.model_dump(mode="json")}
+            of_timm = {} if info.tuning.freezes else timm_config(info)
+            config = of_timm | {"livt": info.model_dump(mode="json")}
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
-            compare_with_timm(trained.model, temporary, info.model)
+            if of_timm:
+                compare_with_timm(trained.model, temporary, info.model)
             if info.cosine_scale is not None:
                 _log.warning("export: %s", COSINE)
     except (OSError, SafetensorError) as error:
@@ -91,7 +107,7 @@ def check_target(
     if not out.is_dir():
         raise ExportError(f"{out} is a file", remedy="give a folder as --out")
     inside = sorted(p.name for p in out.iterdir())
-    foreign = [name for name in inside if name not in (WEIGHTS, ONNX, ONNX_DATA, CONFIG)]
+    foreign = [name for name in inside if name not in FILES]
     if foreign or (inside and not is_export(out)):
         named = ", ".join(repr(name) for name in (foreign or inside)[:5])
         raise ExportError(f"{out} holds what is not an export ({named})", remedy="give a new folder as --out")
@@ -131,5 +147,6 @@ def model_facts(trained: Trained) -> ModelFacts:
         loss=recipe.stages.finetune.loss,
         cosine_scale=recipe.stages.finetune.cosine_scale,
         calibration=trained.calibration,
+        tuning=trained.tuning,
         lineage={**trained.weights, "learnt_from": trained.learnt_from},
     )

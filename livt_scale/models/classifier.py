@@ -6,7 +6,7 @@ head of almost zero, so that training starts from equal odds), and stochastic de
 `drop` holds one uniform number for each image and residual branch, so that a run's coins belong to its samples and not
 to a rank. `drop[b, 2k]` decides the attention of block k for image b, `drop[b, 2k + 1]` its MLP.
 
-A linear probe is the same network, of which `head.weight` and `head.bias` alone have gradients.
+A linear probe is the same network, of which the head alone has gradients (`models.parameter_efficient`).
 
 Source: LiVT, arXiv 2212.02015, section 4; MAE, arXiv 2111.06377, A.2; stochastic depth, arXiv 1603.09382.
 """
@@ -54,41 +54,28 @@ def build_classifier(
     *,
     num_classes: int,
     drop_path: float,
-    head_only: bool = False,
+    head_std: float = HEAD_STD,
     head_norm: bool = False,
     cosine_scale: float | None = None,
 ) -> AnyClassifier:
     """The classifier of a recipe's `model`, freshly initialised from torch's global generator.
 
-    head_only: for a linear probe, all but the head frozen; not of a ResNet, which begins from scratch. head_norm: with
-    a `HeadNorm` before the head, of our own ViTs alone. cosine_scale: with a `CosineHead`; None: a linear head.
+    head_std: of the head's initial weights, not of a ResNet. head_norm: with a `HeadNorm` before the head, of our own
+    ViTs alone. cosine_scale: with a `CosineHead`; None: a linear head. What is trained: `models.parameter_efficient`.
     """
-    head_std = PROBE_STD if head_only else HEAD_STD
     classifier: AnyClassifier
     if model.is_resnet:
         classifier = ResNetClassifier(model, num_classes=num_classes, drop_path=drop_path)
     elif model.timm is not None:
-        classifier = build_timm(
-            model, num_classes=num_classes, drop_path=drop_path, head_std=head_std, head_only=head_only
-        )
+        classifier = build_timm(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
     else:
-        classifier = _build_vit(
-            model, num_classes=num_classes, drop_path=drop_path, head_std=head_std, head_only=head_only
-        )
+        classifier = Classifier(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
         if head_norm:
             classifier.head_norm = HeadNorm(classifier.num_features)
     if cosine_scale is not None:
         head = head_of(classifier)
         cosine = CosineHead(head.in_features, head.out_features, scale=cosine_scale)
         classifier.set_submodule(head_name(classifier), cosine)
-    return classifier
-
-
-def _build_vit(model: Model, *, num_classes: int, drop_path: float, head_std: float, head_only: bool) -> Classifier:
-    classifier = Classifier(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
-    if head_only:
-        for name, parameter in classifier.named_parameters():
-            parameter.requires_grad_(name.startswith("head."))
     return classifier
 
 

@@ -35,7 +35,7 @@ class TimmClassifier(nn.Module):
     image_shape: tuple[int, int, int]
     drop_paths: tuple[str, ...]  # those that take a column of `drop` each
     num_branches: int  # columns of `drop`
-    head_only: bool  # a linear probe: batch norm keeps its statistics
+    is_frozen: bool  # but for a few parameters (`models.parameter_efficient`): batch norm keeps its statistics
 
     def forward(self, images: Tensor, drop: Tensor | None = None) -> Tensor:
         """Images float `[B, C, H, W]` to logits `[B, num_classes]`. Raises UsageError for images of another size.
@@ -58,16 +58,14 @@ class TimmClassifier(nn.Module):
 
     def train(self, mode: bool = True) -> TimmClassifier:
         super().train(mode)
-        if self.head_only:
+        if self.is_frozen:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         return self
 
 
-def build_timm(
-    model: Model, *, num_classes: int, drop_path: float, head_std: float, head_only: bool = False
-) -> TimmClassifier:
+def build_timm(model: Model, *, num_classes: int, drop_path: float, head_std: float) -> TimmClassifier:
     """The classifier of a recipe's `model`, freshly initialised from torch's global generator.
 
     Parameters that have no part in the logits are frozen: no gradient would ever reach them.
@@ -82,13 +80,10 @@ def build_timm(
     kind: type[nn.Module] = type(network)
     network.__class__ = _class_of(kind)  # type: ignore[arg-type]  # a class is hashable
     classifier: TimmClassifier = network
-    classifier.facts, classifier.drop_paths, classifier.head_only = facts, drop_paths, head_only
+    classifier.facts, classifier.drop_paths, classifier.is_frozen = facts, drop_paths, False
     classifier.num_branches = model.num_uniforms(drop_path=drop_path)
     classifier.image_shape = (model.channels, model.image_px, model.image_px)
     reset_head(classifier, std=head_std)
-    if head_only:
-        for name, parameter in classifier.named_parameters():
-            parameter.requires_grad_(name.startswith(f"{facts.head}."))
     return classifier.train()
 
 

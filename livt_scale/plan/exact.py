@@ -121,17 +121,20 @@ def _answer(question: dict[str, Any]) -> Measurement:
 
 def _network(recipe: Recipe, stage: Stage, num_classes: int) -> torch.nn.Module:
     from livt_scale.config.recipe import Finetune, Pretrain
-    from livt_scale.models.classifier import build_classifier
     from livt_scale.models.mae import build_mae
+    from livt_scale.models.parameter_efficient import build_tuned
 
     part = recipe.stage(stage)
     if isinstance(part, Pretrain):
         return build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
     assert isinstance(part, Finetune)
-    return build_classifier(
-        recipe.model, num_classes=num_classes, drop_path=part.drop_path, head_only=part.backbone_frozen,
+    return build_tuned(
+        recipe.model,
+        num_classes=num_classes,
+        drop_path=part.drop_path,
+        tuning=part.train,
         cosine_scale=part.cosine_scale,
-    )  # fmt: skip
+    )
 
 
 def _measured(
@@ -260,7 +263,9 @@ def _inputs(recipe: Recipe, stage: Stage, images: int) -> tuple[torch.Tensor, to
 
     model = recipe.model
     batch = torch.empty(images, model.channels, model.image_px, model.image_px)
-    beside = model.num_patches if stage == "pretrain" else 2 * model.dims.depth  # masking noise, or drop path's numbers
+    beside = model.num_patches  # masking noise
+    if stage == "finetune":
+        beside = 2 * model.dims.depth + recipe.stage(stage).tuning.uniforms  # drop path's numbers
     return batch, torch.empty(images, beside)
 
 

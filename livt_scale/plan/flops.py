@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from livt_scale.config import timm_models
 from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
+from livt_scale.config.tuning import Tuning
 from livt_scale.plan.shapes import Network, classifier, mae
 
 
@@ -47,7 +48,7 @@ def network_flops(recipe: Recipe, stage: Stage, *, num_classes: int) -> Flops:
     part, model = recipe.stage(stage), recipe.at(stage).model
     if isinstance(part, Pretrain):
         return mae_flops(model, mask_ratio=part.mask_ratio)
-    flops = classifier_flops(model, num_classes=num_classes)
+    flops = classifier_flops(model, num_classes=num_classes, tuning=part.tuning)
     if part.backbone_frozen:  # the gradient of the head's weights is all that goes back
         return Flops(flops.forward, _product(1, _head_width(model, num_classes), num_classes), 0)
     return flops
@@ -57,13 +58,13 @@ def mae_flops(model: Model, *, mask_ratio: float) -> Flops:
     return _of(mae(model, mask_ratio=mask_ratio))
 
 
-def classifier_flops(model: Model, *, num_classes: int) -> Flops:
+def classifier_flops(model: Model, *, num_classes: int, tuning: Tuning | None = None) -> Flops:
     if model.is_resnet:
         return _resnet_flops(model, num_classes=num_classes)
     if model.timm is not None:
         forward, backward = timm_models.weights_of(model.timm_spec, num_classes=num_classes)[1]
         return Flops(forward, backward, recomputed=0)
-    return _of(classifier(model, num_classes=num_classes))
+    return _of(classifier(model, num_classes=num_classes, tuning=tuning))
 
 
 def _head_width(model: Model, num_classes: int) -> int:

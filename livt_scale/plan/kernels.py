@@ -93,7 +93,9 @@ def _both_ways_s(product: Product, images: int, chip: Chip, low_bytes: int) -> t
     """Seconds (forward, backward) of a linear layer over the rows of all images."""
     rows = images * product.rows
     forward = product_s(rows, product.columns, product.inner, chip, low_bytes=low_bytes)
-    backward = product_s(product.inner, product.columns, rows, chip, low_bytes=low_bytes)
+    backward = 0.0
+    if product.trained:
+        backward += product_s(product.inner, product.columns, rows, chip, low_bytes=low_bytes)
     if product.leads_back:
         backward += product_s(rows, product.inner, product.columns, chip, low_bytes=low_bytes)
     return forward, backward
@@ -152,6 +154,7 @@ def _block_launches(blocks: BlockStack, software: Software) -> tuple[int, int]:
     if software.compiled:
         return 12, 24
     forward, backward = (21, 36) if software.casts else (11, 24)
+    forward, backward = forward + 2 * len(blocks.added), backward + 4 * len(blocks.added)
     if not software.fused_attention:
         forward, backward = forward + 9, backward + 12
     drops = 4 * blocks.drops_paths

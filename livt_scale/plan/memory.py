@@ -25,6 +25,7 @@ from typing import Literal
 
 from livt_scale.config.capabilities import CAPABILITIES, Capabilities, StrategyName
 from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
+from livt_scale.config.tuning import Tuning
 from livt_scale.plan.parameters import Weight
 
 GIB = 2**30
@@ -33,6 +34,7 @@ ZERO_BUCKET = 50_000_000  # elements exchanged at a time: `distributed.deepspeed
 ZERO_REUSE = 1_000_000_000  # elements: weights that come again so soon stay gathered (DeepSpeed's max_reuse_distance)
 KEPT_FP32 = 2  # values of a block a token and channel: the residual stream before attention and before the MLP
 KEPT_LOW = 14
+KEPT_LOW_FROZEN = 8  # qkv 3, attended 1, MLP 4 before GELU
 FROZEN_FP32, FROZEN_LOW = 4, 8  # of a frozen block, in its MLP
 WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
 
@@ -179,14 +181,15 @@ def cast_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
     """
     if spread.low_bytes == FP32 or (spread.strategy == "fsdp" and spread.gpus > 1):
         return 0, 0
-    casts = spread.low_bytes * sum(w.numel for w in weights if len(w.shape) > 1 and w.trained)
+    casts = spread.low_bytes * sum(w.numel for w in weights if len(w.shape) > 1 and (w.trained or w.leads_back))
     return casts, spread.low_bytes * _largest_block(weights) if spread.recompute else casts
 
 
 def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
     """What is gathered and exchanged, in the forward and in the backward pass."""
     low, trained, largest = spread.low_bytes, _trained(weights), _largest_block(weights)
-    goes_back = _largest_block([w for w in weights if w.trained])
+    goes_back = _largest_block([w for w in weights if w.trained or w.leads_back])
+    reduced_back = _largest_block([w for w in weights if w.trained])
     if spread.strategy == "ddp" or (spread.gpus == 1 and spread.strategy == "fsdp"):
         return 0, 0
     bucket = FP32 * min(ZERO_BUCKET, trained)
@@ -200,7 +203,7 @@ def buffer_bytes(weights: Sequence[Weight], spread: Spread) -> tuple[int, int]:
         return gathered + reduced, gathered + reduced
     outside = FP32 * sum(w.numel for w in weights if w.block is None)  # stays gathered
     # this block and the next; going back: one, its gradient, and what is reduced in fp32
-    return 2 * low * largest + outside, (2 * low + FP32) * goes_back + outside
+    return 2 * low * largest + outside, low * goes_back + (low + FP32) * reduced_back + outside
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,8 @@ def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
     model, low, images = recipe.model, spread.low_bytes, spread.micro_batch
     width, depth, _, patch_px = model.dims
     part = recipe.stage(stage)
-    encoder_tokens = 1 + (model.num_kept(part.mask_ratio) if isinstance(part, Pretrain) else model.num_patches)
+    patches = model.num_kept(part.mask_ratio) if isinstance(part, Pretrain) else model.num_patches
+    encoder_tokens = 1 + patches + part.tuning.tokens
     encoder = images * encoder_tokens * width
     blocks = [encoder] * depth
     given = FP32 * images * model.channels * model.image_px**2
@@ -229,12 +233,31 @@ def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
     if part.backbone_frozen:
         holds = given + (FROZEN_FP32 * FP32 + FROZEN_LOW * low) * encoder
         return Kept(holds, holds, given)
-    whole = [(KEPT_FP32 * FP32 + KEPT_LOW * low) * values for values in blocks]
+    kept_low = kept_values(model, part.tuning)
+    whole = [round((KEPT_FP32 * FP32 + kept_low * low) * values) for values in blocks]
     working = max((FP32 + WORKING_LOW * low) * values for values in blocks)
     if not spread.recompute:
         return Kept(given + sum(whole) + ends, given + sum(whole) + working, given + whole[0] + working)
     inputs = FP32 * sum(blocks)
     return Kept(given + inputs + ends, given + inputs + max(whole) + working, given + whole[0] + working)
+
+
+def kept_values(model: Model, tuning: Tuning) -> float:
+    """Values of a block that are kept in the products' precision, of a token and channel.
+
+    A frozen matrix needs no input to go back: those of qkv and of the MLP are kept where something is trained on them.
+    """
+    if not tuning.freezes:
+        return KEPT_LOW
+    shapes, head = model.tunable_shapes
+    width = model.dims.width
+    kept = float(KEPT_LOW_FROZEN)
+    for layer in tuning.adapted(shapes, head=head):
+        added = [shape for _, shape in tuning.added(layer, shapes) if len(shape) == 2]
+        if layer.startswith("blocks.0.") and added:
+            inputs = 0 if layer.endswith("attn.proj") else added[0][1]  # attention keeps its own output
+            kept += (inputs + added[0][0]) / width  # the input of the first matrix and its output
+    return kept
 
 
 def _prediction_bytes(model: Model, part: Pretrain, images: int, low: int) -> int:

@@ -11,7 +11,7 @@ from livt_scale.plan.memory import GIB
 from livt_scale.plan.stage_plan import StagePlan, plan_stage
 from livt_scale.plan.step_time import decode_images_per_s
 
-OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS", "sgd": "SGD"}
+OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
 
 
 def calibration(plan: StagePlan) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def figures(plan: StagePlan, *, price: float | None) -> dict[str, Any]:
         "nodes": task.nodes,
         "epochs": task.epochs,
         "params": sum(w.numel for w in task.weights),
+        "trained_params": sum(w.numel for w in task.weights if w.trained),
         "train_flops_per_image": task.flops.train,
         "hardware_flops_per_image": task.flops.hardware if plan.spread.recompute else task.flops.train,
         "strategy": plan.spread.strategy,

@@ -14,15 +14,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from livt_scale.config import timm_models
+from livt_scale.config.model import MLP_RATIO
 from livt_scale.config.recipe import Finetune, Model, Recipe, Stage
-from livt_scale.plan.shapes import MLP_RATIO
+from livt_scale.config.tuning import Tuning, tuned
 
 
 @dataclass(frozen=True)
 class Weight:
     """`block`: which transformer block it belongs to, "blocks.0"; None outside of them. `trained`: has a gradient.
 
-    `moments`: tensors of its size that the optimizer keeps of a trained one: AdamW's two, LARS's one.
+    `moments`: tensors of its size that the optimizer keeps of a trained one: AdamW's two, LARS's one. `leads_back`: it
+    is frozen, and gradients of other parameters pass through its layer.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Weight:
     trained: bool = True
     block: str | None = None
     moments: int = 2
+    leads_back: bool = False
 
     @cached_property
     def numel(self) -> int:
@@ -54,16 +57,35 @@ def weights_of(model: Model, stage: Stage, *, num_classes: int) -> tuple[Weight,
 
 
 def stage_weights(recipe: Recipe, stage: Stage, *, num_classes: int) -> tuple[Weight, ...]:
-    """`weights_of`, trained as the recipe says: a linear probe's backbone is frozen, each optimizer has its moments."""
+    """`weights_of`, with what `stages.finetune.train` adds and without gradients of what it freezes.
+
+    Each optimizer has its moments.
+    """
     part = recipe.stage(stage)
     weights = weights_of(recipe.model, stage, num_classes=num_classes)
     head = recipe.model.timm_facts.head if recipe.model.timm else "fc" if recipe.model.is_resnet else "head"
     if isinstance(part, Finetune) and part.head == "cosine":
         weights = tuple(w for w in weights if w.name != f"{head}.bias")
     weights = tuple(replace(w, moments=part.trained_by.moments) for w in weights)
-    if part.backbone_frozen:
-        weights = tuple(replace(w, trained=w.name.startswith(f"{head}.")) for w in weights)
+    if part.tuning.freezes:
+        return tuple(_tuned(weights, part.tuning, head=head))
     return weights
+
+
+def _tuned(weights: tuple[Weight, ...], tuning: Tuning, *, head: str) -> Iterator[Weight]:
+    """`weights` after `tuning`; a weight that is not trained anyway stays as it is."""
+    plain = {w.name: w for w in weights}
+    yield from (w for w in weights if not w.trained)
+    shapes = {w.name: w.shape for w in weights if w.trained}
+    blocks = {w.block for w in weights if w.block is not None}
+    for name, shape, trained, before in tuned(tuning, shapes, head=head):
+        if before is not None:
+            old = plain[before]
+            back = not trained and not tuning.head_alone and old.block is not None
+            yield replace(old, name=name, trained=trained, leads_back=back)
+        else:
+            block = next((b for b in blocks if name.startswith(f"{b}.")), None)
+            yield Weight(name, shape, block=block, moments=weights[0].moments)
 
 
 def _mae(model: Model) -> Iterator[Weight]:

@@ -9,22 +9,26 @@ but its last block answers for the masked ones alone, and they alone are predict
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
+from livt_scale.config.model import MLP_RATIO
 from livt_scale.config.recipe import Model, Pretrain, Recipe, Stage
-
-MLP_RATIO = 4  # hidden width of a block's MLP over its width
+from livt_scale.config.tuning import TrainAll, Tuning
 
 
 @dataclass(frozen=True)
 class Product:
-    """Rows of an image `[rows, inner]` times weights `[inner, columns]`. `leads_back`: the input needs a gradient."""
+    """Rows of an image `[rows, inner]` times weights `[inner, columns]`.
+
+    `leads_back`: the input needs a gradient. `trained`: the weights do.
+    """
 
     rows: int
     inner: int
     columns: int
     leads_back: bool = True
+    trained: bool = True
 
     @property
     def flops(self) -> int:
@@ -37,7 +41,10 @@ class Product:
 
 @dataclass(frozen=True)
 class BlockStack:
-    """`depth` transformer blocks alike: the first `answered` tokens are asked for, all are looked at."""
+    """`depth` transformer blocks alike: the first `answered` tokens are asked for, all are looked at.
+
+    `trained`: the matrices are. `added`: (inner, columns) of products over all tokens that a method of tuning adds.
+    """
 
     tokens: int
     width: int
@@ -46,6 +53,8 @@ class BlockStack:
     answered: int
     mlp_ratio: float = MLP_RATIO
     drops_paths: bool = False
+    trained: bool = True
+    added: tuple[tuple[int, int], ...] = ()
 
     @property
     def hidden(self) -> int:
@@ -59,7 +68,9 @@ class BlockStack:
         if answered == self.tokens:
             inputs = [Product(answered, width, 3 * width)]
         mlp = (Product(answered, width, self.hidden), Product(answered, self.hidden, width))
-        return (*inputs, Product(answered, width, width), *mlp)
+        own = (*inputs, Product(answered, width, width), *mlp)
+        more = (Product(self.tokens, inner, columns) for inner, columns in self.added)
+        return (*more, *(replace(product, trained=self.trained) for product in own))
 
     @property
     def attention_flops(self) -> int:
@@ -103,9 +114,9 @@ class Network:
 
     @property
     def backward_flops(self) -> int:
-        """Two products for each one forward, but one where the input needs no gradient."""
+        """Two products for each one forward, but one where the input or the weights need no gradient."""
         attention = sum(b.depth * b.attention_flops for b in self.blocks)
-        return 2 * attention + sum(times * p.flops * (1 + p.leads_back) for p, times in self.products)
+        return 2 * attention + sum(times * p.flops * (p.trained + p.leads_back) for p, times in self.products)
 
     @property
     def recomputed_flops(self) -> int:
@@ -118,7 +129,7 @@ def network_of(recipe: Recipe, stage: Stage, *, num_classes: int) -> Network:
     part, model = recipe.stage(stage), recipe.at(stage).model
     if isinstance(part, Pretrain):
         return mae(model, mask_ratio=part.mask_ratio)
-    return classifier(model, num_classes=num_classes, drops_paths=part.drop_path > 0)
+    return classifier(model, num_classes=num_classes, drops_paths=part.drop_path > 0, tuning=part.tuning)
 
 
 def mae(model: Model, *, mask_ratio: float) -> Network:
@@ -140,9 +151,22 @@ def mae(model: Model, *, mask_ratio: float) -> Network:
     return Network(blocks, outside, model.channels * model.image_px**2)
 
 
-def classifier(model: Model, *, num_classes: int, drops_paths: bool = False) -> Network:
+def classifier(model: Model, *, num_classes: int, drops_paths: bool = False, tuning: Tuning | None = None) -> Network:
+    """`tuning`: None: all is trained. A linear probe's gradients are not counted here (`plan.flops`)."""
+    tuning = tuning or TrainAll()
     width, depth, heads, patch_px = model.dims
-    tokens = 1 + model.num_patches
-    blocks = BlockStack(tokens, width, heads, depth, tokens, drops_paths=drops_paths)
-    embed = Product(model.num_patches, patch_px**2 * model.channels, width, leads_back=False)
+    tokens = 1 + model.num_patches + tuning.tokens
+    is_trained = not tuning.freezes or tuning.head_alone
+    blocks = BlockStack(
+        tokens, width, heads, depth, tokens, drops_paths=drops_paths, trained=is_trained, added=_added(model, tuning)
+    )
+    embed = Product(model.num_patches, patch_px**2 * model.channels, width, leads_back=False, trained=is_trained)
     return Network((blocks,), (embed, Product(1, width, num_classes)), model.channels * model.image_px**2)
+
+
+def _added(model: Model, tuning: Tuning) -> tuple[tuple[int, int], ...]:
+    """(inner, columns) of the matrices that `tuning` adds to one block."""
+    shapes, head = model.tunable_shapes
+    layers = tuning.adapted(shapes, head=head)
+    found = (shape for layer in layers if layer.startswith("blocks.0.") for _, shape in tuning.added(layer, shapes))
+    return tuple((shape[1], shape[0]) for shape in found if len(shape) == 2)

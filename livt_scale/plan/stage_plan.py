@@ -199,7 +199,7 @@ def strategies_for(part: StagePart) -> tuple[StrategyName, ...]:
     return tuple(
         name
         for name, can in CAPABILITIES.items()
-        if (can.frozen_backbone or not part.backbone_frozen) and (can.other_optimizer or adamw)
+        if (can.frozen_parameters or not part.tuning.freezes) and (can.other_optimizer or adamw)
     )
 
 

@@ -27,6 +27,7 @@ from livt_scale.evaluation.calibration import temperature_report
 from livt_scale.evaluation.evaluate import check_room, evaluate, kept_batches, weights_lineage
 from livt_scale.evaluation.logits import About, gather
 from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
+from livt_scale.models.parameter_efficient import head_std, tune
 from livt_scale.models.timm_backbone import TimmClassifier
 from livt_scale.train.head_init import start_from_class_means, start_from_vectors
 from livt_scale.train.loop import Evaluation, Evaluator, StageTask
@@ -49,7 +50,7 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         _log_timm(model)
 
     def groups(model: nn.Module) -> list[dict[str, Any]]:
-        decay = part.layer_decay if not recipe.model.is_resnet and part.train == "all" else None
+        decay = part.layer_decay if not recipe.model.is_resnet and not part.backbone_frozen else None
         return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, layer_decay=decay)
 
     val = ShardSet.open(recipe.data.val, data=recipe.data) if recipe.data.val else None
@@ -92,16 +93,27 @@ def initial_classifier(
             recipe.model,
             num_classes=num_classes,
             drop_path=part.drop_path,
-            head_only=part.train == "head",
+            head_std=head_std(part.train),
             head_norm=part.head_norm == "batch",
             cosine_scale=part.cosine_scale,
         )
+    origin = _load_initial(model, recipe, run_dir=run_dir)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        tune(model, part.train)  # now, since weights have the names of the plain network
+    return model, origin
+
+
+def _load_initial(model: AnyClassifier, recipe: Recipe, *, run_dir: Path) -> dict[str, Any] | None:
+    """Load what the recipe begins from into `model`. Returns the lineage of these weights; None: from the seed."""
+    part = recipe.stages.finetune
+    assert part is not None
     if part.init == "scratch":
-        return model, None
+        return None
     lineage = _start_backbone(model, part, recipe, run_dir=run_dir)
     if part.head_file is not None:
         lineage = start_from_vectors(model, Path(part.head_file), lineage)
-    return model, lineage
+    return lineage
 
 
 def _start_backbone(model: AnyClassifier, part: Finetune, recipe: Recipe, *, run_dir: Path) -> dict[str, Any]:

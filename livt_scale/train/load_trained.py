@@ -20,17 +20,20 @@ import torch
 from livt_scale.checkpoint import load
 from livt_scale.config.load import from_saved
 from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.config.tuning import TrainAll, Tuning
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.distributed.state_dict import AVERAGE, collect
 from livt_scale.evaluation.calibration import NOT_FITTED, Calibration, recorded_calibration
 from livt_scale.evaluation.evaluate import weights_lineage
-from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier
+from livt_scale.models.classifier import AnyClassifier, Classifier
+from livt_scale.models.parameter_efficient import build_tuned, merge
 from livt_scale.train.run_dir import is_run
 from livt_scale.train.run_files import EVAL, read_eval, read_status
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
 
 NAMED = ("best", "newest")
 Weights = Literal["raw", "ema"]
+PLAIN = TrainAll()
 
 
 @dataclass(frozen=True)
@@ -43,16 +46,18 @@ class Trained:
     weights: dict[str, Any]  # as `evaluate.weights_lineage` gives it
     learnt_from: dict[str, Any]  # the recipe's fields that decided what was learnt, dotted
     calibration: Calibration = NOT_FITTED
+    tuning: Tuning = PLAIN  # what `model` is besides a plain network
 
 
-def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:
+def load_trained(run_dir: Path, *, which: str | None = None, weights: Weights = "raw", merged: bool = True) -> Trained:
     """The classifier of `run_dir`: its final checkpoint, or `which` of "best", "newest" and a step number.
 
-    weights: "raw", as trained, or "ema", their average. Every byte is checked first. Raises UsageError (no average),
+    weights: "raw", as trained, or "ema", their average. merged: as a plain network, where the method of tuning allows
+    it. Every byte is checked first. Raises UsageError (no average),
     RunError (fine-tuning has not finished, no such checkpoint: it lists what is there), CheckpointDamaged and
     CheckpointMismatch.
     """
-    trained = read_trained(pick_checkpoint(run_dir, which=which), weights=weights)
+    trained = read_trained(pick_checkpoint(run_dir, which=which), weights=weights, merged=merged)
     return replace(trained, calibration=_calibration(run_dir, trained, weights))
 
 
@@ -67,7 +72,7 @@ def _calibration(run_dir: Path, trained: Trained, weights: Weights) -> Calibrati
     return recorded_calibration(report, checkpoint_digest=trained.weights["checkpoint_digest"], weights=weights)
 
 
-def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
+def read_trained(path: Path, *, weights: Weights = "raw", merged: bool = True) -> Trained:
     """The classifier in the fine-tuning checkpoint `path`. Raises as `load_trained`."""
     manifest = load.read_manifest(path)
     facts = manifest.facts
@@ -86,10 +91,16 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
         ) from error
     with torch.random.fork_rng(devices=[]):
         part = recipe.stages.finetune
+        tuning = part.train if part is not None else PLAIN
         head_norm = part is not None and part.head_norm == "batch"
         scale = part.cosine_scale if part is not None else None
-        model = build_classifier(
-            recipe.model, num_classes=len(classes.names), drop_path=0.0, head_norm=head_norm, cosine_scale=scale
+        model = build_tuned(
+            recipe.model,
+            num_classes=len(classes.names),
+            drop_path=0.0,
+            tuning=tuning,
+            head_norm=head_norm,
+            cosine_scale=scale,
         )
     load.load(path, collect(model), allow_unexpected=("optim.*", f"{AVERAGE}*"))
     position = manifest.position
@@ -99,7 +110,10 @@ def read_trained(path: Path, *, weights: Weights = "raw") -> Trained:
         lineage["ema"] = _take_average(model, recipe, path)
     if isinstance(model, Classifier):
         model.fold_head_norm()
-    return Trained(model.eval(), recipe, classes, lineage, facts["learnt_from"])
+    if merged and tuning.merges:
+        merge(model, tuning)
+        tuning = PLAIN
+    return Trained(model.eval(), recipe, classes, lineage, facts["learnt_from"], tuning=tuning)
 
 
 def _take_average(model: AnyClassifier, recipe: Recipe, path: Path) -> dict[str, Any]:

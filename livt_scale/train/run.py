@@ -339,7 +339,8 @@ class _StageRun:
     def _announce(self, task: StageTask, plan: BatchPlan, strategy: Strategy, resumed: str | None) -> None:
         part, stage = task.part, self.stage
         sizes = (getattr(p, "ds_numel", p.numel()) for p in task.model.parameters())  # DeepSpeed leaves 0 in place
-        frozen = ", only the head is trained" if part.backbone_frozen else ""
+        trained = sum(p.numel() for p in task.model.parameters() if p.requires_grad) / 1e6
+        frozen = f", {trained:.3f} M of them trained ({part.tuning.phrase})" if part.tuning.freezes else ""
         _log.info("%s: %.1f M parameters%s, %s, %s", stage, sum(sizes) / 1e6, frozen, strategy.name, plan)
         _log.info("%s: peak lr %.3g = %.3g · %d / 256", stage, part.peak_lr, part.base_lr, part.global_batch)
         if self.world.world_size > 1 and running_statistics(task.model):

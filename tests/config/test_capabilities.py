@@ -22,7 +22,7 @@ ASKED: dict[Feature, list[str]] = {
     "hybrid": ["parallel.shard_within=node"],
     "ema": ["stages.finetune.ema.decay=0.99"],
     "other_optimizer": [*PROBE, "stages.finetune.optimizer=lars"],
-    "frozen_backbone": PROBE,
+    "frozen_parameters": PROBE,
     "layer_groups": ["log.layer_groups=true"],
 }
 
@@ -54,7 +54,7 @@ def test_auto_supports_what_each_of_its_choices_supports():
 
 def test_the_planner_tries_what_a_recipe_may_have():
     probe = load_recipe(QUICKSTART, sets=PROBE).stage("finetune")
-    assert strategies_for(probe) == tuple(name for name in STRATEGIES if supports(name, "frozen_backbone"))
+    assert strategies_for(probe) == tuple(name for name in STRATEGIES if supports(name, "frozen_parameters"))
     assert strategies_for(load_recipe(QUICKSTART).stage("pretrain")) == STRATEGIES
 
 

@@ -43,7 +43,7 @@ def refusal(text, *, sets=(), name="a.yaml"):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_shipped_recipe_is_sound_and_says_what_it_is(path):
     recipe = load_recipe(path)
-    starts_elsewhere = any(word in path.name for word in ("scratch", "linear_probe", "from_mae"))
+    starts_elsewhere = any(word in path.name for word in ("scratch", "linear_probe", "from_mae", "lora"))
     assert recipe.stage_names == (("finetune",) if starts_elsewhere else ("pretrain", "finetune"))
     head = path.read_text().split("extends:")[0]
     for line in ("# Reproduces:", "# Hardware:", "# Expect:", "# Command:"):

@@ -138,7 +138,7 @@ def probe(parts=None, **fields):
         ({"keep_head": True, "head_norm": "batch"}, "that head was trained without head_norm"),
         ({"momentum": 0.8}, "momentum has no effect on optimizer 'adamw'"),
         ({"optimizer": "lars", "betas": (0.9, 0.999)}, "betas has no effect on optimizer 'lars'"),
-        ({"train": "heads"}, "Input should be 'all' or 'head'"),
+        ({"train": "heads"}, "did you mean 'head'"),
     ],
 )
 def test_a_probe_refuses_what_would_have_no_effect_on_it(fields, said):

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor, nn
 
 from livt_scale.config.recipe import Model
-from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.config.tuning import TrainHead
+from livt_scale.models.classifier import Classifier
 from livt_scale.models.layers import vit_args
+from livt_scale.models.parameter_efficient import build_tuned
 
 MICRO = Model(size="vit_micro", depth=2, image_px=28, channels=1)
 
 
 def a_probe(*, seed: int = 0) -> Classifier:
     torch.manual_seed(seed)
-    model = build_classifier(MICRO, num_classes=10, drop_path=0.0, head_only=True, head_norm=True)
+    model = build_tuned(MICRO, num_classes=10, drop_path=0.0, tuning=TrainHead(), head_norm=True)
     with torch.no_grad():
         for parameter in model.parameters():  # another fc_norm than the one that changes nothing
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -47,7 +49,7 @@ def after_steps(model: Classifier) -> Tensor:
 
 def test_the_head_alone_has_gradients_and_it_starts_as_maes_probe_does() -> None:
     torch.manual_seed(0)
-    model = build_classifier(MICRO, num_classes=1000, drop_path=0.0, head_only=True)
+    model = build_tuned(MICRO, num_classes=1000, drop_path=0.0, tuning=TrainHead())
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
     assert 0.0095 < model.head.weight.std().item() < 0.0105
     model(images(0)).sum().backward()

@@ -9,8 +9,10 @@ from pydantic import ValidationError
 from timm.optim import param_groups_layer_decay
 
 from livt_scale.config.model import Model
+from livt_scale.config.tuning import TrainHead
 from livt_scale.distributed.blocks import blocks_of, prepare_blocks
 from livt_scale.models.classifier import HEAD_STD, build_classifier, head_of
+from livt_scale.models.parameter_efficient import build_tuned
 from livt_scale.optim import param_groups
 from livt_scale.plan.parameters import weights_of
 from livt_scale.util.errors import UsageError
@@ -81,7 +83,7 @@ def test_random_numbers_belong_to_the_samples(name):
 def test_the_head_starts_near_zero_and_a_probe_trains_it_alone():
     model = build_classifier(family("convnext"), num_classes=5, drop_path=0.0)
     assert 0 < head_of(model).weight.std() < 2 * HEAD_STD
-    probe = build_classifier(family("efficientnet"), num_classes=5, drop_path=0.0, head_only=True)
+    probe = build_tuned(family("efficientnet"), num_classes=5, drop_path=0.0, tuning=TrainHead())
     assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["classifier.weight", "classifier.bias"]
     before = {name: tensor.clone() for name, tensor in probe.named_buffers()}
     probe.train()(torch.randn(4, 1, 32, 32))

@@ -11,9 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Model
+from livt_scale.config.tuning import TrainHead
 from livt_scale.distributed.blocks import prepare_blocks
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
+from livt_scale.models.parameter_efficient import build_tuned
 from livt_scale.plan import flops
 
 MODELS = {
@@ -97,7 +99,7 @@ def test_a_linear_probes_step_has_the_flops_of_the_formula():
     sets = ["stages.pretrain=null", "stages.finetune.init=weights", "stages.finetune.weights=w"]
     sets += ["stages.finetune.train=head", "stages.finetune.layer_decay=1", "stages.finetune.drop_path=0"]
     recipe = load_recipe(QUICKSTART, sets=sets)
-    network = build_classifier(recipe.model, num_classes=100, drop_path=0.0, head_only=True)
+    network = build_tuned(recipe.model, num_classes=100, drop_path=0.0, tuning=TrainHead())
     formula = flops.network_flops(recipe, "finetune", num_classes=100)
     assert formula.train == pytest.approx(counted(lambda: network(images(recipe.model)).sum().backward()), rel=0.02)
     assert formula.hardware == formula.train

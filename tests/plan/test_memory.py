@@ -14,9 +14,11 @@ import torch
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Model
+from livt_scale.config.tuning import TrainHead
 from livt_scale.distributed.deepspeed import BUCKET
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
+from livt_scale.models.parameter_efficient import build_tuned
 from livt_scale.plan.memory import (
     GIB,
     ZERO_BUCKET,
@@ -67,7 +69,7 @@ def test_a_probes_weights_are_trained_as_the_network_says():
     sets += ["stages.finetune.train=head", "stages.finetune.layer_decay=1", "stages.finetune.drop_path=0"]
     recipe = load_recipe(VIT_B, sets=sets)
     with torch.device("meta"):
-        network = build_classifier(recipe.model, num_classes=37, drop_path=0.0, head_only=True)
+        network = build_tuned(recipe.model, num_classes=37, drop_path=0.0, tuning=TrainHead())
     planned = stage_weights(recipe, "finetune", num_classes=37)
     assert {w.name: w.trained for w in planned} == {name: p.requires_grad for name, p in network.named_parameters()}
     assert {w.moments for w in planned} == {2}
