@@ -19,16 +19,18 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
+from livt_scale.config.optimizers import Sgd
 from livt_scale.config.stages import StagePart
 from livt_scale.util.errors import UsageError
 
-__all__ = ["lr_at", "make_adamw", "make_lars", "optimizer_maker", "param_groups", "set_lr"]
+__all__ = ["lr_at", "make_adamw", "make_lars", "make_sgd", "optimizer_maker", "param_groups", "set_lr"]
 
+Momentum = TypeVar("Momentum", bound=torch.optim.Optimizer)
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # of `param_groups`
 
 BLOCK = re.compile(r"blocks\.(\d+)\.")
@@ -171,7 +173,18 @@ def make_lars(groups: Iterable[dict[str, Any]], *, momentum: float) -> torch.opt
     """
     from timm.optim import Lars  # brings all of timm's optimizers along, which few runs need
 
-    optimizer = Lars(list(groups), momentum=momentum)
+    return _with_momenta(Lars(list(groups), momentum=momentum))
+
+
+def make_sgd(groups: Iterable[dict[str, Any]], *, momentum: float) -> torch.optim.SGD:
+    """SGD over `param_groups`: w <- w - lr · m with m <- momentum · m + gradient + weight_decay · w.
+
+    The momentum is there from the start, as `make_lars`'s.
+    """
+    return _with_momenta(torch.optim.SGD(list(groups), lr=0.0, momentum=momentum))
+
+
+def _with_momenta(optimizer: Momentum) -> Momentum:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -184,6 +197,8 @@ def optimizer_maker(part: StagePart) -> MakeOptimizer | None:
         return None
     if part.lars_momentum is not None:
         return partial(make_lars, momentum=part.lars_momentum)
+    if isinstance(part.trained_by, Sgd):
+        return partial(make_sgd, momentum=part.trained_by.momentum)
     return part.trained_by.build
 
 

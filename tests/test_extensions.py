@@ -41,7 +41,7 @@ QUICKSTART = ROOT / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
 KINDS: dict[str, tuple[Any, str, str]] = {
     "A loss": (LOSSES, "poly1", "builtin.py"),
     "A sampler": (SAMPLERS, "cubic_root", "sampling.py"),
-    "An optimizer": (OPTIMIZERS, "sgd", "optimizers.py"),
+    "An optimizer": (OPTIMIZERS, "heavy_ball", "optimizers.py"),
     "A model size": (MODEL_SIZES, "vit_tiny_mine", "model.py"),
     "A source format": (SOURCE_FORMATS, "csv", "formats.py"),
 }
@@ -119,10 +119,10 @@ def test_a_model_size_is_built_planned_and_recognised(extension):
         load_recipe(QUICKSTART, sets=["model.size=vit_tiny_mien"])
 
 
-SGD = "stages.finetune.optimizer={name: sgd, momentum: 0.5}"
+HEAVY_BALL = "stages.finetune.optimizer={name: heavy_ball, momentum: 0.5}"
 
 
-def sgd_strategy(recipe, seed=0):
+def heavy_ball_strategy(recipe, seed=0):
     torch.manual_seed(seed)
     maker = optim.optimizer_maker(recipe.stages.finetune)
 
@@ -142,11 +142,11 @@ def step(strategy, seed, *, lr=0.1):
 
 def test_an_optimizer_steps_and_its_state_is_saved_and_resumed(tmp_path, extension):
     extension(example("An optimizer"))
-    recipe = load_recipe(QUICKSTART, sets=[SGD])
+    recipe = load_recipe(QUICKSTART, sets=[HEAVY_BALL])
     save_recipe(recipe, tmp_path / "saved.yaml")
     assert load_saved(tmp_path / "saved.yaml").stages.finetune.optimizer == recipe.stages.finetune.optimizer
 
-    strategy = sgd_strategy(recipe)
+    strategy = heavy_ball_strategy(recipe)
     plain = nn.Linear(3, 2)
     plain.load_state_dict(strategy.model.state_dict())
     reference = torch.optim.SGD([{"params": [plain.bias]}, {"params": [plain.weight], "weight_decay": 0.1}], 0.1, 0.5)
@@ -160,7 +160,7 @@ def test_an_optimizer_steps_and_its_state_is_saved_and_resumed(tmp_path, extensi
 
     saved = {name: tensor.clone() for name, tensor in strategy.state().items()}
     assert saved["optim.weight.momentum_buffer"].abs().max() > 0
-    resumed = sgd_strategy(recipe, seed=9)
+    resumed = heavy_ball_strategy(recipe, seed=9)
     state = resumed.state()
     assert state.keys() == saved.keys()
     for name, tensor in state.items():
@@ -173,21 +173,21 @@ def test_an_optimizer_steps_and_its_state_is_saved_and_resumed(tmp_path, extensi
 
 def test_state_that_a_resumed_run_would_not_have_is_an_error(extension):
     extension(example("An optimizer").replace('["momentum_buffer"] =', "; _ ="))
-    strategy = sgd_strategy(load_recipe(QUICKSTART, sets=[SGD]))
+    strategy = heavy_ball_strategy(load_recipe(QUICKSTART, sets=[HEAVY_BALL]))
     with pytest.raises(UsageError, match="SGD keeps momentum_buffer of a parameter"):
         step(strategy, 1)
 
 
 def test_an_optimizer_is_planned_with_its_moments_and_refused_by_the_zeros(extension):
     extension(example("An optimizer"))
-    recipe = load_recipe(QUICKSTART, sets=[SGD])
+    recipe = load_recipe(QUICKSTART, sets=[HEAVY_BALL])
     assert {weight.moments for weight in stage_weights(recipe, "finetune", num_classes=10)} == {1}
     assert {weight.moments for weight in stage_weights(recipe, "pretrain", num_classes=10)} == {2}
     assert strategies_for(recipe.stages.finetune) == ("ddp", "fsdp")
-    with pytest.raises(RecipeError, match=r"optimizer 'sgd' is given.*'zero2': set strategy to ddp or fsdp"):
-        load_recipe(QUICKSTART, sets=[SGD, "parallel.strategy=zero2"])
-    with pytest.raises(RecipeError, match="momentum has no effect on optimizer 'sgd'"):
-        load_recipe(QUICKSTART, sets=[SGD, "stages.finetune.momentum=0.9"])
+    with pytest.raises(RecipeError, match=r"optimizer 'heavy_ball' is given.*'zero2': set strategy to ddp or fsdp"):
+        load_recipe(QUICKSTART, sets=[HEAVY_BALL, "parallel.strategy=zero2"])
+    with pytest.raises(RecipeError, match="momentum has no effect on optimizer 'heavy_ball'"):
+        load_recipe(QUICKSTART, sets=[HEAVY_BALL, "stages.finetune.momentum=0.9"])
 
 
 @pytest.mark.parametrize("short", ["adamw", "lars"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
-from livt_scale.optim import lr_at, make_adamw, make_lars, param_groups, set_lr
+from livt_scale.optim import lr_at, make_adamw, make_lars, make_sgd, param_groups, set_lr
 from livt_scale.util.errors import UsageError
 
 MICRO = Model(size="vit_micro", image_px=28, channels=1, decoder=Decoder(width=32, depth=2, heads=2))
@@ -199,6 +199,26 @@ def test_tokens_decay_in_pretraining_as_in_the_public_code_and_not_in_fine_tunin
 
     assert decaying(tokens_decay=True) == {n for n, p in model.named_parameters() if p.requires_grad and p.ndim > 1}
     assert decaying(tokens_decay=True) - decaying() == {"cls_token", "mask_token"}
+
+
+def test_steps_of_sgd_are_torchs_and_its_momentum_is_there_from_the_start():
+    torch.manual_seed(0)
+    model, plain = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    plain.load_state_dict(model.state_dict())
+    optimizer = make_sgd(param_groups(model, lr=1e-3, weight_decay=0.1, layer_decay=None), momentum=0.9)
+    assert {name for state in optimizer.state.values() for name in state} == {"momentum_buffer"}
+    reference = torch.optim.SGD(
+        [{"params": [plain.weight], "weight_decay": 0.1}, {"params": [plain.bias]}], lr=0.1, momentum=0.9
+    )
+    set_lr(optimizer, 0.1)
+    for _ in range(3):
+        images = torch.randn(4, 3)
+        for net, steps in ((model, optimizer), (plain, reference)):
+            steps.zero_grad()
+            net(images).square().sum().backward()
+            steps.step()
+    torch.testing.assert_close(model.weight, plain.weight)
+    torch.testing.assert_close(model.bias, plain.bias)
 
 
 def test_a_step_of_lars_is_maes():

@@ -16,9 +16,12 @@ from typing import Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import Force
 from livt_scale.cli.output import echo
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.errors import UsageError
+
+DEVICE_MARK = "# Measured by livt doctor --bench, for livt plan --device."
 
 
 def doctor(
@@ -31,6 +34,10 @@ def doctor(
     recipe: Annotated[
         Path | None, typer.Option("--recipe", help="With --bench: recipe whose folders and images to measure.")
     ] = None,
+    device_file: Annotated[
+        Path | None, typer.Option("--device-file", help="With --bench: write what livt plan --device reads (YAML).")
+    ] = None,
+    force: Force = False,
     node: Annotated[
         Path | None, typer.Option("--node", help="Check this node quickly; write the result to FOLDER/NODE.")
     ] = None,
@@ -46,12 +53,12 @@ def doctor(
     measured: dict[str, Any] = {}
     findings: list[Finding] = []
     if bench:
-        found = _bench(dirs or [], recipe, seconds=seconds)
+        found = _bench(dirs or [], recipe, seconds=seconds, device_file=device_file, force=force)
         if found is None:
             return  # rank 0 prints for all
         measured, findings = {"bench": found[0]}, found[1]
-    elif dirs or recipe:
-        raise UsageError("--dir and --recipe need --bench", remedy="add --bench")
+    elif dirs or recipe or device_file:
+        raise UsageError("--dir, --recipe and --device-file need --bench", remedy="add --bench")
     from livt_scale.doctor.checks import examine
 
     findings = examine() + findings
@@ -78,9 +85,20 @@ def _look_at_node(folder: Path) -> None:
     raise typer.Exit(1 if any(f.status == "problem" for f in findings) else 0)
 
 
-def _bench(dirs: list[Path], recipe: Path | None, *, seconds: float) -> tuple[dict[str, Any], list[Finding]] | None:
+def _bench(
+    dirs: list[Path], recipe: Path | None, *, seconds: float, device_file: Path | None, force: bool
+) -> tuple[dict[str, Any], list[Finding]] | None:
     from livt_scale.config.load import load_recipe
+    from livt_scale.config.yaml import dump
     from livt_scale.doctor import bench as doctor_bench
+    from livt_scale.util.atomic import write_atomic
+    from livt_scale.util.outputs import check_output
 
+    if device_file is not None:
+        check_output(device_file, marks=[DEVICE_MARK.encode()], command="doctor", force=force)
     loaded = None if recipe is None else load_recipe(recipe)
-    return doctor_bench.bench(doctor_bench.folders_to_measure(dirs, loaded), loaded, seconds=seconds)
+    folders = doctor_bench.folders_to_measure(dirs, loaded)
+    found = doctor_bench.bench(folders, loaded, seconds=seconds, device_too=device_file is not None)
+    if found is not None and device_file is not None:
+        write_atomic(device_file, (f"{DEVICE_MARK}\n" + dump(found[0]["device_speeds"])).encode())
+    return found

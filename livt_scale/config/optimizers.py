@@ -1,19 +1,21 @@
 """The interface of an optimizer: a class of options with `build`, in the registry OPTIMIZERS. Needs no torch.
 
-    @OPTIMIZERS.register("sgd")
-    class Sgd(OptimizerOptions):
-        name: str = "sgd"
+    @OPTIMIZERS.register("heavy_ball")
+    class HeavyBall(OptimizerOptions):
+        name: str = "heavy_ball"
         momentum: float = 0.9
 
         def build(self, groups): ...       # groups of `optim.param_groups`, to a torch.optim.Optimizer
 
-In a recipe, `optimizer: adamw` and `optimizer: {name: adamw}` are the same. The two that ship take their options from
-the stage (`betas`, `momentum`) and are built by `livt_scale.optim`.
+In a recipe, `optimizer: adamw` and `optimizer: {name: adamw}` are the same. Those that ship are built by
+`livt_scale.optim`; adamw and lars take their options from the stage (`betas`, `momentum`).
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from livt_scale.util.choices import Chosen, Options
 from livt_scale.util.registry import Registry
@@ -54,6 +56,15 @@ class Lars(OptimizerOptions):
     """LARS with the stage's `momentum`."""
 
     name: Literal["lars"] = "lars"
+    moments: ClassVar[int] = 1
+
+
+@OPTIMIZERS.register("sgd")
+class Sgd(OptimizerOptions):
+    """SGD with momentum."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="how much of the last step's stays")
     moments: ClassVar[int] = 1
 
 

@@ -177,7 +177,7 @@ class Finetune(StagePart):
         "options as {name: lora, rank: 8}",
     )
     optimizer: AnyOptimizer = Field(
-        AdamW(), description="adamw, lars or, with its options, {name: …} that you registered"
+        AdamW(), description="adamw, lars, or with options {name: sgd, momentum: 0.9} or one that you registered"
     )
     momentum: BelowOne | None = Field(None, description="lars: how much of the last step's stays; None: 0.9")
     head_norm: Literal["none", "batch"] = Field(

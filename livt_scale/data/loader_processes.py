@@ -193,7 +193,8 @@ def _end_with_main() -> None:
     that parent: its loader processes would never end.
     """
     main = multiprocessing.parent_process()
-    assert main is not None and main.pid is not None
+    assert main is not None
+    assert main.pid is not None
     try:
         handle = os.pidfd_open(main.pid)
     except ProcessLookupError:

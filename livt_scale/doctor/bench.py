@@ -42,25 +42,32 @@ GRACE_S = 30.0  # a phase may exceed its time by this
 Facts = dict[str, Any]
 
 
-def bench(dirs: list[Path], recipe: Recipe | None, *, seconds: float) -> tuple[Facts, list[Finding]] | None:
-    """The measurements and the findings; None on all ranks but the first. RunError if a rank hangs or fails."""
+def bench(
+    dirs: list[Path], recipe: Recipe | None, *, seconds: float, device_too: bool = False
+) -> tuple[Facts, list[Finding]] | None:
+    """The measurements and the findings; None on all ranks but the first. RunError if a rank hangs or fails.
+
+    device_too: also `device_speeds`, of the first rank's device while all are at work, for `livt plan --device`.
+    """
     from livt_scale.distributed.world import detect, process_group
 
     world = detect()
-    each_s = seconds / 6
+    each_s = seconds / (7 if device_too else 6)
     with process_group(world, timeout_s=int(each_s + GRACE_S)), _bounded(seconds + 4 * GRACE_S):
-        facts = _measure(world, dirs, recipe, each_s=each_s)
+        facts = _measure(world, dirs, recipe, each_s=each_s, device_too=device_too)
     return (facts, judge(facts)) if world.is_main else None
 
 
-def _measure(world: World, dirs: list[Path], recipe: Recipe | None, *, each_s: float) -> Facts:
-    from livt_scale.doctor import network
+def _measure(world: World, dirs: list[Path], recipe: Recipe | None, *, each_s: float, device_too: bool) -> Facts:
+    from livt_scale.doctor import device_speeds, network
 
     together = Together(world, wait_s=each_s + GRACE_S)
     hosts = together.do("start", socket.gethostname)
     leads = hosts.index(socket.gethostname()) == world.rank  # the lowest rank of each node works for it
     found: Facts = {"hosts": hosts, "device": world.device.type}
     found["compute_tflops"] = together.do("compute", lambda: network.compute_speed(world, seconds=each_s / 2))
+    if device_too:
+        found["device_speeds"] = together.do("device", lambda: device_speeds.measure(world.device, seconds=each_s))[0]
     if world.world_size > 1:
         found["all_reduce"] = together.do("all-reduce", lambda: network.all_reduce_speeds(world, seconds=each_s))[0]
         found["pairs"] = together.do("pairs", lambda: network.pair_speeds(world, seconds=each_s))[0]

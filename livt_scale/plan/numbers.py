@@ -11,7 +11,7 @@ from livt_scale.plan.memory import GIB
 from livt_scale.plan.stage_plan import StagePlan, plan_stage
 from livt_scale.plan.step_time import decode_images_per_s
 
-OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS"}
+OPTIMIZER_TITLES = {"adamw": "AdamW", "lars": "LARS", "sgd": "SGD"}
 
 
 def calibration(plan: StagePlan) -> dict[str, Any]:

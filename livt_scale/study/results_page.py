@@ -16,7 +16,8 @@ from livt_scale.util.outside import read_json
 
 COLUMNS = {
     "top1_all": "all", "top1_many": "many", "top1_medium": "medium", "top1_few": "few",
-    "top1_mean_over_epochs": "mean over epochs", "reconstruction_loss": "reconstruction loss",
+    "top1_mean_over_epochs": "mean over epochs", "ece": "calibration error",
+    "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
 MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\

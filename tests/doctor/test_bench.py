@@ -7,9 +7,12 @@ import os
 import time
 
 import pytest
+from typer.testing import CliRunner
 
+from livt_scale.cli import main
 from livt_scale.config.load import load_recipe
 from livt_scale.doctor import bench, disk
+from livt_scale.plan.assumptions import accelerator
 from livt_scale.util.errors import UsageError
 from tests import warm
 from tests.whole_runs import REPO, free_port
@@ -45,7 +48,9 @@ def ranks(folder, fault, *words) -> list[tuple[int, str, str]]:
 def test_two_ranks_measure_and_the_first_one_tells(tmp_path):
     folder = tmp_path / "it's a\nfolder"
     folder.mkdir()
-    (code, out, err), (other_code, other_out, _) = ranks(folder, "nothing", "--seconds", "3", "--json")
+    device = tmp_path / "here.yaml"
+    words = ("--seconds", "3", "--json", "--device-file", str(device))
+    (code, out, err), (other_code, other_out, _) = ranks(folder, "nothing", *words)
     assert (code, other_code) == (0, 0), err
     assert other_out == ""
     report = json.loads(out)
@@ -57,7 +62,21 @@ def test_two_ranks_measure_and_the_first_one_tells(tmp_path):
     (disks,) = measured["disks"].values()  # one node: measured once
     assert disks[0]["write_mb_s"] > 0
     assert list(folder.iterdir()) == []
+    chip = accelerator(str(device)).chip("fp32", "likely")
+    assert 1e-4 < chip.peak < 100  # TFLOP/s
+    assert 1e8 < chip.bandwidth < 1e13
+    assert 0 < chip.fused_attention < 10
+    assert accelerator(str(device)).constants.missing == ()
     assert {"compute", "all-reduce", "links", "disk", "decode"} <= {check["name"] for check in report["checks"]}
+
+
+def test_a_file_of_somebody_else_is_not_replaced_by_the_device(tmp_path):
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    words = ["doctor", "--bench", "--seconds", "3", "--device-file", str(tmp_path / "mine.yaml")]
+    error = CliRunner().invoke(main.app, words).exception
+    assert isinstance(error, UsageError)
+    assert "mine.yaml is there already, and livt doctor did not write it" in error.message
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
 
 
 @pytest.mark.parametrize(

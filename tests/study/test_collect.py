@@ -39,6 +39,7 @@ def made(folder, *, top1, val=VAL):
             stage / "eval.json",
             {
                 "top1": {"all": value, "many": value, "medium": value, "few": None},
+                "calibration": {"ece": 0.0625},
                 "weights": {"trained_on": TRAIN, "init": {"recipe_digest": PRETRAINED}},
                 "data": {"manifest_digest": val},
             },
@@ -85,6 +86,8 @@ def test_an_arm_that_wins_with_every_seed_is_confirmed(tmp_path):
     assert told["word"] == "confirmed"
     assert told["values"]["bce"]["top1_all"] == {"0": 0.7, "1": 0.7, "2": 0.7}
     assert told["values"]["bce"]["top1_mean_over_epochs"]["0"] == pytest.approx(0.7 * 0.75)
+    assert told["values"]["bce"]["ece"] == {"0": 0.0625, "1": 0.0625, "2": 0.0625}
+    assert "| calibration error |" in results_page.page([told])
     assert told["minutes"]["ce"] == 1.0
     assert not told["missing"]
 
