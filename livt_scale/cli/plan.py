@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from livt_scale.config.recipe import Recipe
     from livt_scale.plan.assumptions import Accelerator, Assumptions
     from livt_scale.plan.stage_plan import StagePlan
-    from livt_scale.plan.task import DataSet
+    from livt_scale.plan.task import DataSet, PlanTask
 
 SCHEMA_VERSION = 2  # of --json: 1 had no range, no limit and one MFU
 ASSUME_HELP = "Change an assumption. Repeatable."
@@ -65,13 +65,14 @@ def plan(
     assumed = assumptions(assume or [])
     data = data_set(loaded, assumed, images=images, classes=classes)
     wanted = strategy or loaded.parallel.strategy
-    names = ("auto", *STRATEGIES)
-    if wanted not in names:
-        raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, names))
-    if picture is not None:
-        _check_picture(picture, force=force)
+    _check_strategy(wanted)
+    _check_picture(picture, force=force)
     per_node = gpus_per_node or kind.gpus_per_node
     tasks = {s: PlanTask(loaded.at(s), s, data, gpus, per_node, kind, assumed) for s in loaded.stage_names}
+    if loaded.model.timm is not None:
+        about_times = {"--calibrate": calibrate, "--picture": picture}
+        _plan_timm(tasks["finetune"], wanted, refused=about_times, as_json=as_json)
+        return
     found, plans = [], []
     for task in (tasks if calibrate is None else calibrated(tasks, calibrate)).values():
         planned, tried = planned_stage(task, wanted)
@@ -90,12 +91,33 @@ def _load(recipe: Path, sets: list[str]) -> Recipe:
     from livt_scale.config.load import load_recipe
 
     loaded = load_recipe(recipe, sets=sets)
-    if not loaded.model.is_vit:
+    if loaded.model.is_resnet:
         raise UsageError(
             f"{recipe}: model.size is {loaded.model.size}, and a plan estimates the memory of ViTs only",
             remedy="take a vit_*, or train a few steps: metrics.jsonl has their time and memory",
         )
     return loaded
+
+
+def _plan_timm(task: PlanTask, wanted: str, *, refused: dict[str, Path | None], as_json: bool) -> None:
+    """Print the plan of a model of timm, which has no time. UsageError for options that are about times."""
+    from livt_scale.plan.timm_plan import NO_TIME, lines, timm_plan
+    from livt_scale.train.batch_plan import plan_batches
+
+    for option, value in refused.items():
+        if value is not None:
+            raise UsageError(f"{option} is about times, and {NO_TIME}", remedy="leave it out")
+    part = task.part
+    cut = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
+    strategy = next((name for name in STRATEGIES if name == wanted), None)
+    found = timm_plan(task, strategy, micro_batch=cut.micro_batch, accumulation=cut.accumulation)
+    answer = found.as_json()
+    if not as_json:
+        echo("\n".join(lines(answer)))
+        return
+    first = {name: answer[name] for name in ("params", "train_flops_per_image", "memory_gib", "hours", "fits")}
+    whole = {"schema_version": SCHEMA_VERSION, **first, "gpus": task.gpus, "device": task.device.model_dump()}
+    echo(json.dumps({**whole, "stages": [answer]}, indent=2))
 
 
 def _screen(answer: dict[str, Any], *, details: bool) -> str:
@@ -104,7 +126,15 @@ def _screen(answer: dict[str, Any], *, details: bool) -> str:
     return "\n".join(detail_lines(answer) if details else summary_lines(answer))
 
 
-def _check_picture(picture: Path, *, force: bool) -> None:
+def _check_strategy(wanted: str) -> None:
+    names = ("auto", *STRATEGIES)
+    if wanted not in names:
+        raise UsageError(f"no strategy is called {wanted!r}", remedy=nearest(wanted, names))
+
+
+def _check_picture(picture: Path | None, *, force: bool) -> None:
+    if picture is None:
+        return
     from livt_scale.plan.figure import MARK
     from livt_scale.util.outputs import check_output
 

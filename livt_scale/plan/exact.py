@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.config.recipe import Finetune, Pretrain, Recipe, Stage
 from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_of
 from livt_scale.plan.parameters import stage_weights
 from livt_scale.util.errors import RunError, UsageError
@@ -94,7 +94,8 @@ def with_engine(found: Measurement, recipe: Recipe, stage: Stage, spread: Spread
     if spread.can.zero_stage is None:
         return found
     weights = stage_weights(recipe, stage, num_classes=num_classes)
-    last = activation_bytes(recipe, stage, spread).end
+    # of a model of timm, how much is left at the end of the backward pass is not known: at most what there was
+    last = found.activations if recipe.model.timm else activation_bytes(recipe, stage, spread).end
     peak = peak_of(weights, spread, found.activations, last).total
     held, grads, moments = held_bytes(weights, spread)
     return replace(found, weights=held, grads=grads, optimizer=moments, peak=peak)
@@ -120,21 +121,24 @@ def _answer(question: dict[str, Any]) -> Measurement:
 
 
 def _network(recipe: Recipe, stage: Stage, num_classes: int) -> torch.nn.Module:
-    from livt_scale.config.recipe import Finetune, Pretrain
     from livt_scale.models.mae import build_mae
     from livt_scale.models.parameter_efficient import build_tuned
+    from livt_scale.models.timm_backbone import TimmClassifier
 
     part = recipe.stage(stage)
     if isinstance(part, Pretrain):
         return build_mae(recipe.model, norm_pix=part.norm_pix, mask_ratio=part.mask_ratio)
     assert isinstance(part, Finetune)
-    return build_tuned(
+    network = build_tuned(
         recipe.model,
         num_classes=num_classes,
         drop_path=part.drop_path,
         tuning=part.train,
         cosine_scale=part.cosine_scale,
     )
+    if isinstance(network, TimmClassifier):
+        network.facts = replace(network.facts, draws=False)  # a seed cannot be read from fake tensors
+    return network
 
 
 def _measured(
@@ -263,9 +267,10 @@ def _inputs(recipe: Recipe, stage: Stage, images: int) -> tuple[torch.Tensor, to
 
     model = recipe.model
     batch = torch.empty(images, model.channels, model.image_px, model.image_px)
+    part = recipe.stage(stage)
     beside = model.num_patches  # masking noise
-    if stage == "finetune":
-        beside = 2 * model.dims.depth + recipe.stage(stage).tuning.uniforms  # drop path's numbers
+    if isinstance(part, Finetune):
+        beside = model.num_uniforms(drop_path=part.drop_path) + part.tuning.uniforms
     return batch, torch.empty(images, beside)
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 from typer.testing import CliRunner
 
 from livt_scale.cli import main
@@ -263,3 +264,24 @@ def test_a_linear_probe_has_gradients_and_one_moment_of_its_head_alone_and_no_ze
     assert probe["train_flops_per_image"] == pytest.approx(whole["train_flops_per_image"] / 3, rel=0.01)
     with pytest.raises(UsageError, match="zero2 takes neither LARS nor a frozen backbone"):
         planned("--gpus", "8", "--strategy", "zero2", recipe=PROBE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "fsdp", "zero2"])
+def test_a_model_of_timm_is_measured_and_has_no_hours(tmp_path, strategy):
+    recipe = tmp_path / "recipe.yaml"
+    stages = "{finetune: {init: weights, weights: none.safetensors, global_batch: 8}}"
+    recipe.write_text(
+        f"name: t\ndata: {{train: gone}}\nmodel: {{timm: test_convnext, image_px: 32}}\nstages: {stages}\n"
+    )
+    words = ("--gpus", "2", "--images", "1000", "--classes", "5", "--strategy", strategy)
+    answer = planned(*words, recipe=str(recipe))
+    assert answer["params"] == sum(p.numel() for p in timm.create_model("test_convnext", num_classes=5).parameters())
+    assert answer["train_flops_per_image"] > 2 * answer["params"]
+    assert answer["fits"]
+    assert answer["hours"] is None
+    assert answer["stages"][0]["no_hours"]
+    memory = answer["memory_gib"]
+    assert memory["peak"] > memory["weights"] + memory["optimizer"]
+    shown = CliRunner().invoke(main.app, ["plan", str(recipe), *words, "--picture", str(tmp_path / "x.png")])
+    assert isinstance(shown.exception, UsageError)
