@@ -19,6 +19,7 @@ from livt_scale.config.stages import DOWNLOAD
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import Batch, images_and_targets
 from livt_scale.data.loader_processes import KeptBatches
+from livt_scale.data.settings import TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.ema import WithEma
 from livt_scale.distributed.strategy import Strategy
@@ -204,7 +205,7 @@ def final_pretraining(run_dir: Path) -> Path:
 
 def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[..., Tensor]:
     criterion = part.loss.criterion(train.class_counts)
-    takes_numbers = recipe.model.num_uniforms(drop_path=part.drop_path) > 0
+    takes_numbers = TrainSettings.of_stage(recipe, "finetune").num_branches > 0
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
         images, targets = images_and_targets(batch, part, recipe.data, num_classes=train.num_classes)
