@@ -227,9 +227,12 @@ def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
         }
     )
     part = recipe.stages.finetune
-    if part is None or part.weights in (None, DOWNLOAD):
+    if part is None:
         return found
-    stage = part.model_copy(update={"weights": _find(part.weights, path)})
+    files = {name: _find(getattr(part, name), path) for name in ("weights", "head_file")}
+    if part.weights == DOWNLOAD:
+        files["weights"] = DOWNLOAD
+    stage = part.model_copy(update=files)
     return found.model_copy(update={"stages": recipe.stages.model_copy(update={"finetune": stage})})
 
 

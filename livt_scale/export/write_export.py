@@ -82,8 +82,8 @@ def write_export(trained: Trained, out: Path, *, force: bool = False) -> ExportI
             (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="ascii")
             if of_timm:
                 compare_with_timm(trained.model, temporary, info.model)
-            if info.cosine_scale is not None:
-                _log.warning("export: %s", COSINE)
+                if info.cosine_scale is not None:
+                    _log.warning("export: %s", COSINE)
     except (OSError, SafetensorError) as error:
         raise ExportError(
             f"{out} cannot be written: {error}", remedy="see to free space and rights there, or give another --out"

@@ -9,7 +9,7 @@ model as it begins, each image once and prepared as for evaluation. Every rank s
 float64, and the sums are added up, so the result does not depend on the number of ranks. A class without an image keeps
 its random row. A resumed run reads the head from its checkpoint, and makes no pass.
 
-Source: LIFT, arXiv 2309.10019, sections 4.2 and 5 (class mean features, semantic-aware initialisation).
+Source: LIFT, arXiv 2309.10019 (semantic-aware initialisation), and `init_head` of its public code.
 """
 
 from __future__ import annotations

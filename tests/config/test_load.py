@@ -1,5 +1,6 @@
 """Recipes on disk: what is read is what was meant, and a mistake is told with field, file, line and the right name."""
 
+import math
 import os
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def refusal(text, *, sets=(), name="a.yaml"):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_every_shipped_recipe_is_sound_and_says_what_it_is(path):
     recipe = load_recipe(path)
-    starts_elsewhere = any(word in path.name for word in ("scratch", "linear_probe", "from_mae", "lora"))
+    starts_elsewhere = any(word in path.name for word in ("scratch", "linear_probe", "from_mae", "lift", "lora"))
     assert recipe.stage_names == (("finetune",) if starts_elsewhere else ("pretrain", "finetune"))
     head = path.read_text().split("extends:")[0]
     for line in ("# Reproduces:", "# Hardware:", "# Expect:", "# Command:"):
@@ -64,6 +65,16 @@ def test_the_paper_recipe_holds_the_papers_values_not_only_our_defaults():
     assert (loss.name, loss.tau) == ("bal_bce", 1)
     for size in ("vit_l16", "vit_h14"):
         assert load_recipe(ROOT / f"recipes/imagenet_lt/{size}.yaml").stages.pretrain.epochs == 1600
+
+
+@pytest.mark.parametrize(
+    ("folder", "classes", "epochs"), [("imagenet_lt", 1000, 10), ("places_lt", 365, 10), ("inat18", 8142, 20)]
+)
+def test_the_recipes_of_lift_hold_its_codes_values(folder, classes, epochs):
+    part = load_recipe(ROOT / "recipes" / folder / "clip_b16_lift.yaml").stages.finetune
+    assert part.train.bottleneck == 2 ** math.floor(math.log2(classes / 24))
+    assert (part.epochs, part.peak_lr, part.optimizer.momentum, part.cosine_scale) == (epochs, 0.01, 0.9, 25)
+    assert (part.loss.name, part.loss.tau) == ("bal_ce", 1)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -382,6 +393,15 @@ def test_a_relative_folder_is_looked_for_here_then_above_the_recipe():
     assert load_recipe(path).data.train == os.path.realpath("shards/set")
     assert load_recipe(path, sets=["data.train=s3://bucket/set"]).data.train == "s3://bucket/set"
     assert load_recipe(path, sets=["data.train=/no/such"]).data.train == "/no/such"
+
+
+def test_files_of_weights_and_vectors_are_looked_for_above_the_recipe_too():
+    Path("project/recipes").mkdir(parents=True)
+    sets = ["stages={finetune: {init: weights, weights: w, head_init: file, head_file: v}}"]
+    for name in "wv":
+        Path("project", name).touch()
+    part = load_recipe(write(BASE, "project/recipes/a.yaml"), sets=sets).stages.finetune
+    assert [part.weights, part.head_file] == [os.path.realpath(f"project/{name}") for name in "wv"]
 
 
 def test_the_run_directory_follows_from_the_name_unless_given():
