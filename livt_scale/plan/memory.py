@@ -37,6 +37,7 @@ KEPT_LOW = 14
 KEPT_LOW_FROZEN = 8  # qkv 3, attended 1, MLP 4 before GELU
 FROZEN_FP32, FROZEN_LOW = 4, 8  # of a frozen block, in its MLP
 WORKING_LOW = 4  # gradients of the MLP's hidden values, while a block goes back
+WORKING_FROZEN_LOW = 7  # and what a block with frozen matrices does not keep, as the input of a product
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,8 @@ def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
         return Kept(holds, holds, given)
     kept_low = kept_values(model, part.tuning)
     whole = [round((KEPT_FP32 * FP32 + kept_low * low) * values) for values in blocks]
-    working = max((FP32 + WORKING_LOW * low) * values for values in blocks)
+    working_low = WORKING_FROZEN_LOW if part.tuning.freezes else WORKING_LOW
+    working = max((FP32 + working_low * low) * values for values in blocks)
     if not spread.recompute:
         return Kept(given + sum(whole) + ends, given + sum(whole) + working, given + whole[0] + working)
     inputs = FP32 * sum(blocks)

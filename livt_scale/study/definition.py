@@ -28,6 +28,7 @@ from livt_scale.config.load import load_recipe
 from livt_scale.config.model import MODEL_SIZES
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.runtime import RecipePart
+from livt_scale.config.tuning import TUNINGS
 from livt_scale.config.yaml import parse, validated
 from livt_scale.data.build.spec import PlainName
 from livt_scale.extensions import load_extensions
@@ -48,6 +49,7 @@ AXES = (
     "learning_rate",
     "finetune_learning_rate",
     "loss",
+    "train",
     "seed",
 )
 ABOUT: dict[str, Stage] = {  # axes of one stage alone
@@ -55,6 +57,7 @@ ABOUT: dict[str, Stage] = {  # axes of one stage alone
     "learning_rate": "pretrain",
     "finetune_learning_rate": "finetune",
     "loss": "finetune",
+    "train": "finetune",
 }
 # runs that differ in these alone share one pretraining
 FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
@@ -78,6 +81,9 @@ class Axes(RecipePart):
         None, min_length=1, description="fine-tuning's base_lr"
     )
     loss: tuple[str, ...] | None = Field(None, min_length=1, description="of fine-tuning, a name of docs/losses.md")
+    train: tuple[PlainName, ...] | None = Field(
+        None, min_length=1, description="names of `trains`, or of stages.finetune.train"
+    )
     seed: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
@@ -117,6 +123,9 @@ class Study(RecipePart):
     folder: str | None = Field(None, description="where the runs lie; None: runs/studies/NAME")
     axes: Axes
     sizes: dict[PlainName, Sets] = Field({}, description="what a size lays over the recipe, by dotted paths")
+    trains: dict[PlainName, Sets] = Field(
+        {}, description="overrides of each way of training a few parameters, by dotted paths; lora and such need none"
+    )
     sets: Sets = Field({}, description="laid over every run, by dotted paths")
     shards: Shards | None = Field(None, description="needed for data_fraction and imbalance_factor")
     width_rate: WidthRate | None = Field(None, description="None: every size has the same learning rates")
@@ -133,6 +142,10 @@ class Study(RecipePart):
                 raise ValueError(
                     f"axes.size has {size!r}, which is not a size: {nearest(size, [*self.sizes, *MODEL_SIZES])}"
                 )
+        for train in self.axes.train or ():
+            if train not in self.trains and train not in TUNINGS:
+                known = nearest(train, [*self.trains, *TUNINGS])
+                raise ValueError(f"axes.train has {train!r}, which is not a way of training: {known}")
         if not self.shards and (needs := sorted(given.keys() & {"data_fraction", "imbalance_factor"})):
             raise ValueError(f"axes.{needs[0]} needs `shards`: the spec that its sets are built from")
         for axis, stage in ABOUT.items():
@@ -274,7 +287,7 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
     varied = [axis for axis in axes if len(given[axis]) > 1] or list(axes)
     short = {"data_fraction": "fraction", "imbalance_factor": "if", "learning_rate": "lr"}
     short["finetune_learning_rate"] = "finetune-lr"
-    words = [str(axes[a]) if a in ("size", "loss") else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
+    words = [str(axes[a]) if a in ("size", "loss", "train") else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
     return "-".join(words) or "all"
 
 
@@ -286,6 +299,8 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
         sets |= study.sizes.get(axes["size"], {"model.size": axes["size"]})
     if "loss" in axes:
         sets |= loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
+    if "train" in axes:
+        sets |= study.trains.get(axes["train"], {"stages.finetune.train": axes["train"]})
     sets |= study.sets
     direct = {"epochs": "stages.pretrain.epochs", "seed": "seed"}
     sets |= {path: axes[axis] for axis, path in direct.items() if axis in axes}

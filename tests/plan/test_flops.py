@@ -105,6 +105,18 @@ def test_a_linear_probes_step_has_the_flops_of_the_formula():
     assert formula.hardware == formula.train
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "adaptformer", "vpt", "layernorm"])
+def test_a_tuned_networks_step_has_about_the_flops_of_the_formula(train):
+    """Not exactly: below the first trained parameter, in the first block, nothing goes back."""
+    sets = ["stages.pretrain=null", "stages.finetune.init=weights", "stages.finetune.weights=w", "model.depth=12"]
+    recipe = load_recipe(QUICKSTART, sets=[*sets, f"stages.finetune.train={train}"])
+    tuning = recipe.stages.finetune.train
+    network = build_tuned(recipe.model, num_classes=100, drop_path=0.0, tuning=tuning)
+    formula = flops.network_flops(recipe, "finetune", num_classes=100)
+    assert formula.train == pytest.approx(counted(lambda: network(images(recipe.model)).sum().backward()), rel=0.05)
+
+
 def test_a_recipe_says_whether_blocks_are_computed_again():
     for stage in ("pretrain", "finetune"):
         plain = flops.stage_flops(load_recipe(QUICKSTART), stage, num_classes=10)

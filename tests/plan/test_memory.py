@@ -19,6 +19,7 @@ from livt_scale.distributed.deepspeed import BUCKET
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import build_mae
 from livt_scale.models.parameter_efficient import build_tuned
+from livt_scale.plan.exact import measure
 from livt_scale.plan.memory import (
     GIB,
     ZERO_BUCKET,
@@ -181,3 +182,18 @@ def test_the_peak_of_a_step_on_two_ranks_is_near_the_planned_one(strategy, block
     peak = on_two_ranks("peak.py", strategy, blocks)
     print(f"{strategy}, {blocks}: {peak['planned'] / peak['measured'] - 1:+.1%}")  # for -s
     assert peak["planned"] == pytest.approx(peak["measured"], rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("train", ["lora", "bitfit"])
+def test_the_peak_of_a_tuned_network_is_near_the_planned_one(train, strategy):
+    sets = ["stages.pretrain=null", "stages.finetune.init=weights", "stages.finetune.weights=w", "model.size=vit_s"]
+    sets += ["parallel.compile=false", "stages.finetune.layer_decay=1", f"stages.finetune.train={train}"]
+    recipe = load_recipe(VIT_B, sets=sets)
+    spread = Spread(strategy, 2, "bf16", 64)
+    measured = measure(recipe, "finetune", spread, num_classes=100)
+    weights = stage_weights(recipe, "finetune", num_classes=100)
+    assert measured.grads == held_bytes(weights, spread)[1]
+    assert plan_memory(recipe, "finetune", weights, spread).peak == pytest.approx(measured.peak, rel=0.05)

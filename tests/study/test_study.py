@@ -70,10 +70,13 @@ def test_every_combination_is_a_point_and_what_differs_in_fine_tuning_alone_shar
 
 
 def test_the_shared_pretraining_is_what_each_of_those_points_would_have_trained(tmp_path):
-    study = loaded(tmp_path, axes={"loss": ["bal_bce", "ce", "ldam"], "finetune_learning_rate": [1e-3, 2e-3]})
+    axes = {"loss": ["bal_bce", "ce", "ldam"], "finetune_learning_rate": [1e-3, 2e-3], "train": ["all", "probe"]}
+    probe = {"stages.finetune.train": "head", "stages.finetune.layer_decay": 1, "stages.finetune.drop_path": 0}
+    study = loaded(tmp_path, axes=axes, trains={"probe": probe})
     assert set(study.study.axes.given) == set(FINETUNE_ONLY)
     each = [learnt_from(study.load(p.sets), "pretrain") for p in points(study)]
-    assert len(each) == 6
+    assert len(each) == 12
+    assert {study.load(p.sets).stage("finetune").train.name for p in points(study)} == {"all", "head"}
     assert all(one == each[0] for one in each)
     assert {p.pretraining for p in points(study)} == {points(study)[0].name}
 
