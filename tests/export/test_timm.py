@@ -33,7 +33,9 @@ def logits(model: torch.nn.Module, recipe: Recipe) -> torch.Tensor:
         return model.eval()(images)
 
 
-@pytest.mark.parametrize("model", [{}, {"size": "resnet_micro"}], ids=["vit", "resnet"])
+@pytest.mark.parametrize(
+    "model", [{}, pytest.param({"size": "resnet_micro"}, marks=pytest.mark.slow)], ids=["vit", "resnet"]
+)
 def test_a_cosine_head_is_ours_alone_and_timm_reads_the_features_before_it(
     tmp_path: Path, model: dict[str, object]
 ) -> None:
