@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,7 +37,6 @@ NOT_ARGS: dict[str, str] = {
     "features_only": "a classifier is trained",
 }
 OPTIONAL = ("img_size", "drop_path_rate")  # passed to the models that take them
-_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 _RATE = 0.1  # of drop path, to see which modules have one
 _IMAGES = 2  # of the forward pass on the meta device
 
@@ -166,7 +165,7 @@ def facts_of(spec: TimmSpec) -> TimmFacts:
     unused = tuple(name for name, parameter in network.named_parameters() if parameter.grad is None)
     norms = torch.nn.modules.batchnorm._BatchNorm
     has_batchnorm = any(isinstance(module, norms) for module in network.modules())
-    return TimmFacts(takes, head, tuple(_blocks(network)), seen.by_image, seen.draws, unused, has_batchnorm)
+    return TimmFacts(takes, head, _blocks(network), seen.by_image, seen.draws, unused, has_batchnorm)
 
 
 @lru_cache(maxsize=16)
@@ -198,10 +197,10 @@ def _build(spec: TimmSpec) -> tuple[nn.Module, tuple[str, ...]]:
         try:
             return create(spec, num_classes=_IMAGES + 1, drop_path=_RATE, takes=takes), takes
         except TypeError as error:
-            refused = _UNEXPECTED.search(str(error))
-            if refused is None or refused[1] not in takes:
+            left = tuple(name for name in takes if f"'{name}'" not in str(error))
+            if "unexpected keyword" not in str(error) or left == takes:
                 raise ValueError(f"args cannot be those of {spec.name}: {first_line(error)}") from error
-            takes = tuple(name for name in takes if name != refused[1])
+            takes = left
         except Exception as error:  # AssertionError, RuntimeError, ValueError: each family checks in its own way
             raise ValueError(
                 f"{'args' if spec.args != '{}' else 'image_px'}: timm cannot build {spec.name} for images of "
@@ -210,11 +209,16 @@ def _build(spec: TimmSpec) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def _head(network: Any, spec: TimmSpec) -> str:
-    """The name of the only classifier."""
-    found = network.get_classifier() if hasattr(network, "get_classifier") else None
-    names = [name for name, module in network.named_modules() if module is found]
-    if not names or getattr(found, "weight", None) is None:
-        what = "several classifiers" if isinstance(found, tuple | list) else "no classifier with weights"
+    """The name of the layer that gives the logits: the classifier, or the only such layer inside of it."""
+    found: Any = network.get_classifier() if hasattr(network, "get_classifier") else None
+    inside = set(found.modules()) if hasattr(found, "modules") else set[Any]()
+    names = [
+        name
+        for name, module in network.named_modules()
+        if module in inside and _IMAGES + 1 in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0))
+    ]
+    if len(names) != 1:
+        what = "several classifiers" if names or isinstance(found, tuple | list) else "no classifier"
         raise ValueError(f"timm: {spec.name} has {what}, and one linear layer is trained: choose another model")
     return names[0]
 
@@ -295,27 +299,25 @@ def _is_random(func: Any, args: Any, kwargs: Any) -> bool:
     return bool((kwargs or {}).get("dropout_p", args[k] if k < len(args) else 0.0))
 
 
-def _blocks(network: Any) -> Iterator[str]:
-    """The modules that timm counts as layers (`group_matcher`): blocks; else stages, where it knows no blocks."""
-    for coarse in (False, True):
+def _blocks(network: Any) -> tuple[str, ...]:
+    """The layers that timm numbers (`group_matcher`); where it has no patterns for them, the members of `blocks`, or
+    of `stages` or `layers`. None of them is inside of another."""
+    own = [re.compile(rf"(.*\.)?({lists})\.\d+") for lists in ("blocks", "stages|layers")]
+    for patterns in (_numbered(network, coarse=False), _numbered(network, coarse=True), own[:1], own[1:]):
         found: list[str] = []
         for name, module in network.named_modules():
             inside = any(name.startswith(f"{block}.") for block in found)
-            if (
-                not inside
-                and any(p.fullmatch(name) for p in _numbered(network, coarse=coarse))
-                and any(True for _ in module.parameters())
-            ):
+            if not inside and any(p.fullmatch(name) for p in patterns) and next(module.parameters(), None) is not None:
                 found.append(name)
         if found:
-            yield from found
-            return
+            return tuple(found)
+    return ()
 
 
 def _numbered(network: Any, *, coarse: bool) -> list[re.Pattern[str]]:
-    """The patterns by which timm numbers the layers of a model."""
+    """The patterns by which timm numbers the layers of a model; none where it has a function for that."""
     matcher = network.group_matcher(coarse=coarse) if hasattr(network, "group_matcher") else {}
-    if callable(matcher):  # a function of a parameter's name, in no family of timm 1.0.31
+    if callable(matcher):
         return []
     blocks = matcher.get("blocks", ())
     rules = [(blocks, None)] if isinstance(blocks, str) else blocks

@@ -77,6 +77,8 @@ def _log_timm(model: TimmClassifier) -> None:
     """What is special about a model of timm."""
     if model.facts.draws:
         _log.info("finetune: dropout draws its random numbers by rank: on another number of ranks it draws others")
+    if not model.facts.blocks:
+        _log.info("finetune: timm knows no blocks of the model: it is sharded as one unit, not compiled or recomputed")
     if model.facts.unused:
         names = ", ".join(model.facts.unused[:3])
         _log.info("finetune: %d parameters have no part in the logits and stay: %s", len(model.facts.unused), names)

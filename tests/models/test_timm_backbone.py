@@ -139,3 +139,20 @@ def test_what_cannot_be_is_refused(model, said):
 def test_images_of_another_size_are_refused():
     with pytest.raises(UsageError):
         built("convnext")(torch.zeros(1, 1, 64, 64))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "head", "first", "count"),
+    [
+        ("caformer_s18", "head.fc.fc2", "stages.0.blocks.0", 18),
+        ("cait_xxs24_224", "head", "blocks.0", 24),
+        ("sequencer2d_s", "head.fc", "stages.0.1", 18),
+        ("hrnet_w18_small", "classifier", None, 0),
+    ],
+)
+def test_parts_are_found_where_timm_has_no_patterns_or_takes_no_size(name, head, first, count):
+    facts = Model.model_validate({"timm": name}).timm_facts
+    assert facts.head == head
+    assert len(facts.blocks) == count
+    assert next(iter(facts.blocks), None) == first
