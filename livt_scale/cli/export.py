@@ -101,6 +101,6 @@ def _write(
 
         is_timm = to is Layout.timm
         info = export_run(path, target, which=which, weights=weights.value, for_timm=is_timm, force=force)
-        reader = "timm.create_model('local-dir:{}', pretrained=True)" if is_timm else "livt_scale.load('{}')"
-        use = reader.format(target)
+        folder = f"local-dir:{target}" if is_timm else str(target)
+        use = f"timm.create_model({folder!r}, pretrained=True)" if is_timm else f"livt_scale.load({folder!r})"
     return info, use

@@ -268,9 +268,10 @@ def _inputs(recipe: Recipe, stage: Stage, images: int) -> tuple[torch.Tensor, to
     model = recipe.model
     batch = torch.empty(images, model.channels, model.image_px, model.image_px)
     part = recipe.stage(stage)
-    beside = model.num_patches  # masking noise
     if isinstance(part, Finetune):
         beside = model.num_uniforms(drop_path=part.drop_path) + part.tuning.uniforms
+    else:
+        beside = model.num_patches  # masking noise
     return batch, torch.empty(images, beside)
 
 
