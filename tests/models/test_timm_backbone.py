@@ -46,7 +46,7 @@ def test_layers_decay_as_in_timm(name):
     assert len({g["lr_scale"] for g in ours}) > 2
 
 
-@pytest.mark.parametrize("name", families(["swin", "dinov3"]))
+@pytest.mark.parametrize("name", families(["swin"]))
 def test_names_and_logits_are_timms_and_the_plan_counts_its_parameters(name):
     model = built(name).eval()
     given = family(name)
@@ -64,7 +64,7 @@ def test_names_and_logits_are_timms_and_the_plan_counts_its_parameters(name):
     assert planned == {each: tuple(parameter.shape) for each, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("name", families(["convnext", "registers"]))
+@pytest.mark.parametrize("name", families(["registers"]))
 def test_random_numbers_belong_to_the_samples(name):
     larger = {"timm": "efficientnet_b0"} if name == "efficientnet" else {}  # the small one has no skips to drop
     model = built(name, drop_path=0.6, **larger).train()
@@ -102,7 +102,7 @@ def test_other_random_numbers_follow_from_the_images_of_the_rank():
     assert not torch.allclose(once, model(images, drop.flip(1)))
 
 
-@pytest.mark.parametrize("name", ["swin", "eva02", "convnext"])
+@pytest.mark.parametrize("name", families(["eva02"]))
 def test_recomputed_blocks_give_the_same_gradients(name):
     plain, recomputed = built(name), built(name)
     prepare_blocks(recomputed, recompute=True, compiled=False)

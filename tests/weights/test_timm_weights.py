@@ -37,7 +37,7 @@ def weights(name, folder, *, suffix="safetensors", **changes):
     return path
 
 
-@pytest.mark.parametrize("name", families(["registers", "efficientnet"]))
+@pytest.mark.parametrize("name", families(["registers"]))
 def test_weights_are_loaded_as_timm_loads_them(name, tmp_path):
     path = weights(name, tmp_path, suffix="pth" if name in ("vit", "efficientnet") else "safetensors")
     px = LARGER.get(name, FAMILIES[name]["image_px"])
@@ -140,6 +140,7 @@ def test_nothing_is_downloaded_unless_it_is_allowed(tmp_path, monkeypatch):
     assert asked == [("timm/test_vit.r160_in1k",)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "finetune", "said"),
     [
