@@ -86,6 +86,7 @@ def tune(classifier: AnyClassifier, tuning: Tuning) -> None:
     for name, parameter in classifier.named_parameters():
         parameter.requires_grad_(name in trained)
     if isinstance(classifier, TimmClassifier):
+        _check_calls(classifier)
         classifier.is_frozen = True
         classifier.train(classifier.training)
 
@@ -143,6 +144,27 @@ def _add_lora(classifier: AnyClassifier, tuning: Lora, layers: tuple[str, ...]) 
             layer.lora_dropout[LORA_ADAPTER] = dropouts[-1]
     if dropouts:
         classifier.register_forward_pre_hook(_Draw(dropouts), with_kwargs=True)
+
+
+@torch.no_grad()
+def _check_calls(classifier: TimmClassifier) -> None:
+    """Raise UsageError for an adapter whose layer is never called: some models of timm read its weight instead."""
+    layers, called = lora_layers(classifier), set()
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in layers]
+    was_training = classifier.training
+    if layers:
+        classifier.eval()(torch.zeros(1, *classifier.image_shape, device=next(classifier.parameters()).device))
+    classifier.train(was_training)
+    for hook in hooks:
+        hook.remove()
+    unused = dict.fromkeys(name.rpartition(".")[2] for name, _ in layers if name not in called)
+    if unused:
+        others = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name, _ in layers if name in called))
+        raise UsageError(
+            f"stages.finetune.train: {', '.join(unused)} of this model of timm is not called as a layer, so LoRA would "
+            "have no effect there",
+            remedy=f"set targets: [{others}]",
+        )
 
 
 class ImageDropout(nn.Module):

@@ -160,6 +160,16 @@ def test_lora_of_another_model_of_timm_is_beside_its_linear_layers(name, layers)
     torch.testing.assert_close(model(x), after, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_layer_that_a_model_of_timm_does_not_call_is_refused():
+    with pytest.raises(UsageError, match="qkv of this model of timm is not called as a layer") as caught:
+        build_tuned(family("eva02"), num_classes=5, drop_path=0.0, tuning=Lora())
+    assert str(caught.value.remedy) == "set targets: [proj, fc1, fc2]"
+    model = build_tuned(family("eva02"), num_classes=5, drop_path=0.0, tuning=Lora(targets=("proj", "fc1", "fc2")))
+    model(torch.randn(2, *model.image_shape)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
 @pytest.mark.parametrize("train", ["{name: lora, targets: [qkw]}", "{name: lora, targets: [qkv, fc3]}"])
 def test_a_target_that_matches_nothing_names_the_linear_layers(train):
     sets = ["stages.finetune.layer_decay=1", f"stages.finetune.train={train}"]
