@@ -147,7 +147,7 @@ def test_images_of_another_size_are_refused():
     [
         ("caformer_s18", "head.fc.fc2", "stages.0.blocks.0", 18),
         ("cait_xxs24_224", "head", "blocks.0", 24),
-        ("sequencer2d_s", "head.fc", "stages.0.1", 18),
+        ("sequencer2d_s", "head.fc", "stages.0.blocks.0", 18),
         ("hrnet_w18_small", "classifier", None, 0),
     ],
 )
