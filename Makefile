@@ -16,7 +16,7 @@ BENCH_OUT ?= build/bench
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-slow test-slurm test-torch211 lint format golden docs compare bench peers gpu-bundle gpu-check clean
+.PHONY: help install quickstart test test-slow test-slurm test-torch211 lint format golden docs compare bench peers gpu-bundle has-python312 gpu-check clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -104,6 +104,9 @@ $(BARE)/.ready: $(READY) benchmarks/bare.txt
 	$(BARE)/bin/python -m pip uninstall --quiet --yes pydantic pydantic_core annotated-types typing-inspection
 	ln -sfn $$($(BIN)/python -c "import nvidia; print(*nvidia.__path__)") $(BARE)/lib/python3.12/site-packages/nvidia
 	@touch $@
+
+has-python312:
+	@$(PYTHON312) -c pass 2>/dev/null
 
 gpu-check: gpu-bundle $(BARE)/.ready  ## benchmarks/gpu.sh in miniature on a CPU, with Python 3.12, torch 2.11 and .whl alone
 	QUICK=1 PYTHON=$(BARE)/bin/python benchmarks/gpu.sh build/gpu-check
