@@ -270,7 +270,7 @@ def test_a_linear_probe_has_gradients_and_one_moment_of_its_head_alone_and_no_ze
 @pytest.mark.parametrize("strategy", ["auto", "fsdp", "zero2"])
 def test_a_model_of_timm_is_measured_and_has_no_hours(tmp_path, strategy):
     recipe = tmp_path / "recipe.yaml"
-    stages = "{finetune: {init: weights, weights: none.safetensors, global_batch: 8}}"
+    stages = "{finetune: {init: weights, weights: none.safetensors, global_batch: 8, micro_batch: 4}}"
     recipe.write_text(
         f"name: t\ndata: {{train: gone}}\nmodel: {{timm: test_convnext, image_px: 32}}\nstages: {stages}\n"
     )
