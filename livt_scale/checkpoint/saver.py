@@ -27,6 +27,7 @@ from livt_scale.checkpoint.manifest import Position, plain_score
 from livt_scale.distributed.collectives import Peers
 from livt_scale.util.atomic import sync_folder
 from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
+from livt_scale.util.text import first_line
 
 _log = logging.getLogger(__name__)
 FIRST_PAUSE_S = 1.0  # before a failed save is tried again; then twice as long, and so on
@@ -166,13 +167,18 @@ class Saver:
 
 @contextmanager
 def also_raising(error: BaseException | None) -> Iterator[None]:
-    """Raise a failed save in this block, unless `error` is being raised: then add the failure to it as a note."""
+    """Raise what fails in this block, unless `error` is being raised: then add the failure to it as a note.
+
+    Any failure: a rank that is gone breaks a step and the save in flight alike, and `error` names the rank.
+    """
     try:
         yield
-    except CheckpointError as failed:
+    except Exception as failed:
         if error is None:
             raise
-        error.add_note(f"Besides, the last checkpoint was not saved: {failed}")
+        known = isinstance(failed, CheckpointError)
+        what = "was not saved" if known else f"may not be saved ({type(failed).__name__})"
+        error.add_note(f"Besides, the last checkpoint {what}: {failed if known else first_line(failed)}")
 
 
 @dataclass(frozen=True)

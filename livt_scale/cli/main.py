@@ -246,6 +246,8 @@ def _print_error(error: Exception, kind: str) -> None:
     if _debug:
         traceback.print_exc()
     print(line(kind, escaped(error, keep="\n")), file=sys.stderr, flush=True)
+    for note in getattr(error, "__notes__", ()):  # what failed besides
+        print(line("note", escaped(note, keep="\n")), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from livt_scale.checkpoint import io, saver
 from livt_scale.checkpoint.load import Position, Retention, Saver, newest_whole, verify
 from livt_scale.checkpoint.saver import Failures
-from livt_scale.util.errors import CheckpointError, PruneFailed, SaveFailed
+from livt_scale.util.errors import CheckpointError, PruneFailed, RankLostError, SaveFailed
 
 real_free = io.free_bytes
 
@@ -146,3 +146,37 @@ def test_an_error_of_our_own_is_never_tolerated(saving, monkeypatch):
     with pytest.raises((CheckpointError, ValueError), match="a bug") as caught:
         saving(Failures(limit=9))(1)
     assert not isinstance(caught.value, SaveFailed)
+
+
+@pytest.mark.parametrize(
+    ("failure", "note"),
+    [
+        (RuntimeError("Connection closed by peer\nmore"), "may not be saved (RuntimeError): Connection closed by peer"),
+        (SaveFailed("step-2: no room"), "was not saved: step-2: no room"),
+    ],
+)
+def test_what_ends_the_run_is_raised_although_the_save_in_flight_fails_too(tmp_path, state, monkeypatch, failure, note):
+    """A rank that is gone breaks a step, and then the save: the step's error names the rank."""
+
+    def fails(job, peers):
+        raise failure
+
+    monkeypatch.setattr(saver, "publish", fails)
+    failures, lost = Failures(limit=1), RankLostError("rank 0 is gone")
+    with pytest.raises(RankLostError) as caught, Saver(tmp_path, mode="async", failures=failures) as made:  # noqa: PT012
+        made.save(state(1), position=Position(0, 1), facts={})
+        raise lost
+    assert caught.value is lost
+    assert any(note in text and "more" not in text for text in lost.__notes__)
+
+
+def test_without_another_error_the_save_in_flight_raises_its_own(tmp_path, state, monkeypatch):
+    def fails(job, peers):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(saver, "publish", fails)
+    with (
+        pytest.raises(RuntimeError, match="closed by peer"),
+        Saver(tmp_path, mode="async", failures=Failures(limit=1)) as made,
+    ):
+        made.save(state(1), position=Position(0, 1), facts={})
