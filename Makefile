@@ -105,7 +105,7 @@ $(BARE)/.ready: $(READY) benchmarks/bare.txt
 	ln -sfn $$($(BIN)/python -c "import nvidia; print(*nvidia.__path__)") $(BARE)/lib/python3.12/site-packages/nvidia
 	@touch $@
 
-has-python312:
+has-python312:  ## exit code 0 if there is a Python 3.12, as gpu-check needs
 	@$(PYTHON312) -c pass 2>/dev/null
 
 gpu-check: gpu-bundle $(BARE)/.ready  ## benchmarks/gpu.sh in miniature on a CPU, with Python 3.12, torch 2.11 and .whl alone

@@ -45,7 +45,7 @@ def test_b5_a_wrong_device_gets_the_one_that_begins_alike():
         (["--mixup"], "--set stages.finetune.mixup=VALUE"),
         (["--data.val", "a b"], "--set data.val='a b'"),
         (["--alow", "seed"], "Did you mean '--allow'?"),
-        (["--gpus", "8"], "Valid names: --allow, --help, --report, --set, --stage"),
+        (["--gpus", "8"], "Valid names: --allow, --allow-download, --help, --report, --set, --stage"),
     ],
 )
 def test_b5_a_flag_that_is_a_field_of_the_recipe_gets_the_set_that_does_it(flag, remedy, monkeypatch, capsys):
