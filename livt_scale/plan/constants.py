@@ -125,7 +125,7 @@ FAMILIES: dict[Family, Efficiency] = {
         memory=Guess(0.40, 0.65, 0.90),
         host_us=Guess(12.0, 6.0, 3.0),
         gap_us=Guess(12.0, 6.0, 3.0),
-        source="round numbers, not compared with a measurement yet",
+        source="round numbers; measured ones of a machine: livt doctor --bench --device-file (docs/plan.md#accuracy)",
     ),
     "unknown": Efficiency(
         matmul=Guess(0.35, 0.65, 0.90),
