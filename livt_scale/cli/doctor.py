@@ -50,6 +50,8 @@ def doctor(
     """
     if node is not None:
         _look_at_node(node)
+    if force and device_file is None:
+        raise UsageError("--force has no effect without --device-file", remedy="leave it out")
     measured: dict[str, Any] = {}
     findings: list[Finding] = []
     if bench:

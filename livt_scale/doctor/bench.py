@@ -59,7 +59,7 @@ def bench(
 
 
 def _measure(world: World, dirs: list[Path], recipe: Recipe | None, *, each_s: float, device_too: bool) -> Facts:
-    from livt_scale.doctor import device_speeds, network
+    from livt_scale.doctor import network
 
     together = Together(world, wait_s=each_s + GRACE_S)
     hosts = together.do("start", socket.gethostname)
@@ -67,6 +67,8 @@ def _measure(world: World, dirs: list[Path], recipe: Recipe | None, *, each_s: f
     found: Facts = {"hosts": hosts, "device": world.device.type}
     found["compute_tflops"] = together.do("compute", lambda: network.compute_speed(world, seconds=each_s / 2))
     if device_too:
+        from livt_scale.doctor import device_speeds
+
         found["device_speeds"] = together.do("device", lambda: device_speeds.measure(world.device, seconds=each_s))[0]
     if world.world_size > 1:
         found["all_reduce"] = together.do("all-reduce", lambda: network.all_reduce_speeds(world, seconds=each_s))[0]

@@ -79,6 +79,12 @@ def test_a_file_of_somebody_else_is_not_replaced_by_the_device(tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
 
 
+def test_force_without_a_device_file_is_refused():
+    error = CliRunner().invoke(main.app, ["doctor", "--force"]).exception
+    assert isinstance(error, UsageError)
+    assert "--force has no effect without --device-file" in error.message
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
