@@ -39,7 +39,7 @@ test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(TEST_FLAGS)
 
 test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
-	$(BIN)/python -m pytest -m "slow and not slurm" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not slurm" $(TEST_FLAGS)
 
 test-slurm: $(READY)  ## the tests on real Slurm clusters, started for them; as root
 	$(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)
