@@ -38,8 +38,9 @@ quickstart: $(READY)  ## both stages of LiVT on the real images that ship here, 
 test: $(READY)  ## the tests, without the slow ones
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow and not slurm" $(TEST_FLAGS)
 
-test-slow: $(READY)  ## the slow tests: whole runs, killed and continued
+test-slow: $(READY)  ## the slow tests: whole runs, killed and continued; and other examples of each property
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not slurm" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "hypothesis and not slow and not slurm" --hypothesis-profile=random $(TEST_FLAGS)
 
 test-slurm: $(READY)  ## the tests on real Slurm clusters, started for them; as root
 	$(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)

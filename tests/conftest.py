@@ -58,7 +58,10 @@ SLOW_FILES = (  # with most time first: `make test` gives files to its processes
 SLOW_S = 1800  # the bound of a slow test that has none of its own, on a machine that does other things too
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_", "LIVT_")
 
-hypothesis.settings.register_profile("livt", deadline=None, max_examples=50)
+# The examples of a property are the same in each run, so that whether a test passes does not depend on luck.
+# `make test-slow` draws others, by --hypothesis-profile=random.
+hypothesis.settings.register_profile("livt", deadline=None, max_examples=50, derandomize=True)
+hypothesis.settings.register_profile("random", deadline=None, max_examples=50)
 hypothesis.settings.load_profile("livt")
 
 
