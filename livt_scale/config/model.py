@@ -91,9 +91,10 @@ class Model(RecipePart):
     @model_validator(mode="before")
     @classmethod
     def _of_timm(cls, given: Any) -> Any:
-        """The size that says so."""
-        is_timm = isinstance(given, Mapping) and given.get("timm") is not None
-        return {"size": "timm", **given} if is_timm else given
+        """The size that says so, and the images that timm's weights of that name take, where no others are set."""
+        if not isinstance(given, Mapping) or given.get("timm") is None:
+            return given
+        return {"size": "timm", **timm_models.usual_image_px(given["timm"]), **given}
 
     @field_validator("timm")
     @classmethod

@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 from livt_scale.util.names import closest, listed
 from livt_scale.util.text import first_line
@@ -108,22 +108,32 @@ def pixel_facts(name: str) -> dict[str, Any]:
     }
 
 
+def usual_image_px(name: object) -> dict[str, int]:
+    """`image_px` of the model's weights; nothing of a name that timm does not have, which its own check reports."""
+    return {"image_px": pixel_facts(name)["input_size"][-1]} if _is_known(name) else {}
+
+
 def with_pixel_facts(values: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's `values` with the images that the weights of `model.timm` were trained on, where it sets no others."""
+    """A recipe's `values` with the pixels that the weights of `model.timm` were trained on, where it sets no others."""
     model, data = values.get("model"), values.get("data")
     name = model.get("timm") if isinstance(model, dict) else None
-    if not isinstance(name, str) or not isinstance(model, dict) or not isinstance(data, dict):
+    if not isinstance(model, dict) or not isinstance(data, dict) or not _is_known(name):
         return values
+    usual = pixel_facts(name)
+    pixels = {field: usual[field] for field in ("mean", "std", "interpolation", "crop_pct")}
+    if model.get("channels", 3) != len(usual["mean"]):
+        pixels = {field: value for field, value in pixels.items() if field not in ("mean", "std")}
+    return {**values, "data": {**pixels, **data}}
+
+
+def _is_known(name: object) -> TypeGuard[str]:
+    if not isinstance(name, str):
+        return False
     try:
         check_name(name)
     except ValueError:
-        return values  # the field's own check reports it
-    usual = pixel_facts(name)
-    pixels = {field: usual[field] for field in ("mean", "std", "interpolation", "crop_pct")}
-    model = {"image_px": usual["input_size"][-1], **model}
-    if model.get("channels", 3) != len(usual["mean"]):
-        pixels = {field: value for field, value in pixels.items() if field not in ("mean", "std")}
-    return {**values, "model": model, "data": {**pixels, **data}}
+        return False
+    return True
 
 
 def create(spec: TimmSpec, *, num_classes: int, drop_path: float, takes: tuple[str, ...] = OPTIONAL) -> nn.Module:

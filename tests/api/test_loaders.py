@@ -6,6 +6,7 @@ import inspect
 from itertools import islice
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import webdataset as wds
@@ -266,8 +267,11 @@ def test_a_webdataset_pipeline_has_the_samples_of_the_loader(shards):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("size", "vit_x"), ("num_classes", 0), ("image_px", 30), ("drop_path", 1.0), ("heads", 5), ("channels", 0)],
-)
+    [
+        ("size", "vit_x"), ("size", "timm/resnet5"), ("num_classes", 0), ("image_px", 30), ("drop_path", 1.0),
+        ("heads", 5), ("channels", 0),
+    ],
+)  # fmt: skip
 def test_a_model_that_cannot_be_names_the_argument(argument, value):
     usual = {"size": "vit_micro", "num_classes": 10, "image_px": 28}
     with pytest.raises(UsageError, match=f"^{argument} is {value!r}"):
@@ -275,8 +279,17 @@ def test_a_model_that_cannot_be_names_the_argument(argument, value):
 
 
 def test_a_model_of_each_kind_is_trained_by_images_alone():
-    for size in ("vit_micro", "resnet_micro"):
-        model = livt.build_classifier(size, num_classes=3, image_px=28, channels=1, drop_path=0.3).train()
-        loss = livt.losses.make("bal_bce", [5, 3, 1])(model(torch.zeros(2, 1, 28, 28)), torch.tensor([0, 2]))
+    for size in ("vit_micro", "resnet_micro", "timm/test_vit"):
+        model = livt.build_classifier(size, num_classes=3, image_px=32, channels=1, drop_path=0.3).train()
+        loss = livt.losses.make("bal_bce", [5, 3, 1])(model(torch.zeros(2, 1, 32, 32)), torch.tensor([0, 2]))
         loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
+def test_a_model_of_timm_takes_the_images_of_its_weights():
+    model = livt.build_classifier("timm/test_vit.r160_in1k", num_classes=3)
+    ours, theirs = model.state_dict(), timm.create_model("test_vit", num_classes=3).state_dict()
+    assert {name: value.shape for name, value in ours.items()} == {name: value.shape for name, value in theirs.items()}
+    assert model(torch.zeros(1, 3, 160, 160)).shape == (1, 3)
+    with pytest.raises(UsageError, match="160"):
+        model(torch.zeros(1, 3, 224, 224))
