@@ -10,6 +10,7 @@ the same to the last digit however the images are distributed. Each image is cou
 
 Why not torchmetrics: it keeps floating-point means per metric, so five collectives and an order-dependent last digit;
 the tests compare the two. Groups: Liu et al., arXiv 1904.05160. Calibration error: Guo et al., arXiv 1706.04599.
+PDC: Xu et al., arXiv 2302.14284, as its public code computes it (github.com/XuZhengzhuo/PDC).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NUM_BINS = 15  # of the calibration error, as LiVT
 MAX_CONFUSION_CLASSES = 1000  # a matrix for 8142 classes would be 0.5 GB, on every rank and in the report
 CONFIDENCE_UNIT = 2**32  # confidences are summed as whole numbers of 1 / 2^32: integer sums know no order
 TOP_K = 5
+PDC_EPSILON = 1e-6  # of its authors, in the logarithms
 
 Ints = npt.NDArray[np.int64]
 
@@ -41,6 +43,7 @@ class Tally:
             "images": num_classes,
             "top1": num_classes,
             "top5": num_classes,
+            "predicted": num_classes,
             "bin_images": NUM_BINS,
             "bin_right": NUM_BINS,
             "bin_confidence": NUM_BINS,
@@ -74,6 +77,7 @@ class Tally:
         sums["images"].index_add_(0, labels, torch.ones_like(labels))
         sums["top1"].index_add_(0, labels, right)
         sums["top5"].index_add_(0, labels, (rank < TOP_K).long())
+        sums["predicted"].index_add_(0, predicted, torch.ones_like(predicted))
         sums["bin_images"].index_add_(0, bins, torch.ones_like(bins))
         sums["bin_right"].index_add_(0, bins, right)
         sums["bin_confidence"].index_add_(0, bins, (confidence.double() * CONFIDENCE_UNIT).round().long())
@@ -110,7 +114,10 @@ class Tally:
             "top1": _accuracies(sums["top1"], sums["images"], groups),
             "top5": _accuracies(sums["top5"], sums["images"], groups),
             "per_class": _per_class(sums, counts, groups),
-            "calibration": _calibration(sums["bin_images"], sums["bin_right"], sums["bin_confidence"]),
+            "calibration": {
+                "pdc": _pdc(sums["predicted"], sums["images"], counts),
+                **_calibration(sums["bin_images"], sums["bin_right"], sums["bin_confidence"]),
+            },
             "confusion": sums["confusion"].reshape(self.num_classes, -1).tolist() if self.has_confusion else None,
         }
 
@@ -156,6 +163,22 @@ def _calibration(images: Ints, right: Ints, confidence: Ints) -> dict[str, Any]:
     ]
     gaps = np.abs(right - confidence / CONFIDENCE_UNIT)  # of a bin, times its images
     return {"ece": _ratio(gaps.sum(), images.sum()), "bins": bins}
+
+
+def _pdc(predicted: Ints, images: Ints, train_counts: Ints) -> float | None:
+    """Predictive distribution calibration, from counts by class: KL(labels || predictions) / KL(labels || training).
+
+    0: each class is predicted as often as it occurs; 1: as if in proportion to its training images. None: there are no
+    images, or the training set has the same distribution as they have.
+    """
+    if not images.sum() or not train_counts.sum():
+        return None
+    labels, predictions, training = (n / n.sum() for n in (images, predicted, train_counts))
+    if np.allclose(labels, training, rtol=0, atol=PDC_EPSILON):
+        return None
+    log_labels = np.log(labels + PDC_EPSILON)
+    of_model, of_training = (labels @ (log_labels - np.log(q + PDC_EPSILON)) for q in (predictions, training))
+    return float(of_model / of_training)
 
 
 def _ratio(part: np.generic | float, whole: np.generic | float) -> float | None:

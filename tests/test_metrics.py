@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import entropy
 
 from livt_scale.metrics import MAX_CONFUSION_CLASSES, Tally
 
@@ -70,6 +71,29 @@ def test_calibration_bins_equal_a_reckoning_image_by_image():
     assert found["ece"] == pytest.approx(error, abs=1e-6)
 
 
+def one_hot(classes, num_classes):
+    return torch.nn.functional.one_hot(torch.as_tensor(classes), num_classes).float()
+
+
+def test_pdc_is_0_where_classes_are_predicted_as_they_occur_and_1_where_as_they_were_trained():
+    counts = [8, 4, 2, 2]
+    labels = torch.arange(16) % 4
+    as_trained = one_hot([0] * 8 + [1] * 4 + [2] * 2 + [3] * 2, 4)
+    assert report(one_hot(labels.roll(1), 4), labels, counts=counts)["calibration"]["pdc"] == pytest.approx(0, abs=1e-9)
+    assert report(as_trained, labels, counts=counts)["calibration"]["pdc"] == pytest.approx(1, abs=1e-9)
+    assert report(as_trained, labels, counts=[5, 5, 5, 5])["calibration"]["pdc"] is None
+    only_first = report(one_hot([0] * 16, 4), labels, counts=counts)["calibration"]["pdc"]
+    assert 10 < only_first < 100  # finite, although three classes are never predicted
+
+
+def test_pdc_equals_a_ratio_of_scipys_divergences():
+    logits, labels = outputs(seed=5)
+    occurs, predicted = (torch.bincount(each, minlength=7) for each in (labels, logits.argmax(1)))
+    assert predicted.min() > 0
+    expected = entropy(occurs, predicted) / entropy(occurs, COUNTS)
+    assert report(logits, labels)["calibration"]["pdc"] == pytest.approx(expected, rel=1e-3)  # without the epsilon
+
+
 @settings(max_examples=15, deadline=None)
 @given(world=st.integers(1, 9), batches=st.integers(1, 4), seed=st.integers(0, 5))
 def test_the_report_is_the_same_to_the_last_digit_however_images_are_spread(world, batches, seed):
@@ -100,7 +124,7 @@ def test_no_images_give_no_figures():
     found = Tally(7).report(COUNTS, **THRESHOLDS)
     assert found["num_samples"] == 0
     assert set(found["top1"].values()) == {None}
-    assert found["calibration"]["ece"] is None
+    assert found["calibration"]["ece"] is found["calibration"]["pdc"] is None
 
 
 def test_a_group_without_classes_is_null_and_a_class_without_images_is_left_out():
@@ -159,4 +183,4 @@ def test_many_classes_have_no_confusion_matrix():
     tally = Tally(num_classes)
     tally.update(torch.randn(4, num_classes), torch.tensor([0, 1, 999, 1000]))
     assert tally.report([30] * num_classes, **THRESHOLDS)["confusion"] is None
-    assert tally.tensors()[0].numel() < 4 * num_classes
+    assert tally.tensors()[0].numel() < 5 * num_classes

@@ -90,8 +90,8 @@ def evaluate(
     """The report of `model` on the images of `loader`, as plain JSON values; accuracies are fractions of 1.
 
     {"num_samples", "top1": {"all", "many", "medium", "few", "mean_class"}, "top5": {…}, "per_class": […],
-    "calibration": {"ece", "bins"}, "confusion": [C][C] or None above 1000 classes, "precision", "views", "data"}; an
-    accuracy of no image is None.
+    "calibration": {"pdc", "ece", "bins"}, "confusion": [C][C] or None above 1000 classes, "precision", "views",
+    "data"}; an accuracy of no image is None.
 
     model: images float32 [B, C, H, W] to logits [B, classes], on the device of its parameters; it is evaluated in
     eval() and left in the mode it was in. shards: the training set, whose class counts decide the groups: many-shot

@@ -17,7 +17,7 @@ from livt_scale.evaluation.gallery_page import MARK as GALLERY_MARK
 from livt_scale.evaluation.logits import load_outputs, save_outputs
 from livt_scale.evaluation.per_class import CSV_MARK
 from livt_scale.evaluation.report import EvalReport, make_report, write_reports
-from livt_scale.evaluation.results import accuracy_table, sweep_table
+from livt_scale.evaluation.results import accuracy_table, calibration_line, sweep_table
 from livt_scale.evaluation.tta import Views
 from livt_scale.export.open_trained import run_of
 from livt_scale.posthoc.evaluate_path import Evaluated, evaluate_path
@@ -154,7 +154,7 @@ def print_report(done: Done) -> None:
         a = report["adjustment"]
         how = f", chosen on {a['chosen_on']} other images by {a['chosen_by']}" if "chosen_on" in a else ""
         echo(f"adjusted: {a['formula']}, tau {a['tau']:g}{how}; the model was trained with {a['trained_with']}")
-    echo(f"calibration error {100 * report['calibration']['ece']:.1f} %")
+    echo(calibration_line(report))
     if "temperature" in report:
         t = report["temperature"]
         before, after = t["before"], t["after"]

@@ -17,7 +17,7 @@ def results_table(run_dir: Path, report: dict[str, Any], *, console: Console | N
     """Print accuracy for all, many, medium and few-shot classes, and where everything else is."""
     console = console or plain_console()
     console.print(accuracy_table(report))
-    console.print(f"calibration error {100 * report['calibration']['ece']:.1f} %")
+    console.print(calibration_line(report))
     pictures = sorted((run_dir / "pretrain" / "samples").glob("*.png"))[-1:]
     pictures += sorted((run_dir / "finetune" / "samples").glob("*.png"))[-1:]
     for label, path in (("everything", run_dir), *((p.parent.parent.name, p) for p in pictures)):
@@ -33,6 +33,14 @@ def accuracy_table(report: dict[str, Any]) -> Table:
     ]
     title = f"{report['num_samples']} evaluation images, accuracy in %"
     return plain_table(["", *groups], rows, title=title, justify="right")
+
+
+def calibration_line(report: dict[str, Any]) -> str:
+    """The errors of calibration, of the probabilities and of how often each class is predicted."""
+    calibration = report["calibration"]
+    line = f"calibration error {100 * calibration['ece']:.1f} %"
+    pdc = calibration.get("pdc")  # missing from a report of an older version
+    return line if pdc is None else f"{line}, PDC {pdc:.2f}"
 
 
 def sweep_table(report: dict[str, Any]) -> Table:

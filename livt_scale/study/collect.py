@@ -181,9 +181,9 @@ def measures_of(run: Run, place: Path) -> dict[str, float]:
 
         return {"reconstruction_loss": reconstruction_loss(place)}
     report = read_eval(place / "finetune" / EVAL)
-    top1, ece = report["top1"], report.get("calibration", {}).get("ece")
+    top1, calibration = report["top1"], report.get("calibration", {})
     found = {f"top1_{group}": float(top1[group]) for group in GROUPS if top1[group] is not None}
-    found |= {} if ece is None else {"ece": float(ece)}
+    found |= {name: float(calibration[name]) for name in ("ece", "pdc") if calibration.get(name) is not None}
     by_epoch = [line.top1_all for line in evaluations(place)]
     return found | ({"top1_mean_over_epochs": statistics.fmean(by_epoch)} if len(by_epoch) > 1 else {})
 

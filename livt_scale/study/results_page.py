@@ -16,7 +16,7 @@ from livt_scale.util.outside import read_json
 
 COLUMNS = {
     "top1_all": "all", "top1_many": "many", "top1_medium": "medium", "top1_few": "few",
-    "top1_mean_over_epochs": "mean over epochs", "ece": "calibration error",
+    "top1_mean_over_epochs": "mean over epochs", "ece": "calibration error", "pdc": "PDC",
     "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
 MARK = b"made by `livt reproduce"  # in every page
@@ -103,7 +103,7 @@ def _table(result: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(values: Sequence[float], measure: str) -> str:
-    scale, digits = (1, 4) if measure == "reconstruction_loss" else (100, 1)
+    scale, digits = {"reconstruction_loss": (1, 4), "pdc": (1, 2)}.get(measure, (100, 1))
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 

@@ -31,7 +31,7 @@ from livt_scale.study.collect import (
 )
 from livt_scale.study.definition import LoadedStudy, Point, last_run, points
 from livt_scale.study.runs import Run
-from livt_scale.train.run_files import EVAL, METRICS, read_eval, read_metrics
+from livt_scale.train.run_files import METRICS, read_metrics
 from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-study", 1
@@ -106,7 +106,6 @@ def _of_a_whole_run(loaded: LoadedStudy, run: Run, place: Path) -> dict[str, Any
     curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / METRICS) for stage in stages}
     evaluated = [[line.epoch, line.top1_all] for line in evaluations(place)]
     if run.stage == "finetune":
-        measures["ece"] = float(read_eval(place / "finetune" / EVAL)["calibration"]["ece"])
         curves["evaluations"] = evaluated
     pictures = sorted((place / "pretrain" / "samples").glob("*.png"))
     return {

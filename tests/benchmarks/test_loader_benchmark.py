@@ -17,7 +17,6 @@ def benchmark():
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_the_benchmark_measures_all_pipelines_and_writes_its_conditions(benchmark, tmp_path, capsys):
     file = tmp_path / "loader.json"
     assert benchmark.main(["--quick", "--images", "64", "--workers", "0", "--json", str(file)]) == 0

@@ -140,7 +140,6 @@ def run_under(livt, *, kills: int, stops: int, seed: int, epochs: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_little_of_everything_changes_nothing(livt):
     run_under(livt, kills=2, stops=1, seed=1, epochs=4)
 

@@ -15,7 +15,7 @@ from tests.whole_runs import spelt
 
 KINDS = (Kind("ddp", 1), Kind("ddp", 2), Kind("fsdp", 2), Kind("zero3", 2))
 Jobs = dict[str, Job]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

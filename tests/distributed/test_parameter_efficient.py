@@ -37,7 +37,7 @@ METHODS = {
 SINGLE, DDP, FSDP = Kind("ddp", 1), Kind("ddp", 2), Kind("fsdp", 2)
 RECOMPUTED = Kind("fsdp", 2, options=(("activation_checkpointing", True),))
 Jobs = dict[str, Job]
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SETS = {
     "model.size": "timm",
     "model.patch_px": "null",
 }
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 
 from tests.whole_runs import REPO, Livt, metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 STORED = Path(__file__).parents[1] / "golden" / "saved-7d37c38" / "mid-pretrain.tar.gz"
 SHIPPED = REPO / "shards" / "fashion-mnist-lt"
 SETS = {

@@ -151,7 +151,7 @@ def on_two_ranks(script: str, *words: str) -> dict[str, int]:
         for rank in range(2)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=400)[0] for process in processes]
+        said = [process.communicate(timeout=1500)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -160,7 +160,6 @@ def on_two_ranks(script: str, *words: str) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("names", [("ddp", "fsdp"), ("zero1",), ("zero2",), ("zero3",)], ids="-".join)
 def test_what_strategies_hold_on_two_ranks_is_what_was_planned(names):
     weights = weights_of(Model(size="vit_ti", image_px=64), "pretrain", num_classes=1)
@@ -171,7 +170,6 @@ def test_what_strategies_hold_on_two_ranks_is_what_was_planned(names):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("blocks", ["kept", "recomputed"])
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
 def test_the_peak_of_a_step_on_two_ranks_is_near_the_planned_one(strategy, blocks):
@@ -185,7 +183,6 @@ def test_the_peak_of_a_step_on_two_ranks_is_near_the_planned_one(strategy, block
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 @pytest.mark.parametrize("train", ["lora", "bitfit"])
 def test_the_peak_of_a_tuned_network_is_near_the_planned_one(train, strategy):
@@ -193,7 +190,7 @@ def test_the_peak_of_a_tuned_network_is_near_the_planned_one(train, strategy):
     sets += ["parallel.compile=false", "stages.finetune.layer_decay=1", f"stages.finetune.train={train}"]
     recipe = load_recipe(VIT_B, sets=sets)
     spread = Spread(strategy, 2, "bf16", 64)
-    measured = measure(recipe, "finetune", spread, num_classes=100)
+    measured = measure(recipe, "finetune", spread, num_classes=100, bound_s=1500)
     weights = stage_weights(recipe, "finetune", num_classes=100)
     assert measured.grads == held_bytes(weights, spread)[1]
     assert plan_memory(recipe, "finetune", weights, spread).peak == pytest.approx(measured.peak, rel=0.05)

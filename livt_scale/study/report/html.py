@@ -28,10 +28,10 @@ from livt_scale.study.table import FORMAT, VERSION
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import DataError
 
-TABLE_MEASURES = ("reconstruction_loss", "top1_all", "top1_many", "top1_medium", "top1_few", "ece")
+TABLE_MEASURES = ("reconstruction_loss", "top1_all", "top1_many", "top1_medium", "top1_few", "ece", "pdc")
 HEADS = {
     "reconstruction_loss": "rec. loss", "top1_all": "all %", "top1_many": "many %", "top1_medium": "medium %",
-    "top1_few": "few %", "ece": "ECE %",
+    "top1_few": "few %", "ece": "ECE %", "pdc": "PDC",
 }  # fmt: skip
 
 

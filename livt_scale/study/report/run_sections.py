@@ -87,8 +87,10 @@ def facts_of_run(run: RunRecord) -> list[Fact]:
         for what, name in (("Accuracy, all images", "all"), ("Accuracy, mean of classes", "mean_class")):
             value, interval = _top1(run.evaluation, name)
             found.append(Fact(what, value, f"95 % interval {interval}"))
-        ece = _percent(run.evaluation["calibration"]["ece"])
-        found.append(Fact("Calibration error", ece, "expected, over 15 bins"))
+        calibration = run.evaluation["calibration"]
+        found.append(Fact("Calibration error", _percent(calibration["ece"]), "expected, over 15 bins"))
+        if calibration.get("pdc") is not None:
+            found.append(Fact("PDC", f"{calibration['pdc']:.2f}", "0: classes are predicted as often as they occur"))
     seconds = sum(training_seconds(stage.lines) for stage in run.stages)
     if seconds:
         found.append(Fact("Time in steps", _duration(seconds), "without start, evaluation and saving"))

@@ -32,6 +32,7 @@ MEASURES = {
     "top1_medium": Measure("Medium-shot", "top-1 accuracy (%)", 100, 1),
     "top1_few": Measure("Few-shot", "top-1 accuracy (%)", 100, 1),
     "ece": Measure("Calibration error", "expected calibration error (%)", 100, 1),
+    "pdc": Measure("PDC", "predictive distribution calibration", 1, 2),
 }
 SHOTS = ("top1_many", "top1_medium", "top1_few")
 OVER = {
