@@ -268,9 +268,18 @@ def _is_older(job: ChainJob, since: float | None) -> bool:
     return since is not None and job.ended_at is not None and job.ended_at < since
 
 
+def _last_ended(jobs: Sequence[ChainJob]) -> ChainJob | None:
+    """The last job that is over. One that was killed comes before segments that were then cancelled as they waited."""
+    over = [job for job in jobs if job.now.ended or job.end or job.gone]
+    if not over or over[-1].now.state not in ("CANCELLED", ""):
+        return over[-1] if over else None
+    started = next((job for job in reversed(over) if job.has_log or job.end), over[-1])
+    return over[-1] if started.end or started.now.state == "COMPLETED" else started
+
+
 def _ended(jobs: Sequence[ChainJob]) -> tuple[State, str] | None:
     """What is known about the last job that ended, where the run itself recorded nothing."""
-    last = next((job for job in reversed(jobs) if job.now.ended or job.end or job.gone), None)
+    last = _last_ended(jobs)
     if last is None or (last.end is None and last.now.state == "COMPLETED"):
         return None
     if last.end is not None:

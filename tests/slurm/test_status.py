@@ -195,6 +195,23 @@ def test_a_job_that_is_gone_without_any_trace_is_stalled_and_its_log_is_named(ru
     assert ("has not started" in view.why) != has_log
 
 
+@pytest.mark.parametrize("accounting", [True, False])
+def test_the_segment_that_was_killed_is_named_not_those_that_were_cancelled_while_they_waited(run, fake, accounting):
+    run.chain(("14", "pretrain"), ("15", "pretrain"), ("16", "finetune"))
+    run.status("running", host="gpu07", step=120, old_s=30)
+    run.log("14")
+    now, ids = time.strftime("%Y-%m-%dT%H:%M:%S"), ("14", "15", "16")
+    if accounting:
+        fake.sacct(*(ended(job, "CANCELLED") for job in ids))
+    else:
+        fake.squeue(*(row(job, "CANCELLED", end=now) for job in ids))
+        fake.says("sacct", error="Slurm accounting storage is disabled\n", code=1)
+    view = status.look_at(run.dir)
+    assert view.state == "stalled"
+    assert view.why.startswith("job 14 ended as CANCELLED, and no other job of it is in the queue")
+    assert view.why.endswith("; its log: slurm/logs/pretrain-14.log")
+
+
 @pytest.mark.parametrize(("slurm", "state"), [("TIMEOUT", "stalled"), ("PREEMPTED", "preempted"), ("FAILED", "failed")])
 def test_what_squeue_still_knows_of_an_ended_job_is_used_where_there_is_no_accounting(run, fake, slurm, state):
     run.chain(("14", "pretrain"))
