@@ -232,6 +232,21 @@ def _law_lines(fit: dict[str, Any]) -> list[str]:
     return lines
 
 
+@app.command("compare")
+def compare(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
+    """Collect, then compare each setting with the first over seeds.
+
+    Prints accuracy with its deviation, and each difference with its 95 % interval and verdict.
+
+    livt study compare studies/fashion_mnist_lt/tuning.yaml
+    """
+    from livt_scale.study.compare import compare_settings, lines_of
+    from livt_scale.study.definition import load_study
+
+    found = compare_settings(_collected(load_study(study, folder=out)))
+    echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))
+
+
 @app.command("report")
 def report(study: StudyFile, out: Out = None) -> None:
     """Collect, fit, then write report.html, report.md and pictures.

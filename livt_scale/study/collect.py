@@ -68,13 +68,13 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "curves": {arm: lines for arm, lines in found.curves.items() if any(lines)},
         "minutes": {arm: statistics.fmean(each) for arm, each in found.minutes.items()},
         "missing": found.missing,
-        "verdicts": [_plain(asdict(verdict)) for verdict in verdicts],
+        "verdicts": [plain_verdict(asdict(verdict)) for verdict in verdicts],
         "word": combined_outcome(verdicts),
         "versions": _versions(),
     }
 
 
-def _plain(verdict: dict[str, Any]) -> dict[str, Any]:
+def plain_verdict(verdict: dict[str, Any]) -> dict[str, Any]:
     """JSON has no infinity (of an interval) and no NaN (of a mean over no seed): null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in verdict.items()}
 

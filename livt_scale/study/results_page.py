@@ -67,11 +67,11 @@ def _section(result: Mapping[str, Any]) -> str:
         "",
         f"`{budget['recipe']}` on `{budget['data']}`: {_epochs(budget)}, where the arm does not say otherwise.",
         "",
-        *_table(result),
+        *arms_table(result, of="arm"),
         "",
         f"![{name}]({picture_name(result)})",
         "",
-        *_verdicts(result),
+        *verdicts_table(result),
         "",
     ]
     if result["missing"]:
@@ -90,13 +90,14 @@ def _epochs(budget: Mapping[str, Any]) -> str:
     return f"{budget['pretrain_epochs']} epochs of pretraining, {budget['finetune_epochs']} of fine-tuning"
 
 
-def _table(result: Mapping[str, Any]) -> list[str]:
-    shown = [m for m in COLUMNS if any(m in of for of in result["values"].values())]
-    rows = [f"| arm | M weights | seeds | {' | '.join(COLUMNS[m] for m in shown)} | minutes a run |"]
+def arms_table(result: Mapping[str, Any], *, of: str) -> list[str]:
+    """Mean ± deviation over seeds of each measure, a row for each arm. of: what an arm is called."""
+    shown = [m for m in COLUMNS if any(m in measured for measured in result["values"].values())]
+    rows = [f"| {of} | M weights | seeds | {' | '.join(COLUMNS[m] for m in shown)} | minutes a run |"]
     rows.append("| --- |" + " ---: |" * (len(shown) + 3))
-    for arm, of in result["values"].items():
-        count = max(len(by) for by in of.values())
-        cells = " | ".join(_cell(list(of[m].values()), m) if m in of else "" for m in shown)
+    for arm, measured in result["values"].items():
+        count = max(len(by) for by in measured.values())
+        cells = " | ".join(_cell(list(measured[m].values()), m) if m in measured else "" for m in shown)
         weights, minutes = f"{result['weights'][arm] / 1e6:.2f}", f"{result['minutes'][arm]:.1f}"
         rows.append(f"| {arm} | {weights} | {count} | {cells} | {minutes} |")
     return rows
@@ -108,7 +109,8 @@ def _cell(values: Sequence[float], measure: str) -> str:
     return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def _verdicts(result: Mapping[str, Any]) -> list[str]:
+def verdicts_table(result: Mapping[str, Any]) -> list[str]:
+    """Difference, interval and verdict of each question."""
     rows = [
         "| question | difference | interval | effect | p, corrected | seeds | for one point | verdict |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",

@@ -17,6 +17,7 @@ from livt_scale.cli import main
 from livt_scale.config.recipe import learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.study import local_runner
+from livt_scale.study.compare import compare_settings, lines_of
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
 from livt_scale.study.local_runner import run_all
 from livt_scale.study.slurm_runner import ready, whole_recipe
@@ -24,6 +25,7 @@ from livt_scale.study.subsets import build_subsets, subset_counts
 from livt_scale.study.table import as_csv, collect_study, state_of
 from livt_scale.util.errors import UsageError
 from tests import warm
+from tests.study import synthetic
 from tests.whole_runs import small_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -281,3 +283,42 @@ def test_the_commands(copied):
     assert "not counted: ce: not run" in said.stdout
     assert json.loads((copied.folder / "table.json").read_text())["runs"][0]["state"] == "done"
     assert len((copied.folder / "table.csv").read_text().splitlines()) == 3
+
+
+# --- livt study compare ---
+
+
+def test_settings_are_compared_with_the_first_over_seeds():
+    table = synthetic.study(sizes=("nano", "micro"), epochs=(6,), seeds=(0, 1, 2), losses=("ce", "bal_bce"))
+    found = compare_settings(table)
+    assert list(found["values"]) == ["nano, ce", "nano, bal_bce", "micro, ce", "micro, bal_bce"]
+    better = found["verdicts"][0]  # the same jitter, and 0.02 above
+    assert better["says"] == "nano, bal_bce above nano, ce in top1 all"
+    assert better["mean"] == pytest.approx(0.02)
+    assert (better["word"], better["num_seeds"]) == ("confirmed", 3)
+    assert found["values"]["micro, ce"]["top1_all"].keys() == {"0", "1", "2"}
+    lines = lines_of(found)
+    assert lines[0].startswith("| setting | M weights | seeds | all |")
+    assert sum(line.startswith("| nano, ") for line in lines) == 4  # two settings and two questions
+
+
+def test_what_did_not_finish_is_named_and_not_compared():
+    table = synthetic.study(sizes=("nano", "micro"), epochs=(6,), seeds=(0, 1, 2))
+    synthetic.fail(table["runs"][0], why="it broke")
+    found = compare_settings(table)
+    assert found["missing"] == {table["runs"][0]["name"]: "it broke"}
+    assert {verdict["num_seeds"] for verdict in found["verdicts"]} == {2}
+    assert found["verdicts"][0]["says"] == "micro above nano in top1 all"
+    for run in table["runs"]:
+        synthetic.fail(run, why="it broke")
+    found = compare_settings(table)
+    assert {verdict["num_seeds"] for verdict in found["verdicts"]} == {0}
+    assert lines_of(found)[-1].startswith("not counted: ")
+
+
+@pytest.mark.parametrize(
+    ("axes", "words"), [({"seed": [0, 1]}, "one setting"), ({"loss": ["ce", "bce"]}, "no axis seed")]
+)
+def test_a_study_without_two_settings_and_seeds_cannot_be_compared(axes, words):
+    with pytest.raises(UsageError, match=words):
+        compare_settings({**synthetic.study(), "axes": axes})
