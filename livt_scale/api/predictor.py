@@ -25,8 +25,8 @@ from livt_scale.data.settings import ImageSettings
 from livt_scale.distributed import precision
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.adjust import adjust
-from livt_scale.export.open_trained import open_trained
 from livt_scale.train.load_trained import Trained, Weights
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import SampleError, UsageError
 from livt_scale.util.outside import RefusedFile, read_checked
 

@@ -19,8 +19,8 @@ from livt_scale.evaluation.per_class import CSV_MARK
 from livt_scale.evaluation.report import EvalReport, make_report, write_reports
 from livt_scale.evaluation.results import accuracy_table, calibration_line, sweep_table
 from livt_scale.evaluation.tta import Views
-from livt_scale.export.open_trained import run_of
 from livt_scale.posthoc.evaluate_path import Evaluated, evaluate_path
+from livt_scale.train.open_trained import run_of
 from livt_scale.train.run_files import read_eval
 from livt_scale.util.errors import LivtError, UsageError
 from livt_scale.util.outputs import check_output

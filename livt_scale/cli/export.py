@@ -14,7 +14,7 @@ from livt_scale.cli.output import echo, starting
 from livt_scale.cli.train import StageName
 
 if TYPE_CHECKING:
-    from livt_scale.export.export_info import ExportInfo
+    from livt_scale.train.export_info import ExportInfo
 
 
 class Layout(StrEnum):
@@ -87,7 +87,7 @@ def _write(
     """Write a classifier; (its facts, a line of Python that opens it)."""
     if to is Layout.onnx:
         from livt_scale.export.onnx import ONNX, export_onnx
-        from livt_scale.export.open_trained import open_trained
+        from livt_scale.train.open_trained import open_trained
 
         info = export_onnx(open_trained(path, which=which, weights=weights.value), target, force=force)
         use = f"onnxruntime.InferenceSession({str(target / ONNX)!r})"

@@ -41,8 +41,8 @@ def features(
     from livt_scale.data.shard_set import ShardSet
     from livt_scale.distributed.cpu_cores import share_with_loader
     from livt_scale.distributed.world import detect, process_group
-    from livt_scale.export.open_trained import open_trained
     from livt_scale.posthoc.feature_set import backbone_of, check_target, write_features
+    from livt_scale.train.open_trained import open_trained
     from livt_scale.util.errors import UsageError
 
     check_target(out, force=force)

@@ -42,9 +42,9 @@ def predict(
     starting(f"predict {path}")
     from livt_scale.distributed.world import detect
     from livt_scale.evaluation.tta import Views
-    from livt_scale.export.open_trained import open_trained
     from livt_scale.posthoc.predict import CSV_MARK, Prediction
     from livt_scale.posthoc.predict import predict as run
+    from livt_scale.train.open_trained import open_trained
     from livt_scale.util.errors import UsageError
     from livt_scale.util.outputs import check_output
 

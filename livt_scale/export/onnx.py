@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from livt_scale.export.export_info import CONFIG, ONNX, ONNX_DATA, ExportInfo, WeightsFile
 from livt_scale.export.write_export import check_target, model_facts
+from livt_scale.train.export_info import CONFIG, ONNX, ONNX_DATA, ExportInfo, WeightsFile
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import ExportError, UsageError

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.config.tuning import LORA_ADAPTER, Lora
-from livt_scale.export.export_info import ADAPTER, ADAPTER_CONFIG, CONFIG, WEIGHTS, ExportInfo, WeightsFile
 from livt_scale.export.timm import check_same_logits, timm_config
 from livt_scale.export.write_export import check_target, model_facts
 from livt_scale.models.classifier import head_name
 from livt_scale.models.cosine_head import CosineHead
 from livt_scale.models.parameter_efficient import lora_config, lora_layers
+from livt_scale.train.export_info import ADAPTER, ADAPTER_CONFIG, CONFIG, WEIGHTS, ExportInfo, WeightsFile
 from livt_scale.train.load_trained import Trained, Weights, load_trained
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import ExportError, UsageError

@@ -15,11 +15,11 @@ from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Model
 from livt_scale.data.image.transforms import eval_crop
-from livt_scale.export.export_info import WEIGHTS, ExportInfo
 from livt_scale.models.classifier import head_inputs, head_name
 from livt_scale.models.cosine_head import CosineHead
 from livt_scale.models.layers import vit_args
 from livt_scale.models.resnet import use_small_stem
+from livt_scale.train.export_info import WEIGHTS, ExportInfo
 from livt_scale.util.errors import ExportError
 
 # timm builds any ViT from any of these names, given all arguments; the nearest one helps a reader recognise the model.

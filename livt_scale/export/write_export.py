@@ -18,7 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from livt_scale.checkpoint.tensor_file import write_tensors
-from livt_scale.export.export_info import (
+from livt_scale.export.timm import compare_with_timm, timm_config
+from livt_scale.train.export_info import (
     CONFIG,
     FILES,
     WEIGHTS,
@@ -29,7 +30,6 @@ from livt_scale.export.export_info import (
     is_export,
     read_info,
 )
-from livt_scale.export.timm import compare_with_timm, timm_config
 from livt_scale.train.load_trained import Trained, Weights, load_trained
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import ExportError

@@ -28,15 +28,15 @@ from livt_scale.data.order.class_balanced import ClassOrder
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.calibration import Calibration
 from livt_scale.evaluation.evaluate import data_lineage
-from livt_scale.export.export_info import is_export
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import check_target, write_export
 from livt_scale.losses import make_loss
 from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import head_of
 from livt_scale.posthoc import features
 from livt_scale.posthoc.features import LabelledOutputs
+from livt_scale.train.export_info import is_export
 from livt_scale.train.load_trained import Trained
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import RunError, UsageError
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4

@@ -13,8 +13,8 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import BATCH, evaluate
 from livt_scale.evaluation.logits import About, Outputs, gather
 from livt_scale.evaluation.tta import Views
-from livt_scale.export.open_trained import evaluation_set, open_trained
 from livt_scale.train.load_trained import Weights
+from livt_scale.train.open_trained import evaluation_set, open_trained
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.errors import UsageError
 

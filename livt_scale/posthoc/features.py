@@ -25,11 +25,11 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.calibration import Calibration, fit_calibration
 from livt_scale.evaluation.evaluate import BATCH, data_lineage
 from livt_scale.evaluation.holdout import SEED, half_rows
-from livt_scale.export.export_info import is_export
-from livt_scale.export.open_trained import evaluation_set
 from livt_scale.metrics import Tally
 from livt_scale.models.classifier import head_name
+from livt_scale.train.export_info import is_export
 from livt_scale.train.load_trained import Trained
+from livt_scale.train.open_trained import evaluation_set
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.errors import UsageError
 

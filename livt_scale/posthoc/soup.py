@@ -26,12 +26,12 @@ from livt_scale.checkpoint.manifest import MANIFEST, differences
 from livt_scale.config.recipe import digest
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.holdout import half_rows
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import check_target, write_export
 from livt_scale.models.classifier import AnyClassifier
 from livt_scale.posthoc import features
 from livt_scale.posthoc.features import LabelledOutputs
 from livt_scale.train.load_trained import Trained, Weights, read_trained
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import CheckpointMismatch, RunError, UsageError
 
 Method = Literal["uniform", "greedy"]

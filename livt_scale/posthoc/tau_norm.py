@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from livt_scale.evaluation.holdout import half_rows
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import check_target, write_export
 from livt_scale.models.classifier import head_of
 from livt_scale.posthoc import features
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import UsageError
 
 TAUS = tuple(k / 10 for k in range(21))

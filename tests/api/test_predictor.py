@@ -13,8 +13,8 @@ import livt_scale as livt
 from livt_scale.api.predictor import Predictor
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.evaluation.calibration import Calibration
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import RecipeError, RunError, SampleError, UsageError
 from tests.tiny_run import CLASS_NAMES, tiny_recipe, tiny_run, tiny_shards
 

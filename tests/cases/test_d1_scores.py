@@ -16,8 +16,8 @@ from livt_scale.checkpoint.manifest import CheckpointManifest, read_manifest
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.export.export_info import read_info
 from livt_scale.export.write_export import export_run
+from livt_scale.train.export_info import read_info
 from tests.cases.conftest import write_images
 
 

@@ -35,7 +35,7 @@ from livt_scale.data.image.decode import BadImage, decode
 from livt_scale.data.manifest import canonical_json
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.evaluation.results import results_table
-from livt_scale.export.export_info import is_export
+from livt_scale.train.export_info import is_export
 from livt_scale.train.load_trained import read_trained
 from livt_scale.train.resume_rules import compare_facts
 from livt_scale.util.atomic import file_lock

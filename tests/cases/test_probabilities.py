@@ -27,15 +27,15 @@ from livt_scale.data.build.spec import load_spec
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.settings import ImageSettings
 from livt_scale.evaluation.calibration import NOT_FITTED, Calibration, recorded_calibration, temperature_report
-from livt_scale.export.export_info import read_info
 from livt_scale.export.onnx import TOLERANCE, PixelsToProbabilities, compare_with_onnxruntime, export_onnx
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.posthoc.evaluate_path import evaluate_path
 from livt_scale.posthoc.predict import predict
 from livt_scale.posthoc.soup import make_soup, read_members
 from livt_scale.posthoc.tau_norm import tau_normalise
+from livt_scale.train.export_info import read_info
 from livt_scale.train.load_trained import load_trained
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import ExportError, UsageError
 from tests.tiny_run import tiny_recipe as a_recipe
 from tests.tiny_run import tiny_run

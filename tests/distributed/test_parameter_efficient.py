@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 import livt_scale
 from livt_scale.checkpoint.load import read_tensors
 from livt_scale.config.load import load_recipe
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.peft import export_peft
 from livt_scale.export.write_export import export_run
 from livt_scale.models.mae import build_mae
@@ -21,6 +20,7 @@ from livt_scale.plan.memory import Spread
 from livt_scale.plan.parameters import stage_weights
 from livt_scale.plan.stage_plan import checkpoint_bytes
 from livt_scale.train.load_trained import load_trained
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import ExportError, UsageError
 from tests.distributed.strategies import SMALL, Job, Kind, train_all
 from tests.timm_families import FAMILIES

@@ -9,9 +9,9 @@ import timm
 import torch
 
 from livt_scale.checkpoint.load import read_tensors
-from livt_scale.export.open_trained import load_export
 from livt_scale.export.write_export import export_run
 from livt_scale.plan.parameters import weights_of
+from livt_scale.train.open_trained import load_export
 from tests.distributed.strategies import Job, Kind, train_all
 from tests.timm_families import FAMILIES, family
 

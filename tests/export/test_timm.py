@@ -14,12 +14,12 @@ from timm.data import resolve_model_data_config
 from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Recipe
 from livt_scale.export import timm as for_timm
-from livt_scale.export.export_info import CONFIG, WEIGHTS, ExportInfo
-from livt_scale.export.open_trained import load_export, open_trained
 from livt_scale.export.timm import timm_network
 from livt_scale.export.write_export import export_run, write_export
 from livt_scale.models.classifier import head_inputs
+from livt_scale.train.export_info import CONFIG, WEIGHTS, ExportInfo
 from livt_scale.train.load_trained import load_trained, pick_checkpoint
+from livt_scale.train.open_trained import load_export, open_trained
 from livt_scale.util.errors import CheckpointDamaged, ExportError, RunError, UsageError
 from tests.tiny_run import CLASS_COUNTS, CLASS_NAMES, tiny_recipe, tiny_run
 

@@ -18,12 +18,12 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import evaluate
 from livt_scale.evaluation.holdout import half_rows
-from livt_scale.export.open_trained import load_export, open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.posthoc import features
 from livt_scale.posthoc.crt import Settings, retrained
 from livt_scale.posthoc.soup import mean_of, read_members
 from livt_scale.posthoc.tau_norm import normalised
+from livt_scale.train.open_trained import load_export, open_trained
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, ExportError, RunError, UsageError
 from tests.tiny_run import tiny_classifier, tiny_recipe, tiny_run, tiny_shards
 

@@ -15,12 +15,12 @@ from typer.testing import CliRunner, Result
 
 from livt_scale.cli.main import app
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.posthoc import features
 from livt_scale.posthoc.feature_set import FeatureSet, backbone_of
 from livt_scale.posthoc.knn import votes
 from livt_scale.posthoc.probe import ProbeSettings, fitted
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import DataError, UsageError
 from tests.tiny_run import tiny_recipe, tiny_run, tiny_shards
 from tests.whole_runs import Livt

@@ -7,7 +7,6 @@ import timm
 import torch
 
 from livt_scale.data.loader import eval_batches, normalise
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.models.classifier import head_of
 from livt_scale.posthoc.crt import Settings, retrain_head
@@ -15,6 +14,7 @@ from livt_scale.posthoc.features import features
 from livt_scale.posthoc.predict import predict
 from livt_scale.posthoc.soup import make_soup, read_members
 from livt_scale.posthoc.tau_norm import normalised, tau_normalise
+from livt_scale.train.open_trained import open_trained
 from tests.timm_families import FAMILIES
 from tests.tiny_run import tiny_recipe, tiny_run, tiny_shards
 

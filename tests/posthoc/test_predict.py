@@ -18,10 +18,10 @@ from livt_scale.cli.main import app
 from livt_scale.data.loader import eval_batches
 from livt_scale.evaluation.adjust import adjust
 from livt_scale.evaluation.tta import Views
-from livt_scale.export.open_trained import open_trained
 from livt_scale.export.write_export import export_run
 from livt_scale.posthoc.predict import Prediction, images_below, predict
 from livt_scale.train.load_trained import Trained
+from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import DataError, SampleError, UsageError
 from tests.tiny_run import tiny_recipe, tiny_run, tiny_shards
 

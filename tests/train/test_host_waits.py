@@ -49,5 +49,5 @@ def test_an_evaluation_waits_for_its_batches_alone(tmp_path):
     runs = Livt(tmp_path)
     runs.train(tmp_path / "run", stage="finetune", stages__finetune__init="scratch", **{"stages__*__epochs": 1})
     waits = livt(tmp_path / "waits.json", "eval", str(tmp_path / "run"))
-    loads = {"export/open_trained.py", "train/load_trained.py", "posthoc/evaluate_path.py"}
+    loads = {"train/open_trained.py", "train/load_trained.py", "posthoc/evaluate_path.py"}
     assert set(waits) <= {"data/normalise.py", *EVALUATES, *loads}

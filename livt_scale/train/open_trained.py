@@ -12,9 +12,9 @@ from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import load_saved
 from livt_scale.data.classes import TrainingClasses
-from livt_scale.export.export_info import ADAPTER, CONFIG, WEIGHTS, ExportInfo, identity, is_export, read_info
 from livt_scale.models.classifier import AnyClassifier
 from livt_scale.models.parameter_efficient import build_tuned
+from livt_scale.train.export_info import ADAPTER, CONFIG, WEIGHTS, ExportInfo, identity, is_export, read_info
 from livt_scale.train.load_trained import Trained, Weights, load_trained, pick_checkpoint
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.errors import ExportError, UsageError
