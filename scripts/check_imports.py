@@ -47,6 +47,7 @@ DEFERRED: dict[str, str] = {
     "plan/exact.py": "start-up: torch is for the process that it starts",
     "optim.py": "start-up: timm takes seconds, and only LARS and layer decay need it",
     "weights/timm_weights.py": "optional: only a download needs the hub's client",
+    "train/preflight.py": TORCH,
     "study/collect.py": TORCH,
     "study/table.py": TORCH,
     "study/report/html.py": "optional: bokeh comes with an extra, and its absence is an error that names it",

@@ -170,10 +170,21 @@ def _validate(tree: Tree, path: Path) -> Recipe:
     load_extensions()
     try:
         # as JSON: strict (no "12" or true for 12), but a list is accepted for a tuple
-        return Recipe.model_validate_json(json.dumps(with_pixel_facts(tree.values)), strict=True)
+        values = _with_second_token(with_pixel_facts(tree.values))
+        return Recipe.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         lines = [_explain(e, tree, path) for e in mistakes_in(error)]
         raise RecipeError(list(dict.fromkeys(lines))) from None
+
+
+def _with_second_token(values: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's `values` with the token that `stages.finetune.distill` trains, if the model does not say."""
+    match values:
+        case {"stages": {"finetune": {"distill": dict()}}, "model": dict(model)}:
+            return {**values, "model": {"distillation_token": True, **model}}
+        case {"stages": {"finetune": {"distill": dict()}}} if "model" not in values:
+            return {**values, "model": {"distillation_token": True}}
+    return values
 
 
 def _explain(error: Any, tree: Tree, path: Path) -> str:
@@ -232,7 +243,10 @@ def _resolve_paths(recipe: Recipe, path: Path) -> Recipe:
     files = {name: _find(getattr(part, name), path) for name in ("weights", "head_file")}
     if part.weights == DOWNLOAD:
         files["weights"] = DOWNLOAD
-    stage = part.model_copy(update=files)
+    distill = part.distill
+    if distill is not None:
+        distill = distill.model_copy(update={"teacher": _find(distill.teacher, path)})
+    stage = part.model_copy(update={**files, "distill": distill})
     return found.model_copy(update={"stages": recipe.stages.model_copy(update={"finetune": stage})})
 
 

@@ -86,6 +86,9 @@ class Model(RecipePart):
     patch_px: PositiveInt | None = Field(None, description="None: from the size")
     image_px: PositiveInt = Field(224, description="side of the images; with timm, if not set, that of its weights")
     channels: PositiveInt = 3
+    distillation_token: bool = Field(
+        False, description="in fine-tuning, a second token with a head, as DeiT's; stages.finetune.distill sets it"
+    )
     decoder: Decoder = Decoder()
 
     @model_validator(mode="before")
@@ -138,6 +141,15 @@ class Model(RecipePart):
         for name, dim in (("width", width), ("decoder.width", self.decoder.width)):
             if dim % 4:
                 raise ValueError(f"{name} is {dim}: sine-cosine positions need a multiple of 4")
+        return self
+
+    @model_validator(mode="after")
+    def _only_our_own_vits_have_a_second_token(self) -> Self:
+        if self.distillation_token and not self.is_vit:
+            raise ValueError(
+                f"distillation_token, which stages.finetune.distill sets, is for our own ViTs, not for {self.name}: "
+                "leave both out, or take a vit_*"
+            )
         return self
 
     @model_validator(mode="after")
@@ -239,6 +251,11 @@ class Model(RecipePart):
         linear |= {"mlp.fc1": (MLP_RATIO * width, width), "mlp.fc2": (width, MLP_RATIO * width)}
         blocks = {f"blocks.{k}.{name}.weight": shape for k in range(depth) for name, shape in linear.items()}
         return {"pos_embed": (1, 1 + self.num_patches, width), **blocks}, "head"
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Tokens that the classifier has before the patches; it has as many heads."""
+        return 2 if self.distillation_token else 1
 
     @property
     def num_patches(self) -> int:

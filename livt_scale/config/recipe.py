@@ -176,6 +176,26 @@ class Recipe(RecipePart):
         return self
 
     @model_validator(mode="after")
+    def _two_heads_are_plain(self) -> Self:
+        part = self.stages.finetune
+        if part is None or (part.distill is None and not self.model.distillation_token):
+            return self
+        if not self.model.distillation_token:
+            raise ValueError("stages.finetune.distill trains a second head: set model.distillation_token: true")
+        given = {
+            "train": part.train.name, "head": part.head, "head_init": part.head_init, "head_norm": part.head_norm,
+            "keep_head": part.keep_head,
+        }  # fmt: skip
+        plain = {"train": "all", "head": "linear", "head_init": "random", "head_norm": "none", "keep_head": False}
+        for name, value in given.items():
+            if value != plain[name]:
+                raise ValueError(
+                    f"stages.finetune.{name} is {value!r}, and a model with a distillation token has two plain heads, "
+                    "trained with all else: leave it out, or stages.finetune.distill and model.distillation_token"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _layer_groups_can_be_seen(self) -> Self:
         if self.log.layer_groups and not supports(self.parallel.strategy, "layer_groups"):
             raise ValueError(
@@ -191,11 +211,12 @@ class Recipe(RecipePart):
         return self
 
     def at(self, name: Stage) -> Self:
-        """The recipe with the model as stage `name` sees it: `model.image_px` is that stage's."""
-        px = self.stages.pretrain.image_px if name == "pretrain" and self.stages.pretrain else None
-        if px is None or px == self.model.image_px:
+        """The recipe with the model as stage `name` sees it: `model.image_px` is that stage's, tokens likewise."""
+        if name == "finetune" or self.stages.pretrain is None:
             return self
-        return self.model_copy(update={"model": self.model.model_copy(update={"image_px": px})})
+        px = self.stages.pretrain.image_px or self.model.image_px
+        model = self.model.model_copy(update={"image_px": px, "distillation_token": False})
+        return self if model == self.model else self.model_copy(update={"model": model})
 
     @model_validator(mode="after")
     def _an_average_can_be_kept(self) -> Self:

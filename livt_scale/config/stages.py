@@ -143,6 +143,23 @@ class Ema(RecipePart):
     warmup: bool = Field(True, description="at update k (from 0) no more than (1 + k) / (10 + k) stays")
 
 
+class Distill(RecipePart):
+    """Distillation from a CNN into a second token: DeiT-LT, arXiv 2404.02900. Defaults: its public code's."""
+
+    teacher: Annotated[str, FREE] = Field(
+        description="a trained classifier of the same classes and images: what `livt export` wrote, or a finished run"
+    )
+    alpha: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.5, description="share of the distillation loss; the rest is of loss, on the class token"
+    )
+    reweight_after: Fraction = Field(
+        11 / 12,
+        description="share of the epochs after which the distillation loss weights classes by their effective number; "
+        "1: never (default: 1100 of 1200 epochs, as for CIFAR)",
+    )
+    beta: BelowOne = Field(0.9999, description="of the effective number, as of loss cb_ce")
+
+
 DOWNLOAD = "download"  # as stages.finetune.weights
 ALLOW_DOWNLOAD = "LIVT_ALLOW_DOWNLOAD"  # in the environment of all ranks, set by `livt train --allow-download`
 LARS_MOMENTUM = 0.9  # MAE, arXiv 2111.06377, table 10
@@ -207,6 +224,9 @@ class Finetune(StagePart):
     cutmix: NonNegativeFloat = Field(1.0, description="a of Beta(a, a); 0: no cutmix. With mixup: half and half")
     smoothing: Annotated[float, Field(ge=0, lt=1), ALLOW] = Field(0.1, description="ε: off = ε/C, on = 1 − ε + ε/C")
     loss: AnyLoss = Field(BalancedBinaryCrossEntropy(), description="which loss, and its options: see docs/losses.md")
+    distill: Distill | None = Field(
+        None, description="a CNN teaches a second token, as {teacher: FOLDER}: see docs/distillation.md; None: none"
+    )
     eval_every_epochs: Annotated[PositiveInt | None, FREE] = Field(None, description="None: at the end alone")
     ema: Ema | None = Field(None, description="also keep an average of the weights, as {decay: 0.9999}; None: none")
 
@@ -306,6 +326,16 @@ class Finetune(StagePart):
         for name in ("global_batch", "micro_batch"):
             if self.mixes and getattr(self, name) % 2:
                 raise ValueError(f"{name} is {getattr(self, name)}: mixup and cutmix pair neighbours, so make it even")
+        return self
+
+    @model_validator(mode="after")
+    def _both_heads_speak_alike(self) -> Self:
+        loss = self.loss
+        if self.distill is not None and (loss.link != "softmax" or loss.logit_scale != 1):
+            raise ValueError(
+                f"loss is {loss.name!r}, and distill averages the logits of its head with those of one trained by "
+                "softmax cross entropy: take a loss of that kind, as ce or bal_ce"
+            )
         return self
 
     @model_validator(mode="after")

@@ -35,6 +35,7 @@ TIMM_NAMES = {
     "resnet34": "resnet34",
     "resnet50": "resnet50",
 }
+DISTILLED = "deit_base_distilled_patch16_224"  # with other arguments
 
 
 def timm_config(info: ExportInfo) -> dict[str, Any]:
@@ -67,13 +68,15 @@ def _timm_name(model: Model) -> str:
     """For a size from outside the package: that of the ViT whose width is the nearest."""
     if model.timm is not None:
         return model.timm.partition(".")[0]
+    if model.distillation_token:
+        return DISTILLED
     vits = [size for size in TIMM_NAMES if size in MODEL_SIZES]
     width = model.dims.width if model.is_vit else 0
     nearest = min(vits, key=lambda size: abs(MODEL_SIZES[size].width - width))
     return TIMM_NAMES.get(model.size, TIMM_NAMES[nearest])
 
 
-def _of_kind(model: Model) -> tuple[dict[str, Any], Any, str]:
+def _of_kind(model: Model) -> tuple[dict[str, Any], Any, str | list[str]]:
     """(`model_args`, features and pooling; the first convolution; the classifier)."""
     if model.timm is not None:
         return _of_timm(model)
@@ -92,10 +95,11 @@ def _of_timm(model: Model) -> tuple[dict[str, Any], Any, str]:
     return {"model_args": args}, first_conv, facts.head
 
 
-def _of_vit(model: Model) -> tuple[dict[str, Any], str, str]:
-    args = {**vit_args(model), "global_pool": "avg"}
-    of_kind = {"num_features": model.dims.width, "global_pool": "avg", "model_args": args}
-    return of_kind, "patch_embed.proj", "head"
+def _of_vit(model: Model) -> tuple[dict[str, Any], str, str | list[str]]:
+    pooling = "token" if model.distillation_token else "avg"
+    args = {**vit_args(model), "global_pool": pooling}
+    of_kind = {"num_features": model.dims.width, "global_pool": pooling, "model_args": args}
+    return of_kind, "patch_embed.proj", ["head", "head_dist"] if model.distillation_token else "head"
 
 
 def _of_resnet(model: Model) -> tuple[dict[str, Any], str, str]:

@@ -17,9 +17,11 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from timm.layers import trunc_normal_
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -34,7 +36,8 @@ from livt_scale.util.errors import CheckpointMismatch, UsageError
 
 # What may be left over in a pretrained state, and what fine-tuning initialises. Everything else must match.
 LEFT = re.compile(r"decoder_.*|mask_token|norm\.(weight|bias)")
-MADE = re.compile(r"(fc_norm|head)\.(weight|bias)|head_norm\.sums")
+MADE = re.compile(r"(fc_norm|head|head_dist)\.(weight|bias)|head_norm\.sums|dist_token")
+NORM = re.compile(r"norm\.(weight|bias)")  # made too where the state has none: that of a classifier by mean pooling
 HEAD_STD = 2e-5  # LiVT's: training starts from equal odds
 PROBE_STD = 0.01  # MAE's main_linprobe.py, after MoCo v3: LARS moves weights by a share of their norm
 
@@ -69,7 +72,8 @@ def build_classifier(
     elif model.timm is not None:
         classifier = build_timm(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
     else:
-        classifier = Classifier(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
+        kind = DistilledClassifier if model.distillation_token else Classifier
+        classifier = kind(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
         if head_norm:
             classifier.head_norm = HeadNorm(classifier.num_features)
     if cosine_scale is not None:
@@ -87,8 +91,10 @@ def head_name(classifier: nn.Module) -> str:
 
 
 def head_of(classifier: nn.Module) -> nn.Linear:
-    """The last layer. UsageError: it is not a plain linear one, as a method that works on its rows needs."""
+    """The last layer. UsageError: it is not one plain linear one, as a method that works on its rows needs."""
     name = head_name(classifier)
+    if isinstance(classifier, DistilledClassifier):
+        raise UsageError("the model has two heads, of class and distillation token", remedy="choose another model")
     head = classifier.get_submodule(name)
     if not isinstance(head, nn.Linear) or isinstance(head, CosineHead):
         raise UsageError(f"{name} is a {type(head).__name__}, not a linear layer", remedy="choose another model")
@@ -116,11 +122,16 @@ def head_inputs(classifier: nn.Module) -> Iterator[list[Tensor]]:
 class Classifier(VisionTransformer):
     """Logits of images."""
 
+    pooling: ClassVar[str] = "avg"
     head_norm: HeadNorm | None
 
     def __init__(self, model: Model, *, num_classes: int, drop_path: float, head_std: float) -> None:
         super().__init__(
-            **vit_args(model), num_classes=num_classes, global_pool="avg", norm_layer=LAYER_NORM, weight_init="skip"
+            **vit_args(model),
+            num_classes=num_classes,
+            global_pool=self.pooling,
+            norm_layer=LAYER_NORM,
+            weight_init="skip",
         )
         self.image_shape = (model.channels, model.image_px, model.image_px)
         depth = len(self.blocks)
@@ -164,6 +175,20 @@ class Classifier(VisionTransformer):
             self.head_norm = None
 
 
+class DistilledClassifier(Classifier, VisionTransformerDistilled):
+    """DeiT's layout: class and distillation token, each with a head on it; the logits are the mean of both heads'.
+
+    In training after `set_distilled_training()` both are given out, as a pair: class head, distillation head.
+    """
+
+    pooling: ClassVar[str] = "token"
+
+    def __init__(self, model: Model, *, num_classes: int, drop_path: float, head_std: float) -> None:
+        super().__init__(model, num_classes=num_classes, drop_path=drop_path, head_std=head_std)
+        trunc_normal_(self.dist_token, std=0.02)  # timm's
+        trunc_normal_(self.head_dist.weight, std=head_std)
+
+
 AnyClassifier = Classifier | ResNetClassifier | TimmClassifier
 
 
@@ -171,13 +196,14 @@ AnyClassifier = Classifier | ResNetClassifier | TimmClassifier
 def load_encoder(classifier: Classifier, mae_state: Mapping[str, Tensor]) -> LoadReport:
     """Copy the encoder of a masked autoencoder into `classifier`, in place, and report what was loaded.
 
-    Strict: only the decoder, the mask token and the encoder's last norm may be left over, only the pooled norm and the
-    head may be missing (they keep their values). Positions of another grid are resampled (bicubic, as LiVT for 384 px).
+    Strict: only the decoder, the mask token and the encoder's last norm may be left over, only the norm before a head,
+    the heads and the distillation token may be missing (they keep their values). Positions of another grid are
+    resampled (bicubic, as LiVT for 384 px); a distillation token begins with the class token's position.
     Raises CheckpointMismatch with every name that does not fit, or if no tensor matches.
     """
     own = classifier.state_dict()
     used = [name for name in own if name in mae_state and not MADE.fullmatch(name)]
-    made = [name for name in own if MADE.fullmatch(name)]
+    made = [name for name in own if MADE.fullmatch(name) or (NORM.fullmatch(name) and name not in mae_state)]
     left = [name for name in mae_state if name not in used]
     if not used:
         raise CheckpointMismatch(
@@ -204,12 +230,15 @@ def load_encoder(classifier: Classifier, mae_state: Mapping[str, Tensor]) -> Loa
 
 
 def _resize_positions(source: dict[str, Tensor], classifier: Classifier) -> tuple[str, ...]:
-    """Resample `pos_embed` in `source` where only its grid differs; the names that were."""
+    """Resample `pos_embed` in `source` where only its grid differs, and give each token in front of the patches the
+    class token's position; the names that were resampled."""
     given, own = source.get("pos_embed"), classifier.pos_embed
     if given is None or given.ndim != 3 or given.shape[1] == own.shape[1] or given.shape[2] != own.shape[2]:
         return ()
     grid = round((given.shape[1] - 1) ** 0.5)
     if grid**2 != given.shape[1] - 1:
         return ()  # no square: the comparison of shapes will name it
-    source["pos_embed"] = on_grid(given, old=grid, new=classifier.patch_embed.grid_size[0])
-    return ("pos_embed",)
+    new = classifier.patch_embed.grid_size[0]
+    resampled = given if new == grid else on_grid(given, old=grid, new=new)
+    source["pos_embed"] = torch.cat([resampled[:, :1]] * (classifier.num_prefix_tokens - 1) + [resampled], dim=1)
+    return ("pos_embed",) if new != grid else ()

@@ -190,7 +190,7 @@ def reset_encoder(model: MaskedAutoencoder | VisionTransformer) -> None:
 
     Xavier uniform for linear layers and for the patch embedding as one flat linear layer; biases 0, but the patch
     embedding's stays as torch draws it for a convolution, as in the official code; norms 1 and 0; class token normal
-    with deviation 0.02; positions sine-cosine.
+    with deviation 0.02; positions sine-cosine, 0 for the tokens before the patches.
     """
     for part in model.modules():
         if isinstance(part, nn.Linear):
@@ -201,9 +201,9 @@ def reset_encoder(model: MaskedAutoencoder | VisionTransformer) -> None:
     projection = model.patch_embed.proj.weight
     nn.init.xavier_uniform_(projection.data.flatten(1))  # a view: fan-in is C·p·p, fan-out the width
     nn.init.normal_(model.cls_token, std=0.02)
-    grid = model.patch_embed.grid_size[0]
+    positions = sincos_positions(model.pos_embed.shape[-1], model.patch_embed.grid_size[0])
     with torch.no_grad():
-        model.pos_embed.copy_(sincos_positions(model.pos_embed.shape[-1], grid))
+        model.pos_embed.zero_()[:, -positions.shape[1] :].copy_(positions)
 
 
 class DecoderBlock(Block):

@@ -221,8 +221,10 @@ def activation_bytes(recipe: Recipe, stage: Stage, spread: Spread) -> Kept:
     model, low, images = recipe.model, spread.low_bytes, spread.micro_batch
     width, depth, _, patch_px = model.dims
     part = recipe.stage(stage)
-    patches = model.num_kept(part.mask_ratio) if isinstance(part, Pretrain) else model.num_patches
-    encoder_tokens = 1 + patches + part.tuning.tokens
+    patches, prefix = model.num_patches, model.prefix_tokens
+    if isinstance(part, Pretrain):
+        patches, prefix = model.num_kept(part.mask_ratio), 1
+    encoder_tokens = prefix + patches + part.tuning.tokens
     encoder = images * encoder_tokens * width
     blocks = [encoder] * depth
     given = FP32 * images * model.channels * model.image_px**2

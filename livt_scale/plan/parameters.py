@@ -9,7 +9,7 @@ The names are those of `models.mae` and `models.classifier`; a test compares bot
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -91,7 +91,7 @@ def _tuned(weights: tuple[Weight, ...], tuning: Tuning, *, head: str) -> Iterato
 def _mae(model: Model) -> Iterator[Weight]:
     width, depth, _, patch_px = model.dims
     decoder, tokens = model.decoder, 1 + model.num_patches
-    yield from _embedding(model, fixed_positions=True)
+    yield from _embedding(model, prefix=("cls_token",), fixed_positions=True)
     for k in range(depth):
         yield from _block(f"blocks.{k}", width)
     yield from _norm("norm", width)
@@ -112,11 +112,15 @@ def _classifier(model: Model, num_classes: int) -> Iterator[Weight]:
         yield from _of_timm(model, num_classes)
         return
     width, depth, _, _ = model.dims
-    yield from _embedding(model, fixed_positions=False)
+    distilled = model.distillation_token
+    yield from _embedding(
+        model, prefix=("cls_token", "dist_token") if distilled else ("cls_token",), fixed_positions=False
+    )
     for k in range(depth):
         yield from _block(f"blocks.{k}", width)
-    yield from _norm("fc_norm", width)
-    yield from _linear("head", width, num_classes)
+    yield from _norm("norm" if distilled else "fc_norm", width)
+    for head in ("head", "head_dist") if distilled else ("head",):
+        yield from _linear(head, width, num_classes)
 
 
 def _of_timm(model: Model, num_classes: int) -> Iterator[Weight]:
@@ -152,10 +156,12 @@ def _convolution(
     yield from _norm(norm, outer, block)
 
 
-def _embedding(model: Model, *, fixed_positions: bool) -> Iterator[Weight]:
+def _embedding(model: Model, *, prefix: Sequence[str], fixed_positions: bool) -> Iterator[Weight]:
+    """prefix: the tokens before the patches."""
     width, _, _, patch_px = model.dims
-    yield Weight("cls_token", (1, 1, width))
-    yield Weight("pos_embed", (1, 1 + model.num_patches, width), trained=not fixed_positions)
+    for token in prefix:
+        yield Weight(token, (1, 1, width))
+    yield Weight("pos_embed", (1, len(prefix) + model.num_patches, width), trained=not fixed_positions)
     yield Weight("patch_embed.proj.weight", (width, model.channels, patch_px, patch_px))
     yield Weight("patch_embed.proj.bias", (width,))
 

@@ -155,13 +155,14 @@ def classifier(model: Model, *, num_classes: int, drops_paths: bool = False, tun
     """`tuning`: None: all is trained. A linear probe's gradients are not counted here (`plan.flops`)."""
     tuning = tuning or TrainAll()
     width, depth, heads, patch_px = model.dims
-    tokens = 1 + model.num_patches + tuning.tokens
+    tokens = model.prefix_tokens + model.num_patches + tuning.tokens
     is_trained = not tuning.freezes or tuning.head_alone
     blocks = BlockStack(
         tokens, width, heads, depth, tokens, drops_paths=drops_paths, trained=is_trained, added=_added(model, tuning)
     )
     embed = Product(model.num_patches, patch_px**2 * model.channels, width, leads_back=False, trained=is_trained)
-    return Network((blocks,), (embed, Product(1, width, num_classes)), model.channels * model.image_px**2)
+    outside = embed, *(Product(1, width, num_classes),) * model.prefix_tokens  # a head each
+    return Network((blocks,), outside, model.channels * model.image_px**2)
 
 
 def _added(model: Model, tuning: Tuning) -> tuple[tuple[int, int], ...]:

@@ -26,7 +26,7 @@ from livt_scale.evaluation.calibration import Calibration, fit_calibration
 from livt_scale.evaluation.evaluate import BATCH, data_lineage
 from livt_scale.evaluation.holdout import SEED, half_rows
 from livt_scale.metrics import Tally
-from livt_scale.models.classifier import head_name
+from livt_scale.models.classifier import DistilledClassifier, head_name
 from livt_scale.train.export_info import is_export
 from livt_scale.train.load_trained import Trained
 from livt_scale.train.open_trained import evaluation_set
@@ -76,6 +76,8 @@ def features(
     """The input of the head of `trained` for this rank's images of `shards`: values [N, D]."""
     body = copy.deepcopy(trained.model)
     body.set_submodule(head_name(body), nn.Identity())
+    if isinstance(body, DistilledClassifier):
+        body.head_dist = nn.Identity()  # the mean of both tokens, as timm's
     return model_outputs(body.to(world.device), shards, trained.recipe, batch=batch, world=world)
 
 

@@ -22,7 +22,15 @@ from livt_scale.config.recipe import STAGES, Recipe, Stage, learnt_from
 from livt_scale.config.resume import Change
 from livt_scale.config.run_place import SAVED, check_place
 from livt_scale.data.shard_set import ShardSet
-from livt_scale.train.resume_rules import QUARANTINE, REMEDY, compare_facts, data_facts, describe, refuse_unallowed
+from livt_scale.train.resume_rules import (
+    QUARANTINE,
+    REMEDY,
+    TEACHER,
+    compare_facts,
+    data_facts,
+    describe,
+    refuse_unallowed,
+)
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, DataError, LivtError, UsageError
 from livt_scale.util.urls import is_url
@@ -128,8 +136,8 @@ def _changes(recipe: Recipe, stage: Stage, trained: _Trained, sets: dict[str, Sh
             return []
         raise
 
-    # the initial weights are compared when they are loaded, sets only if they are here
-    not_compared = {"init"} | ({"data.manifest"} if "data.train" not in sets else set())
+    # initial weights and a teacher's are compared when they are loaded, sets only if they are here
+    not_compared = {"init", TEACHER} | ({"data.manifest"} if "data.train" not in sets else set())
     not_compared |= {QUARANTINE} if trained.finished else set()
     changed = [change for change in changed if change.path not in not_compared]
     scored_on = theirs.get("scored_on")

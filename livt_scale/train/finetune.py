@@ -27,9 +27,10 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.calibration import temperature_report
 from livt_scale.evaluation.evaluate import check_room, evaluate, kept_batches, weights_lineage
 from livt_scale.evaluation.logits import About, gather
-from livt_scale.models.classifier import AnyClassifier, Classifier, build_classifier, load_encoder
+from livt_scale.models.classifier import AnyClassifier, Classifier, DistilledClassifier, build_classifier, load_encoder
 from livt_scale.models.parameter_efficient import head_std, tune
 from livt_scale.models.timm_backbone import TimmClassifier
+from livt_scale.train.distill import Distillation, open_teacher
 from livt_scale.train.head_init import start_from_class_means, start_from_vectors
 from livt_scale.train.loop import Evaluation, Evaluator, StageTask
 from livt_scale.train.run_dir import is_done, is_run
@@ -54,18 +55,20 @@ def finetune_task(recipe: Recipe, train: ShardSet, *, run_dir: Path, world: Worl
         decay = part.layer_decay if not recipe.model.is_resnet and not part.backbone_frozen else None
         return optim.param_groups(model, lr=part.peak_lr, weight_decay=part.weight_decay, layer_decay=decay)
 
+    teaching = _teaching(recipe, part, train, model, device=world.device)
     val = ShardSet.open(recipe.data.val, data=recipe.data) if recipe.data.val else None
     images = kept_batches(val, recipe, world=world) if val else None
     return StageTask(
         part,
         model,
         groups,
-        _objective(recipe, part, train),
+        _objective(recipe, part, train, teaching),
         evaluate=_evaluator(recipe, train, val, world, images) if val and images else None,
         close=images.close if images else None,
         scored_on=val.digest if val else None,
         evaluate_every_epochs=part.eval_every_epochs,
         origin=origin,
+        teacher=teaching.digest if teaching else None,
         average=part.ema,
         begin=partial(start_from_class_means, train=train, recipe=recipe, world=world)
         if part.head_init == "class_means"
@@ -205,13 +208,28 @@ def final_pretraining(run_dir: Path) -> Path:
     return final[-1]
 
 
-def _objective(recipe: Recipe, part: Finetune, train: ShardSet) -> Callable[..., Tensor]:
+def _teaching(
+    recipe: Recipe, part: Finetune, train: ShardSet, model: AnyClassifier, *, device: torch.device
+) -> Distillation | None:
+    """The teacher of the recipe, if it has one; `model` then gives out the logits of both heads in training."""
+    if part.distill is None:
+        return None
+    assert isinstance(model, DistilledClassifier), "the recipe has seen to it"
+    model.set_distilled_training()
+    teacher = open_teacher(recipe, train.manifest.class_names)
+    return Distillation(recipe, teacher, counts=train.class_counts, device=device)
+
+
+def _objective(recipe: Recipe, part: Finetune, train: ShardSet, teaching: Distillation | None) -> Callable[..., Tensor]:
     criterion = part.loss.criterion(train.class_counts)
     takes_numbers = TrainSettings.of_stage(recipe, "finetune").num_branches > 0
 
     def objective(call: Callable[..., Any], batch: Batch) -> Tensor:
         images, targets = images_and_targets(batch, part, recipe.data, num_classes=train.num_classes)
         assert (batch.drop is not None) == takes_numbers, "the coins of a run belong to its samples"
+        if teaching is not None:
+            answers = teaching.answers(images)
+            return teaching.loss(call(images, batch.drop), targets, answers, epoch=batch.epoch)
         logits = call(images, batch.drop)
         return criterion(logits, targets)
 

@@ -75,6 +75,7 @@ class StageTask:
     evaluate_every_epochs: int | None = None
     scored_on: str | None = None  # digest of the set that `evaluate` evaluates on
     origin: dict[str, Any] | None = None  # lineage of the initial weights; None: from the seed
+    teacher: str | None = None  # digest of the weights of the model that teaches this one
     draw: Callable[[Strategy, Path], None] | None = None  # a picture for each checkpoint, into this file
     average: Ema | None = None  # of the weights, kept beside them
     begin: Callable[[Strategy], None] | None = None  # sets initial weights; not called where the stage is resumed

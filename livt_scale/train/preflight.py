@@ -5,8 +5,8 @@
     refuse(problems)         # RecipeError, exit code 2, with all of them
 
 Of the sets, the manifests are read and the names of the files compared; no index, no sample, no torch. So the check
-takes seconds where the set has a billion samples, and a login node can do it. `livt recipe check --data`, `train`,
-`submit`, `study submit` and `reproduce` make this check and no other.
+takes seconds where the set has a billion samples, and a login node can do it. Only a teacher is opened, by torch.
+`livt recipe check --data`, `train`, `submit`, `study submit` and `reproduce` make this check and no other.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from livt_scale.plan.memory import FP32, GIB, Spread
 from livt_scale.plan.parameters import stage_weights
 from livt_scale.plan.stage_plan import checkpoint_bytes
 from livt_scale.train.batch_plan import stage_batches
+from livt_scale.train.resume_rules import TEACHER
 from livt_scale.train.run_dir import is_done, is_run
 from livt_scale.util.atomic import lock_works
 from livt_scale.util.errors import LivtError, RecipeError
@@ -94,6 +95,7 @@ def check_run(
     for stage in stages:
         found += _batch_problems(recipe, stage, train, world_size=(world_sizes or {}).get(stage))
         found += _weights_problems(recipe, stage)
+        found += _teacher_problems(recipe, stage, train)
     found += _run_dir_problems(recipe, stages, run_dir, train)
     return found
 
@@ -204,6 +206,22 @@ def _weights_problems(recipe: Recipe, stage: Stage) -> Iterator[Problem]:
             yield Problem(name, f"the pretraining of the run {path} is not done", str(path), "finish it first")
         return
     yield from _problems(lambda: find_file(path), name, str(path), absent=not path.exists())
+
+
+def _teacher_problems(recipe: Recipe, stage: Stage, train: SetFacts | None) -> Iterator[Problem]:
+    """Whether there is a teacher and it fits: it is opened, before days of pretraining."""
+    part = recipe.stage(stage)
+    if train is None or not isinstance(part, Finetune) or part.distill is None:
+        return
+    teacher = part.distill.teacher
+    if not Path(teacher).exists():
+        remedy = "train a CNN, export it with `livt export`, and give that folder"
+        yield Problem(TEACHER, f"there is no folder {teacher}", teacher, remedy, absent=True)
+        return
+
+    from livt_scale.train.distill import open_teacher
+
+    yield from _problems(lambda: open_teacher(recipe, train.manifest.class_names), TEACHER, teacher)
 
 
 def _run_dir_problems(

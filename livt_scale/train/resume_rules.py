@@ -20,7 +20,8 @@ from livt_scale.config.resume import Change, allowable, changes
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import CheckpointMismatch, LivtError, UsageError, nearest
 
-OF_THE_DATA = ("data.manifest", "init")  # what a run adds to the fields of its recipe: `train_state.run_facts`
+TEACHER = "stages.finetune.distill.teacher"  # digest of its weights, whose place may change
+OF_FILES = ("data.manifest", "init", TEACHER)  # what a run adds to the fields of its recipe: `train_state.run_facts`
 QUARANTINE = "data.quarantine"  # allows the training set of the same shards to leave out other samples than before
 MAX_LEFT_OUT = 1000  # samples in quarantine that the facts of a checkpoint name
 NONE_LEFT_OUT: dict[str, Any] = {"count": 0, "classes": {}, "samples": []}
@@ -146,4 +147,4 @@ def _learnt_from(facts: dict[str, Any], path: Path) -> dict[str, Any]:
         raise CheckpointMismatch(
             f"{path}: its recipe cannot be read: {error}", remedy="was it written by a newer version?"
         ) from error
-    return learnt | {name: stored[name] for name in OF_THE_DATA if name in stored}
+    return learnt | {name: stored[name] for name in OF_FILES if name in stored}

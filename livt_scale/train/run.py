@@ -256,8 +256,9 @@ class _StageRun:
             make_optimizer=optim.optimizer_maker(task.part), world=self.world,
         )  # fmt: skip
         facts = run_facts(
-            self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin, scored_on=task.scored_on
-        )
+            self.recipe, self.stage, train_set, strategy=strategy.name, origin=task.origin, teacher=task.teacher,
+            scored_on=task.scored_on,
+        )  # fmt: skip
         return TrainState(strategy, facts, anomalies=Anomalies(self.recipe.faults), allow=self.allow)
 
     def _hooks(

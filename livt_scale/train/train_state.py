@@ -23,7 +23,7 @@ from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.strategy import Strategy
 from livt_scale.train.anomalies import Anomalies
-from livt_scale.train.resume_rules import check_same, data_facts, describe
+from livt_scale.train.resume_rules import TEACHER, check_same, data_facts, describe
 from livt_scale.util.errors import LivtError, Preempted, SaveFailed
 
 _log = logging.getLogger(__name__)
@@ -144,16 +144,20 @@ def run_facts(
     *,
     strategy: str,
     origin: dict[str, Any] | None,
+    teacher: str | None = None,
     scored_on: str | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint records of the run that wrote it.
 
-    origin: the lineage of its initial weights. scored_on: the digest of the set that scores are of. `run` identifies
-    the run: the digest of what it began to learn from, which later changes that are allowed leave as it is.
+    origin: the lineage of its initial weights. teacher: the digest of a teacher's weights. scored_on: the digest of the
+    set that scores are of. `run` identifies the run: the digest of what it began to learn from, which later changes
+    that are allowed leave as it is.
     """
     learnt = {**learnt_from(recipe, stage), "data.manifest": train.digest}
     if origin is not None:
         learnt["init"] = origin["recipe_digest"]
+    if teacher is not None:
+        learnt[TEACHER] = teacher
     recipe_digest = digest(learnt)
     return {
         "stage": stage,

@@ -355,6 +355,7 @@ VARIANTS = [  # of the fields that are chosen by a name
     *({"loss": {"name": name}} for name in LOSSES),
     *({"train": {"name": name}} for name in ("lora", "adaptformer", "vpt")),
     {"optimizer": {"name": "sgd"}},
+    {"distill": {"teacher": "/t"}, "loss": {"name": "ce"}},
     {"sampling": {"policy": "progressive", "from": "instance", "to": "sqrt"}},
 ]
 
@@ -366,6 +367,7 @@ def full_recipes():
         pretrain = {"sampling": changed["sampling"]} if "sampling" in changed else {}
         stages = {"pretrain": pretrain, "finetune": finetune}
         recipe = {"name": "r", "data": {"train": "/t"}, "run_dir": "r", "stages": stages, "slurm": INSIDE}
+        recipe["model"] = {"distillation_token": "distill" in changed}
         yield Recipe.model_validate(recipe).model_dump(mode="json")
 
 

@@ -62,8 +62,9 @@ def test_a_cosine_head_is_ours_alone_and_timm_reads_the_features_before_it(
         {"width": 64, "heads": 2, "depth": 3, "patch_px": 7},
         {"size": "vit_ti", "width": 96, "image_px": 32, "channels": 3, "patch_px": 8},
         {"size": "vit_h", "width": 80, "heads": 5, "image_px": 28, "channels": 2},
+        {"distillation_token": True},
     ],
-    ids=["micro", "custom", "ti-rgb", "h14"],
+    ids=["micro", "custom", "ti-rgb", "h14", "two heads"],
 )
 def test_timm_builds_the_same_logits_from_the_folder_alone(tmp_path: Path, model: dict[str, object]) -> None:
     recipe = tiny_recipe(**model)

@@ -148,6 +148,23 @@ def test_the_encoder_of_an_autoencoder_moves_over_whole():
     assert not report.resized
 
 
+def test_a_second_token_begins_with_the_class_tokens_position_and_its_own_values():
+    mae = build_mae(MICRO, norm_pix=True, mask_ratio=0.75)
+    with torch.no_grad():
+        mae.pos_embed.normal_()
+        mae.norm.weight.normal_()
+    distilled = MICRO.model_copy(update={"distillation_token": True})
+    model = build_classifier(distilled, num_classes=10, drop_path=0.0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    report = load_encoder(model, mae.state_dict())
+    assert set(report.made) == {"dist_token", *(f"{h}.{w}" for h in ("head", "head_dist") for w in ("weight", "bias"))}
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in report.made)
+    assert torch.equal(model.pos_embed[:, 0], mae.pos_embed[:, 0])
+    assert torch.equal(model.pos_embed[:, 1:], mae.pos_embed)
+    assert torch.equal(model.norm.weight, mae.norm.weight)
+    assert not torch.equal(model.dist_token, model.cls_token)
+
+
 def test_an_encoder_sees_what_the_autoencoder_sees_when_nothing_is_masked():
     mae = build_mae(MICRO, norm_pix=True, mask_ratio=0.75).eval()
     model = micro().eval()

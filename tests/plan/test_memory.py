@@ -38,6 +38,7 @@ VIT_B = Path(__file__).parents[2] / "recipes" / "imagenet_lt" / "vit_b16.yaml"
 SIZES = {
     "vit_micro": Model(size="vit_micro", image_px=28, channels=1),
     "vit_b": Model(size="vit_b"),
+    "vit_s of two heads": Model(size="vit_s", distillation_token=True),
     "vit_h at 448 px": Model(size="vit_h", image_px=448),
 }
 

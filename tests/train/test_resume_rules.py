@@ -116,8 +116,10 @@ def test_what_may_be_allowed_is_this_and_no_more():
 
 def test_fields_that_came_later_have_their_defaults_in_an_older_checkpoint():
     older = facts("finetune")
-    for name in ("ema", "train", "optimizer", "momentum", "head_norm", "repeats", "head", "head_init", "head_file"):
+    of_head = ("head", "head_norm", "head_init", "head_file", "distill")
+    for name in ("ema", "train", "optimizer", "momentum", "repeats", *of_head):
         del older["recipe"]["stages"]["finetune"][name]
+    del older["recipe"]["model"]["distillation_token"]
     assert check_same(facts("finetune"), older, HERE) == []
 
 

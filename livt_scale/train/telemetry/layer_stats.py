@@ -38,7 +38,7 @@ def group_of(name: str) -> str:
         return "decoder_embed"
     if name.startswith(("decoder_norm.", "decoder_pred.")):
         return "decoder_pred"
-    if name.startswith(("fc_norm.", "head.", "fc.")):
+    if name.startswith(("fc_norm.", "head.", "head_dist.", "fc.")):
         return "head"
     return "norm" if name.startswith("norm.") else "embed"
 
