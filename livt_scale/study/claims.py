@@ -71,12 +71,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Arm:
-    """One way of training. pretraining: its name, and `pretrain` what it changes; None: none. `finetune` None: none."""
+    """One way of training. pretraining: its name, and `pretrain` what it changes; None: none. `finetune` None: none.
+
+    teacher: the arm that teaches it.
+    """
 
     name: str
     pretraining: str | None = None
     pretrain: Sets = field(default_factory=dict)
     finetune: Sets | None = field(default_factory=dict)
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets)
             if arm.finetune is not None:
                 after = runs[-1].name if runs else None
                 own = {**shared, **arm.finetune}
-                runs.append(Run(f"{arm.name}/seed-{seed}", setting.recipe, own, "finetune", after))
+                teacher = f"{arm.teacher}/seed-{seed}" if arm.teacher is not None else None
+                runs.append(Run(f"{arm.name}/seed-{seed}", setting.recipe, own, "finetune", after, teacher))
             found[arm.name, seed] = runs
     return found
 
@@ -112,11 +117,15 @@ LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas",
 
 
 def _two_stages(setting: Setting) -> list[Arm]:
+    """Against labels alone, and against DeiT-LT: from scratch too, taught by a CNN with a balanced loss."""
     longer = {"stages.finetune.epochs": epochs_of_equal_compute(setting), "stages.finetune.eval_every_epochs": None}
+    alone = {"stages.pretrain": None, **SCRATCH}
     return [
         Arm("bal_bce", "lt"),
         Arm("scratch", finetune=SCRATCH),
         Arm("scratch-equal-compute", finetune={**SCRATCH, **longer}),
+        Arm("resnet-bal_ce", finetune={**alone, **loss_sets("bal_ce"), **setting.from_scratch, **setting.cnn}),
+        Arm("deit-lt", finetune={**alone, **longer, **loss_sets("ce")}, teacher="resnet-bal_ce"),
     ]
 
 
@@ -129,7 +138,7 @@ def epochs_of_equal_compute(setting: Setting) -> int:
 
 def _against_scratch(setting: Setting) -> list[Question]:  # noqa: ARG001 - each claim's has the same signature
     questions: list[Question] = []
-    for rival in ("scratch", "scratch-equal-compute"):
+    for rival in ("scratch", "scratch-equal-compute", "deit-lt"):
         over_all, few = Comparison("bal_bce", rival, "top1_all"), Comparison("bal_bce", rival, "top1_few")
         questions += [over_all, few, GapComparison(few, over_all)]
     return questions

@@ -23,10 +23,11 @@ from typing import NoReturn
 from livt_scale.study.runs import Run, in_order
 from livt_scale.train.compare_run import check_start
 from livt_scale.train.preflight import KnownSets, Problem, check_run, disk_problems, refuse
+from livt_scale.train.resume_rules import TEACHER
 from livt_scale.train.run_dir import is_done
 from livt_scale.util.atomic import new_folder
 from livt_scale.util.errors import Preempted
-from livt_scale.util.outside import open_checked
+from livt_scale.util.outside import open_checked, real_path
 
 _log = logging.getLogger(__name__)
 LOG = "log.txt"
@@ -57,11 +58,17 @@ def check_runs(runs: Sequence[Run], folder: Path, *, to_build: Collection[Path] 
     """
     check_starts(runs, folder)
     known, later = KnownSets(), {str(path.absolute()) for path in to_build}
+    taught_by = {real_path(run.at(folder)) for run in runs if not is_done(run.at(folder), run.stage)}  # trained first
     problems: list[Problem] = []
     left = [(run.load(folder), run.stage) for run in runs if not is_done(run.at(folder), run.stage)]
     for recipe, stage in left:
         found = check_run(recipe, stages=[stage], known=known)
-        problems += [problem for problem in found if not (problem.absent and problem.where in later)]
+        problems += [
+            problem
+            for problem in found
+            if not (problem.absent and problem.where in later)
+            and not (problem.field == TEACHER and real_path(Path(problem.where)) in taught_by)
+        ]
     refuse([*problems, *disk_problems(left, folder, known=known)])
 
 
@@ -76,13 +83,13 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1) -> Outcome:
             for name in [name for name, (_, process, _) in active.items() if process.poll() is not None]:
                 _ended(*active.pop(name), folder=folder, outcome=outcome)
             for run in list(left):
-                if run.after is not None and (run.after in outcome.failed or run.after in outcome.waited):
+                if any(name in outcome.failed or name in outcome.waited for name in run.needs):
                     left.remove(run)
                     outcome.waited.append(run.name)
                 elif is_done(run.at(folder), run.stage):
                     left.remove(run)
                     outcome.done.append(run.name)
-                elif len(active) < jobs and (run.after is None or run.after in outcome.done):
+                elif len(active) < jobs and all(name in outcome.done for name in run.needs):
                     left.remove(run)
                     source = known[run.after].at(folder) if run.after is not None else None
                     active[run.name] = (run, start(run, folder, source=source), time.monotonic())

@@ -17,6 +17,7 @@ from typing import Any
 
 from livt_scale.config.load import load_recipe
 from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.train.resume_rules import TEACHER
 from livt_scale.util.errors import UsageError
 
 
@@ -29,7 +30,13 @@ class Run:
     sets: Mapping[str, Any] = field(default_factory=dict)
     stage: Stage = "finetune"
     after: str | None = None  # name of the run whose pretraining this one starts from
+    teacher: str | None = None  # name of the run whose model teaches this one
     place: str | None = None  # its folder below the study's; None: its name. Both stages of one run share a folder
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of the runs that come before it."""
+        return tuple(name for name in (self.after, self.teacher) if name is not None)
 
     def at(self, folder: Path) -> Path:
         """Its run directory, for a study in `folder`."""
@@ -40,7 +47,8 @@ class Run:
         return ["train", str(self.recipe), "--stage", self.stage, *(f"--set={s}" for s in self.all_sets(folder))]
 
     def all_sets(self, folder: Path) -> list[str]:
-        return [*as_words(self.sets), f"run_dir={self.at(folder)}"]
+        taught = {} if self.teacher is None else {TEACHER: folder / self.teacher}
+        return [*as_words({**self.sets, **taught}), f"run_dir={self.at(folder)}"]
 
     def load(self, folder: Path) -> Recipe:
         """The recipe as the run will have it. Raises RecipeError."""
@@ -58,7 +66,7 @@ def spelt(value: object) -> str:
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:
-    """Each run once, in the order given, but after the one that it starts from.
+    """Each run once, in the order given, but after those that it needs.
 
     If the runs are given seed by seed, a study that is stopped early has complete seeds to report.
     Raises UsageError for two runs of one name that differ, or a start that is not one of the runs.
@@ -69,8 +77,9 @@ def in_order(runs: Iterable[Run]) -> list[Run]:
             raise UsageError(f"two different runs are called {run.name}", remedy="give each of them another name")
     ordered: dict[str, Run] = {}
     for run in known.values():
-        if run.after is not None and run.after not in known:
-            raise UsageError(f"{run.name} starts from {run.after}, which is not one of the runs")
-        for one in [known[run.after], run] if run.after is not None else [run]:
+        for name in run.needs:
+            if name not in known:
+                raise UsageError(f"{run.name} starts from {name}, which is not one of the runs")
+        for one in [*(known[name] for name in run.needs), run]:
             ordered.setdefault(one.name, one)
     return list(ordered.values())

@@ -108,7 +108,7 @@ def test_two_runs_of_one_name_that_differ_are_refused():
 
 def test_whole_seeds_come_first_and_a_pretraining_just_before_the_first_that_needs_it():
     names = [run.name for run in in_order(runs("two-stages", "fashion_mnist_lt"))]
-    one = ["pretrain-lt", "bal_bce", "scratch", "scratch-equal-compute"]
+    one = ["pretrain-lt", "bal_bce", "scratch", "scratch-equal-compute", "resnet-bal_ce", "deit-lt"]
     assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in one]
 
 
