@@ -20,7 +20,8 @@ from tests.distributed.strategies import SMALL, TEN_STEPS, Job, Kind, train_all
 from tests.tiny_run import tiny_recipe, tiny_run
 from tests.whole_runs import small_sets, spelt
 
-KINDS = (Kind("ddp", 1), Kind("ddp", 2), Kind("fsdp", 2), Kind("zero2", 2))
+KINDS = (Kind("ddp", 1), Kind("ddp", 2), Kind("fsdp", 2), Kind("zero2", 2), Kind("zero3", 2))
+AGAIN = ("ddp-2", "fsdp-2", "zero2-2")
 LOW = (Kind("ddp", 2, "bf16"), Kind("fsdp", 2, "bf16"))
 Jobs = dict[str, Job]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(700)]
@@ -49,7 +50,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     for kind in KINDS:
         sets = {**fields, "stages.finetune.ema": "{}"} if kind.strategy == "fsdp" else fields
         found[kind.name] = Job(kind, folder / kind.name, "finetune", sets)
-        if kind.processes > 1:
+        if kind.name in AGAIN:
             again = f"{kind.name} again"
             found[again] = Job(kind, folder / again, "finetune", sets, found[kind.name].checkpoint(5))
     for kind in LOW:
@@ -58,7 +59,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     return found
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "zero2-2"])
+@pytest.mark.parametrize("name", [*AGAIN, "zero3-2"])
 def test_two_ranks_follow_one(jobs: Jobs, name: str) -> None:
     alone = jobs["ddp-1"].losses
     assert len(alone) == 10
@@ -70,7 +71,7 @@ def test_in_bf16_too(jobs: Jobs) -> None:
     assert jobs["fsdp-2-bf16"].losses == pytest.approx(jobs["ddp-2-bf16"].losses, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "zero2-2"])
+@pytest.mark.parametrize("name", AGAIN)
 def test_a_resumed_run_is_the_same_to_the_bit(jobs: Jobs, name: str) -> None:
     whole, again = jobs[name], jobs[f"{name} again"]
     assert again.losses == whole.losses[5:]

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from livt_scale.study import local_runner
-from livt_scale.study.local_runner import run_all
+from livt_scale.study.local_runner import check_runs, run_all
 from livt_scale.study.runs import Run
-from livt_scale.util.errors import Preempted
+from livt_scale.util.errors import Preempted, RecipeError
+from tests.data.tiny_sets import tiny_set
 
 # Stands for `python -m livt_scale train …`: writes what a run leaves, or fails where its folder has a file "breaks".
 PROGRAM = """
@@ -69,6 +70,33 @@ def test_one_that_fails_is_named_with_its_log_and_what_starts_from_it_waits_and_
     assert "planted: no such loss" in outcome.failed["p"]
     assert str(tmp_path / "p" / "log.txt") in outcome.failed["p"]
     assert sorted(outcome.waited) == ["a", "b", "c"]
+
+
+def test_a_teacher_comes_before_the_run_that_it_teaches(livt, tmp_path):
+    taught = [Run("vit", Path("r"), teacher="cnn"), Run("cnn", Path("r"))]
+    assert run_all(taught, tmp_path, jobs=2).done == ["cnn", "vit"]
+    assert [call.split()[0] for call in livt()] == ["cnn", "vit"]
+    (tmp_path / "cnn" / "finetune" / "status.json").unlink()
+    (tmp_path / "cnn" / "breaks").touch()
+    (tmp_path / "vit" / "finetune" / "status.json").unlink()
+    assert run_all(taught, tmp_path, jobs=2).waited == ["vit"]
+
+
+def test_a_teacher_that_is_still_to_be_trained_is_no_problem_and_another_one_is(tmp_path):
+    tiny_set(tmp_path / "set")
+    recipe = tmp_path / "r.yaml"
+    finetune = "init: scratch, layer_decay: 1, epochs: 1, warmup_epochs: 0, global_batch: 8, micro_batch: 8"
+    recipe.write_text(
+        f"name: r\ndata: {{train: {tmp_path / 'set'}}}\nmodel: {{size: vit_micro, image_px: 32}}\n"
+        f"stages: {{finetune: {{{finetune}, loss: {{name: ce}}}}}}\n"
+    )
+    cnn = Run("cnn", recipe, {"model.size": "resnet_micro", "stages.finetune.drop_path": 0})
+    taught = Run("vit", recipe, teacher="cnn")
+    check_runs([cnn, taught], tmp_path / "runs")
+    (tmp_path / "runs" / "cnn").mkdir(parents=True)  # begun
+    check_runs([cnn, taught], tmp_path / "runs")
+    with pytest.raises(RecipeError, match=r"stages\.finetune\.distill\.teacher"):
+        check_runs([taught], tmp_path / "runs")
 
 
 def test_no_more_than_so_many_at_once(livt, tmp_path, monkeypatch):
