@@ -163,6 +163,8 @@ def test_a_second_token_begins_with_the_class_tokens_position_and_its_own_values
     assert torch.equal(model.pos_embed[:, 1:], mae.pos_embed)
     assert torch.equal(model.norm.weight, mae.norm.weight)
     assert not torch.equal(model.dist_token, model.cls_token)
+    of_mean_pooling = {name: tensor for name, tensor in mae.state_dict().items() if not name.startswith("norm.")}
+    assert set(load_encoder(model, of_mean_pooling).made) == {*report.made, "norm.weight", "norm.bias"}
 
 
 def test_an_encoder_sees_what_the_autoencoder_sees_when_nothing_is_masked():
