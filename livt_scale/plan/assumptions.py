@@ -74,8 +74,9 @@ class Assumptions(_Part):
         """At one end of the hours; what was given (`assume`) stays."""
         if end == "likely":
             return self
-        moved = {name: ends[end == "high"] for name, ends in RANGES.items() if name not in self.model_fields_set}
-        return self.model_copy(update=moved)
+        given = self.model_fields_set
+        moved = {name: ends[end == "high"] for name, ends in RANGES.items() if name not in given}
+        return self.model_construct(_fields_set=given, **{**dict(self), **moved})  # what is moved is not given
 
 
 # The best and worst value of an assumption that was not changed: (for low hours, for high hours).

@@ -141,6 +141,15 @@ def test_the_cost_of_a_run_is_its_images_times_the_operations_of_one(tmp_path):
     assert 0 < resnet.hours[0] < resnet.hours[1] < resnet.hours[2]
 
 
+@pytest.mark.parametrize("px", [28, 64, 224, 384])
+def test_likely_hours_are_between_low_and_high_ones_whatever_the_size_of_the_images(px):
+    stored = 0.75 * 3 * px**2
+    recipe = SETTINGS["imagenet_lt"].load({"model.image_px": px, "model.patch_px": 4 if px == 28 else 16})
+    cost = cost_of(recipe, "finetune", data=DataSet(14_886, 10, stored, "here"), device=accelerator("h100"))
+    low, likely, high = cost.hours
+    assert low < likely < high
+
+
 def livt(monkeypatch, capsys, *words):
     monkeypatch.setattr("sys.argv", ["livt", "reproduce", *words])
     with pytest.raises(SystemExit) as ended:
