@@ -10,6 +10,7 @@ A ?= main
 B ?= .
 COMPARE_FLAGS ?=
 TEST_FLAGS ?=
+CLUSTER ?= two_nodes
 BENCH_OUT ?= build/bench
 
 # Some containers say so for small images; here hundreds of short processes would each compile the package again.
@@ -43,7 +44,7 @@ test-slow: $(READY)  ## the slow tests: whole runs, killed and continued; and ot
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "hypothesis and not slow and not slurm" --hypothesis-profile=random $(TEST_FLAGS)
 
 test-slurm: $(READY)  ## the tests on real Slurm clusters, started for them; as root
-	$(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)
+	LIVT_TEST_CLUSTER=$(CLUSTER) $(BIN)/python -m pytest -m "slurm and not slow" -rs tests/slurm_real $(TEST_FLAGS)
 
 # Over .venv, from which all else comes, CUDA's libraries too.
 $(TORCH211)/.ready: $(READY)

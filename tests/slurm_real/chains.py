@@ -93,6 +93,28 @@ class Chain:
         chain = json.loads((self.run_dir / "slurm" / "chain.json").read_text())
         return {job["name"]: job["id"] for job in chain["jobs"]}
 
+    @property
+    def requeues(self) -> bool:
+        """Whether a stage is one job that is requeued; else it is several, its segments."""
+        return bool(json.loads((self.run_dir / "slurm" / "chain.json").read_text())["mode"] == "requeue")
+
+    def names(self, stage: str) -> list[str]:
+        """The names of its jobs: "pretrain", or "pretrain-1", "pretrain-2" and so on."""
+        return [name for name in self.jobs if stage_of(name) == stage]
+
+    def first(self, stage: str) -> str:
+        """The id of its first job."""
+        return self.jobs[self.names(stage)[0]]
+
+    def running(self, stage: str) -> str:
+        """The name of its job that runs."""
+
+        def running() -> str | None:
+            states = {name: self.cluster.show(self.jobs[name])["JobState"] for name in self.names(stage)}
+            return next((name for name, state in states.items() if state == "RUNNING"), None)
+
+        return wait_for(running, lambda: f"a job that runs\n{self.tell()}", seconds=180)
+
     def log(self, name: str) -> str:
         return (self.run_dir / "slurm" / "logs" / f"{name}-{self.jobs[name]}.log").read_text()
 
@@ -130,9 +152,14 @@ class Chain:
         wait_for(lambda: set(states().values()) <= set(ENDED), lambda: f"the chain\n{self.tell()}", seconds=seconds)
         return states()
 
+    def stages_ended(self, *, seconds: float = CHAIN_S) -> dict[str, str]:
+        """The same by stage; of one whose segments ended in several ways, all of these states."""
+        return by_stage(self.ended(seconds=seconds))
+
     def assert_pretrains_like(self, reference: Path) -> None:
         """The first stage ends well, with the weights of the undisturbed run. The jobs after it are not waited for."""
-        assert self.cluster.wait(self.jobs["pretrain"], *ENDED, seconds=CHAIN_S)["JobState"] == "COMPLETED", self.tell()
+        last = self.names("pretrain")[-1]
+        assert self.await_state(last, *ENDED)["JobState"] == "COMPLETED", self.tell()
         assert_same_run(self.run_dir, reference, stages=("pretrain",))
 
     def preempt(self, *nodes: str, seconds: int = 8) -> None:
@@ -158,6 +185,18 @@ class Chain:
         logs = sorted((self.run_dir / "slurm" / "logs").glob("*.log"))
         texts = [f"--- {log.name}\n" + "\n".join(log.read_text(errors="replace").splitlines()[-25:]) for log in logs]
         return "\n".join([queue, *texts])
+
+
+def stage_of(name: str) -> str:
+    return name.partition("-")[0]
+
+
+def by_stage(states: dict[str, str]) -> dict[str, str]:
+    """{"pretrain-1": "FAILED", "pretrain-2": "FAILED", "finetune": "CANCELLED"}: FAILED and CANCELLED."""
+    found: dict[str, list[str]] = {}
+    for name, state in states.items():
+        found.setdefault(stage_of(name), []).append(state)
+    return {stage: " ".join(sorted(set(ends))) for stage, ends in found.items()}
 
 
 def rank_pid(run_dir: Path, stage: str, rank: int) -> int:

@@ -4,7 +4,7 @@ munged, mariadbd, slurmdbd, slurmctld and a slurmd for each node of a descriptio
 port or socket; none reads anything below /etc. A cluster without accounting has no mariadbd and no slurmdbd. Needs
 root, and Debian's slurm-wlm, slurmdbd, munge and mariadb-server. To look around in one outside the tests:
 
-    python -m tests.slurm_real.cluster /tmp/little UNEVEN     # starts it, prints what to export, ends with Ctrl-C
+    python -m tests.slurm_real.cluster /tmp/little uneven     # starts it, prints what to export, ends with Ctrl-C
     SLURM_CONF=/tmp/little/slurm.conf sinfo
 """
 
@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from tests.slurm_real import descriptions, ordinary
-from tests.slurm_real.descriptions import GPUS, TWO_NODES, Description
+from tests.slurm_real import ordinary
+from tests.slurm_real.descriptions import CLUSTERS, GPUS, TWO_NODES, Description
 
 DAEMONS = ("munged", "mariadbd", "mariadb-install-db", "slurmdbd", "slurmctld", "slurmd", "sbatch", "sacct", "sacctmgr")
 START_S = 120.0  # a daemon that does not answer after this long has failed
@@ -392,7 +392,7 @@ def main() -> None:
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else short_folder()
     if reason := why_not():
         sys.exit(reason)
-    cluster = Cluster(folder, getattr(descriptions, sys.argv[2] if len(sys.argv) > 2 else "TWO_NODES"))
+    cluster = Cluster(folder, CLUSTERS[sys.argv[2] if len(sys.argv) > 2 else "two_nodes"])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         cluster.start()

@@ -1,5 +1,9 @@
-"""The clusters: each description has one for all tests, started when the first asks for it, stopped after the last."""
+"""The clusters: each description has one for all tests, started when the first asks for it, stopped after the last.
 
+LIVT_TEST_CLUSTER names the one that most tests run on (`descriptions.FOR_ALL_TESTS`).
+"""
+
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,9 +13,17 @@ import pytest
 from tests.slurm_real import cluster as slurm
 from tests.slurm_real.chains import RECIPE, Chain
 from tests.slurm_real.cluster import Cluster
-from tests.slurm_real.descriptions import LIMITED, TWO_NODES, UNEVEN, Description
+from tests.slurm_real.descriptions import FOR_ALL_TESTS, LIMITED, UNEVEN, Description
 from tests.slurm_real.ordinary import ordinary_user
 from tests.whole_runs import Livt
+
+CHOSEN = os.environ.get("LIVT_TEST_CLUSTER") or "two_nodes"
+
+
+def pytest_collection_finish():
+    if CHOSEN not in FOR_ALL_TESTS:
+        names = ", ".join(FOR_ALL_TESTS)
+        raise pytest.UsageError(f"LIVT_TEST_CLUSTER is {CHOSEN!r}: the tests know the clusters {names}")
 
 
 @pytest.fixture(scope="session")
@@ -35,12 +47,12 @@ def clusters():
 
 @pytest.fixture(scope="session")
 def _running_cluster(clusters):
-    return clusters(TWO_NODES)
+    return clusters(FOR_ALL_TESTS[CHOSEN])
 
 
 @pytest.fixture
 def cluster(_running_cluster):
-    """Two idle nodes. A test that ends, however it does, leaves no job behind."""
+    """Its nodes are idle. A test that ends, however it does, leaves no job behind."""
     yield _running_cluster
     _running_cluster.settle()
 

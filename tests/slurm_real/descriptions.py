@@ -5,12 +5,18 @@
 TWO_NODES   two equal nodes with accounting; partitions that requeue, that cancel, and that are not preempted
 UNEVEN      three nodes of 8, 4 and 2 CPUs; what is preempted is cancelled, nothing is requeued; no accounting
 LIMITED     what is preempted is requeued; memory is allocated; its partition has a node limit and a time limit
+
+All tests run on TWO_NODES; UNEVEN and LIMITED have tests of their own. Two more have its partitions by name, so that
+all tests can run on either of them instead (`LIVT_TEST_CLUSTER`):
+
+UNACCOUNTED   three nodes of two sizes, no accounting, nothing is requeued by default, a long KillWait
+CANCELLING    what is preempted is cancelled, on the default partition too; memory is allocated
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -94,6 +100,10 @@ class Description:
     first_job: int = 1  # clusters run at the same time, and ranks meet at a port that follows from their job's number
 
     @property
+    def default(self) -> Partition:
+        return self.partitions[0]
+
+    @property
     def nodes(self) -> tuple[str, ...]:
         return tuple(f"livt-n{number}" for number in range(1, len(self.cpus) + 1))
 
@@ -150,3 +160,13 @@ LIMITED = Description(
     mem_per_cpu_mb=300,
     first_job=2001,
 )
+UNACCOUNTED = replace(TWO_NODES, cpus=(16, 16, 12), accounting=False, job_requeue=0, kill_wait_s=15, first_job=3001)
+CANCELLING = replace(
+    TWO_NODES,
+    partitions=(Partition("normal", preempt="CANCEL"), *TWO_NODES.partitions[1:]),
+    preempt="CANCEL",
+    mem_per_cpu_mb=300,
+    first_job=4001,
+)
+FOR_ALL_TESTS = {"two_nodes": TWO_NODES, "unaccounted": UNACCOUNTED, "cancelling": CANCELLING}
+CLUSTERS = {**FOR_ALL_TESTS, "uneven": UNEVEN, "limited": LIMITED}

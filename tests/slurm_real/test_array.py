@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.slurm_real.chains import FAULTY, PYTHON, Chain
+from tests.slurm_real.chains import FAULTY, PYTHON, Chain, by_stage
 from tests.slurm_real.cluster import wait_for
 from tests.whole_runs import Livt, assert_same_run, spelt
 
@@ -63,7 +63,7 @@ def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_o
     wait_for(over, lambda: "\n".join(chain.tell() for chain in runs), seconds=500, every_s=0.5)
     assert most <= 2
     for chain, ends in zip(runs, ("COMPLETED", "CANCELLED", "COMPLETED"), strict=True):
-        found = states(chain)
+        found = by_stage(states(chain))
         assert found["finetune"] == found["evaluate"] == ends, (found, chain.tell())
         view = json.loads(chain.livt("status", chain.run_dir, "--json", expect=int(ends == "CANCELLED")).stdout)
         assert view["state"] == ("done" if ends == "COMPLETED" else "failed")
@@ -77,7 +77,7 @@ def test_three_runs_by_one_command_two_at_once_and_the_one_that_fails_stops_no_o
     runs[1].lay("pace", "1 99")
     again = json.loads(submit_together(runs[1:], tmp_path, "--json").stdout)
     assert again["runs"] == [str(runs[1].run_dir)]
-    wait_for(lambda: states(runs[1])["pretrain"] == "RUNNING", runs[1].tell, seconds=120)
+    first.cluster.wait(runs[1].first("pretrain"), "RUNNING")
     runs[1].await_steps(2)
     runs[1].livt("cancel", runs[1].run_dir)
     queue = ("squeue", "--noheader", "--array")

@@ -1,4 +1,4 @@
-"""Whole chains by `livt submit`, on a real Slurm of two nodes: they come to the weights of an undisturbed torchrun.
+"""Whole chains by `livt submit`, on a real Slurm: they come to the weights of an undisturbed torchrun.
 
 The chains whose time limits are too short are submitted first and judged late: they sleep most of their steps. What
 takes a node from every job stands behind them.
@@ -14,9 +14,9 @@ import time
 import pytest
 
 from livt_scale.slurm import commands
+from livt_scale.util.host_list import expand
 from tests.slurm_real.chains import ENDED, Chain, rank_pid
-from tests.slurm_real.cluster import wait_for
-from tests.slurm_real.descriptions import TWO_NODES
+from tests.slurm_real.cluster import ClusterError, wait_for
 from tests.whole_runs import assert_same_run
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(1200)]
@@ -48,7 +48,7 @@ def silent_job(short_chains):
     chain = short_chains["silent"]
     chain.cluster.run("scancel", *chain.jobs.values())
     chain.ended()
-    text = next((chain.run_dir / "slurm" / "scripts").glob("*pretrain*")).read_text()
+    text = min((chain.run_dir / "slurm" / "scripts").glob("*pretrain*")).read_text()
     lines = [line for line in text.splitlines(keepends=True) if not line.startswith("#SBATCH --signal")]
     assert len(lines) == len(text.splitlines()) - 1
     (chain.folder / "silent.sbatch").write_text("".join(lines))
@@ -75,7 +75,9 @@ def chain(_running_cluster, tmp_path):
 
 def test_one_command_brings_both_stages_evaluation_and_export_over_two_nodes_to_torchruns_weights(chain, reference):
     chain.submit()
-    assert chain.ended() == dict.fromkeys(("pretrain", "finetune", "evaluate"), "COMPLETED"), chain.tell()
+    states = dict.fromkeys(("pretrain", "finetune", "evaluate"), "COMPLETED")
+    assert chain.stages_ended() == states, chain.tell()
+    assert chain.requeues == (chain.cluster.description.default.preempt != "CANCEL")
     assert_same_run(chain.run_dir, reference)
     assert sorted(p.name for p in (chain.run_dir / "export").iterdir()) == [
         "config.json",
@@ -101,16 +103,25 @@ def test_a_second_submission_joins_the_first_and_another_recipe_is_refused(short
 
 
 def test_requeue_signal_and_a_killed_task_at_random_moments_come_to_the_same_weights(chain, reference):
-    """Pains 15 and 17. After the kill -9 the job has failed, and a second `livt submit` goes on."""
+    """Pains 15 and 17. After the kill -9 the job has failed, and a second `livt submit` goes on.
+
+    Where preemption cancels jobs, each is a segment that may not be requeued.
+    """
     cluster, dice = chain.cluster, random.Random(seed := random.randrange(10**6))
+    chain.sets["slurm.pretrain.segments"] = 4
     chain.lay("pace", "1 99")
     chain.submit()
     print(f"seed {seed}")
     for disturb in dice.sample(["requeue", "signal", "kill"], 3):
-        job, before = chain.jobs["pretrain"], chain.restarts("pretrain")
         chain.await_steps(2)
+        name = chain.running("pretrain")
+        job, before = chain.jobs[name], chain.restarts(name)
         time.sleep(dice.uniform(0, 2))  # in all, the three take less than the 27 steps
         print(f"{disturb} in step {chain.lines('steps')[-1]}")
+        if disturb == "requeue" and not chain.requeues:
+            with pytest.raises(ClusterError, match="Requested operation is presently disabled"):
+                cluster.run("scontrol", "requeue", job)
+            continue
         if disturb == "requeue":
             cluster.run("scontrol", "requeue", job)
         elif disturb == "signal":
@@ -120,13 +131,19 @@ def test_requeue_signal_and_a_killed_task_at_random_moments_come_to_the_same_wei
             os.kill(rank_pid(chain.run_dir, "pretrain", dice.choice([0, 1])), signal.SIGKILL)
             cluster.wait(job, "FAILED", seconds=LOST_S)
             print(f"the job ended {time.monotonic() - began:.1f} s after its task")
-            assert chain.ended() == {"pretrain": "FAILED", "finetune": "CANCELLED", "evaluate": "CANCELLED"}
+            states = chain.stages_ended()
+            left = () if chain.requeues else ("COMPLETED FAILED",)  # to this segment, by the one before
+            assert states.pop("pretrain") in ("FAILED", *left)
+            assert states == {"finetune": "CANCELLED", "evaluate": "CANCELLED"}
             chain.submit()
             continue
-        chain.await_restart("pretrain", more_than=before)
+        if chain.requeues:
+            chain.await_restart(name, more_than=before)
+        else:
+            chain.await_state(name, "COMPLETED")
     chain.mend("pace")
     assert set(chain.ended().values()) == {"COMPLETED"}, chain.tell()
-    assert len(chain.lines("starts")) >= 4
+    assert len(chain.lines("starts")) >= (4 if chain.requeues else 3)
     logs = (log.read_text() for log in (chain.run_dir / "slurm" / "logs").glob("pretrain-*.log"))
     assert not any("could not be put back" in log for log in logs)
     assert_same_run(chain.run_dir, reference)
@@ -136,9 +153,10 @@ def test_a_bug_fails_its_stage_k_times_its_dependants_never_run_and_mended_the_c
     chain.lay("bug", "5")
     for k in (1, 2):  # each time a person submits it, and never by itself
         chain.submit()
-        assert chain.ended() == {"pretrain": "FAILED", "finetune": "CANCELLED", "evaluate": "CANCELLED"}, chain.tell()
+        states = chain.stages_ended()
+        assert states == {"pretrain": "FAILED", "finetune": "CANCELLED", "evaluate": "CANCELLED"}, chain.tell()
         assert len(chain.lines("starts")) == k, "the chain does not submit itself again"
-        assert chain.restarts("pretrain") == 0
+        assert chain.restarts(chain.names("pretrain")[0]) == 0
         view = json.loads(chain.livt("status", chain.run_dir, "--json", expect=1).stdout)
         assert view["state"] == "failed"
         assert "a planted bug" in view["why"]
@@ -156,8 +174,8 @@ def test_a_task_that_hangs_ends_its_job_within_the_bound_and_is_named(chain):
     chain.lay("hang", "5")
     chain.submit()
     wait_for(lambda: any(line.endswith(" 5") for line in chain.lines("steps")), "the 5th step", seconds=120)
-    chain.cluster.wait(chain.jobs["pretrain"], "FAILED", seconds=LOST_S)
-    assert chain.ended()["finetune"] == "CANCELLED"
+    chain.cluster.wait(chain.first("pretrain"), "FAILED", seconds=LOST_S)
+    assert chain.stages_ended()["finetune"] == "CANCELLED"
     assert "rank 1" in chain.status("pretrain")["why"]
 
 
@@ -183,10 +201,15 @@ def test_a_run_that_comes_no_further_over_k_restarts_ends_with_its_reason(chain,
 def test_the_time_limit_itself_makes_a_job_save_where_no_signal_comes(short_chains, silent_job):
     """Pain 12."""
     chain = short_chains["silent"]
-    wait_for(lambda: chain.cluster.show(silent_job)["Restarts"] != "0", lambda: f"a save\n{chain.tell()}", seconds=240)
+
+    def saved() -> bool:
+        shown = chain.cluster.show(silent_job)
+        return shown["Restarts"] != "0" if chain.requeues else shown["JobState"] in ENDED
+
+    wait_for(saved, lambda: f"a save\n{chain.tell()}", seconds=240)
     chain.cluster.run("scancel", silent_job)
     chain.cluster.wait(silent_job, *ENDED)
-    log = (chain.run_dir / "slurm" / "logs" / f"pretrain-{silent_job}.log").read_text()
+    log = (chain.run_dir / "slurm" / "logs" / f"{chain.names('pretrain')[0]}-{silent_job}.log").read_text()
     assert "stopped by the clock" in log
     assert "stopped by SIG" not in log
 
@@ -211,15 +234,24 @@ def test_a_time_limit_too_short_takes_at_least_three_segments_and_comes_to_the_s
 
 
 def test_a_lost_node_costs_a_restart_and_nothing_else(chain, reference):
-    """Pain 15: it goes on from its newest checkpoint, by itself."""
-    chain.lay("pace", "1 1")
+    """Pain 15: it goes on from its newest checkpoint, by itself. Then it is preempted, where that cancels jobs."""
+    cancels = chain.cluster.description.default.preempt == "CANCEL"
+    chain.sets["slurm.pretrain.segments"] = 3
+    chain.lay("pace", "1 2" if cancels else "1 1")
     chain.submit()
     chain.await_steps(6)
-    chain.cluster.lose(TWO_NODES.nodes[1])
-    chain.cluster.wait(chain.jobs["pretrain"], "PENDING", seconds=60)
-    chain.cluster.bring_back(TWO_NODES.nodes[1])
+    job = chain.first("pretrain")
+    lost = list(expand(chain.cluster.show(job)["NodeList"]))[1]
+    chain.cluster.lose(lost)
+    chain.cluster.wait(job, "NODE_FAIL" if cancels else "PENDING", seconds=60)
+    chain.cluster.bring_back(lost)
+    if cancels:
+        chain.await_steps(random.randrange(1, 8))
+        chain.preempt(*expand(chain.cluster.show(chain.jobs["pretrain-2"])["NodeList"]))
+        print(f"preempted in step {chain.lines('steps')[-1]}")
+        chain.await_state("pretrain-2", "PREEMPTED")
     chain.assert_pretrains_like(reference)
-    assert len(chain.lines("starts")) == 2
+    assert len(chain.lines("starts")) == (3 if cancels else 2)
 
 
 def test_a_suspended_chain_continues_in_the_same_job(chain, reference):
@@ -227,7 +259,7 @@ def test_a_suspended_chain_continues_in_the_same_job(chain, reference):
     chain.lay("pace", "0.5 1")
     chain.submit()
     chain.await_steps(4)
-    job = chain.jobs["pretrain"]
+    job = chain.first("pretrain")
     chain.cluster.run("scontrol", "suspend", job)
     time.sleep(16)  # and 2 s in which Slurm asks by SIGTSTP, before SIGSTOP
     assert chain.cluster.show(job)["JobState"] == "SUSPENDED"

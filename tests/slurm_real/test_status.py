@@ -33,17 +33,17 @@ def told(chain, state, *, seconds=180):
 
 def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain, reference):
     # pending: others have the nodes
-    full = ("--exclusive", "--nodes=2", "--time=10", "--parsable", "--wrap=sleep 600")
+    full = ("--exclusive", f"--nodes={len(chain.cluster.nodes)}", "--time=10", "--parsable", "--wrap=sleep 600")
     others = chain.cluster.run("sbatch", *full, cwd=chain.folder).stdout.strip()
     chain.cluster.wait(others, "RUNNING")
     chain.lay("pace", "2 99")  # so that no stop below comes after the last step, however long a `livt` takes
     chain.submit()
     pending = told(chain, "pending")
-    assert chain.jobs["pretrain"] in pending["why"]
+    assert chain.first("pretrain") in pending["why"]
     assert pending["next"].startswith("livt status ")
 
     def reasons():  # Slurm gives each job its own when it next looks at the queue
-        return {job["stage"]: job["reason"] for job in told(chain, "pending")["jobs"]}
+        return {job["stage"]: job["reason"] for job in told(chain, "pending")["jobs"] if job["segment"] == 1}
 
     wait_for(lambda: reasons()["pretrain"] in ("Resources", "Priority"), lambda: f"a reason: {reasons()}", seconds=60)
     wait_for(lambda: reasons()["finetune"] == "Dependency", lambda: f"Dependency: {reasons()}", seconds=60)
@@ -61,7 +61,7 @@ def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain, refer
     chain.livt("cancel", chain.run_dir)
     preempted = told(chain, "preempted")
     assert preempted["stages"][0]["checkpoint"]["step"] > 0
-    assert chain.ended()["finetune"] == "CANCELLED"
+    assert chain.stages_ended()["finetune"] == "CANCELLED"
 
     # stalled: a task hangs, so that at the job's end it could not say a word, and no job of it is left
     chain.lay("hang", str(int(chain.lines("steps")[-1].split()[1]) + 3))
@@ -70,7 +70,7 @@ def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain, refer
     told(chain, "running")
     chain.cluster.run("scancel", *chain.jobs.values())
     stalled = told(chain, "stalled")
-    assert chain.jobs["pretrain"] in stalled["why"]
+    assert chain.first("pretrain") in stalled["why"]
     assert "CANCELLED" in stalled["why"]
     chain.mend("hang")
 
@@ -79,7 +79,7 @@ def test_a_run_is_pending_running_preempted_stalled_failed_and_done(chain, refer
     chain.submit()
     failed = told(chain, "failed")
     assert "a planted bug" in failed["why"]
-    assert chain.ended()["finetune"] == "CANCELLED"
+    assert chain.stages_ended()["finetune"] == "CANCELLED"
     log = next(job["log"] for job in failed["jobs"] if job["stage"] == "pretrain")
     assert "a planted bug" in (chain.run_dir / log).read_text()
 

@@ -39,22 +39,24 @@ def test_a_chain_submitted_inside_an_allocation_with_a_hostile_environment_runs_
         taken.bind(("", port_of_job(number)))
         taken.listen()
         told = cluster.run(*allocation, *words, *sets, cwd=chain.folder).stdout
-        assert chain.jobs["pretrain"] == str(number)
-        ended = cluster.wait(chain.jobs["pretrain"], "COMPLETED", "FAILED", seconds=600)
+        assert chain.first("pretrain") == str(number)
+        ended = cluster.wait(str(number), "COMPLETED", "FAILED", seconds=600)
     assert ended["JobState"] == "COMPLETED", chain.tell()
-    assert f"port {port_of_job(number)} is taken on this node" in chain.log("pretrain")
+    assert f"port {port_of_job(number)} is taken on this node" in chain.log(chain.names("pretrain")[0])
     assert "its SLURM_* variables are not passed on" in told
     assert "SBATCH_TIMELIMIT is set and not used: slurm.time_min decides" in told
-    assert (ended["TimeLimit"], ended["MinMemoryNode"]) == ("00:10:00", "0")
+    of_cpu = cluster.description.mem_per_cpu_mb
+    memory = ended["MinMemoryNode"] if of_cpu is None else ended["MinMemoryCPU"]
+    assert (ended["TimeLimit"], memory) == ("00:10:00", "0" if of_cpu is None else f"{of_cpu}M")
     assert not (chain.run_dir / "slurm" / "bad-nodes").exists()
     assert_same_run(chain.run_dir, reference, stages=("pretrain",))
     chain.livt("cancel", chain.run_dir, "--now")
 
 
 def test_more_than_the_partition_has_is_refused_with_its_numbers(cluster, tmp_path):
-    chain = Chain(cluster, tmp_path / "a run", slurm__nodes=3)
-    told = chain.submit(expect=2)
-    assert "slurm.nodes is 3, and 2 is the most (partition normal: 2 nodes, 1440 min)" in told
+    most = len(cluster.nodes)
+    told = Chain(cluster, tmp_path / "a run", slurm__nodes=most + 1).submit(expect=2)
+    assert f"slurm.nodes is {most + 1}, and {most} is the most (partition normal: {most} nodes, 1440 min)" in told
     assert not cluster.run("squeue", "--noheader").stdout
 
 
@@ -87,11 +89,15 @@ def test_the_controllers_facts_are_read(cluster, monkeypatch):
     for name, value in cluster.environ.items():
         monkeypatch.setenv(name, value)
     facts = commands.cluster_facts()
+    description, most = cluster.description, len(cluster.nodes)
     assert {name: (p.total_nodes, p.time_min, p.preempt) for name, p in facts.partitions.items()} == {
-        "normal": (2, 1440, "off"),
-        "spare": (2, 1440, "requeue"),
-        "scrap": (2, 1440, "cancel"),
-        "urgent": (2, 60, "off"),
+        "normal": (most, 1440, description.default.preempt.lower()),
+        "spare": (most, 1440, "requeue"),
+        "scrap": (most, 1440, "cancel"),
+        "urgent": (most, 60, "off"),
     }
-    assert set(facts.qos) == {"normal", "low"}
+    assert set(facts.qos) == ({"normal", "low"} if description.accounting else set())
+    assert (facts.accounts is not None and "lab" in facts.accounts) == description.accounting
+    assert (facts.preempt, facts.requeues_by_default) == (description.preempt.lower(), description.job_requeue == 1)
+    assert facts.kill_wait_s == description.kill_wait_s
     assert inherited.for_commands(cluster.environ)["SLURM_CONF"] == str(cluster.conf)
