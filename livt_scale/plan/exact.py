@@ -50,13 +50,13 @@ class Measurement:
         return self.weights + self.grads + self.optimizer
 
 
-def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int) -> Measurement:
+def measure(recipe: Recipe, stage: Stage, spread: Spread, *, num_classes: int, bound_s: float = BOUND_S) -> Measurement:
     """Measure in a separate process. RunError: it fails or takes too long. UsageError: fsdp is offloaded."""
     if spread.offload != "none" and spread.strategy == "fsdp":
         raise UsageError(
             "--exact measures fsdp with its states on the device", remedy="--set parallel.offload=none, or leave it out"
         )
-    found = measure_computing(recipe, stage, spread, num_classes=num_classes)
+    found = measure_computing(recipe, stage, spread, num_classes=num_classes, bound_s=bound_s)
     return with_engine(found, recipe, stage, spread, num_classes=num_classes)
 
 

@@ -66,7 +66,7 @@ def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> A
         try:
             answer = read_note(folder / node)
         except OSError:
-            answer = f"no answer within {check_min} min; see above"
+            answer = f"no answer from its check, which has {check_min} min; see above"
         why = "; ".join(answer.split("\n")).strip("; ")
         if why != "ok":
             bad.append(BadNode(node, time.strftime("%Y-%m-%dT%H:%M:%S"), job, why))

@@ -480,7 +480,7 @@ def test_a_node_that_fails_its_check_or_does_not_answer_ends_the_job_and_is_name
     returned, log = three()
     assert returned == 1
     assert "node n2 is bad: gpus: Slurm gave this job 8 GPUs here, and torch sees 7; jpeg: none" in log
-    assert "node n3 is bad: no answer within 5 min" in log
+    assert "node n3 is bad: no answer from its check, which has 5 min" in log
     assert "--set slurm.exclude=n2,n3" in log
     assert [node.name for node in read_bad_nodes(three.run)] == ["n2", "n3"]
     assert three.names == ["check"]
