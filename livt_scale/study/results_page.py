@@ -33,7 +33,7 @@ seeds, it is not decidable here. A claim is confirmed if each of its questions i
 Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
 point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
 arms have the recipe's learning rate and, unless their name differs, the section's epochs; nothing was tuned for any of
-them.
+them. [LoRA and a linear probe against full fine-tuning](parameter-efficient.md#compare) are a study with its own table.
 """
 
 
