@@ -138,7 +138,8 @@ def _write_page(page: Path, results: list[dict[str, Any]]) -> None:
     for result in results:
         if result["values"]:
             _keep(result, page.parent / "results")
-    write_atomic(page, pages.page(pages.read_results(page.parent / "results")).encode())
+    kept = page.parent / "results"
+    write_atomic(page, pages.page(pages.read_results(kept), pages.read_studies(kept)).encode())
 
 
 def _keep(result: dict[str, Any], folder: Path) -> None:

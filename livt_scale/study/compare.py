@@ -52,6 +52,8 @@ def compare_settings(table: Mapping[str, Any]) -> dict[str, Any]:
     asked = [m for m in ASKED if m in measured] or ASKED_OF_PRETRAINING
     questions = [Comparison(other, first, measure) for other in others for measure in asked]
     return {
+        "name": table["name"],
+        "study": table["study"],
         "values": {s: {m: {str(k): v for k, v in of.items()} for m, of in by.items()} for s, by in values.items()},
         "weights": weights,
         "minutes": {setting: statistics.fmean(each) for setting, each in minutes.items()},

@@ -33,14 +33,14 @@ seeds, it is not decidable here. A claim is confirmed if each of its questions i
 Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
 point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
 arms have the recipe's learning rate and, unless their name differs, the section's epochs; nothing was tuned for any of
-them. [LoRA and a linear probe against full fine-tuning](parameter-efficient.md#compare) are a study with its own table.
+them. The study `tuning`, at the end, is explained in [parameter-efficient fine-tuning](parameter-efficient.md#compare).
 """
 
 
-def page(results: Sequence[Mapping[str, Any]]) -> str:
-    """The page for these results, in their order."""
+def page(results: Sequence[Mapping[str, Any]], studies: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The page for these results, in their order, and for studies as `livt study compare --json` prints them."""
     parts = [HEAD.format(confidence=CONFIDENCE, level=1 - CONFIDENCE, least=MIN_SEEDS, power=POWER), _overview(results)]
-    return "\n".join([*parts, *(_section(result) for result in results)])
+    return "\n".join([*parts, *(_section(result) for result in results), *map(_of_study, studies)])
 
 
 def _overview(results: Sequence[Mapping[str, Any]]) -> str:
@@ -82,6 +82,11 @@ def _section(result: Mapping[str, Any]) -> str:
         lines += [f"Not run: {', '.join(later)}, part of the claim since these runs.", ""]
     versions = ", ".join(f"{what} {which}" for what, which in result["versions"].items())
     return "\n".join([*lines, f"Made with {versions}.", ""])
+
+
+def _of_study(found: Mapping[str, Any]) -> str:
+    lines = [f"## Study {found['name']}", "", "```sh", f"livt study compare {found['study']}", "```", ""]
+    return "\n".join([*lines, *arms_table(found, of="setting"), "", *verdicts_table(found), ""])
 
 
 def _epochs(budget: Mapping[str, Any]) -> str:
@@ -160,3 +165,8 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
             )
         found.append(told)
     return sorted(found, key=lambda told: places[told["claim"], told["on"]])
+
+
+def read_studies(folder: Path) -> list[dict[str, Any]]:
+    """The studies that are kept in `folder`/studies, each the output of `livt study compare --json`."""
+    return [read_json(file, "record") for file in sorted((folder / "studies").glob("*.json"))]

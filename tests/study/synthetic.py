@@ -34,7 +34,7 @@ def study(*, sizes=("nano", "micro", "mini", "small"), epochs=(3, 6, 12), seeds=
     none = {"measure": "top1_all", "over": ["num_weights"], "problem": "4 points for 3 constants are too few"}
     return {
         "format": "livt-study", "version": 1, "name": "sizes", "recipe": "recipes/fashion_mnist_lt/claims.yaml",
-        "axes": axes, "folder": "runs/studies/sizes", "command": "livt study submit sizes.yaml",
+        "axes": axes, "study": "sizes.yaml", "folder": "runs/studies/sizes", "command": "livt study submit sizes.yaml",
         "versions": {"livt_scale": "0.1.0", "torch": "2.14.1", "python": "3.11.9"}, "runs": runs, "fits": [fit, none],
     }  # fmt: skip
 
