@@ -347,8 +347,6 @@ def test_text_that_looks_like_something_else_survives_saving(name):
     assert (loaded.name, loaded.data.train) == (recipe.name, recipe.data.train)
 
 
-LOSS = ("stages", "finetune", "loss")
-BOTH = {"pretrain": {}, "finetune": {"loss": {"name": "bal_bce"}}}
 INSIDE = {"container": {"by": "pyxis", "image": "i"}}
 UNMIXED = {"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
 VARIANTS = [  # of the fields that are chosen by a name
@@ -363,7 +361,7 @@ VARIANTS = [  # of the fields that are chosen by a name
 def full_recipes():
     """Recipes, as trees, that between them write every field."""
     for changed in VARIANTS:
-        finetune = {**BOTH["finetune"], "ema": {}, **UNMIXED, **changed}
+        finetune = {"loss": {"name": "bal_bce"}, "ema": {}, **UNMIXED, **changed}
         pretrain = {"sampling": changed["sampling"]} if "sampling" in changed else {}
         stages = {"pretrain": pretrain, "finetune": finetune}
         recipe = {"name": "r", "data": {"train": "/t"}, "run_dir": "r", "stages": stages, "slurm": INSIDE}

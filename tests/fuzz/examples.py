@@ -1,4 +1,4 @@
-"""Each fuzzer as two tests: 60 examples, the same ones each time; and, among the slow tests, 1,000 new ones.
+"""Each fuzzer as two tests: 60 examples, the same ones each time; and, among the slow tests, 5,000 new ones.
 
 test_recipes = few(recipes, check, seeds=[…])          # seeds: what was once handled wrongly
 test_many_recipes = many(recipes, check)
@@ -24,7 +24,7 @@ FEW = settings(
     phases=(Phase.explicit, Phase.generate),
     suppress_health_check=(HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example),
 )
-MANY = settings(FEW, max_examples=int(os.environ.get("LIVT_FUZZ_EXAMPLES", "1000")), derandomize=False)
+MANY = settings(FEW, max_examples=int(os.environ.get("LIVT_FUZZ_EXAMPLES", "5000")), derandomize=False)
 
 
 def few(cases: SearchStrategy[Any], check: Callable[..., None], *, seeds: Sequence[Any] = ()) -> Callable[..., None]:
