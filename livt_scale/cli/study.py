@@ -240,11 +240,12 @@ def compare(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
     livt study compare studies/fashion_mnist_lt/tuning.yaml
     """
-    from livt_scale.study.compare import compare_settings, lines_of
+    from livt_scale.study.compare import compare_settings
     from livt_scale.study.definition import load_study
+    from livt_scale.study.results_page import comparison_lines
 
     found = compare_settings(_collected(load_study(study, folder=out)))
-    echo(json.dumps(found) if as_json else "\n".join(lines_of(found)))
+    echo(json.dumps(found) if as_json else "\n".join(comparison_lines(found)))
 
 
 @app.command("report")

@@ -22,7 +22,7 @@ from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
-from livt_scale.study.comparison import combined_outcome, judge_all
+from livt_scale.study.comparison import Values, combined_outcome, judge_all
 from livt_scale.study.runs import Run
 from livt_scale.train.run_dir import is_done
 from livt_scale.train.run_files import (
@@ -50,10 +50,6 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
     for (arm, seed), runs in runs_of(CLAIMS[claim], setting, seeds=seeds, sets=sets).items():
         found.add(arm, seed, runs[-1], folder, num_classes=setting.num_classes)
     verdicts = judge_all(CLAIMS[claim].questions(setting), found.values)
-    by_seed = {
-        arm: {m: {str(s): v for s, v in of.items()} for m, of in measures.items()}
-        for arm, measures in found.values.items()
-    }
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -64,7 +60,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "sets": dict(sets),
         "budget": _budget(CLAIMS[claim], setting, sets),
         "weights": found.weights,
-        "values": by_seed,
+        "values": plain_values(found.values),
         "curves": {arm: lines for arm, lines in found.curves.items() if any(lines)},
         "minutes": {arm: statistics.fmean(each) for arm, each in found.minutes.items()},
         "missing": found.missing,
@@ -72,6 +68,11 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "word": combined_outcome(verdicts),
         "versions": _versions(),
     }
+
+
+def plain_values(values: Values) -> dict[str, dict[str, dict[str, float]]]:
+    """JSON's keys are text: the seeds."""
+    return {arm: {m: {str(s): v for s, v in of.items()} for m, of in by.items()} for arm, by in values.items()}
 
 
 def plain_verdict(verdict: dict[str, Any]) -> dict[str, Any]:

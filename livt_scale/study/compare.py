@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from livt_scale.study.collect import plain_verdict
+from livt_scale.study.collect import plain_values, plain_verdict
 from livt_scale.study.comparison import Comparison, Measure, judge_all
-from livt_scale.study.results_page import arms_table, verdicts_table
+from livt_scale.study.results_page import COMPARED, COMPARED_VERSION
 from livt_scale.util.errors import UsageError
 
 ASKED: tuple[Measure, ...] = ("top1_all", "top1_few")
@@ -52,9 +52,11 @@ def compare_settings(table: Mapping[str, Any]) -> dict[str, Any]:
     asked = [m for m in ASKED if m in measured] or ASKED_OF_PRETRAINING
     questions = [Comparison(other, first, measure) for other in others for measure in asked]
     return {
+        "format": COMPARED,
+        "version": COMPARED_VERSION,
         "name": table["name"],
         "study": table["study"],
-        "values": {s: {m: {str(k): v for k, v in of.items()} for m, of in by.items()} for s, by in values.items()},
+        "values": plain_values(values),
         "weights": weights,
         "minutes": {setting: statistics.fmean(each) for setting, each in minutes.items()},
         "missing": {run["name"]: run["why"] or run["state"] for run in table["runs"] if run["state"] != "done"},
@@ -64,9 +66,3 @@ def compare_settings(table: Mapping[str, Any]) -> dict[str, Any]:
 
 def _setting(run: Mapping[str, Any], axes: Sequence[str]) -> str:
     return ", ".join(str(run["axes"][axis]) for axis in axes)
-
-
-def lines_of(found: Mapping[str, Any]) -> list[str]:
-    """Two tables in Markdown, and the runs that are not counted."""
-    missing = [f"not counted: {name}: {why}" for name, why in found["missing"].items()]
-    return [*arms_table(found, of="setting"), "", *verdicts_table(found), *([""] if missing else []), *missing]

@@ -58,9 +58,10 @@ def check_runs(runs: Sequence[Run], folder: Path, *, to_build: Collection[Path] 
     """
     check_starts(runs, folder)
     known, later = KnownSets(), {str(path.absolute()) for path in to_build}
-    taught_by = {real_path(run.at(folder)) for run in runs if not is_done(run.at(folder), run.stage)}  # trained first
     problems: list[Problem] = []
-    left = [(run.load(folder), run.stage) for run in runs if not is_done(run.at(folder), run.stage)]
+    to_train = [run for run in runs if not is_done(run.at(folder), run.stage)]
+    taught_by = {real_path(run.at(folder)) for run in to_train}  # a teacher is trained before the runs that it teaches
+    left = [(run.load(folder), run.stage) for run in to_train]
     for recipe, stage in left:
         found = check_run(recipe, stages=[stage], known=known)
         problems += [

@@ -19,6 +19,7 @@ COLUMNS = {
     "top1_mean_over_epochs": "mean over epochs", "ece": "calibration error", "pdc": "PDC",
     "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
+COMPARED, COMPARED_VERSION = "livt-study-comparison", 1  # of what `livt study compare --json` prints
 MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\
 # Results: the paper's claims, checked here
@@ -33,7 +34,7 @@ seeds, it is not decidable here. A claim is confirmed if each of its questions i
 Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
 point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
 arms have the recipe's learning rate and, unless their name differs, the section's epochs; nothing was tuned for any of
-them. The study `tuning`, at the end, is explained in [parameter-efficient fine-tuning](parameter-efficient.md#compare).
+them.
 """
 
 
@@ -86,7 +87,13 @@ def _section(result: Mapping[str, Any]) -> str:
 
 def _of_study(found: Mapping[str, Any]) -> str:
     lines = [f"## Study {found['name']}", "", "```sh", f"livt study compare {found['study']}", "```", ""]
-    return "\n".join([*lines, *arms_table(found, of="setting"), "", *verdicts_table(found), ""])
+    return "\n".join([*lines, *comparison_lines(found), ""])
+
+
+def comparison_lines(found: Mapping[str, Any]) -> list[str]:
+    """What `compare_settings` found: two tables in Markdown, and the runs that are not counted."""
+    missing = [f"not counted: {name}: {why}" for name, why in found["missing"].items()]
+    return [*arms_table(found, of="setting"), "", *verdicts_table(found), *([""] if missing else []), *missing]
 
 
 def _epochs(budget: Mapping[str, Any]) -> str:
@@ -153,20 +160,26 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     places = {(claim, on): (k, n) for k, claim in enumerate(CLAIMS) for n, on in enumerate(SETTINGS)}
     found = []
     for file in sorted(folder.glob("*.json")):
-        try:
-            result = read_json(file, "record")
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read: {error}", remedy="collect it again: livt reproduce") from error
-        told = result if isinstance(result, dict) else {}
-        known = (told.get("claim"), told.get("on")) in places
-        if (told.get("format"), told.get("version")) != (FORMAT, VERSION) or not known:
-            raise DataError(
-                f"{file} holds no results of a claim as this livt_scale collects them", remedy="collect it again"
-            )
+        told = _kept(file, FORMAT, VERSION, what="results of a claim", again="livt reproduce")
+        if (told.get("claim"), told.get("on")) not in places:
+            raise DataError(f"{file} holds no results of a known claim", remedy="collect it again: livt reproduce")
         found.append(told)
     return sorted(found, key=lambda told: places[told["claim"], told["on"]])
 
 
 def read_studies(folder: Path) -> list[dict[str, Any]]:
-    """The studies that are kept in `folder`/studies, each the output of `livt study compare --json`."""
-    return [read_json(file, "record") for file in sorted((folder / "studies").glob("*.json"))]
+    """The studies that are kept in `folder`/studies, as `livt study compare --json` prints them. Raises DataError."""
+    return [
+        _kept(file, COMPARED, COMPARED_VERSION, what="comparison of a study", again="livt study compare --json")
+        for file in sorted((folder / "studies").glob("*.json"))
+    ]
+
+
+def _kept(file: Path, kind: str, version: int, *, what: str, again: str) -> dict[str, Any]:
+    try:
+        told = read_json(file, "record")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read: {error}", remedy=f"collect it again: {again}") from error
+    if not isinstance(told, dict) or (told.get("format"), told.get("version")) != (kind, version):
+        raise DataError(f"{file} holds no {what} as this livt_scale writes it", remedy=f"collect it again: {again}")
+    return told

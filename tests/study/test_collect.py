@@ -212,6 +212,10 @@ def test_results_of_another_kind_are_refused(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(DataError, match="Collect it again"):
         results_page.read_results(tmp_path)
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "x.json").write_text(text)
+    with pytest.raises(DataError, match="Collect it again: livt study compare"):
+        results_page.read_studies(tmp_path)
 
 
 def test_docs_results_is_what_its_results_make():

@@ -17,7 +17,7 @@ from livt_scale.cli import main
 from livt_scale.config.recipe import learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.study import local_runner, results_page
-from livt_scale.study.compare import compare_settings, lines_of
+from livt_scale.study.compare import compare_settings
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
 from livt_scale.study.local_runner import run_all
 from livt_scale.study.slurm_runner import ready, whole_recipe
@@ -297,8 +297,8 @@ def test_settings_are_compared_with_the_first_over_seeds():
     assert better["mean"] == pytest.approx(0.02)
     assert (better["word"], better["num_seeds"]) == ("confirmed", 3)
     assert found["values"]["micro, ce"]["top1_all"].keys() == {"0", "1", "2"}
-    assert all(line in results_page.page([], [found]).splitlines() for line in lines_of(found))
-    lines = lines_of(found)
+    assert all(line in results_page.page([], [found]).splitlines() for line in results_page.comparison_lines(found))
+    lines = results_page.comparison_lines(found)
     assert lines[0].startswith("| setting | M weights | seeds | all |")
     assert sum(line.startswith("| nano, ") for line in lines) == 4  # two settings and two questions
 
@@ -314,7 +314,7 @@ def test_what_did_not_finish_is_named_and_not_compared():
         synthetic.fail(run, why="it broke")
     found = compare_settings(table)
     assert {verdict["num_seeds"] for verdict in found["verdicts"]} == {0}
-    assert lines_of(found)[-1].startswith("not counted: ")
+    assert results_page.comparison_lines(found)[-1].startswith("not counted: ")
 
 
 @pytest.mark.parametrize(
