@@ -131,14 +131,20 @@ def _check_page(page: Path | None, *, force: bool) -> None:
 
 
 def _write_page(page: Path, results: list[dict[str, Any]]) -> None:
-    """Keep the results beside the page, and make it of all that are kept. A claim of which nothing ran has none."""
+    """Keep the results beside the page, with those of earlier runs, and make it of all that are kept.
+
+    A claim of which nothing ran stays as it is kept.
+    """
     from livt_scale.study import results_page as pages
+    from livt_scale.study.collect import with_kept
     from livt_scale.util.atomic import write_atomic
 
-    for result in results:
-        if result["values"]:
-            _keep(result, page.parent / "results")
     kept = page.parent / "results"
+    before = {(told["claim"], told["on"]): told for told in pages.read_results(kept)}
+    for result in results:
+        earlier = before.get((result["claim"], result["on"]))
+        if result["values"]:
+            _keep(result if earlier is None else with_kept(result, earlier), kept)
     write_atomic(page, pages.page(pages.read_results(kept), pages.read_studies(kept)).encode())
 
 

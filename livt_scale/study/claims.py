@@ -14,7 +14,8 @@ Source: arXiv 2212.02015, abstract and section 5.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ SCRATCH: Sets = {"stages.finetune.init": "scratch", "stages.finetune.layer_decay
 
 @dataclass(frozen=True)
 class Setting:
-    """The data and the sizes. balanced: the same data without a tail. sizes, mgp_epochs: from small to large.
+    """The data and the sizes. balanced: the same data without a tail. sizes, mgp_shares: from small to large.
 
-    from_scratch, cnn: for the claim that compares a ViT with a CNN, trained on labels alone.
+    from_scratch, scratch_factor, cnn: for the claim that compares a ViT with a CNN, trained on labels alone.
 
     The numbers of images are only for the cost, which is estimated before the sets exist.
     """
@@ -43,11 +44,12 @@ class Setting:
     name: str  # of a shipped recipe
     balanced: str
     sizes: Mapping[str, Sets]
-    mgp_epochs: tuple[int, ...]  # the last is the recipe's own
+    mgp_shares: tuple[float, ...]  # schedules of pretraining, as shares of the recipe's epochs; the last is 1
     num_classes: int
     num_images: int
     num_balanced: int
-    from_scratch: Sets  # how labels alone are given their time, where that is the claim: schedule and budget
+    scratch_factor: int  # epochs of labels alone over those of fine-tuning: nothing was pretrained
+    from_scratch: Sets  # what else labels alone need
     cnn: Sets  # the network in the ViT's place, of about as many weights
     sets: Sets = field(default_factory=dict)
 
@@ -58,6 +60,21 @@ class Setting:
     def load(self, sets: Sets | None = None) -> Recipe:
         """The recipe of this setting, with `sets` over it; both stages are in it."""
         return load_recipe(self.recipe, sets=as_words({**self.sets, **(sets or {})}))
+
+    def with_sets(self, sets: Sets) -> Setting:
+        """The same with `sets` over its recipe. What an arm derives from the recipe, its epochs say, follows them."""
+        return replace(self, sets={**self.sets, **sets})
+
+    @cached_property
+    def mgp_epochs(self) -> tuple[int, ...]:
+        epochs = self.load().stage("pretrain").epochs
+        return tuple(max(round(share * epochs), 1) for share in self.mgp_shares)
+
+    @property
+    def labels_alone(self) -> Sets:
+        """The schedule of labels alone. Evaluated only at the end, as the claims that have it require."""
+        epochs = self.scratch_factor * self.load().stage("finetune").epochs
+        return {"stages.finetune.epochs": epochs, **self.from_scratch}
 
     def size_of(self, run: Run) -> tuple[int, int]:
         """(images, classes) of the run's training set."""
@@ -93,11 +110,12 @@ class Claim:
 
 
 def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets) -> dict[tuple[str, int], list[Run]]:
-    """The runs of each (arm, seed), the one that is looked at last. sets: laid over everything."""
+    """The runs of each (arm, seed), the one that is looked at last. sets: over the recipe, below what makes an arm."""
+    setting = setting.with_sets(sets)
     found: dict[tuple[str, int], list[Run]] = {}
     for seed in seeds:
         for arm in claim.arms(setting):
-            shared = {**setting.sets, **arm.pretrain, **sets, "seed": seed}
+            shared = {**setting.sets, **arm.pretrain, "seed": seed}
             runs = []
             if arm.pretraining is not None:
                 runs.append(Run(f"pretrain-{arm.pretraining}/seed-{seed}", setting.recipe, shared, "pretrain"))
@@ -124,7 +142,7 @@ def _two_stages(setting: Setting) -> list[Arm]:
         Arm("bal_bce", "lt"),
         Arm("scratch", finetune=SCRATCH),
         Arm("scratch-equal-compute", finetune={**SCRATCH, **longer}),
-        Arm("resnet-bal_ce", finetune={**alone, **loss_sets("bal_ce"), **setting.from_scratch, **setting.cnn}),
+        Arm("resnet-bal_ce", finetune={**alone, **loss_sets("bal_ce"), **setting.labels_alone, **setting.cnn}),
         Arm("deit-lt", finetune={**alone, **longer, **loss_sets("ce")}, teacher="resnet-bal_ce"),
     ]
 
@@ -213,7 +231,7 @@ def _reconstructs(setting: Setting) -> list[Question]:
 
 def _each_network_on_both_sets(setting: Setting) -> list[Arm]:
     """With labels alone and a loss that knows no class counts: what differs within a network is the set's balance."""
-    plain = {"stages.pretrain": None, **SCRATCH, **loss_sets("ce"), **setting.from_scratch}
+    plain = {"stages.pretrain": None, **SCRATCH, **loss_sets("ce"), **setting.labels_alone}
     return [
         Arm(f"{network}-{data}", finetune={**plain, **network_sets, **data_sets})
         for network, network_sets in (("vit", {}), ("resnet", setting.cnn))
@@ -264,19 +282,18 @@ _SMALL = {
 }
 _LARGE = {name: {} if name == "vit_b" else {"model.size": name} for name in ("vit_s", "vit_b", "vit_l", "vit_h")}
 _FASHION = "fashion_mnist_lt/claims"
-# Twice the recipe's epochs of fine-tuning: nothing was pretrained. Evaluated only at the end, as the claim requires.
-_FASHION_SCRATCH = {"stages.finetune.epochs": 6, "stages.finetune.eval_every_epochs": None}
+_ONCE = {"stages.finetune.eval_every_epochs": None}
 _RESNET_MICRO = {"model.size": "resnet_micro", "model.patch_px": None}
 SETTINGS = {
     "fashion_mnist_lt": Setting(
-        name=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
+        name=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_shares=(1 / 3, 1),
         num_classes=10, num_images=14_886, num_balanced=14_886,
-        from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
+        scratch_factor=2, from_scratch=_ONCE, cnn=_RESNET_MICRO,
     ),
     "fashion_mnist_lt_if10": Setting(
-        name=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_epochs=(5, 15),
+        name=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_shares=(1 / 3, 1),
         num_classes=10, num_images=24_516, num_balanced=24_516,
-        from_scratch=_FASHION_SCRATCH, cnn=_RESNET_MICRO,
+        scratch_factor=2, from_scratch=_ONCE, cnn=_RESNET_MICRO,
         sets={
             "data.train": "shards/fashion-mnist-lt-if10/train-lt", "data.val": "shards/fashion-mnist-lt-if10/val",
             "data.few_under": 1500, "data.many_over": 3000,
@@ -284,10 +301,11 @@ SETTINGS = {
     ),
     "imagenet_lt": Setting(
         name="imagenet_lt/vit_b16", balanced="shards/imagenet-bal/train", sizes=_LARGE,
-        mgp_epochs=(200, 400, 800), num_classes=1000,
+        mgp_shares=(0.25, 0.5, 1), num_classes=1000,
         num_images=PUBLISHED["imagenet-lt"][1], num_balanced=PUBLISHED["imagenet-bal"][1],
-        from_scratch={  # DeiT's epochs, the rest MAE's ViT-B from scratch: recipes/imagenet_lt/vit_b16_scratch.yaml
-            "stages.finetune.epochs": 300, "stages.finetune.warmup_epochs": 20, "stages.finetune.base_lr": 1e-4,
+        scratch_factor=3,  # DeiT's 300 epochs
+        from_scratch={  # the rest as MAE's ViT-B from scratch: recipes/imagenet_lt/vit_b16_scratch.yaml
+            "stages.finetune.warmup_epochs": 20, "stages.finetune.base_lr": 1e-4,
             "stages.finetune.weight_decay": 0.3, "stages.finetune.betas": [0.9, 0.95],
         },
         cnn={"model.size": "resnet50", "model.patch_px": None},  # 25.6 M weights, as the paper compares them

@@ -7,6 +7,7 @@ when the runs are gone.
 
 from __future__ import annotations
 
+import copy
 import math
 import platform
 import statistics
@@ -18,12 +19,13 @@ from typing import Any
 from livt_scale import __version__
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import from_saved, load_saved
-from livt_scale.config.recipe import Recipe, Stage, learnt_from
+from livt_scale.config.recipe import Recipe, Stage, digest, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
 from livt_scale.study.comparison import Values, combined_outcome, judge_all
 from livt_scale.study.runs import Run
+from livt_scale.train.resume_rules import TEACHER
 from livt_scale.train.run_dir import is_done
 from livt_scale.train.run_files import (
     EVAL,
@@ -39,18 +41,20 @@ from livt_scale.train.run_files import (
 from livt_scale.util.errors import LivtError
 from livt_scale.util.resources import root
 
-FORMAT, VERSION = "livt-claim-results", 2
+FORMAT, VERSION = "livt-claim-results", 3
+NOT_RUN = "not run"
 GROUPS = ("all", "many", "medium", "few")
 
 
 def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Mapping[str, Any]) -> dict[str, Any]:
     """The results of a claim in a setting, from the runs below `folder`."""
     setting = SETTINGS[on]
-    found = _Found()
+    found, recipes = _Found(), {}
     for (arm, seed), runs in runs_of(CLAIMS[claim], setting, seeds=seeds, sets=sets).items():
         found.add(arm, seed, runs[-1], folder, num_classes=setting.num_classes)
-    verdicts = judge_all(CLAIMS[claim].questions(setting), found.values)
-    return {
+        if seed == seeds[0]:
+            recipes[arm] = _recipe_digest(runs, folder)
+    told = {
         "format": FORMAT,
         "version": VERSION,
         "claim": claim,
@@ -59,15 +63,74 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "seeds": list(seeds),
         "sets": dict(sets),
         "budget": _budget(CLAIMS[claim], setting, sets),
+        "recipes": recipes,
+        "images": {beside_the_recipes(where): read for where, (read, _) in found.digests.items()},
         "weights": found.weights,
         "values": plain_values(found.values),
-        "curves": {arm: lines for arm, lines in found.curves.items() if any(lines)},
+        "curves": {arm: by_seed for arm, by_seed in found.curves.items() if any(by_seed.values())},
         "minutes": {arm: statistics.fmean(each) for arm, each in found.minutes.items()},
         "missing": found.missing,
-        "verdicts": [plain_verdict(asdict(verdict)) for verdict in verdicts],
-        "word": combined_outcome(verdicts),
         "versions": _versions(),
     }
+    return _judged(told)
+
+
+def _judged(told: dict[str, Any]) -> dict[str, Any]:
+    setting = SETTINGS[told["on"]].with_sets(told["sets"])
+    values = {
+        arm: {measure: {int(seed): value for seed, value in of.items()} for measure, of in by.items()}
+        for arm, by in told["values"].items()
+    }
+    verdicts = judge_all(CLAIMS[told["claim"]].questions(setting), values)
+    judged = {"verdicts": [plain_verdict(asdict(verdict)) for verdict in verdicts], "word": combined_outcome(verdicts)}
+    return told | judged
+
+
+def with_kept(found: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, Any]:
+    """`found` with those runs of `kept`, the same claim's results, that are not in its folder, judged together.
+
+    They may lie on another machine, or be gone. Taken are those of the same recipe and images; `found` is first.
+    """
+    told = copy.deepcopy(dict(found))
+    if any(kept["images"].get(where, read) != read for where, read in told["images"].items()):
+        return told
+    for arm, recipe in told["recipes"].items():
+        if arm in kept["values"] and kept["recipes"].get(arm) == recipe:
+            _take_arm(told, kept, arm)
+    told["images"] = kept["images"] | told["images"]
+    told["values"] = {arm: told["values"][arm] for arm in told["recipes"] if arm in told["values"]}  # in their order
+    return _judged(told)
+
+
+def _take_arm(told: dict[str, Any], kept: Mapping[str, Any], arm: str) -> None:
+    """The seeds that did not run in the folder of `told`; one that ran and does not count stays named."""
+    own = _seeds(told["values"].get(arm, {}))
+    left_out = {
+        seed for seed in map(str, told["seeds"]) if told["missing"].get(f"{arm}, seed {seed}", NOT_RUN) != NOT_RUN
+    }
+    new = _seeds(kept["values"][arm]) - own - left_out
+    if not new:
+        return
+    minutes = (told["minutes"].get(arm, 0.0), kept["minutes"][arm])
+    told["minutes"][arm] = statistics.fmean(minutes, weights=(len(own), len(new)))
+    told["weights"][arm] = kept["weights"][arm]
+    for measure, by_seed in kept["values"][arm].items():
+        _take(told["values"].setdefault(arm, {}).setdefault(measure, {}), by_seed, new)
+    if arm in kept["curves"]:
+        _take(told["curves"].setdefault(arm, {}), kept["curves"][arm], new)
+    told["missing"] = {who: why for who, why in told["missing"].items() if who not in {f"{arm}, seed {s}" for s in new}}
+    told["seeds"] = sorted({*told["seeds"], *map(int, new)})
+
+
+def _seeds(measures: Mapping[str, Mapping[str, float]]) -> set[str]:
+    return set().union(*measures.values())
+
+
+def _take(into: dict[str, Any], by_seed: Mapping[str, Any], seeds: set[str]) -> None:
+    """Also brings the seeds in order."""
+    into |= {seed: value for seed, value in by_seed.items() if seed in seeds}
+    for seed in sorted(into, key=int):
+        into[seed] = into.pop(seed)
 
 
 def plain_values(values: Values) -> dict[str, dict[str, dict[str, float]]]:
@@ -85,11 +148,11 @@ class _Found:
 
     def __init__(self) -> None:
         self.values: dict[str, dict[str, dict[int, float]]] = {}
-        self.curves: dict[str, list[list[float]]] = {}
+        self.curves: dict[str, dict[str, list[float]]] = {}
         self.minutes: dict[str, list[float]] = {}
         self.weights: dict[str, int] = {}
         self.missing: dict[str, str] = {}
-        self._digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and where it was read
+        self.digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and where it was read
 
     def add(self, arm: str, seed: int, run: Run, folder: Path, *, num_classes: int) -> None:
         place, who = run.at(folder), f"{arm}, seed {seed}"
@@ -99,7 +162,7 @@ class _Found:
             return
         for measure, value in measures_of(run, place).items():
             self.values.setdefault(arm, {}).setdefault(measure, {})[seed] = value
-        self.curves.setdefault(arm, []).append([line.top1_all for line in evaluations(place)])
+        self.curves.setdefault(arm, {})[str(seed)] = [line.top1_all for line in evaluations(place)]
         self.minutes.setdefault(arm, []).append(training_minutes(place / run.stage))
         if arm not in self.weights:
             self.weights[arm] = num_weights(run.load(folder), num_classes=num_classes)
@@ -107,9 +170,9 @@ class _Found:
     def _other_images(self, run: Run, place: Path, folder: Path, who: str) -> str:
         """A recipe names its sets by folder; the set there may have been rebuilt, or replaced by `--set`."""
         data = run.load(folder).data
-        for where, digest in sets_read(run, place, train=data.train, val=data.val).items():
-            expected, whose = self._digests.setdefault(where, _digest_here(where) or (digest, who))
-            if digest != expected:
+        for where, read in sets_read(run, place, train=data.train, val=data.val).items():
+            expected, whose = self.digests.setdefault(where, _digest_here(where) or (read, who))
+            if read != expected:
                 return f"it read other images than {whose}, in {where}"
         return ""
 
@@ -137,7 +200,7 @@ def what_is_wrong(run: Run, folder: Path) -> str:
     place = run.at(folder)
     status = read_status(place, run.stage)
     if status is None:
-        return "not run"
+        return NOT_RUN
     if not is_done(place, run.stage):
         return f"{status.get('state')}: {status.get('why') or 'not at its end'}"[:300]
     try:
@@ -146,6 +209,15 @@ def what_is_wrong(run: Run, folder: Path) -> str:
         return differs or (_other_pretraining(place, wanted) if run.after is not None else "")
     except (LivtError, LookupError) as error:
         return f"what it is cannot be read: {' '.join(str(error).split())}"[:300]
+
+
+def _recipe_digest(runs: Sequence[Run], folder: Path) -> str:
+    """Of all that an arm learns from but the seed: its stages, and not where sets and a teacher lie."""
+    parts: dict[str, Any] = {run.stage: learnt_from(run.load(folder), run.stage) for run in runs}
+    for part in parts.values():
+        part.pop("seed")
+        part.pop(TEACHER, None)
+    return digest(parts)
 
 
 def _differs(made: Recipe, wanted: Recipe, stage: Stage) -> str:

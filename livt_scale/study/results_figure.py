@@ -21,7 +21,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     measure = next((m for m in MEASURES if any(m in of for of in result["values"].values())), MEASURES[0])
     scale = 100 if measure.startswith("top1") else 1
     values = {arm: [scale * v for v in of[measure].values()] for arm, of in result["values"].items() if measure in of}
-    curves = {arm: lines for arm, lines in result["curves"].items() if any(len(line) > 1 for line in lines)}
+    by_seed = {arm: list(of.values()) for arm, of in result["curves"].items()}
+    curves = {arm: lines for arm, lines in by_seed.items() if any(len(line) > 1 for line in lines)}
     by_size = len({result["weights"][arm] for arm in values}) > 1
     beside = bool(curves) or by_size
     label = COLUMNS[measure] if scale == 1 else f"top-1 %, {COLUMNS[measure]}"

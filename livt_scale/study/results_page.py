@@ -25,8 +25,8 @@ HEAD = """\
 # Results: the paper's claims, checked here
 
 This page has the verdicts on the paper's claims. It is made by `livt reproduce … --page docs/results.md` from results
-that were collected from run directories and are kept in `docs/results/`; [studies and
-claims](studying.md#check-the-papers-claims) shows how to run it, here and on ImageNet-LT. Each number is the mean
+that were collected from run directories and are kept in `docs/results/`; [the paper's
+claims](reproducing.md) shows how to run it, here and on ImageNet-LT. Each number is the mean
 over seeds ± their standard deviation, on evaluation images. `livt_scale/study/comparison.py` has the rule of a
 verdict: Student's paired t test over seeds, with Holm's correction for the number of questions of the claim. Below
 {level:.0%} the difference is in favour (confirmed) or against (not confirmed); above it, and with fewer than {least}
@@ -77,7 +77,7 @@ def _section(result: Mapping[str, Any]) -> str:
     ]
     if result["missing"]:
         lines += ["Not counted: " + "; ".join(f"{who} ({why})" for who, why in result["missing"].items()) + ".", ""]
-    arms = [arm.name for arm in CLAIMS[result["claim"]].arms(SETTINGS[result["on"]])]
+    arms = [arm.name for arm in CLAIMS[result["claim"]].arms(SETTINGS[result["on"]].with_sets(result["sets"]))]
     known = {*result["values"], *(who.partition(",")[0] for who in result["missing"])}
     if later := [name for name in arms if name not in known]:
         lines += [f"Not run: {', '.join(later)}, part of the claim since these runs.", ""]

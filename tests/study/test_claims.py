@@ -99,6 +99,38 @@ def test_equal_compute_from_scratch_is_no_less_than_both_stages():
     assert both <= epochs_of_equal_compute(setting) * second < both + second
 
 
+def test_what_arms_derive_from_the_recipe_follows_the_overrides_of_the_command(tmp_path):
+    """--set lays the length over the recipe; shares of it, multiples of it and equal compute are of that length."""
+    sets = {"stages.pretrain.epochs": "30", "stages.finetune.epochs": "4"}
+    setting = SETTINGS["fashion_mnist_lt"]
+
+    def epochs(claim, stage):
+        every = runs_of(CLAIMS[claim], setting, seeds=[0], sets=sets)
+        return {arm: runs[-1].load(tmp_path).stage(stage).epochs for (arm, _), runs in every.items()}
+
+    two_stages = epochs("two-stages", "finetune")
+    assert two_stages["bal_bce"] == two_stages["scratch"] == 4
+    assert two_stages["resnet-bal_ce"] == 8
+    longer = epochs_of_equal_compute(setting.with_sets(sets))
+    assert two_stages["scratch-equal-compute"] == two_stages["deit-lt"] == longer
+    assert 4 < longer < epochs_of_equal_compute(setting)
+    assert set(epochs("balance", "finetune").values()) == {8}
+    reconstruction = epochs("reconstruction", "pretrain")
+    assert reconstruction["lt"] == reconstruction["balanced-vit_mini"] == 30
+    assert reconstruction["lt-10-epochs"] == reconstruction["balanced-10-epochs"] == 10
+
+
+def test_an_override_does_not_take_away_what_makes_an_arm(tmp_path):
+    sets = {"data.train": "/elsewhere/lt", "model.width": "72"}
+    every = runs_of(CLAIMS["reconstruction"], SETTINGS["fashion_mnist_lt"], seeds=[0], sets=sets)
+    loaded = {arm: runs[-1].load(tmp_path) for (arm, _), runs in every.items()}
+    assert {arm: recipe.model.dims.width for arm, recipe in loaded.items() if arm.startswith("lt")} == {
+        "lt": 72, "lt-40-epochs": 72, "lt-vit_nano": 48, "lt-vit_mini": 144,
+    }  # fmt: skip
+    assert loaded["lt"].data.train == "/elsewhere/lt"
+    assert loaded["balanced"].data.train.endswith("train-balanced")
+
+
 def test_two_runs_of_one_name_that_differ_are_refused():
     with pytest.raises(UsageError, match="two different runs"):
         in_order([Run("a", Path("r"), {"seed": 0}), Run("a", Path("r"), {"seed": 1})])

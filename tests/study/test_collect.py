@@ -11,7 +11,7 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.models.classifier import build_classifier
 from livt_scale.study import results_figure, results_page
 from livt_scale.study.claims import CLAIMS, LOSSES, SETTINGS, runs_of
-from livt_scale.study.collect import collect, num_weights
+from livt_scale.study.collect import collect, num_weights, with_kept
 from livt_scale.study.runs import as_words
 from livt_scale.util.errors import DataError
 from tests.small_sets import small_set
@@ -148,6 +148,48 @@ def test_a_run_that_read_other_images_than_the_rest_or_than_are_there_now_is_nam
     assert results(tmp_path)["missing"].keys() == missing.keys()
     (tmp_path / "sets" / "train").symlink_to(built)
     assert len(results(tmp_path)["missing"]) == len(LOSSES) * len(SEEDS)
+
+
+def remove(folder, *runs):
+    for run in runs:
+        (folder / run / "finetune" / "status.json").unlink()
+
+
+def test_runs_of_another_machine_are_kept_and_judged_together_with_those_of_this_one(tmp_path):
+    def top1(arm, seed):
+        return 0.8 + 0.001 * seed if arm == "bal_bce" else 0.7
+
+    whole = results(made(tmp_path / "whole", top1=top1))
+    there, here = (made(tmp_path / name, top1=top1) for name in ("there", "here"))
+    remove(there, *(f"{arm}/seed-{seed}" for arm in ("lade", "ldam") for seed in SEEDS), "bce/seed-1")
+    remove(here, *(f"{arm}/seed-{seed}" for arm in LOSSES if arm not in ("lade", "ldam") for seed in (0, 2)))
+    kept, found = results(there), results(here)
+    assert found["missing"]
+    assert found["word"] != whole["word"] == "confirmed"
+    both = with_kept(found, kept)
+    place = {name: whole[name] for name in ("sets", "images", "budget")}  # three folders here
+    assert both | place == whole
+    assert list(both["values"]["bce"]["top1_all"]) == ["0", "1", "2"]
+    assert with_kept(both, kept) == both
+
+
+@pytest.mark.parametrize("why", ["recipe", "images"])
+def test_kept_results_of_another_recipe_or_other_images_are_left_out(tmp_path, why):
+    kept = results(made(tmp_path, top1=lambda arm, seed: 0.7))
+    remove(tmp_path, "ce/seed-0")
+    found = results(tmp_path)
+    assert with_kept(found, kept)["missing"] == {}
+    if why == "recipe":
+        kept["recipes"]["ce"] = "another"
+    else:
+        kept["images"] = dict.fromkeys(kept["images"], "other")
+    assert with_kept(found, kept) == found
+
+
+def test_a_run_here_that_is_wrong_is_not_replaced_by_a_kept_one(tmp_path):
+    kept = results(made(tmp_path, top1=lambda arm, seed: 0.7))
+    (tmp_path / "ce" / "seed-1" / "finetune" / "status.json").write_text('{"state": "failed", "why": "loss is NaN"}')
+    assert "loss is NaN" in with_kept(results(tmp_path), kept)["missing"]["ce, seed 1"]
 
 
 def test_the_number_of_weights_is_that_of_the_classifier():
