@@ -248,6 +248,30 @@ def compare(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     echo(json.dumps(found) if as_json else "\n".join(comparison_lines(found)))
 
 
+@app.command("crossing")
+def crossing(
+    study: StudyFile,
+    out: Out = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Also draw the gains to this PNG file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Collect, then find where pretraining begins to pay.
+
+    For a study with the axis start: the gain over labels alone for the same compute, and where it is 0.
+
+    livt study crossing studies/fashion_mnist_lt/when.yaml
+    """
+    from livt_scale.study.crossing import crossings_of
+    from livt_scale.study.definition import load_study
+    from livt_scale.study.results_figure import draw_crossings
+    from livt_scale.study.results_page import crossing_lines
+
+    found = crossings_of(_collected(load_study(study, folder=out)))
+    if picture is not None:
+        draw_crossings(found, picture)
+    echo(json.dumps(found) if as_json else "\n".join(crossing_lines(found)))
+
+
 @app.command("report")
 def report(study: StudyFile, out: Out = None) -> None:
     """Collect, fit, then write report.html, report.md and pictures.

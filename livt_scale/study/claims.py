@@ -136,7 +136,8 @@ LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas",
 
 def _two_stages(setting: Setting) -> list[Arm]:
     """Against labels alone, and against DeiT-LT: from scratch too, taught by a CNN with a balanced loss."""
-    longer = {"stages.finetune.epochs": epochs_of_equal_compute(setting), "stages.finetune.eval_every_epochs": None}
+    epochs = epochs_of_equal_compute(setting.load(), num_classes=setting.num_classes)
+    longer = {"stages.finetune.epochs": epochs, "stages.finetune.eval_every_epochs": None}
     alone = {"stages.pretrain": None, **SCRATCH}
     return [
         Arm("bal_bce", "lt"),
@@ -147,10 +148,9 @@ def _two_stages(setting: Setting) -> list[Arm]:
     ]
 
 
-def epochs_of_equal_compute(setting: Setting) -> int:
+def epochs_of_equal_compute(recipe: Recipe, *, num_classes: int) -> int:
     """Epochs of fine-tuning that take as many operations as both stages together (`plan.flops`), rounded up."""
-    recipe = setting.load()
-    first, second = (network_flops(recipe, stage, num_classes=setting.num_classes).train for stage in STAGES)
+    first, second = (network_flops(recipe, stage, num_classes=num_classes).train for stage in STAGES)
     return recipe.stage("finetune").epochs + -(-recipe.stage("pretrain").epochs * first // second)
 
 

@@ -33,7 +33,7 @@ from livt_scale.config.yaml import parse, validated
 from livt_scale.data.build.spec import PlainName
 from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES
-from livt_scale.study.claims import loss_sets
+from livt_scale.study.claims import SCRATCH, epochs_of_equal_compute, loss_sets
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.outside import read_text, real_path
@@ -50,6 +50,7 @@ AXES = (
     "finetune_learning_rate",
     "loss",
     "train",
+    "start",
     "seed",
 )
 ABOUT: dict[str, Stage] = {  # axes of one stage alone
@@ -58,9 +59,13 @@ ABOUT: dict[str, Stage] = {  # axes of one stage alone
     "finetune_learning_rate": "finetune",
     "loss": "finetune",
     "train": "finetune",
+    "start": "finetune",
 }
 # runs that differ in these alone share one pretraining
 FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
+FROM_SCRATCH = "scratch-equal-compute"
+Start = Literal["pretraining", "scratch-equal-compute"]
+WORDS = ("size", "loss", "train", "start")  # axes whose values are names
 MAX_RUNS = 2000
 KEPT = "study.yaml"  # the study's file, next to its runs
 
@@ -83,6 +88,11 @@ class Axes(RecipePart):
     loss: tuple[str, ...] | None = Field(None, min_length=1, description="of fine-tuning, a name of docs/losses.md")
     train: tuple[PlainName, ...] | None = Field(
         None, min_length=1, description="names of `trains`, or of stages.finetune.train"
+    )
+    start: tuple[Start, ...] | None = Field(
+        None,
+        min_length=1,
+        description="of fine-tuning; scratch-equal-compute: from scratch, in epochs of the same compute",
     )
     seed: tuple[NonNegativeInt, ...] | None = Field(None, min_length=1)
 
@@ -151,6 +161,8 @@ class Study(RecipePart):
         for axis, stage in ABOUT.items():
             if axis in given and stage not in self.stages:
                 raise ValueError(f"axes.{axis} is about {stage}, which is not among the stages")
+        if "start" in given and "pretrain" not in self.stages:
+            raise ValueError("axes.start needs both stages: the compute of scratch-equal-compute is theirs together")
         if self.stages == ("finetune", "pretrain"):
             raise ValueError("stages has them in the wrong order: pretrain comes first")
         return self
@@ -161,6 +173,7 @@ class Point:
     """One combination: its name (a folder), the axes' values, and what it lays over the recipe.
 
     pretraining: the name of the point whose pretraining it starts from; its own for the first of those that share one.
+    None: it has none.
     """
 
     name: str
@@ -274,7 +287,7 @@ def points(loaded: LoadedStudy) -> list[Point]:
         axes = {name: chosen[name] for name in AXES if name in chosen}
         name = name_of(axes, study.axes)
         pretraining = None
-        if "pretrain" in study.stages:
+        if "pretrain" in study.stages and axes.get("start") != FROM_SCRATCH:
             key = tuple(value for axis, value in axes.items() if axis not in FINETUNE_ONLY)
             pretraining = shared.setdefault(key, name)
         found.append(Point(name, axes, _sets(loaded, axes), pretraining))
@@ -287,7 +300,7 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
     varied = [axis for axis in axes if len(given[axis]) > 1] or list(axes)
     short = {"data_fraction": "fraction", "imbalance_factor": "if", "learning_rate": "lr"}
     short["finetune_learning_rate"] = "finetune-lr"
-    words = [str(axes[a]) if a in ("size", "loss", "train") else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
+    words = [str(axes[a]) if a in WORDS else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
     return "-".join(words) or "all"
 
 
@@ -304,7 +317,12 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     sets |= study.sets
     direct = {"epochs": "stages.pretrain.epochs", "seed": "seed"}
     sets |= {path: axes[axis] for axis, path in direct.items() if axis in axes}
-    return sets | _data(loaded, axes, sets) | _rates(loaded, axes, sets)
+    sets |= _data(loaded, axes, sets) | _rates(loaded, axes, sets)
+    if axes.get("start") == FROM_SCRATCH:
+        # One class: the head's operations, which are next to nothing, are left out.
+        epochs = epochs_of_equal_compute(loaded.load(sets), num_classes=1)
+        sets |= {**SCRATCH, "stages.finetune.epochs": epochs}
+    return sets
 
 
 def _rates(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:
@@ -334,6 +352,11 @@ def _data(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any])
         found["data.many_over"] = max(round(data.many_over * fraction), 1)
         found["data.few_under"] = max(round(data.few_under * fraction), 1)
     return found
+
+
+def stages_of(loaded: LoadedStudy, point: Point) -> tuple[Stage, ...]:
+    """The study's stages, without a pretraining that `point` does not start from."""
+    return tuple(stage for stage in loaded.study.stages if stage == "finetune" or point.pretraining is not None)
 
 
 def runs(loaded: LoadedStudy) -> list[Run]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ COLUMNS = {
     "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
 COMPARED, COMPARED_VERSION = "livt-study-comparison", 1  # of what `livt study compare --json` prints
+CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 1  # of what `livt study crossing --json` prints
+UNITS = {"pretrain_epochs": "the epochs of pretraining", "num_images": "the images", "num_weights": "the weights"}
 MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\
 # Results: the paper's claims, checked here
@@ -86,7 +89,11 @@ def _section(result: Mapping[str, Any]) -> str:
 
 
 def _of_study(found: Mapping[str, Any]) -> str:
-    lines = [f"## Study {found['name']}", "", "```sh", f"livt study compare {found['study']}", "```", ""]
+    verb = "compare" if found["format"] == COMPARED else "crossing"
+    lines = [f"## Study {found['name']}", "", "```sh", f"livt study {verb} {found['study']}", "```", ""]
+    if verb == "crossing":
+        picture = f"![gain of the two stages](results/studies/{found['name']}.png)"
+        return "\n".join([*lines, *crossing_lines(found), "", picture, ""])
     return "\n".join([*lines, *comparison_lines(found), ""])
 
 
@@ -94,6 +101,36 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     """What `compare_settings` found: two tables in Markdown, and the runs that are not counted."""
     missing = [f"not counted: {name}: {why}" for name, why in found["missing"].items()]
     return [*arms_table(found, of="setting"), "", *verdicts_table(found), *([""] if missing else []), *missing]
+
+
+def crossing_lines(found: Mapping[str, Any]) -> list[str]:
+    """For people: a table of the settings, and a sentence for each line, in Markdown."""
+    axes = list(found["settings"][0]["setting"]) if found["settings"] else []
+    measures = [m for m in ("top1_all", "top1_few") if found["settings"] and m in found["settings"][0]]
+    head = [*axes, "images", "epochs of pretraining", "of labels alone", "seeds"]
+    for measure in measures:
+        head += [f"{COLUMNS[measure]}: both stages", "labels alone", "gain", "interval"]
+    rows = [f"| {' | '.join(head)} |", "|" + " ---: |" * len(head)]
+    for row in found["settings"]:
+        cells = [*map(str, row["setting"].values()), *(f"{row[n]:,}" for n in ("num_images", "pretrain_epochs"))]
+        cells += [str(row["labels_epochs"]), str(row["seeds"])]
+        for measure in measures:
+            of = row[measure]
+            ends = f"{100 * of['low']:+.1f} to {100 * of['high']:+.1f}" if of["low"] is not None else ""
+            cells += [f"{100 * of['both']:.1f}", f"{100 * of['labels']:.1f}", f"{100 * of['gain']:+.1f}", ends]
+        rows.append(f"| {' | '.join(cells)} |")
+    missing = [f"not counted: {name}: {why}" for name, why in found["missing"].items()]
+    return [*rows, "", *(f"- {_sentence(line)}" for line in found["lines"]), *([""] if missing else []), *missing]
+
+
+def _sentence(line: Mapping[str, Any]) -> str:
+    at = "".join(f", {axis} {value}" for axis, value in line["at"].items())
+    what = f"{COLUMNS[line['measure']]}{at}: the gain changes by {100 * math.log(2) * line['slope']:+.1f} points"
+    told = f"{what} with each doubling of {UNITS[line['over']]} ({line['from']:,} to {line['to']:,})"
+    if line["low"] is None:
+        return f"{told}; where it is 0 is not decidable"
+    outside = "" if line["from"] <= line["at_zero"] <= line["to"] else ", outside what was trained"
+    return f"{told}; it is 0 at {line['at_zero']:,.3g} ({line['low']:,.3g} to {line['high']:,.3g}){outside}"
 
 
 def _epochs(budget: Mapping[str, Any]) -> str:
@@ -160,7 +197,7 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
     places = {(claim, on): (k, n) for k, claim in enumerate(CLAIMS) for n, on in enumerate(SETTINGS)}
     found = []
     for file in sorted(folder.glob("*.json")):
-        told = _kept(file, FORMAT, VERSION, what="results of a claim", again="livt reproduce")
+        told = _kept(file, (FORMAT, VERSION), what="results of a claim", again="livt reproduce")
         if (told.get("claim"), told.get("on")) not in places:
             raise DataError(f"{file} holds no results of a known claim", remedy="collect it again: livt reproduce")
         found.append(told)
@@ -168,18 +205,24 @@ def read_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_studies(folder: Path) -> list[dict[str, Any]]:
-    """The studies that are kept in `folder`/studies, as `livt study compare --json` prints them. Raises DataError."""
+    """The studies that are kept in `folder`/studies, as `livt study compare --json` and `crossing --json` print them.
+
+    Raises DataError.
+    """
     return [
-        _kept(file, COMPARED, COMPARED_VERSION, what="comparison of a study", again="livt study compare --json")
+        _kept(
+            file, (COMPARED, COMPARED_VERSION), (CROSSINGS, CROSSINGS_VERSION),
+            what="comparison of a study", again="livt study compare --json",
+        )
         for file in sorted((folder / "studies").glob("*.json"))
-    ]
+    ]  # fmt: skip
 
 
-def _kept(file: Path, kind: str, version: int, *, what: str, again: str) -> dict[str, Any]:
+def _kept(file: Path, *kinds: tuple[str, int], what: str, again: str) -> dict[str, Any]:
     try:
         told = read_json(file, "record")
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read: {error}", remedy=f"collect it again: {again}") from error
-    if not isinstance(told, dict) or (told.get("format"), told.get("version")) != (kind, version):
+    if not isinstance(told, dict) or (told.get("format"), told.get("version")) not in kinds:
         raise DataError(f"{file} holds no {what} as this livt_scale writes it", remedy=f"collect it again: {again}")
     return told

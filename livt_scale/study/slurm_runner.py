@@ -12,7 +12,7 @@ from typing import Any
 
 from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.slurm.array import PreparedArray, prepare_array
-from livt_scale.study.definition import LoadedStudy, Point, last_run
+from livt_scale.study.definition import LoadedStudy, Point, last_run, stages_of
 from livt_scale.study.local_runner import lay_pretraining
 from livt_scale.train.run_dir import is_done
 
@@ -52,6 +52,6 @@ def prepare(loaded: LoadedStudy, points: list[Point], *, max_parallel: int | Non
 
 def whole_recipe(loaded: LoadedStudy, point: Point) -> Recipe:
     """The recipe of all the study's stages, as `livt submit` takes it."""
-    left_out: dict[str, Any] = {f"stages.{stage}": None for stage in STAGES if stage not in loaded.study.stages}
+    left_out: dict[str, Any] = {f"stages.{stage}": None for stage in STAGES if stage not in stages_of(loaded, point)}
     place: Path = loaded.folder / point.name
     return loaded.load({**point.sets, **left_out, "run_dir": place})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale import __version__
-from livt_scale.config.recipe import STAGES, Recipe
+from livt_scale.config.recipe import STAGES, Recipe, Stage
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.flops import stage_flops
 from livt_scale.slurm.status import look_at
@@ -29,7 +29,7 @@ from livt_scale.study.collect import (
     training_minutes,
     what_is_wrong,
 )
-from livt_scale.study.definition import LoadedStudy, Point, last_run, points
+from livt_scale.study.definition import LoadedStudy, Point, last_run, points, stages_of
 from livt_scale.study.runs import Run
 from livt_scale.train.run_files import METRICS, read_metrics
 from livt_scale.util.errors import LivtError
@@ -77,25 +77,24 @@ def state_of(loaded: LoadedStudy, point: Point) -> tuple[str, str]:
 def _row(loaded: LoadedStudy, point: Point, known: Sets) -> dict[str, Any]:
     run, place = last_run(loaded, point), loaded.folder / point.name
     state, why = state_of(loaded, point)
-    recipe = run.load(loaded.folder)
+    recipe, stages = run.load(loaded.folder), stages_of(loaded, point)
     images, classes = known.of(recipe)
     row: dict[str, Any] = {
         "name": point.name, "state": state, "why": why, "folder": str(place), "axes": dict(point.axes),
         "num_weights": None if classes is None else num_weights(recipe, num_classes=classes), "num_images": images,
-        **_epochs(loaded, recipe),
-        "measures": {}, "minutes": {}, "flops": _flops(loaded, recipe, images, classes), "curves": {}, "picture": None,
+        **_epochs(recipe, stages),
+        "measures": {}, "minutes": {}, "flops": _flops(recipe, stages, images, classes), "curves": {}, "picture": None,
     }  # fmt: skip
     if state != "done":
         return row
     try:
-        row |= _of_a_whole_run(loaded, run, place)
+        row |= _of_a_whole_run(stages, run, place)
     except (LivtError, OSError, ValueError, LookupError) as error:
         row |= {"state": "not counted", "why": f"it cannot be read: {' '.join(str(error).split())}"[:300]}
     return row
 
 
-def _of_a_whole_run(loaded: LoadedStudy, run: Run, place: Path) -> dict[str, Any]:
-    stages = loaded.study.stages
+def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path) -> dict[str, Any]:
     measures = measures_of(run, place)
     if "pretrain" in stages and run.stage != "pretrain":
         from livt_scale.study.reconstruction_loss import (
@@ -124,16 +123,16 @@ def _curve(path: Path) -> list[list[float]]:
     return [[line.epoch, line.loss] for line in kept if line.epoch is not None and line.loss is not None]
 
 
-def _epochs(loaded: LoadedStudy, recipe: Recipe) -> dict[str, int | None]:
-    return {f"{s}_epochs": recipe.stage(s).epochs if s in loaded.study.stages else None for s in STAGES}
+def _epochs(recipe: Recipe, stages: Sequence[Stage]) -> dict[str, int | None]:
+    return {f"{s}_epochs": recipe.stage(s).epochs if s in stages else None for s in STAGES}
 
 
-def _flops(loaded: LoadedStudy, recipe: Recipe, images: int | None, classes: int | None) -> float | None:
-    """Of training, by formula (`plan.flops`), all stages of the study together."""
+def _flops(recipe: Recipe, stages: Sequence[Stage], images: int | None, classes: int | None) -> float | None:
+    """Of training, by formula (`plan.flops`), all stages together."""
     if images is None or classes is None:
         return None
     total = 0
-    for stage in loaded.study.stages:
+    for stage in stages:
         part = recipe.stage(stage)
         seen = images // part.global_batch * part.global_batch * part.epochs
         total += seen * stage_flops(recipe, stage, num_classes=classes).train
