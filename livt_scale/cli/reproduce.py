@@ -27,6 +27,10 @@ def reproduce(
     out: Annotated[Path, typer.Option("--out", help="Runs are in OUT/ON, and resumed there.")] = Path("runs/claims"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0. A verdict needs 3.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs in parallel.")] = 1,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", metavar="<name>", help="Train only this arm. Repeatable.", show_default="all"),
+    ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value in all runs. Repeatable."),
@@ -48,6 +52,8 @@ def reproduce(
 
     livt reproduce losses --jobs 2
 
+    livt reproduce two-stages --arm bal_bce --arm scratch
+
     livt reproduce losses --on imagenet_lt --dry-run
     """
     from livt_scale.study.claims import CLAIMS, SETTINGS
@@ -61,7 +67,7 @@ def reproduce(
         raise UsageError("--device is for the cost of runs", remedy="add --dry-run, or leave it out")
     names = list(CLAIMS) if claim == "all" else [claim]
     laid, folder = _parsed(sets or []), out / on  # a run of one setting is never taken for another's
-    runs = _runs(names, on, range(seeds), laid)
+    runs = _runs(names, on, range(seeds), laid, arms)
     if dry_run:
         _tell_cost(runs, on, folder, device=device or DEVICE, as_json=as_json)
         return
@@ -86,12 +92,25 @@ def _parsed(sets: list[str]) -> dict[str, str]:
     return {path: value for path, _, value in (text.partition("=") for text in sets)}
 
 
-def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any]) -> list[Run]:
+def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any], arms: list[str] | None) -> list[Run]:
+    """Seed by seed. arms: those alone, with what they start from and who teaches them; None: all."""
     from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
     from livt_scale.study.runs import in_order
+    from livt_scale.util.errors import UsageError, nearest
 
     every = [runs_of(CLAIMS[name], SETTINGS[on], seeds=[seed], sets=sets) for seed in seeds for name in names]
-    return in_order(run for of in every for runs in of.values() for run in runs)
+    known = dict.fromkeys(arm for of in every for arm, _ in of)
+    for arm in arms or ():
+        if arm not in known:
+            raise UsageError(f"there is no arm {arm!r} in {', '.join(names)}", remedy=nearest(arm, known))
+    ordered = in_order(run for of in every for runs in of.values() for run in runs)
+    if arms is None:
+        return ordered
+    wanted = {runs[-1].name for of in every for (arm, _), runs in of.items() if arm in arms}
+    for run in reversed(ordered):  # what a run needs comes before it
+        if run.name in wanted:
+            wanted |= set(run.needs)
+    return [run for run in ordered if run.name in wanted]
 
 
 def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """The claims as grids of runs: what is shared is trained once, and arms differ in what their claim is about."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -206,6 +207,23 @@ def test_one_word_takes_a_claim_to_imagenet_and_dry_run_tells_its_cost(monkeypat
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
+@pytest.mark.parametrize(
+    ("arms", "trained"),
+    [
+        (["scratch"], ["scratch"]),
+        (["bal_bce", "scratch"], ["pretrain-lt", "bal_bce", "scratch"]),
+        (["deit-lt"], ["resnet-bal_ce", "deit-lt"]),
+    ],
+)
+def test_an_arm_alone_is_trained_with_what_it_needs(monkeypatch, capsys, tmp_path, arms, trained):
+    chosen = [f"--arm={arm}" for arm in arms]
+    words = ("two-stages", "--dry-run", "--json", "--seeds=2", f"--out={tmp_path}")
+    code, said = livt(monkeypatch, capsys, *words, *chosen)
+    assert not code
+    names = [run["name"] for run in json.loads(said.out)["runs"]]
+    assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in trained]
+
+
 def test_wrong_words_are_told_before_anything_is_started(monkeypatch, capsys):
     for words, said in {
         ("looses",): "did you mean 'losses'?",
@@ -215,6 +233,7 @@ def test_wrong_words_are_told_before_anything_is_started(monkeypatch, capsys):
         ("losses", "--on", "imagenet_lt", "--dry-run", "--device", "v100"): "has no bf16",
         ("losses", "--set", "seed"): "write --set a.b=c",
         ("losses", "--set", "sed=1"): "did you mean 'seed'?",
+        ("losses", "--arm", "bal_bec"): "did you mean 'bal_bce'?",
     }.items():
         code, captured = livt(monkeypatch, capsys, *words)
         assert code == 2, words
