@@ -36,8 +36,9 @@ verdict: Student's paired t test over seeds, with Holm's correction for the numb
 seeds, it is not decidable here. A claim is confirmed if each of its questions is, and not confirmed if one is not.
 Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
 point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
-arms have the recipe's learning rate and, unless their name differs, the section's epochs; nothing was tuned for any of
-them.
+arms have the recipe's learning rate, [chosen on held-out images](reproducing.md#how-the-rate-was-chosen), and, unless
+their name differs, the section's epochs; a section's command has what was different. Nothing was tuned for one arm
+alone.
 """
 
 
