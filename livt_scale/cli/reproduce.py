@@ -17,13 +17,12 @@ if TYPE_CHECKING:  # `livt --help` does without what is heavy
 
 DEVICE = "h100"
 CLAIM_HELP = "balance, two-stages, losses, reconstruction, size or all."
+ON_HELP = "Data set: fashion_mnist_lt, fashion_mnist_lt_if10, photographs_lt or imagenet_lt."
 
 
 def reproduce(
     claim: Annotated[str, typer.Argument(metavar="CLAIM", help=CLAIM_HELP)],
-    on: Annotated[str, typer.Option(help="Data set: fashion_mnist_lt, fashion_mnist_lt_if10 or imagenet_lt.")] = (
-        "fashion_mnist_lt"
-    ),
+    on: Annotated[str, typer.Option(help=ON_HELP)] = "fashion_mnist_lt",
     out: Annotated[Path, typer.Option("--out", help="Runs are in OUT/ON, and resumed there.")] = Path("runs/claims"),
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from 0. A verdict needs 3.")] = 3,
     jobs: Annotated[int, typer.Option("--jobs", min=1, help="Number of runs in parallel.")] = 1,

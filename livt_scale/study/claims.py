@@ -299,6 +299,11 @@ SETTINGS = {
             "data.few_under": 1500, "data.many_over": 3000,
         },
     ),
+    "photographs_lt": Setting(
+        name="photographs_lt/claims", balanced="shards/photographs-lt/train-balanced", sizes=_SMALL,
+        mgp_shares=(1 / 3, 1), num_classes=60, num_images=3931, num_balanced=3931,
+        scratch_factor=2, from_scratch=_ONCE, cnn=_RESNET_MICRO,
+    ),
     "imagenet_lt": Setting(
         name="imagenet_lt/vit_b16", balanced="shards/imagenet-bal/train", sizes=_LARGE,
         mgp_shares=(0.25, 0.5, 1), num_classes=1000,

@@ -30,7 +30,7 @@ from livt_scale.util.errors import Preempted
 from livt_scale.util.outside import open_checked, real_path
 
 _log = logging.getLogger(__name__)
-LOG = "log.txt"
+OUTPUT = "output.txt"  # all that the process printed; log.txt is its own
 TAIL_BYTES = 2**16  # of a log, for its last line
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # as `livt train` takes them
 POLL_S = 0.2
@@ -111,12 +111,12 @@ def _stop(number: int, _: FrameType | None) -> NoReturn:
 
 
 def start(run: Run, folder: Path, *, source: Path | None) -> subprocess.Popen[bytes]:
-    """Start a process with both streams in RUN/log.txt. source: the folder of the pretraining that it starts from."""
+    """Start a process with both streams in RUN/output.txt. source: the folder of the pretraining it starts from."""
     place = run.at(folder)
     place.mkdir(parents=True, exist_ok=True)
     if source is not None and not (place / "pretrain").exists():
         lay_pretraining(source, place)
-    with (place / LOG).open("ab") as log:
+    with (place / OUTPUT).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "livt_scale", *run.words(folder)],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -138,7 +138,7 @@ def _link_or_copy(source: str, target: str) -> str:
 
 
 def _ended(run: Run, process: subprocess.Popen[bytes], began: float, *, folder: Path, outcome: Outcome) -> None:
-    took, log = time.monotonic() - began, run.at(folder) / LOG
+    took, log = time.monotonic() - began, run.at(folder) / OUTPUT
     if process.returncode == 0 and is_done(run.at(folder), run.stage):
         outcome.done.append(run.name)
         _log.info("%s: done in %.0f s", run.name, took)

@@ -149,9 +149,12 @@ def test_whole_seeds_come_first_and_a_pretraining_just_before_the_first_that_nee
     assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in one]
 
 
-@pytest.mark.parametrize(("on", "imbalance"), [("fashion_mnist_lt", 100), ("fashion_mnist_lt_if10", 10)])
-def test_the_cost_counts_the_images_that_the_sets_will_have(on, imbalance):
-    images = int(class_counts_exponential(6000, 10, imbalance).sum())
+@pytest.mark.parametrize(
+    ("on", "largest", "classes", "imbalance"),
+    [("fashion_mnist_lt", 6000, 10, 100), ("fashion_mnist_lt_if10", 6000, 10, 10), ("photographs_lt", 300, 60, 100)],
+)
+def test_the_cost_counts_the_images_that_the_sets_will_have(on, largest, classes, imbalance):
+    images = int(class_counts_exponential(largest, classes, imbalance).sum())
     assert SETTINGS[on].num_images == SETTINGS[on].num_balanced == images
 
 

@@ -68,7 +68,7 @@ def test_one_that_fails_is_named_with_its_log_and_what_starts_from_it_waits_and_
     outcome = run_all(grid(), tmp_path)
     assert outcome.done == ["d"]
     assert "planted: no such loss" in outcome.failed["p"]
-    assert str(tmp_path / "p" / "log.txt") in outcome.failed["p"]
+    assert str(tmp_path / "p" / "output.txt") in outcome.failed["p"]
     assert sorted(outcome.waited) == ["a", "b", "c"]
 
 

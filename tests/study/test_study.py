@@ -215,6 +215,8 @@ def test_the_table_holds_what_the_runs_measured(trained):
         assert run["num_images"] == 743
         assert run["curves"]["pretrain"][-1][0] == pytest.approx(1, abs=0.2)
         assert Path(run["picture"]).is_file()
+        log = (Path(run["folder"]) / "log.txt").read_text()
+        assert log.count(" finetune: peak lr ") == 1, "each line once, although the process prints them too"
         assert run["flops"] > 0
     first, second = table["runs"]
     assert first["measures"]["reconstruction_loss"] == second["measures"]["reconstruction_loss"], "one pretraining"
