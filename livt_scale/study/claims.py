@@ -51,6 +51,7 @@ class Setting:
     scratch_factor: int  # epochs of labels alone over those of fine-tuning: nothing was pretrained
     from_scratch: Sets  # what else labels alone need
     cnn: Sets  # the network in the ViT's place, of about as many weights
+    long_scratch: Sets = field(default_factory=dict)  # what labels alone for the compute of both stages need besides
     sets: Sets = field(default_factory=dict)
 
     @property
@@ -137,7 +138,7 @@ LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas",
 def _two_stages(setting: Setting) -> list[Arm]:
     """Against labels alone, and against DeiT-LT: from scratch too, taught by a CNN with a balanced loss."""
     epochs = epochs_of_equal_compute(setting.load(), num_classes=setting.num_classes)
-    longer = {"stages.finetune.epochs": epochs, "stages.finetune.eval_every_epochs": None}
+    longer = {"stages.finetune.epochs": epochs, "stages.finetune.eval_every_epochs": None, **setting.long_scratch}
     alone = {"stages.pretrain": None, **SCRATCH}
     return [
         Arm("bal_bce", "lt"),

@@ -136,6 +136,9 @@ class Study(RecipePart):
     trains: dict[PlainName, Sets] = Field(
         {}, description="overrides of each way of training a few parameters, by dotted paths; lora and such need none"
     )
+    starts: dict[Start, Sets] = Field(
+        {}, description="overrides of each value of axes.start, by dotted paths: a rate of its own, say"
+    )
     sets: Sets = Field({}, description="laid over every run, by dotted paths")
     shards: Shards | None = Field(None, description="needed for data_fraction and imbalance_factor")
     width_rate: WidthRate | None = Field(None, description="None: every size has the same learning rates")
@@ -315,6 +318,8 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     if "train" in axes:
         sets |= study.trains.get(axes["train"], {"stages.finetune.train": axes["train"]})
     sets |= study.sets
+    if "start" in axes:
+        sets |= study.starts.get(axes["start"], {})
     direct = {"epochs": "stages.pretrain.epochs", "seed": "seed"}
     sets |= {path: axes[axis] for axis, path in direct.items() if axis in axes}
     sets |= _data(loaded, axes, sets) | _rates(loaded, axes, sets)

@@ -107,16 +107,28 @@ def test_labels_alone_have_no_pretraining_and_the_compute_of_both_stages(tmp_pat
     assert flops[f"epochs-4-{FROM_SCRATCH}"] > flops[f"epochs-2-{FROM_SCRATCH}"]
 
 
+def test_a_start_may_have_overrides_of_its_own(tmp_path):
+    study = both_starts(tmp_path, starts={FROM_SCRATCH: {"stages.finetune.base_lr": 1e-3}})
+    rates = {p.name: study.load(p.sets).stage("finetune").base_lr for p in points(study)}
+    assert {name for name, rate in rates.items() if rate == 1e-3} == {f"epochs-{e}-{FROM_SCRATCH}" for e in (2, 4)}
+    axes = {"start": STARTS, "finetune_learning_rate": [2e-3], "seed": [3]}
+    of_axis = loaded(tmp_path, axes=axes, starts={FROM_SCRATCH: {"stages.finetune.base_lr": 1e-3}})
+    assert {of_axis.load(p.sets).stage("finetune").base_lr for p in points(of_axis)} == {2e-3}, (
+        "an axis is what is varied"
+    )
+
+
 def test_a_start_needs_both_stages(tmp_path):
     with pytest.raises(UsageError, match=r"axes\.start needs both stages"):
         loaded(tmp_path, axes={"start": STARTS, "seed": [3]}, stages=["finetune"])
 
 
-def test_runs_of_both_starts_are_trained_and_compared(tmp_path, monkeypatch):
-    monkeypatch.setattr(local_runner.subprocess, "Popen", warm_popen)
+def test_runs_of_both_starts_are_trained_and_compared(tmp_path):
     sets = {**TINY["sets"], **small_data(), "stages.finetune.epochs": 1}
     study = loaded(tmp_path, axes={"epochs": [1], "start": STARTS, "seed": [3]}, sets=sets)
-    assert not run_all(runs(study), study.folder, jobs=2).failed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_runner.subprocess, "Popen", warm_popen)
+        assert not run_all(runs(study), study.folder, jobs=2).failed
     table = collect_study(study)
     two_stages, alone = table["runs"]
     assert [run["state"] for run in table["runs"]] == ["done", "done"]
