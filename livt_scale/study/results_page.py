@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.study.claims import CLAIMS, SETTINGS
-from livt_scale.study.collect import FORMAT, VERSION
+from livt_scale.study.collect import FORMAT, NOT_RUN, VERSION
 from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS, POWER
 from livt_scale.util.errors import DataError
 from livt_scale.util.outside import read_json
@@ -79,14 +79,21 @@ def _section(result: Mapping[str, Any]) -> str:
         *verdicts_table(result),
         "",
     ]
-    if result["missing"]:
-        lines += ["Not counted: " + "; ".join(f"{who} ({why})" for who, why in result["missing"].items()) + ".", ""]
-    arms = [arm.name for arm in CLAIMS[result["claim"]].arms(SETTINGS[result["on"]].with_sets(result["sets"]))]
-    known = {*result["values"], *(who.partition(",")[0] for who in result["missing"])}
-    if later := [name for name in arms if name not in known]:
-        lines += [f"Not run: {', '.join(later)}, part of the claim since these runs.", ""]
+    not_run = _not_run(result)
+    left_out = {who: why for who, why in result["missing"].items() if who.partition(",")[0] not in not_run}
+    if left_out:
+        lines += ["Not counted: " + "; ".join(f"{who} ({why})" for who, why in left_out.items()) + ".", ""]
+    if not_run:
+        lines += [f"Not run: {', '.join(not_run)}.", ""]
     versions = ", ".join(f"{what} {which}" for what, which in result["versions"].items())
     return "\n".join([*lines, f"Made with {versions}.", ""])
+
+
+def _not_run(result: Mapping[str, Any]) -> list[str]:
+    """The claim's arms without a run: those that joined it after the results, too."""
+    arms = [arm.name for arm in CLAIMS[result["claim"]].arms(SETTINGS[result["on"]].with_sets(result["sets"]))]
+    begun = {who.partition(",")[0] for who, why in result["missing"].items() if why != NOT_RUN}
+    return [name for name in arms if name not in result["values"] and name not in begun]
 
 
 def _of_study(found: Mapping[str, Any]) -> str:

@@ -207,6 +207,8 @@ def test_the_page_is_made_of_the_results_and_names_what_is_not_there(tmp_path):
     text = results_page.page([told])
     assert f"| ce | {told['weights']['ce'] / 1e6:.2f} | 3 | 71.0 ± 1.0 |" in text
     assert "bce, seed 0 (not run)" in text
+    assert "\nNot run: lade.\n" in text
+    assert "lade, seed 0" not in text
     assert "| bal_bce above lade in top1 all |  |  |  |  | 0 |  | not run |" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `size`")]
     assert row.count("not run") == len(SETTINGS), "a claim that nobody has run is not left out"
@@ -226,7 +228,7 @@ def test_an_arm_that_joined_the_claim_after_the_runs_is_named_on_the_page(tmp_pa
     told = results(made(tmp_path, top1=lambda arm, seed: 0.7))
     assert "Not run:" not in results_page.page([told])
     del told["values"]["cb_bce"]
-    assert "Not run: cb_bce," in results_page.page([told])
+    assert "\nNot run: cb_bce.\n" in results_page.page([told])
 
 
 @pytest.mark.parametrize("claim", ["losses", pytest.param("size", marks=pytest.mark.slow)])
