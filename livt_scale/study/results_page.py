@@ -36,9 +36,9 @@ verdict: Student's paired t test over seeds, with Holm's correction for the numb
 seeds, it is not decidable here. A claim is confirmed if each of its questions is, and not confirmed if one is not.
 Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
 point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
-arms have the recipe's learning rate, [chosen on held-out images](reproducing.md#how-the-rate-was-chosen), and, unless
-their name differs, the section's epochs; a section's command has what was different. Nothing was tuned for one arm
-alone.
+arms have the section's epochs, unless their name differs, and the recipe's learning rate, but for labels alone with
+more epochs than fine-tuning; both rates were [chosen on held-out images](reproducing.md#how-the-rate-was-chosen).
+Where a section's command has others, nothing was chosen.
 """
 
 

@@ -125,6 +125,16 @@ def test_what_arms_derive_from_the_recipe_follows_the_overrides_of_the_command(t
     assert reconstruction["lt-10-epochs"] == reconstruction["balanced-10-epochs"] == 10
 
 
+@pytest.mark.parametrize("on", SETTINGS)
+def test_labels_alone_for_longer_than_fine_tuning_have_their_own_schedule(on, tmp_path):
+    setting = SETTINGS[on]
+    every = runs_of(CLAIMS["two-stages"], setting, seeds=[0], sets={})
+    stage = {arm: runs[-1].load(tmp_path).stage("finetune") for (arm, _), runs in every.items()}
+    rate = setting.from_scratch["stages.finetune.base_lr"]
+    assert stage["bal_bce"].base_lr == stage["scratch"].base_lr != rate
+    assert {stage[arm].base_lr for arm in ("scratch-equal-compute", "resnet-bal_ce", "deit-lt")} == {rate}
+
+
 def test_an_override_does_not_take_away_what_makes_an_arm(tmp_path):
     sets = {"data.train": "/elsewhere/lt", "model.width": "72"}
     every = runs_of(CLAIMS["reconstruction"], SETTINGS["fashion_mnist_lt"], seeds=[0], sets=sets)
