@@ -102,11 +102,18 @@ def test_an_old_option_is_wrong_usage_that_names_the_new_one(words, monkeypatch,
 
 RESOLVED = json.loads((SAVED / "resolved.json").read_text())  # what losses and optimizers got, and margins for COUNTS
 COUNTS = [500, 120, 60, 9, 1]
+# Changed on purpose since (CHANGELOG.md): with what it had then, it still is the same.
+CHANGED = {
+    "recipes/fashion_mnist_lt/claims.yaml": [
+        "stages.pretrain.epochs=15", "stages.finetune.epochs=3", "stages.*.warmup_epochs=1",
+        "stages.finetune.base_lr=4e-3",
+    ]
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RESOLVED)
 def test_a_shipped_recipe_resolves_to_the_numbers_that_it_had(name):
-    recipe = load_recipe(Path(__file__).parents[2] / name)
+    recipe = load_recipe(Path(__file__).parents[2] / name, sets=CHANGED.get(name, []))
     assert list(recipe.stage_names) == list(RESOLVED[name])
     for stage, numbers in RESOLVED[name].items():
         part = recipe.stage(stage)
