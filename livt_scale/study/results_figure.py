@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from livt_scale.study.results_page import COLUMNS
+from livt_scale.study.results_page import COLUMNS, UNITS
 from livt_scale.util.plots import GREY, PALETTE, log_scale, png_figure
 
-WORDS = {"pretrain_epochs": "epochs of pretraining", "num_images": "images", "num_weights": "weights"}
 MEASURES = ("top1_all", "reconstruction_loss")  # the first that was measured is drawn
 
 
@@ -38,14 +37,14 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 def draw_crossings(found: Mapping[str, Any], path: Path) -> None:
     """The gain of the two stages in each setting, as `crossings_of` gives it, with its interval, and 0, to `path`."""
-    axis = next((name for name in WORDS if _varies(found, name)), "num_images")
+    axis = next((name for name in UNITS if _varies(found, name)), "num_images")
     with png_figure(path, width=9, height=3.2) as figure:
         for panel, (measure, name) in zip(
             figure.subplots(1, 2), (("top1_all", "all"), ("top1_few", "few")), strict=True
         ):
             lines: dict[str, list[Mapping[str, Any]]] = {}
             for row in found["settings"]:
-                rest = [f"{row[n]:,} {words}" for n, words in WORDS.items() if n != axis and _varies(found, n)]
+                rest = [f"{row[n]:,} {words}" for n, words in UNITS.items() if n != axis and _varies(found, n)]
                 if measure in row:
                     lines.setdefault(", ".join(rest) or name, []).append(row)
             for label, rows in lines.items():
@@ -59,7 +58,7 @@ def draw_crossings(found: Mapping[str, Any], path: Path) -> None:
                 panel.errorbar([row[axis] for row in rows], gains, yerr=half, fmt="o-", capsize=3, label=label)
             panel.axhline(0, color=GREY, linewidth=0.8)
             log_scale(panel, "x")
-            panel.set(xlabel=WORDS[axis], ylabel=f"gain over labels alone, points of top-1, {name}")
+            panel.set(xlabel=UNITS[axis], ylabel=f"gain over labels alone, points of top-1, {name}")
             if lines:
                 panel.legend()
 

@@ -22,7 +22,7 @@ COLUMNS = {
 }  # fmt: skip
 COMPARED, COMPARED_VERSION = "livt-study-comparison", 1  # of what `livt study compare --json` prints
 CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 1  # of what `livt study crossing --json` prints
-UNITS = {"pretrain_epochs": "the epochs of pretraining", "num_images": "the images", "num_weights": "the weights"}
+UNITS = {"pretrain_epochs": "epochs of pretraining", "num_images": "images", "num_weights": "weights"}
 MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\
 # Results: the paper's claims, checked here
@@ -134,7 +134,7 @@ def crossing_lines(found: Mapping[str, Any]) -> list[str]:
 def _sentence(line: Mapping[str, Any]) -> str:
     at = "".join(f", {axis} {value}" for axis, value in line["at"].items())
     what = f"{COLUMNS[line['measure']]}{at}: the gain changes by {100 * math.log(2) * line['slope']:+.1f} points"
-    told = f"{what} with each doubling of {UNITS[line['over']]} ({line['from']:,} to {line['to']:,})"
+    told = f"{what} with each doubling of the {UNITS[line['over']]} ({line['from']:,} to {line['to']:,})"
     if line["low"] is None:
         return f"{told}; where it is 0 is not decidable"
     outside = "" if line["from"] <= line["at_zero"] <= line["to"] else ", outside what was trained"
