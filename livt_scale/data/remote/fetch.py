@@ -101,6 +101,8 @@ class Fetcher:
         url, begun, seen = below(self.url, name), time.monotonic(), set[str]()
         stop = cancelled or threading.Event()
         for tries in itertools.count(1):
+            if stop.is_set():
+                raise Cancelled
             left = self.remote.deadline_s - (time.monotonic() - begun)
             try:
                 self._transfer(url, into, most_bytes=most_bytes, timeout_s=left, cancelled=stop)

@@ -89,6 +89,7 @@ def fetched_ahead(batches: Iterator[Batch], shards: ShardSet) -> Generator[Batch
             yield batch
             in_view.subtract(needed)
             in_view = +in_view
+            fetchers.drop([shard for shard in needed if shard not in in_view])
     finally:
         fetchers.stop()
 
@@ -113,28 +114,38 @@ def _most_shards(samples_per_shard: Ints, run: int) -> int:
 
 
 class _Fetchers:
-    """Threads of a loader process that fetch shards into the cache; daemons, so they end with the process."""
+    """Threads of a loader process that fetch shards into the cache; daemons, so they end with the process.
+
+    A shard that was read before a thread came to it is not fetched: in a small cache it may be evicted by then.
+    """
 
     def __init__(self, shards: ShardSet) -> None:
-        self._shards, self._stopped = shards, threading.Event()
-        self._wanted: SimpleQueue[int | None] = SimpleQueue()
+        self._shards = shards
+        self._cancelled: dict[int, threading.Event] = {}  # of each shard that is wanted
+        self._queue: SimpleQueue[tuple[int, threading.Event] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(FETCHERS)]
         for thread in self._threads:
             thread.start()
 
     def want(self, shards: list[int]) -> None:
         for shard in shards:
-            self._wanted.put(shard)
+            self._cancelled[shard] = threading.Event()
+            self._queue.put((shard, self._cancelled[shard]))
+
+    def drop(self, shards: list[int]) -> None:
+        for shard in shards:
+            self._cancelled.pop(shard).set()
 
     def stop(self) -> None:
-        self._stopped.set()
+        self.drop(list(self._cancelled))
         for _ in self._threads:
-            self._wanted.put(None)
+            self._queue.put(None)
 
     def _work(self) -> None:
-        while (shard := self._wanted.get()) is not None and not self._stopped.is_set():
+        while (wanted := self._queue.get()) is not None:
+            shard, cancelled = wanted
             remote, info = self._shards.remote, self._shards.manifest.shards[shard]
             assert remote is not None
-            if not remote.cache.has(info):
-                with contextlib.suppress(LivtError, Cancelled), closing_fd(remote.hold(info, cancelled=self._stopped)):
+            if not cancelled.is_set() and not remote.cache.has(info):
+                with contextlib.suppress(LivtError, Cancelled), closing_fd(remote.hold(info, cancelled=cancelled)):
                     pass

@@ -5,6 +5,7 @@ import json
 import pickle
 import random
 import re
+import threading
 import time
 
 import numpy as np
@@ -21,7 +22,7 @@ from livt_scale.data.order.for_stage import stage_order
 from livt_scale.data.order.instance import Order
 from livt_scale.data.pipeline import to_webdataset
 from livt_scale.data.reader import read_sample
-from livt_scale.data.remote.cache import GIB
+from livt_scale.data.remote.cache import GIB, ShardCache
 from livt_scale.data.remote.prefetch import shards_in_view
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import DataError, LivtError, ManifestError, RemoteError, UsageError
@@ -138,6 +139,34 @@ def test_shards_are_there_before_they_are_needed(server, local):
         time.sleep(0.01)
     assert 4 <= len(come) < len(local.manifest.shards)
     samples.close()
+
+
+def test_a_shard_that_was_read_and_evicted_is_not_fetched_again_by_a_thread_that_is_late(server, local, monkeypatch):
+    """One of the two threads is late for its first shard; meanwhile the reader fetches it and all others."""
+    small = {"data__shuffle_window": 4, "data__lane_groups": 1, "data__cache__ahead": 1}
+    sizes = sorted((s.bytes for s in local.manifest.shards), reverse=True)
+    limit = sum(sizes[:5]) + local.manifest.index.bytes + local.manifest.keys.bytes
+    recipe = recipe_for(server.url, **small, data__cache__limit_gib=limit / GIB)
+    shards = ShardSet.open(server.url, data=recipe.data)
+    late, go_on, has = [], threading.Event(), ShardCache.has
+
+    def slow(cache, info):
+        there = has(cache, info)
+        if threading.current_thread() is not threading.main_thread() and not late:
+            late.append((threading.current_thread(), info))
+            go_on.wait(60)
+            return False
+        return there
+
+    monkeypatch.setattr(ShardCache, "has", slow)
+    stream = to_webdataset(shards, stage_order(shards, recipe, "pretrain"), epochs=1, micro_batch=1)
+    assert len(list(stream)) > 30
+    thread, info = late[0]
+    assert not has(shards.remote.cache, info)  # evicted
+    go_on.set()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert server.requests[info.name] == 1
 
 
 def test_an_opened_set_pickles_without_its_bytes(server, local):
