@@ -209,6 +209,15 @@ def test_every_option_changes_the_loss(name, options):
     assert make_loss(name, COUNTS, **{option: value})(z, t) != make_loss(name, COUNTS)(z, t)
 
 
+def test_smoothing_is_the_same_in_the_targets_and_in_the_loss():
+    """Also under mixup, which mixes what is smoothed."""
+    smooth, plain = batch(smoothing=0.1), batch(smoothing=0.0)
+    in_targets, in_loss = make_loss("ce", COUNTS), make_loss("ls_ce", COUNTS)
+    assert in_targets(*map(torch.from_numpy, smooth)).item() == pytest.approx(
+        in_loss(*map(torch.from_numpy, plain)).item(), rel=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "options", "plain"),
     [

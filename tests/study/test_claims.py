@@ -17,6 +17,7 @@ from livt_scale.study import claims
 from livt_scale.study.claims import CLAIMS, SETTINGS, epochs_of_equal_compute, loss_sets, runs_of
 from livt_scale.study.cost import cost_of
 from livt_scale.study.runs import Run, in_order
+from livt_scale.util.choices import choose
 from livt_scale.util.errors import UsageError
 from livt_scale.util.resources import shipped
 
@@ -90,8 +91,10 @@ def test_balance_at_the_size_of_imagenet_is_as_the_recipes_from_scratch_have_it(
 
 
 def test_every_loss_of_the_paper_is_an_arm():
-    paper = {"bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas", "lade"}
+    paper = {"bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas", "lade", "focal"}
     assert set(claims.LOSSES) == paper <= LOSSES.keys()
+    for setting in SETTINGS.values():  # so `ce` is `ls_ce` too: test_smoothing_is_the_same_…
+        assert setting.load().stage("finetune").smoothing == choose(LOSSES, {"name": "ls_ce"}).smoothing
     assert loss_sets("bal_bce") == {}
 
 
