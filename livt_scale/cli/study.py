@@ -36,6 +36,15 @@ def submit(
         int | None,
         typer.Option("--jobs", min=1, help="Number of runs in parallel.", show_default="1; with --slurm, all"),
     ] = None,
+    point: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--point",
+            metavar="<name>",
+            help="Train only this point, or those that fit a pattern. Repeatable.",
+            show_default="all",
+        ),
+    ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit Slurm arrays instead of running here.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
     device: Annotated[str, typer.Option(help="With --dry-run: device to estimate hours for.")] = DEVICE,
@@ -46,27 +55,30 @@ def submit(
     livt study submit studies/fashion_mnist_lt/sizes.yaml --jobs 2
 
     livt study submit studies/imagenet_lt/sizes.yaml --slurm --jobs 4
+
+    livt study submit studies/fashion_mnist_lt/when.yaml --point 'fraction-0.1667-*'
     """
-    from livt_scale.study.definition import check_folder, load_study, points, runs
+    from livt_scale.study.definition import check_folder, load_study, points_named, runs
 
     loaded = load_study(study, folder=out)
-    every = points(loaded)
+    chosen = points_named(loaded, point)
+    wanted = runs(loaded, chosen)
     if dry_run:
-        _tell_cost(loaded, runs(loaded), device=device, as_json=as_json)
+        _tell_cost(loaded, wanted, device=device, as_json=as_json)
         return
     from livt_scale.study.local_runner import check_runs, run_all
     from livt_scale.study.subsets import build_subsets, wanted_subsets
 
     check_folder(loaded)
-    check_runs(runs(loaded), loaded.folder, to_build=list(wanted_subsets(loaded, every)))
-    for where in build_subsets(loaded, every):
+    check_runs(wanted, loaded.folder, to_build=list(wanted_subsets(loaded, chosen)))
+    for where in build_subsets(loaded, chosen):
         echo(f"{where}: there", err=as_json)
-    check_runs(runs(loaded), loaded.folder)
+    check_runs(wanted, loaded.folder)
     _write_command(loaded)
     if slurm:
-        _submit_arrays(loaded, every, jobs=jobs, as_json=as_json)
+        _submit_arrays(loaded, chosen, jobs=jobs, as_json=as_json)
         return
-    outcome = run_all(runs(loaded), loaded.folder, jobs=jobs or 1)
+    outcome = run_all(wanted, loaded.folder, jobs=jobs or 1)
     failed = outcome.failed | dict.fromkeys(outcome.waited, "what it starts from has failed")
     if as_json:
         echo(json.dumps({"done": outcome.done, "failed": failed}))

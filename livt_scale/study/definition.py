@@ -16,8 +16,9 @@ to the file. Points that differ only in fine-tuning share one pretraining: the f
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -85,7 +86,9 @@ class Axes(RecipePart):
     finetune_learning_rate: tuple[PositiveFloat, ...] | None = Field(
         None, min_length=1, description="fine-tuning's base_lr"
     )
-    loss: tuple[str, ...] | None = Field(None, min_length=1, description="of fine-tuning, a name of docs/losses.md")
+    loss: tuple[PlainName, ...] | None = Field(
+        None, min_length=1, description="of fine-tuning: names of `losses`, or of docs/losses.md"
+    )
     train: tuple[PlainName, ...] | None = Field(
         None, min_length=1, description="names of `trains`, or of stages.finetune.train"
     )
@@ -101,9 +104,6 @@ class Axes(RecipePart):
         for name, values in self.given.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has a value twice: {', '.join(map(str, values))}")
-        for loss in self.loss or ():
-            if loss not in LOSSES:
-                raise ValueError(f"loss has {loss!r}, which is not a loss: {nearest(loss, LOSSES)}")
         return self
 
     @property
@@ -133,6 +133,9 @@ class Study(RecipePart):
     folder: str | None = Field(None, description="where the runs lie; None: runs/studies/NAME")
     axes: Axes
     sizes: dict[PlainName, Sets] = Field({}, description="what a size lays over the recipe, by dotted paths")
+    losses: dict[PlainName, Sets] = Field(
+        {}, description="overrides of a loss with options, by dotted paths; a name of docs/losses.md needs none"
+    )
     trains: dict[PlainName, Sets] = Field(
         {}, description="overrides of each way of training a few parameters, by dotted paths; lora and such need none"
     )
@@ -155,6 +158,10 @@ class Study(RecipePart):
                 raise ValueError(
                     f"axes.size has {size!r}, which is not a size: {nearest(size, [*self.sizes, *MODEL_SIZES])}"
                 )
+        for loss in self.axes.loss or ():
+            if loss not in self.losses and loss not in LOSSES:
+                known = nearest(loss, [*self.losses, *LOSSES])
+                raise ValueError(f"axes.loss has {loss!r}, which is not a loss: {known}")
         for train in self.axes.train or ():
             if train not in self.trains and train not in TUNINGS:
                 known = nearest(train, [*self.trains, *TUNINGS])
@@ -314,7 +321,8 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     if "size" in axes:
         sets |= study.sizes.get(axes["size"], {"model.size": axes["size"]})
     if "loss" in axes:
-        sets |= loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
+        known = study.losses.get(axes["loss"])
+        sets |= known or loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
     if "train" in axes:
         sets |= study.trains.get(axes["train"], {"stages.finetune.train": axes["train"]})
     sets |= study.sets
@@ -359,15 +367,35 @@ def _data(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any])
     return found
 
 
+def points_named(loaded: LoadedStudy, patterns: Sequence[str] | None) -> list[Point]:
+    """Those of `points` that a pattern (* and ? as in a shell) fits, and those whose pretraining they start from.
+
+    None: all. Raises UsageError for a pattern that fits none.
+    """
+    every = points(loaded)
+    if patterns is None:
+        return every
+    names: set[str] = set()
+    for pattern in patterns:
+        found = {p.name for p in every if fnmatchcase(p.name, pattern)}
+        if not found:
+            raise UsageError(
+                f"no point of {loaded.path} is called {pattern}", remedy=nearest(pattern, [p.name for p in every])
+            )
+        names |= found
+    names |= {p.pretraining for p in every if p.name in names and p.pretraining is not None}
+    return [p for p in every if p.name in names]
+
+
 def stages_of(loaded: LoadedStudy, point: Point) -> tuple[Stage, ...]:
     """The study's stages, without a pretraining that `point` does not start from."""
     return tuple(stage for stage in loaded.study.stages if stage == "finetune" or point.pretraining is not None)
 
 
-def runs(loaded: LoadedStudy) -> list[Run]:
-    """What the runner starts: one run per stage. Both stages of a point share its directory."""
+def runs(loaded: LoadedStudy, chosen: Sequence[Point] | None = None) -> list[Run]:
+    """What the runner starts for `chosen` (None: all points): one run per stage. Both share the point's directory."""
     found: list[Run] = []
-    for point in points(loaded):
+    for point in points(loaded) if chosen is None else chosen:
         if point.pretraining == point.name:  # the first of those that share it
             found.append(_pretraining(loaded, point))
         if "finetune" in loaded.study.stages:

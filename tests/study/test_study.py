@@ -18,7 +18,7 @@ from livt_scale.config.recipe import learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.study import local_runner, results_page
 from livt_scale.study.compare import compare_settings
-from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, runs
+from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, points_named, runs
 from livt_scale.study.local_runner import run_all
 from livt_scale.study.slurm_runner import ready, whole_recipe
 from livt_scale.study.subsets import build_subsets, subset_counts
@@ -69,6 +69,28 @@ def test_every_combination_is_a_point_and_what_differs_in_fine_tuning_alone_shar
             assert by_name[run.after].stage == "pretrain"
     owner = by_name["a-bal_bce-seed-3"]
     assert owner.at(study.folder) == by_name[owner.after].at(study.folder), "both stages in one run directory"
+
+
+def test_single_points_are_trained_with_what_they_start_from(tmp_path):
+    study = loaded(tmp_path)
+    assert points_named(study, None) == points(study)
+    assert {p.name for p in points_named(study, ["*-seed-4"])} == {p.name for p in points(study) if p.axes["seed"] == 4}
+    second = next(p for p in points(study) if p.pretraining != p.name)
+    chosen = points_named(study, [second.name])
+    assert {p.name for p in chosen} == {second.name, second.pretraining}
+    assert [run.stage for run in runs(study, chosen)] == ["pretrain", "finetune", "finetune"]
+    assert all(run in runs(study) for run in runs(study, chosen))
+    with pytest.raises(UsageError, match=f"no point of .* is called {second.name}0") as caught:
+        points_named(study, ["*-seed-4", f"{second.name}0"])
+    assert second.name in caught.value.remedy
+
+
+def test_a_loss_may_have_overrides_of_its_own(tmp_path):
+    hard = {"stages.finetune.loss": {"name": "ldam", "scale": 10}, "stages.finetune.smoothing": 0}
+    study = loaded(tmp_path, axes={"loss": ["ldam", "ldam-10"], "seed": [3]}, losses={"ldam-10": hard})
+    plain, ours = (study.load(p.sets).stage("finetune") for p in points(study))
+    assert (plain.loss.name, plain.loss.scale) == ("ldam", 30)
+    assert (ours.loss.name, ours.loss.scale, ours.smoothing) == ("ldam", 10, 0)
 
 
 def test_the_shared_pretraining_is_what_each_of_those_points_would_have_trained(tmp_path):
@@ -280,6 +302,9 @@ def test_the_commands(copied):
     said = CliRunner().invoke(main.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
     summary = json.loads(said.stdout)
     assert [one["images"] for one in summary["runs"]] == [704, 704, 704]
+    few = ["--point", "bal_bce", "--dry-run", "--json"]
+    said = CliRunner().invoke(main.app, ["study", "submit", *where, *few], catch_exceptions=False)
+    assert [one["images"] for one in json.loads(said.stdout)["runs"]] == [704, 704]
     shutil.rmtree(copied.folder / "ce" / "finetune")
     said = CliRunner().invoke(main.app, ["study", "collect", *where], catch_exceptions=False)
     assert "not counted: ce: not run" in said.stdout
