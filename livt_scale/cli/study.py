@@ -56,7 +56,7 @@ def submit(
 
     livt study submit studies/imagenet_lt/sizes.yaml --slurm --jobs 4
 
-    livt study submit studies/fashion_mnist_lt/when.yaml --point 'fraction-0.1667-*'
+    livt study submit studies/fashion_mnist_lt/when.yaml --point '*-fraction-0.1667-*'
     """
     from livt_scale.study.definition import check_folder, load_study, points_named, runs
 
