@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from livt_scale.util.errors import UsageError
+
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value (a.b=c). Repeatable.")
@@ -16,6 +18,7 @@ Allow = Annotated[
     list[str] | None,
     typer.Option("--allow", metavar="<field>", help="Accept a changed recipe field when resuming. Repeatable."),
 ]
+Price = Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, help="Any currency.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RunOrExport = Annotated[Path, typer.Argument(metavar="RUN_OR_EXPORT", help="A run directory or an export.")]
@@ -33,6 +36,18 @@ WhichCheckpoint = Annotated[
         show_default="the final checkpoint",
     ),
 ]
+
+COST_DEVICE = "h100"
+CostDevice = Annotated[
+    str | None, typer.Option("--device", help="With --dry-run: device to estimate hours for.", show_default=COST_DEVICE)
+]
+
+
+def check_cost_options(*, dry_run: bool, device: str | None, price: float | None) -> None:
+    """Raises UsageError: an option of --dry-run without it."""
+    if not dry_run and (device is not None or price is not None):
+        told = "--price-per-gpu-hour" if device is None else "--device"
+        raise UsageError(f"{told} is for the cost of runs", remedy="add --dry-run, or leave it out")
 
 
 class WeightsName(StrEnum):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import AsJson, Force, RecipeFile, Sets
+from livt_scale.cli.options import AsJson, Force, Price, RecipeFile, Sets
 from livt_scale.cli.output import echo
 from livt_scale.config.capabilities import STRATEGIES
 from livt_scale.plan.devices import DEVICES
@@ -36,7 +36,7 @@ def plan(
         str | None, typer.Option("--strategy", help="auto: the fastest that fits.", show_default="the recipe's")
     ] = None,
     time_limit: Annotated[float, typer.Option("--time-limit", min=0.1, help="Hours per job.")] = 24,
-    price: Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, help="Any currency.")] = None,
+    price: Price = None,
     assume: Annotated[list[str] | None, typer.Option("--assume", metavar="<name=value>", help=ASSUME_HELP)] = None,
     images: Annotated[
         int | None, typer.Option("--images", min=1, help="Training images, if there are no shards.")

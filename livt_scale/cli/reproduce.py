@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import Force
+from livt_scale.cli.options import COST_DEVICE, CostDevice, Force, Price, check_cost_options
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:  # `livt --help` does without what is heavy
     from livt_scale.study.runs import Run
 
-DEVICE = "h100"
 CLAIM_HELP = "balance, two-stages, losses, reconstruction, size or all."
 ON_HELP = "Data set: fashion_mnist_lt, fashion_mnist_lt_if10, photographs_lt or imagenet_lt."
 
@@ -42,9 +41,8 @@ def reproduce(
     ] = None,
     force: Force = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="With --dry-run: device to estimate hours for.", show_default=DEVICE)
-    ] = None,
+    device: CostDevice = None,
+    price: Price = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Train and compare the runs of a claim of the paper.
@@ -55,20 +53,19 @@ def reproduce(
 
     livt reproduce losses --on imagenet_lt --dry-run
     """
-    from livt_scale.study.claims import CLAIMS, SETTINGS
+    from livt_scale.study.claims import CLAIMS, SETTINGS, claim_runs
     from livt_scale.util.errors import UsageError, nearest
 
     if on not in SETTINGS:
         raise UsageError(f"there is no setting {on!r}", remedy=nearest(on, SETTINGS))
     if claim != "all" and claim not in CLAIMS:
         raise UsageError(f"there is no claim {claim!r}", remedy=nearest(claim, [*CLAIMS, "all"]))
-    if not dry_run and device is not None:
-        raise UsageError("--device is for the cost of runs", remedy="add --dry-run, or leave it out")
+    check_cost_options(dry_run=dry_run, device=device, price=price)
     names = list(CLAIMS) if claim == "all" else [claim]
     laid, folder = _parsed(sets or []), out / on  # a run of one setting is never taken for another's
-    runs = _runs(names, on, range(seeds), laid, arms)
+    runs = claim_runs(names, on, seeds=range(seeds), sets=laid, arms=arms)
     if dry_run:
-        _tell_cost(runs, on, folder, device=device or DEVICE, as_json=as_json)
+        _tell_cost(runs, on, folder, device=device or COST_DEVICE, price=price, as_json=as_json)
         return
     _check_page(page, force=force)
     failed = {} if collect_only else _run(runs, folder, jobs=jobs)
@@ -91,35 +88,14 @@ def _parsed(sets: list[str]) -> dict[str, str]:
     return {path: value for path, _, value in (text.partition("=") for text in sets)}
 
 
-def _runs(names: list[str], on: str, seeds: range, sets: Mapping[str, Any], arms: list[str] | None) -> list[Run]:
-    """Seed by seed. arms: those alone, with what they start from and who teaches them; None: all."""
-    from livt_scale.study.claims import CLAIMS, SETTINGS, runs_of
-    from livt_scale.study.runs import in_order
-    from livt_scale.util.errors import UsageError, nearest
-
-    every = [runs_of(CLAIMS[name], SETTINGS[on], seeds=[seed], sets=sets) for seed in seeds for name in names]
-    known = dict.fromkeys(arm for of in every for arm, _ in of)
-    for arm in arms or ():
-        if arm not in known:
-            raise UsageError(f"there is no arm {arm!r} in {', '.join(names)}", remedy=nearest(arm, known))
-    ordered = in_order(run for of in every for runs in of.values() for run in runs)
-    if arms is None:
-        return ordered
-    wanted = {runs[-1].name for of in every for (arm, _), runs in of.items() if arm in arms}
-    for run in reversed(ordered):  # what a run needs comes before it
-        if run.name in wanted:
-            wanted |= set(run.needs)
-    return [run for run in ordered if run.name in wanted]
-
-
-def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, as_json: bool) -> None:
+def _tell_cost(runs: list[Run], on: str, folder: Path, *, device: str, price: float | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from livt_scale.study.claims import SETTINGS
     from livt_scale.study.cost import summarize_cost
 
     summary = summarize_cost(runs, folder, SETTINGS[on].size_of, device=device)
-    echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
+    echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines(price=price)))
 
 
 def _run(runs: list[Run], folder: Path, *, jobs: int) -> dict[str, str]:

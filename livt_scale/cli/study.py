@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import COST_DEVICE, CostDevice, Price, check_cost_options
 from livt_scale.cli.output import echo
 from livt_scale.util.errors import EXIT_FAILED
 from livt_scale.util.outside import read_checked, read_note
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Train a grid of runs, collect, fit scaling laws, report.", no_args_is_help=True)
 TABLE = "table.json"
-DEVICE = "h100"
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, or livt:NAME for a shipped one.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs.", show_default="the study's")]
@@ -47,7 +47,8 @@ def submit(
     ] = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit Slurm arrays instead of running here.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
-    device: Annotated[str, typer.Option(help="With --dry-run: device to estimate hours for.")] = DEVICE,
+    device: CostDevice = None,
+    price: Price = None,
     as_json: AsJson = False,
 ) -> None:
     """Train every run of a study; skip finished ones, resume the rest.
@@ -60,11 +61,12 @@ def submit(
     """
     from livt_scale.study.definition import check_folder, load_study, points_named, runs
 
+    check_cost_options(dry_run=dry_run, device=device, price=price)
     loaded = load_study(study, folder=out)
     chosen = points_named(loaded, point)
     wanted = runs(loaded, chosen)
     if dry_run:
-        _tell_cost(loaded, wanted, device=device, as_json=as_json)
+        _tell_cost(loaded, wanted, device=device or COST_DEVICE, price=price, as_json=as_json)
         return
     from livt_scale.study.local_runner import check_runs, run_all
     from livt_scale.study.subsets import build_subsets, wanted_subsets
@@ -90,7 +92,7 @@ def submit(
         raise typer.Exit(EXIT_FAILED)
 
 
-def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, as_json: bool) -> None:
+def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, price: float | None, as_json: bool) -> None:
     from dataclasses import asdict
 
     from livt_scale.study.cost import summarize_cost
@@ -110,7 +112,7 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, as_json: bo
         return images, classes
 
     summary = summarize_cost(runs, loaded.folder, size_of, device=device)
-    echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines()))
+    echo(json.dumps(asdict(summary)) if as_json else "\n".join(summary.lines(price=price)))
 
 
 def _write_command(loaded: LoadedStudy) -> None:

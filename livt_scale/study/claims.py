@@ -25,7 +25,8 @@ from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.plan.flops import network_flops
 from livt_scale.plan.published import PUBLISHED
 from livt_scale.study.comparison import Comparison, GapComparison, Question
-from livt_scale.study.runs import Run, as_words
+from livt_scale.study.runs import Run, as_words, in_order
+from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.resources import shipped
 
 Sets = Mapping[str, Any]
@@ -127,6 +128,28 @@ def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets)
                 runs.append(Run(f"{arm.name}/seed-{seed}", setting.recipe, own, "finetune", after, teacher))
             found[arm.name, seed] = runs
     return found
+
+
+def claim_runs(
+    names: Sequence[str], on: str, *, seeds: Sequence[int], sets: Sets, arms: Sequence[str] | None = None
+) -> list[Run]:
+    """Each run of these claims once, seed by seed, after what it needs. arms: those alone, with what they need.
+
+    Raises UsageError: none of the claims has such an arm.
+    """
+    every = [runs_of(CLAIMS[name], SETTINGS[on], seeds=[seed], sets=sets) for seed in seeds for name in names]
+    known = dict.fromkeys(arm for of in every for arm, _ in of)
+    for arm in arms or ():
+        if arm not in known:
+            raise UsageError(f"there is no arm {arm!r} in {', '.join(names)}", remedy=nearest(arm, known))
+    ordered = in_order(run for of in every for runs in of.values() for run in runs)
+    if arms is None:
+        return ordered
+    wanted = {runs[-1].name for of in every for (arm, _), runs in of.items() if arm in arms}
+    for run in reversed(ordered):  # what a run needs comes before it
+        if run.name in wanted:
+            wanted |= set(run.needs)
+    return [run for run in ordered if run.name in wanted]
 
 
 # --- the claims ---

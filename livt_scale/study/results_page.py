@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from livt_scale.study.claims import CLAIMS, SETTINGS
+from livt_scale.study.claims import CLAIMS, SETTINGS, claim_runs
 from livt_scale.study.collect import FORMAT, NOT_RUN, VERSION
 from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS, POWER
+from livt_scale.study.cost import summarize_cost
 from livt_scale.util.errors import DataError
 from livt_scale.util.outside import read_json
 
@@ -23,6 +24,7 @@ COLUMNS = {
 COMPARED, COMPARED_VERSION = "livt-study-comparison", 1  # of what `livt study compare --json` prints
 CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 1  # of what `livt study crossing --json` prints
 UNITS = {"pretrain_epochs": "epochs of pretraining", "num_images": "images", "num_weights": "weights"}
+UNRUN, DEVICE, PRICE = "imagenet_lt", "h100", 2.5  # of a GPU hour, in dollars: an assumption, docs/plan.md has the same
 MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\
 # Results: the paper's claims, checked here
@@ -45,7 +47,7 @@ Where a section's command has others, nothing was chosen.
 def page(results: Sequence[Mapping[str, Any]], studies: Sequence[Mapping[str, Any]] = ()) -> str:
     """The page for these results, in their order, and for studies as `livt study compare --json` prints them."""
     parts = [HEAD.format(confidence=CONFIDENCE, level=1 - CONFIDENCE, least=MIN_SEEDS, power=POWER), _overview(results)]
-    return "\n".join([*parts, *(_section(result) for result in results), *map(_of_study, studies)])
+    return "\n".join([*parts, *(_section(result) for result in results), *map(_of_study, studies), _costs()])
 
 
 def _overview(results: Sequence[Mapping[str, Any]]) -> str:
@@ -139,6 +141,29 @@ def _sentence(line: Mapping[str, Any]) -> str:
         return f"{told}; where it is 0 is not decidable"
     outside = "" if line["from"] <= line["at_zero"] <= line["to"] else ", outside what was trained"
     return f"{told}; it is 0 at {line['at_zero']:,.3g} ({line['low']:,.3g} to {line['high']:,.3g}){outside}"
+
+
+def _costs() -> str:
+    """What the claims would take with the paper's networks and schedules, by the planner."""
+    lines = [
+        "## What the claims cost on ImageNet-LT",
+        "",
+        "Nobody has run them here. Three seeds with the paper's networks and schedules, by [`livt plan`](plan.md#time) "
+        f"on one {DEVICE.upper()}; several take about as many device hours together. What claims share is trained "
+        f"once, so all cost less than their sum. {PRICE:g} dollars an hour is an assumption. Without `--dry-run` and "
+        "the price the command trains.",
+        "",
+        "| command | runs | device hours, likely | low to high | dollars, likely |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name in (*CLAIMS, "all"):
+        names = list(CLAIMS) if name == "all" else [name]
+        runs = claim_runs(names, UNRUN, seeds=range(MIN_SEEDS), sets={})
+        low, likely, high = summarize_cost(runs, Path(), SETTINGS[UNRUN].size_of, device=DEVICE).hours
+        command = f"`livt reproduce {name} --on {UNRUN} --dry-run --price-per-gpu-hour {PRICE:g}`"
+        cost = f"{likely:,.0f} | {low:,.0f} to {high:,.0f} | {PRICE * likely:,.0f}"
+        lines.append(f"| {command} | {len(runs)} | {cost} |")
+    return "\n".join([*lines, ""])
 
 
 def _epochs(budget: Mapping[str, Any]) -> str:

@@ -223,6 +223,18 @@ def test_one_word_takes_a_claim_to_imagenet_and_dry_run_tells_its_cost(monkeypat
     assert not list(tmp_path.iterdir()), "nothing was started"
 
 
+def test_the_price_is_the_hours_at_that_of_one(monkeypatch, capsys):
+    words = ("size", "--on", "imagenet_lt", "--dry-run", "--price-per-gpu-hour", "0.5")
+    code, said = livt(monkeypatch, capsys, *words, "--json")
+    assert not code
+    summary = json.loads(said.out)
+    low, likely, high = (
+        f"{summary[hours] / 2:,.0f}" for hours in ("device_hours_low", "device_hours", "device_hours_high")
+    )
+    code, said = livt(monkeypatch, capsys, *words)
+    assert said.out.splitlines()[2] == f"{low} to {high} at 0.5 an hour, likely {likely}"
+
+
 @pytest.mark.parametrize(
     ("arms", "trained"),
     [
@@ -245,6 +257,7 @@ def test_wrong_words_are_told_before_anything_is_started(monkeypatch, capsys):
         ("looses",): "did you mean 'losses'?",
         ("losses", "--on", "imagenet"): "did you mean 'imagenet_lt'?",
         ("losses", "--device", "a100"): "add --dry-run",
+        ("losses", "--price-per-gpu-hour", "2"): "add --dry-run",
         ("losses", "--dry-run", "--device", "h10"): "did you mean 'h100'?",
         ("losses", "--on", "imagenet_lt", "--dry-run", "--device", "v100"): "has no bf16",
         ("losses", "--set", "seed"): "write --set a.b=c",

@@ -212,6 +212,7 @@ def test_the_page_is_made_of_the_results_and_names_what_is_not_there(tmp_path):
     assert "| bal_bce above lade in top1 all |  |  |  |  | 0 |  | not run |" in text
     (row,) = [line for line in text.splitlines() if line.startswith("| `size`")]
     assert row.count("not run") == len(SETTINGS), "a claim that nobody has run is not left out"
+    assert all(f"| `livt reproduce {name} --on imagenet_lt --dry-run" in text for name in (*CLAIMS, "all"))
 
 
 def test_results_are_json_that_comes_back_even_where_an_interval_is_infinite(tmp_path):

@@ -302,6 +302,8 @@ def test_the_commands(copied):
     said = CliRunner().invoke(main.app, ["study", "submit", *where, "--dry-run", "--json"], catch_exceptions=False)
     summary = json.loads(said.stdout)
     assert [one["images"] for one in summary["runs"]] == [704, 704, 704]
+    with pytest.raises(UsageError, match="--device is for the cost of runs"):
+        CliRunner().invoke(main.app, ["study", "submit", *where, "--device", "a100"], catch_exceptions=False)
     few = ["--point", "bal_bce", "--dry-run", "--json"]
     said = CliRunner().invoke(main.app, ["study", "submit", *where, *few], catch_exceptions=False)
     assert [one["images"] for one in json.loads(said.stdout)["runs"]] == [704, 704]
