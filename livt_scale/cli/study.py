@@ -267,6 +267,9 @@ def crossing(
     study: StudyFile,
     out: Out = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Also draw the gains to this PNG file.")] = None,
+    kept: Annotated[
+        Path | None, typer.Option("--kept", help="Also count the runs that this output of --json had, gone since.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Collect, then find where pretraining begins to pay.
@@ -278,9 +281,10 @@ def crossing(
     from livt_scale.study.crossing import crossings_of
     from livt_scale.study.definition import load_study
     from livt_scale.study.results_figure import draw_crossings
-    from livt_scale.study.results_page import crossing_lines
+    from livt_scale.study.results_page import crossing_lines, read_crossings
 
-    found = crossings_of(_collected(load_study(study, folder=out)))
+    earlier = read_crossings(kept) if kept is not None else None
+    found = crossings_of(_collected(load_study(study, folder=out)), earlier)
     if picture is not None:
         draw_crossings(found, picture)
     echo(json.dumps(found) if as_json else "\n".join(crossing_lines(found)))

@@ -11,6 +11,7 @@ Where b is not different from 0 with that confidence, no part of the axis can be
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -67,10 +68,11 @@ def _exp(value: float) -> float:
     return math.exp(min(max(value, -700.0), 700.0))
 
 
-def crossings_of(table: Mapping[str, Any]) -> dict[str, Any]:
+def crossings_of(table: Mapping[str, Any], kept: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Gains by setting, and a line for each growing quantity and setting of the rest, as plain JSON.
 
-    table: of `collect_study`. Raises UsageError: the study has not both starts.
+    table: of `collect_study`. kept: what this returned before, for runs that are on another machine, or gone: counted
+    where the recipe and the images are the same. Raises UsageError: the study has not both starts.
     """
     axes: Mapping[str, list[Any]] = table["axes"]
     if set(axes.get("start", ())) != {"pretraining", FROM_SCRATCH}:
@@ -79,11 +81,16 @@ def crossings_of(table: Mapping[str, Any]) -> dict[str, Any]:
             remedy=f"give it axes.start: [pretraining, {FROM_SCRATCH}]",
         )
     rest = [axis for axis, values in axes.items() if axis not in ("seed", "start") and len(values) > 1]
-    pairs: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = defaultdict(dict)
-    for run in table["runs"]:
-        if run["state"] == "done":
-            pairs[*(run["axes"][axis] for axis in rest), run["axes"].get("seed", 0)][run["axes"]["start"]] = run
-    gains = [_gain(rest, both) for both in pairs.values() if len(both) == 2]
+    pairs: dict[str, list[Mapping[str, Any]]] = defaultdict(list)  # by setting and seed; the two stages come first
+    for run in sorted(table["runs"], key=lambda run: run["axes"]["start"] == FROM_SCRATCH):
+        pairs[_key({axis: run["axes"][axis] for axis in rest}, run["axes"].get("seed", 0))].append(run)
+    own = [_gain(rest, *pair) for pair in pairs.values() if not any(map(_why_not, pair, reversed(pair)))]
+    by_key = {_key(gain["setting"], gain["seed"]): gain for gain in (*_still_true(kept or {}, pairs, own), *own)}
+    gains = [by_key[key] for key in pairs if key in by_key]
+    lost = [pair for key, pair in pairs.items() if key not in by_key]
+    missing = {
+        run["name"]: _why_not(run, other) for pair in lost for run, other in zip(pair, reversed(pair), strict=True)
+    }
     return {
         "format": CROSSINGS,
         "version": CROSSINGS_VERSION,
@@ -91,21 +98,51 @@ def crossings_of(table: Mapping[str, Any]) -> dict[str, Any]:
         "study": table["study"],
         "settings": _settings(gains),
         "lines": [line for axis in GROWING if axis in rest for line in _lines(axis, gains)],
-        "missing": {run["name"]: run["why"] or run["state"] for run in table["runs"] if run["state"] != "done"},
+        "missing": {name: why for name, why in missing.items() if why},
+        "gains": gains,
     }
 
 
-def _gain(rest: Sequence[str], both: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Of one seed: what its pretraining was of, and by how much it is above."""
-    run, other = both["pretraining"], both[FROM_SCRATCH]
-    measures = [m for m in MEASURES if m in run["measures"] and m in other["measures"]]
+def _key(setting: Mapping[str, Any], seed: int) -> str:
+    return json.dumps([setting, seed], sort_keys=True)
+
+
+def _why_not(run: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Why a run does not count beside the other of its pair; empty: it does."""
+    if run["state"] != "done":
+        return run["why"] or run["state"]
+    both = run["state"] == other["state"]
+    return f"it read other images than {other['name']}" if both and run["images"] != other["images"] else ""
+
+
+def _gain(rest: Sequence[str], run: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, Any]:
+    """Of one seed: what its pretraining was of, and both accuracies."""
+    measures = [m for m in MEASURES if m in run["measures"] and m in alone["measures"]]
     return {
         "setting": {axis: run["axes"][axis] for axis in rest},
+        "seed": run["axes"].get("seed", 0),
         **{field: run[field] for field in GROWING.values()},
-        "labels_epochs": other["finetune_epochs"],
+        "labels_epochs": alone["finetune_epochs"],
         "both": {m: run["measures"][m] for m in measures},
-        "labels": {m: other["measures"][m] for m in measures},
+        "labels": {m: alone["measures"][m] for m in measures},
+        "recipes": [run["recipe"], alone["recipe"]],
+        "images": run["images"],
     }
+
+
+def _still_true(
+    kept: Mapping[str, Any], pairs: Mapping[str, Sequence[Mapping[str, Any]]], own: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """Those gains of `kept` whose runs would be the same now: their recipes, and the images of the same setting."""
+    images = {str(gain["setting"]): gain["images"] for gain in own}
+    found = []
+    for gain in kept.get("gains", ()):
+        pair = pairs.get(_key(gain["setting"], gain["seed"]), ())
+        same = [run["recipe"] for run in pair] == gain["recipes"]
+        untouched = all(run["state"] in ("done", "not run") for run in pair)  # one that failed here stays named
+        if same and untouched and images.get(str(gain["setting"]), gain["images"]) == gain["images"]:
+            found.append(gain)
+    return found
 
 
 def _settings(gains: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

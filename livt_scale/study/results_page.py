@@ -22,7 +22,7 @@ COLUMNS = {
     "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
 COMPARED, COMPARED_VERSION = "livt-study-comparison", 1  # of what `livt study compare --json` prints
-CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 1  # of what `livt study crossing --json` prints
+CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 2  # of what `livt study crossing --json` prints
 UNITS = {"pretrain_epochs": "epochs of pretraining", "num_images": "images", "num_weights": "weights"}
 UNRUN, DEVICE, PRICE = "imagenet_lt", "h100", 2.5  # of a GPU hour, in dollars: an assumption, docs/plan.md has the same
 MARK = b"made by `livt reproduce"  # in every page
@@ -129,8 +129,12 @@ def crossing_lines(found: Mapping[str, Any]) -> list[str]:
             ends = f"{100 * of['low']:+.1f} to {100 * of['high']:+.1f}" if of["low"] is not None else ""
             cells += [f"{100 * of['both']:.1f}", f"{100 * of['labels']:.1f}", f"{100 * of['gain']:+.1f}", ends]
         rows.append(f"| {' | '.join(cells)} |")
-    missing = [f"not counted: {name}: {why}" for name, why in found["missing"].items()]
-    return [*rows, "", *(f"- {_sentence(line)}" for line in found["lines"]), *([""] if missing else []), *missing]
+    sentences = [f"- {_sentence(line)}" for line in found["lines"]]
+    not_run = [name for name, why in found["missing"].items() if why == NOT_RUN]
+    missing = [f"- not counted: {name}: {why}" for name, why in found["missing"].items() if name not in not_run]
+    if not_run:
+        missing.append(f"- not run: {', '.join(not_run)}")
+    return [*rows, "", *sentences, *missing]
 
 
 def _sentence(line: Mapping[str, Any]) -> str:
@@ -249,6 +253,11 @@ def read_studies(folder: Path) -> list[dict[str, Any]]:
         )
         for file in sorted((folder / "studies").glob("*.json"))
     ]  # fmt: skip
+
+
+def read_crossings(file: Path) -> dict[str, Any]:
+    """What `livt study crossing --json` printed. Raises DataError."""
+    return _kept(file, (CROSSINGS, CROSSINGS_VERSION), what="gains of pretraining", again="livt study crossing --json")
 
 
 def _kept(file: Path, *kinds: tuple[str, int], what: str, again: str) -> dict[str, Any]:

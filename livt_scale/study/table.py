@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale import __version__
-from livt_scale.config.recipe import STAGES, Recipe, Stage
+from livt_scale.config.recipe import STAGES, Recipe, Stage, digest, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.flops import stage_flops
 from livt_scale.slurm.status import look_at
@@ -26,6 +26,7 @@ from livt_scale.study.collect import (
     evaluations,
     measures_of,
     num_weights,
+    sets_read,
     training_minutes,
     what_is_wrong,
 )
@@ -84,17 +85,18 @@ def _row(loaded: LoadedStudy, point: Point, known: Sets) -> dict[str, Any]:
         "num_weights": None if classes is None else num_weights(recipe, num_classes=classes), "num_images": images,
         **_epochs(recipe, stages),
         "measures": {}, "minutes": {}, "flops": _flops(recipe, stages, images, classes), "curves": {}, "picture": None,
+        "recipe": digest({stage: learnt_from(recipe, stage) for stage in stages}), "images": [],
     }  # fmt: skip
     if state != "done":
         return row
     try:
-        row |= _of_a_whole_run(stages, run, place)
+        row |= _of_a_whole_run(stages, run, place, recipe)
     except (LivtError, OSError, ValueError, LookupError) as error:
         row |= {"state": "not counted", "why": f"it cannot be read: {' '.join(str(error).split())}"[:300]}
     return row
 
 
-def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path) -> dict[str, Any]:
+def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path, recipe: Recipe) -> dict[str, Any]:
     measures = measures_of(run, place)
     if "pretrain" in stages and run.stage != "pretrain":
         from livt_scale.study.reconstruction_loss import (
@@ -112,6 +114,7 @@ def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path) -> dict[str,
         "minutes": {stage: training_minutes(place / stage) for stage in stages},
         "curves": curves,
         "picture": str(pictures[-1]) if pictures else None,
+        "images": list(sets_read(run, place, train=recipe.data.train, val=recipe.data.val).values()),
     }
 
 

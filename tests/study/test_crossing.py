@@ -142,6 +142,11 @@ def test_runs_of_both_starts_are_trained_and_compared(tmp_path):
     assert setting["top1_all"]["gain"] == pytest.approx(gain)
     assert (setting["pretrain_epochs"], setting["labels_epochs"], setting["seeds"]) == (1, alone["finetune_epochs"], 1)
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert two_stages["images"] == alone["images"] != []
+    (tmp_path / "kept.json").write_text(said.stdout)
+    where = [str(study.path), "--out", str(tmp_path / "elsewhere"), "--kept", str(tmp_path / "kept.json"), "--json"]
+    again = CliRunner().invoke(main.app, ["study", "crossing", *where], catch_exceptions=False)
+    assert json.loads(again.stdout) == json.loads(said.stdout)
 
 
 # --- the table and the page ---
@@ -162,6 +167,7 @@ def table(*, zero=90.0, noise=0.002, fractions=(0.25, 1.0), epochs=(30, 120, 400
                         "num_images": round(14_000 * fraction), "num_weights": 460_000, "pretrain_epochs": length,
                         "finetune_epochs": 20 if start == "pretraining" else 20 + length // 2,
                         "measures": {"top1_all": top1, "top1_few": top1 - 0.1},
+                        "recipe": f"{fraction}, {length}, {start}, {seed}", "images": [f"{fraction} of train", "val"],
                     })  # fmt: skip
     axes = {"data_fraction": list(fractions), "epochs": list(epochs), "start": STARTS, "seed": list(seeds)}
     return {"name": "when", "study": "when.yaml", "axes": axes, "runs": made}
@@ -193,9 +199,47 @@ def test_a_run_without_its_partner_is_named_and_its_seed_left_out(tmp_path):
         run |= {"state": "not run", "why": ""}
     nothing = crossings_of(given_)
     assert (nothing["settings"], nothing["lines"]) == ([], [])
-    assert results_page.crossing_lines(nothing)[-1].endswith(": not run")
+    assert results_page.crossing_lines(nothing)[-1].startswith("- not run: ")
     draw_crossings(nothing, tmp_path / "p.png")
     assert (tmp_path / "p.png").is_file()
+
+
+def left_out(given, *, seeds):
+    """The same study where these seeds did not run."""
+    for run in given["runs"]:
+        if run["axes"]["seed"] in seeds:
+            run |= {"state": "not run", "why": "", "measures": {}, "images": []}
+    return given
+
+
+def test_runs_of_another_machine_are_counted_from_what_was_printed_there(tmp_path):
+    there, here = left_out(table(), seeds=[0]), left_out(table(), seeds=[1, 2])
+    (tmp_path / "when.json").write_text(json.dumps(crossings_of(there)))
+    kept = results_page.read_crossings(tmp_path / "when.json")
+    assert crossings_of(here, kept) == crossings_of(table())
+    assert crossings_of(left_out(table(), seeds=[0, 1, 2]), kept) == crossings_of(there)
+
+
+@pytest.mark.parametrize("change", ["recipe", "images", "failed"])
+def test_kept_runs_of_another_recipe_or_other_images_or_that_failed_since_are_left_out(change):
+    kept, here = crossings_of(table()), left_out(table(), seeds=[1, 2])
+    for run in here["runs"]:
+        if change == "recipe":
+            run["recipe"] += ", and more epochs"
+        elif change == "images" and run["state"] == "done":
+            run["images"] = ["of today", "val"]
+        elif change == "failed" and run["state"] == "not run":
+            run |= {"state": "failed", "why": "it broke"}
+    assert crossings_of(here, kept) == crossings_of(here)
+
+
+def test_a_pair_of_different_images_is_named():
+    given = table()
+    given["runs"][0]["images"] = ["of yesterday", "val"]
+    found = crossings_of(given)
+    a, b = (run["name"] for run in given["runs"][:2])
+    assert found["missing"] == {a: f"it read other images than {b}", b: f"it read other images than {a}"}
+    assert len(found["gains"]) == len(given["runs"]) // 2 - 1
 
 
 def test_a_study_without_both_starts_has_no_crossing():
