@@ -1,6 +1,7 @@
 """The claims as grids of runs: what is shared is trained once, and arms differ in what their claim is about."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,23 @@ def test_every_loss_of_the_paper_is_an_arm():
     for setting in SETTINGS.values():  # so `ce` is `ls_ce` too: test_smoothing_is_the_same_…
         assert setting.load().stage("finetune").smoothing == choose(LOSSES, {"name": "ls_ce"}).smoothing
     assert loss_sets("bal_bce") == {}
+
+
+def test_tuned_losses_are_arms_of_their_own_and_meet_each_other(tmp_path):
+    tuned = {"bal_ce": {"stages.finetune.loss.tau": 0.5}, "mislas": {"stages.finetune.loss.head_smoothing": 0.1}}
+    setting = replace(SETTINGS["fashion_mnist_lt"], tuned=tuned)
+    by_arm = {arm: runs for (arm, _), runs in runs_of(CLAIMS["losses"], setting, seeds=[0], sets={}).items()}
+    assert list(by_arm) == [*claims.LOSSES, "bal_ce-tuned", "mislas-tuned"]
+    loss = by_arm["bal_ce-tuned"][-1].load(tmp_path).stage("finetune").loss
+    assert (loss.name, loss.tau) == ("bal_ce", 0.5)
+    stage = by_arm["mislas-tuned"][-1].load(tmp_path).stage("finetune")
+    assert (stage.loss.head_smoothing, stage.smoothing) == (0.1, 0)
+    asked = [(ask.better, ask.worse) for ask in CLAIMS["losses"].questions(setting)]
+    assert asked[:-1] == [("bal_bce", name) for name in [*claims.LOSSES[1:], "bal_ce-tuned", "mislas-tuned"]]
+    ours = replace(setting, tuned={"bal_bce": {"stages.finetune.loss.tau": 1.5}, **tuned})
+    asked = [(ask.better, ask.worse) for ask in CLAIMS["losses"].questions(ours)]
+    assert {("bal_bce", "bal_ce"), ("bal_bce-tuned", "bal_ce-tuned"), ("bal_bce-tuned", "bce")} <= set(asked)
+    assert ("bal_bce", "bal_ce-tuned") not in asked
 
 
 def test_equal_compute_from_scratch_is_no_less_than_both_stages():
