@@ -15,7 +15,7 @@ from livt_scale.cli.output import echo
 if TYPE_CHECKING:  # `livt --help` does without what is heavy
     from livt_scale.study.runs import Run
 
-CLAIM_HELP = "balance, two-stages, losses, reconstruction, size or all."
+CLAIM_HELP = "balance, two-stages, equal-compute, losses, reconstruction, size or all."
 ON_HELP = "Data set: fashion_mnist_lt, fashion_mnist_lt_if10, photographs_lt or imagenet_lt."
 
 

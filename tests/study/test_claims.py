@@ -138,7 +138,7 @@ def test_what_arms_derive_from_the_recipe_follows_the_overrides_of_the_command(t
     assert two_stages["bal_bce"] == two_stages["scratch"] == 4
     assert two_stages["resnet-bal_ce"] == 8
     longer = equal_compute(setting.with_sets(sets))
-    assert two_stages["scratch-equal-compute"] == two_stages["deit-lt"] == longer
+    assert epochs("equal-compute", "finetune")["scratch-equal-compute"] == two_stages["deit-lt"] == longer
     assert 4 < longer < equal_compute(setting)
     assert set(epochs("balance", "finetune").values()) == {8}
     reconstruction = epochs("reconstruction", "pretrain")
@@ -149,8 +149,9 @@ def test_what_arms_derive_from_the_recipe_follows_the_overrides_of_the_command(t
 @pytest.mark.parametrize("on", SETTINGS)
 def test_labels_alone_for_longer_than_fine_tuning_have_their_own_schedule(on, tmp_path):
     setting = SETTINGS[on]
-    every = runs_of(CLAIMS["two-stages"], setting, seeds=[0], sets={})
-    stage = {arm: runs[-1].load(tmp_path).stage("finetune") for (arm, _), runs in every.items()}
+    claims_ = (CLAIMS["two-stages"], CLAIMS["equal-compute"])
+    every = [of for claim in claims_ for of in runs_of(claim, setting, seeds=[0], sets={}).items()]
+    stage = {arm: runs[-1].load(tmp_path).stage("finetune") for (arm, _), runs in every}
     rate = setting.from_scratch["stages.finetune.base_lr"]
     assert stage["bal_bce"].base_lr == stage["scratch"].base_lr != rate
     assert {stage[arm].base_lr for arm in ("scratch-equal-compute", "resnet-bal_ce", "deit-lt")} == {rate}
@@ -176,7 +177,7 @@ def test_two_runs_of_one_name_that_differ_are_refused():
 
 def test_whole_seeds_come_first_and_a_pretraining_just_before_the_first_that_needs_it():
     names = [run.name for run in in_order(runs("two-stages", "fashion_mnist_lt"))]
-    one = ["pretrain-lt", "bal_bce", "scratch", "scratch-equal-compute", "resnet-bal_ce", "deit-lt"]
+    one = ["pretrain-lt", "bal_bce", "scratch", "resnet-bal_ce", "deit-lt"]
     assert names == [f"{name}/seed-{seed}" for seed in (0, 1) for name in one]
 
 
