@@ -29,15 +29,15 @@ MARK = b"made by `livt reproduce"  # in every page
 HEAD = """\
 # Results: the paper's claims, checked here
 
-This page has the verdicts on the paper's claims, and on a question of ours. It is
-made by `livt reproduce … --page docs/results.md` from results that were collected from run directories and
-are kept in `docs/results/`; [the paper's claims](reproducing.md) shows how to run it, here and on ImageNet-LT. Each
-number is the mean over seeds ± their standard deviation, on evaluation images.
-`livt_scale/study/comparison.py` has the rule of a verdict: Student's paired t test over seeds, with Holm's correction for the number of questions of the claim. Below
-{level:.0%} the difference is in favour (confirmed) or against (not confirmed); above it, and with fewer than {least}
-seeds, it is not decidable here. A claim is confirmed if each of its questions is, and not confirmed if one is not.
-Intervals ({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one
-point" is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
+This page has the verdicts on the paper's claims, and on a question of ours. It is made by `livt reproduce … --page
+docs/results.md` from results that were collected from run directories and are kept in `docs/results/`; [the paper's
+claims](reproducing.md) shows how to run it, here and on ImageNet-LT. Each number is the mean over seeds ± their
+standard deviation, on evaluation images. `livt_scale/study/comparison.py` has the rule of a verdict: Student's
+paired t test over seeds, with Holm's correction for the number of questions of the claim. Below {level:.0%} the
+difference is in favour (confirmed) or against (not confirmed); above it, and with fewer than {least} seeds, it is
+not decidable here. A claim is confirmed if each of its questions is, and not confirmed if one is not. Intervals
+({confidence:.0%}) are of each question alone; the effect is the mean difference over its deviation; "for one point"
+is the number of seeds with which a difference of one point would be found with a probability of {power:.0%}. All
 arms have the section's epochs, unless their name differs, and the recipe's learning rate, but for labels alone with
 more epochs than fine-tuning; both rates were [chosen on held-out images](reproducing.md#how-the-rate-was-chosen).
 Where a section's command has others, nothing was chosen.
