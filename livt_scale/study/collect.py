@@ -51,7 +51,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
     setting = SETTINGS[on]
     found, recipes = _Found(), {}
     for (arm, seed), runs in runs_of(CLAIMS[claim], setting, seeds=seeds, sets=sets).items():
-        found.add(arm, seed, runs[-1], folder, num_classes=setting.num_classes)
+        found.add(arm, seed, runs, folder, num_classes=setting.num_classes)
         if seed == seeds[0]:
             recipes[arm] = _recipe_digest(runs, folder)
     told = {
@@ -69,6 +69,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "values": plain_values(found.values),
         "curves": {arm: by_seed for arm, by_seed in found.curves.items() if any(by_seed.values())},
         "minutes": {arm: statistics.fmean(each) for arm, each in found.minutes.items()},
+        "run_minutes": found.run_minutes,
         "missing": found.missing,
         "versions": _versions(),
     }
@@ -114,6 +115,10 @@ def _take_arm(told: dict[str, Any], kept: Mapping[str, Any], arm: str) -> None:
     minutes = (told["minutes"].get(arm, 0.0), kept["minutes"][arm])
     told["minutes"][arm] = statistics.fmean(minutes, weights=(len(own), len(new)))
     told["weights"][arm] = kept["weights"][arm]
+    setting = SETTINGS[told["on"]].with_sets(told["sets"])
+    each = runs_of(CLAIMS[told["claim"]], setting, seeds=sorted(map(int, new)), sets={})
+    names = [run.name for (of, _), runs in each.items() if of == arm for run in runs]
+    told["run_minutes"] |= {name: kept["run_minutes"][name] for name in names if name in kept.get("run_minutes", {})}
     for measure, by_seed in kept["values"][arm].items():
         _take(told["values"].setdefault(arm, {}).setdefault(measure, {}), by_seed, new)
     if arm in kept["curves"]:
@@ -150,11 +155,13 @@ class _Found:
         self.values: dict[str, dict[str, dict[int, float]]] = {}
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.minutes: dict[str, list[float]] = {}
+        self.run_minutes: dict[str, float] = {}  # by run, pretrainings too: other claims may share it
         self.weights: dict[str, int] = {}
         self.missing: dict[str, str] = {}
         self.digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and where it was read
 
-    def add(self, arm: str, seed: int, run: Run, folder: Path, *, num_classes: int) -> None:
+    def add(self, arm: str, seed: int, runs: Sequence[Run], folder: Path, *, num_classes: int) -> None:
+        run = runs[-1]
         place, who = run.at(folder), f"{arm}, seed {seed}"
         problem = what_is_wrong(run, folder) or self._other_images(run, place, folder, who)
         if problem:
@@ -163,7 +170,8 @@ class _Found:
         for measure, value in measures_of(run, place).items():
             self.values.setdefault(arm, {}).setdefault(measure, {})[seed] = value
         self.curves.setdefault(arm, {})[str(seed)] = [line.top1_all for line in evaluations(place)]
-        self.minutes.setdefault(arm, []).append(training_minutes(place / run.stage))
+        self.run_minutes |= {one.name: training_minutes(place / one.stage) for one in runs}
+        self.minutes.setdefault(arm, []).append(self.run_minutes[run.name])
         if arm not in self.weights:
             self.weights[arm] = num_weights(run.load(folder), num_classes=num_classes)
 

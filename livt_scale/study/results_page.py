@@ -57,7 +57,20 @@ def _overview(results: Sequence[Mapping[str, Any]]) -> str:
     for name, claim in CLAIMS.items():
         cells = (words.get((name, on)) for on in SETTINGS)
         rows.append(f"| `{name}`: {claim.says} | {' | '.join(f'**{w}**' if w else 'not run' for w in cells)} |")
-    return "\n".join([*rows, ""])
+    return "\n".join([*rows, "", *_hours(results)])
+
+
+def _hours(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of all runs, each once, where the results have them by run."""
+    minutes: dict[tuple[str, str, str], float] = {}
+    for result in results:
+        sets = json.dumps(result["sets"], sort_keys=True)
+        minutes |= {(result["on"], sets, name): each for name, each in result.get("run_minutes", {}).items()}
+    if not minutes:
+        return []
+    without = [f"{r['claim']} on {r['on']}" for r in results if not r.get("run_minutes")]
+    told = f"The {len(minutes)} runs of these results took {sum(minutes.values()) / 60:.1f} hours of training steps"
+    return [f"{told}{', not counted: ' + ', '.join(without) if without else ''}.", ""]
 
 
 def _section(result: Mapping[str, Any]) -> str:

@@ -54,6 +54,7 @@ def made(folder, *, top1, val=VAL):
 
 def lay_pretraining(place, recipe, *, digest=PRETRAINED):
     write(place / "pretrain" / "status.json", {"state": "done"})
+    write(place / "pretrain" / "metrics.jsonl", {"step": 10, "step_s": 12.0})
     facts = {"recipe": recipe, "recipe_digest": digest, "learnt_from": {"data.manifest": TRAIN}}
     told = {
         "saved_at": "2026-01-02T03:04:05+00:00", "position": {"epoch": 1, "step": 9}, "world_size": 1, "score": None,
@@ -89,6 +90,9 @@ def test_an_arm_that_wins_with_every_seed_is_confirmed(tmp_path):
     assert told["values"]["bce"]["ece"] == {"0": 0.0625, "1": 0.0625, "2": 0.0625}
     assert "| calibration error |" in results_page.page([told])
     assert told["minutes"]["ce"] == 1.0
+    assert sum(told["run_minutes"].values()) == len(SEEDS) * (2 + len(LOSSES))  # of one pretraining, and of each loss
+    hours = f"The {len(SEEDS) * (1 + len(LOSSES))} runs of these results took 0.6 hours of training steps."
+    assert hours in results_page.page([told, {**told, "claim": "size"}])  # a run of two claims is counted once
     assert not told["missing"]
 
 
