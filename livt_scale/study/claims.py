@@ -159,6 +159,8 @@ def claim_runs(
 # Class-balanced twice: cb_ce as its authors have it, cb_bce as LiVT's code has it under mixup. Not ls_ce: the recipes
 # smooth the targets, so `ce` computes the same.
 LOSSES = ("bal_bce", "bce", "ce", "bal_ce", "cb_ce", "cb_bce", "ldam", "mislas", "lade", "focal")
+HARD_LABELS: Sets = {"stages.finetune.smoothing": 0, "stages.finetune.mixup": 0, "stages.finetune.cutmix": 0}
+ALSO_HARD = ("bal_bce", "bal_ce")  # for a comparison with lade in which the loss alone differs
 
 
 def _two_stages(setting: Setting) -> list[Arm]:
@@ -202,11 +204,15 @@ def _against(*rivals: str) -> Callable[[Setting], list[Question]]:
 
 
 def _each_loss(setting: Setting) -> list[Arm]:
-    """With its authors' option, and with the one that was best on held-out images where that is another."""
+    """With its authors' option, and with the one that was best on held-out images where that is another.
+
+    Two without mixup and smoothing as well, as `lade` has to be.
+    """
+    hard = [Arm(f"{name}-hard", "lt", finetune={**loss_sets(name), **HARD_LABELS}) for name in ALSO_HARD]
     tuned = [
         Arm(_tuned(name, setting), "lt", finetune={**loss_sets(name), **sets}) for name, sets in setting.tuned.items()
     ]
-    return [*(Arm(name, "lt", finetune=loss_sets(name)) for name in LOSSES), *tuned]
+    return [*(Arm(name, "lt", finetune=loss_sets(name)) for name in LOSSES), *hard, *tuned]
 
 
 def _tuned(loss: str, setting: Setting) -> str:
@@ -220,15 +226,14 @@ def loss_sets(name: str) -> dict[str, Any]:
     sets: dict[str, Any] = {"stages.finetune.loss.name": name}
     if name != "bal_ce":
         sets["stages.finetune.loss.tau"] = None
-    if name in ("mislas", "lade"):
+    if name == "mislas":
         sets["stages.finetune.smoothing"] = 0
-    if name == "lade":
-        sets |= {"stages.finetune.mixup": 0, "stages.finetune.cutmix": 0}
-    return sets
+    return {**sets, **HARD_LABELS} if name == "lade" else sets
 
 
 def _best_loss(setting: Setting) -> list[Question]:
     pairs = [("bal_bce", rival) for rival in LOSSES[1:]]
+    pairs += [("bal_bce-hard", "lade"), ("bal_bce-hard", "bal_ce-hard")]
     pairs += [(_tuned("bal_bce", setting), _tuned(rival, setting)) for rival in LOSSES[1:]]
     finally_: list[Question] = [Comparison(ours, rival, "top1_all") for ours, rival in dict.fromkeys(pairs)]
     return [*finally_, Comparison("bal_bce", "bal_ce", "top1_mean_over_epochs")]

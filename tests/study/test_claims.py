@@ -103,13 +103,15 @@ def test_tuned_losses_are_arms_of_their_own_and_meet_each_other(tmp_path):
     tuned = {"bal_ce": {"stages.finetune.loss.tau": 0.5}, "mislas": {"stages.finetune.loss.head_smoothing": 0.1}}
     setting = replace(SETTINGS["fashion_mnist_lt"], tuned=tuned)
     by_arm = {arm: runs for (arm, _), runs in runs_of(CLAIMS["losses"], setting, seeds=[0], sets={}).items()}
-    assert list(by_arm) == [*claims.LOSSES, "bal_ce-tuned", "mislas-tuned"]
+    assert list(by_arm) == [*claims.LOSSES, "bal_bce-hard", "bal_ce-hard", "bal_ce-tuned", "mislas-tuned"]
     loss = by_arm["bal_ce-tuned"][-1].load(tmp_path).stage("finetune").loss
     assert (loss.name, loss.tau) == ("bal_ce", 0.5)
     stage = by_arm["mislas-tuned"][-1].load(tmp_path).stage("finetune")
     assert (stage.loss.head_smoothing, stage.smoothing) == (0.1, 0)
     asked = [(ask.better, ask.worse) for ask in CLAIMS["losses"].questions(setting)]
-    assert asked[:-1] == [("bal_bce", name) for name in [*claims.LOSSES[1:], "bal_ce-tuned", "mislas-tuned"]]
+    hard = [("bal_bce-hard", "lade"), ("bal_bce-hard", "bal_ce-hard")]
+    assert asked[:9] == [("bal_bce", name) for name in claims.LOSSES[1:]]
+    assert asked[9:-1] == [*hard, ("bal_bce", "bal_ce-tuned"), ("bal_bce", "mislas-tuned")]
     ours = replace(setting, tuned={"bal_bce": {"stages.finetune.loss.tau": 1.5}, **tuned})
     asked = [(ask.better, ask.worse) for ask in CLAIMS["losses"].questions(ours)]
     assert {("bal_bce", "bal_ce"), ("bal_bce-tuned", "bal_ce-tuned"), ("bal_bce-tuned", "bce")} <= set(asked)
@@ -234,9 +236,8 @@ def test_one_word_takes_a_claim_to_imagenet_and_dry_run_tells_its_cost(monkeypat
         code, said = livt(monkeypatch, capsys, "losses", "--on", on, "--dry-run", "--seeds=1", f"--out={tmp_path}")
         lines = said.out.splitlines()
         assert not code
-        assert len([line for line in lines if line.startswith("livt train ")]) == 1 + len(
-            claims.LOSSES
-        )  # with the pretraining
+        number = len([line for line in lines if line.startswith("livt train ")])
+        assert number == 1 + len(CLAIMS["losses"].arms(SETTINGS[on]))  # with the pretraining
         assert "device hours" in lines[1]
         assert lines[2].startswith(f"livt train {SETTINGS[on].recipe}")
     assert not list(tmp_path.iterdir()), "nothing was started"
