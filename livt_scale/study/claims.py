@@ -348,6 +348,7 @@ SETTINGS = {
         name=_FASHION, balanced="shards/fashion-mnist-lt-full/train-balanced", sizes=_SMALL, mgp_shares=(1 / 3, 1),
         num_classes=10, num_images=14_886, num_balanced=14_886,
         scratch_factor=2, from_scratch=_ALONE, cnn=_RESNET_MICRO,
+        tuned={"bal_ce": {"stages.finetune.loss.tau": 0.5}},  # docs/reproducing.md
     ),
     "fashion_mnist_lt_if10": Setting(
         name=_FASHION, balanced="shards/fashion-mnist-lt-if10/train-balanced", sizes=_SMALL, mgp_shares=(1 / 3, 1),
