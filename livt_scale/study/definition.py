@@ -321,8 +321,8 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     if "size" in axes:
         sets |= study.sizes.get(axes["size"], {"model.size": axes["size"]})
     if "loss" in axes:
-        known = study.losses.get(axes["loss"])
-        sets |= known or loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
+        plain = loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
+        sets |= study.losses.get(axes["loss"], plain)
     if "train" in axes:
         sets |= study.trains.get(axes["train"], {"stages.finetune.train": axes["train"]})
     sets |= study.sets

@@ -87,8 +87,10 @@ def test_single_points_are_trained_with_what_they_start_from(tmp_path):
 
 def test_a_loss_may_have_overrides_of_its_own(tmp_path):
     hard = {"stages.finetune.loss": {"name": "ldam", "scale": 10}, "stages.finetune.smoothing": 0}
-    study = loaded(tmp_path, axes={"loss": ["ldam", "ldam-10"], "seed": [3]}, losses={"ldam-10": hard})
-    plain, ours = (study.load(p.sets).stage("finetune") for p in points(study))
+    axes = {"loss": ["ldam", "ldam-10", "recipe"], "seed": [3]}
+    study = loaded(tmp_path, axes=axes, losses={"ldam-10": hard, "recipe": {}})
+    plain, ours, own = (study.load(p.sets).stage("finetune") for p in points(study))
+    assert own == study.load(study.study.sets).stage("finetune")
     assert (plain.loss.name, plain.loss.scale) == ("ldam", 30)
     assert (ours.loss.name, ours.loss.scale, ours.smoothing) == ("ldam", 10, 0)
 
