@@ -26,6 +26,8 @@ TABLE = "table.json"
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, or livt:NAME for a shipped one.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs.", show_default="the study's")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ONE_POINT = "Train only this point, or those that fit a pattern. Repeatable."
+Points = Annotated[list[str] | None, typer.Option("--point", metavar="<name>", help=ONE_POINT, show_default="all")]
 
 
 @app.command("submit")
@@ -36,15 +38,7 @@ def submit(
         int | None,
         typer.Option("--jobs", min=1, help="Number of runs in parallel.", show_default="1; with --slurm, all"),
     ] = None,
-    point: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--point",
-            metavar="<name>",
-            help="Train only this point, or those that fit a pattern. Repeatable.",
-            show_default="all",
-        ),
-    ] = None,
+    point: Points = None,
     slurm: Annotated[bool, typer.Option("--slurm", help="Submit Slurm arrays instead of running here.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
     device: CostDevice = None,
