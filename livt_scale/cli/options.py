@@ -46,8 +46,8 @@ CostDevice = Annotated[
 def check_cost_options(*, dry_run: bool, device: str | None, price: float | None) -> None:
     """Raises UsageError: an option of --dry-run without it."""
     if not dry_run and (device is not None or price is not None):
-        told = "--price-per-gpu-hour" if device is None else "--device"
-        raise UsageError(f"{told} is for the cost of runs", remedy="add --dry-run, or leave it out")
+        option = "--price-per-gpu-hour" if device is None else "--device"
+        raise UsageError(f"{option} is for the cost of runs", remedy="add --dry-run, or leave it out")
 
 
 class WeightsName(StrEnum):

@@ -98,9 +98,20 @@ def with_kept(found: Mapping[str, Any], kept: Mapping[str, Any]) -> dict[str, An
     for arm, recipe in told["recipes"].items():
         if arm in kept["values"] and kept["recipes"].get(arm) == recipe:
             _take_arm(told, kept, arm)
+    told["run_minutes"] = _minutes_of_counted(told, kept.get("run_minutes", {}) | told["run_minutes"])
     told["images"] = kept["images"] | told["images"]
     told["values"] = {arm: told["values"][arm] for arm in told["recipes"] if arm in told["values"]}  # in their order
     return _judged(told)
+
+
+def _minutes_of_counted(told: Mapping[str, Any], minutes: Mapping[str, float]) -> dict[str, float]:
+    """Those of `minutes` whose run is of an arm and a seed that count; older kept results have none."""
+    setting = SETTINGS[told["on"]].with_sets(told["sets"])
+    every = runs_of(CLAIMS[told["claim"]], setting, seeds=told["seeds"], sets={})
+    counted = [
+        run.name for (arm, s), runs in every.items() if str(s) in _seeds(told["values"].get(arm, {})) for run in runs
+    ]
+    return {name: minutes[name] for name in dict.fromkeys(counted) if name in minutes}
 
 
 def _take_arm(told: dict[str, Any], kept: Mapping[str, Any], arm: str) -> None:
@@ -115,10 +126,6 @@ def _take_arm(told: dict[str, Any], kept: Mapping[str, Any], arm: str) -> None:
     minutes = (told["minutes"].get(arm, 0.0), kept["minutes"][arm])
     told["minutes"][arm] = statistics.fmean(minutes, weights=(len(own), len(new)))
     told["weights"][arm] = kept["weights"][arm]
-    setting = SETTINGS[told["on"]].with_sets(told["sets"])
-    each = runs_of(CLAIMS[told["claim"]], setting, seeds=sorted(map(int, new)), sets={})
-    names = [run.name for (of, _), runs in each.items() if of == arm for run in runs]
-    told["run_minutes"] |= {name: kept["run_minutes"][name] for name in names if name in kept.get("run_minutes", {})}
     for measure, by_seed in kept["values"][arm].items():
         _take(told["values"].setdefault(arm, {}).setdefault(measure, {}), by_seed, new)
     if arm in kept["curves"]:

@@ -68,17 +68,13 @@ class CostSummary:
     device_hours: float
     device_hours_high: float
 
-    @property
-    def hours(self) -> tuple[float, float, float]:
-        """Low, likely, high."""
-        return self.device_hours_low, self.device_hours, self.device_hours_high
-
     def lines(self, *, price: float | None = None) -> list[str]:
         """For people: the sum, then each run's command. price: of a device hour."""
         images, flops = (sum(one[name] for one in self.runs) for name in ("images", "flops"))
         cost = []
         if price is not None:
-            low, likely, high = (price * hours for hours in self.hours)
+            hours = (self.device_hours_low, self.device_hours, self.device_hours_high)
+            low, likely, high = (price * each for each in hours)
             cost = [f"{low:,.0f} to {high:,.0f} at {price:g} an hour, likely {likely:,.0f}"]
         return [
             f"{len(self.runs)} runs, {images:.3g} images, {flops:.3g} model FLOPs",

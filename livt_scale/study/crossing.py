@@ -111,8 +111,8 @@ def _why_not(run: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     """Why a run does not count beside the other of its pair; empty: it does."""
     if run["state"] != "done":
         return run["why"] or run["state"]
-    both = run["state"] == other["state"]
-    return f"it read other images than {other['name']}" if both and run["images"] != other["images"] else ""
+    differ = other["state"] == "done" and run["images"] != other["images"]
+    return f"it read other images than {other['name']}" if differ else ""
 
 
 def _gain(rest: Sequence[str], run: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, Any]:

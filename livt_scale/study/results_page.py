@@ -12,7 +12,7 @@ from typing import Any
 from livt_scale.study.claims import CLAIMS, SETTINGS, claim_runs
 from livt_scale.study.collect import FORMAT, NOT_RUN, VERSION
 from livt_scale.study.comparison import CONFIDENCE, MIN_SEEDS, POWER
-from livt_scale.study.cost import summarize_cost
+from livt_scale.study.cost import KINDS, summarize_cost
 from livt_scale.util.errors import DataError
 from livt_scale.util.outside import read_json
 
@@ -69,8 +69,8 @@ def _hours(results: Sequence[Mapping[str, Any]]) -> list[str]:
     if not minutes:
         return []
     without = [f"{r['claim']} on {r['on']}" for r in results if not r.get("run_minutes")]
-    told = f"The {len(minutes)} runs of these results took {sum(minutes.values()) / 60:.1f} hours of training steps"
-    return [f"{told}{', not counted: ' + ', '.join(without) if without else ''}.", ""]
+    taken = f"The {len(minutes)} runs of these results took {sum(minutes.values()) / 60:.1f} hours of training steps"
+    return [f"{taken}{', not counted: ' + ', '.join(without) if without else ''}.", ""]
 
 
 def _section(result: Mapping[str, Any]) -> str:
@@ -173,10 +173,12 @@ def _costs() -> str:
         "| command | runs | device hours, likely | low to high | dollars, likely |",
         "| --- | ---: | ---: | ---: | ---: |",
     ]
-    for name in (*CLAIMS, "all"):
-        names = list(CLAIMS) if name == "all" else [name]
-        runs = claim_runs(names, UNRUN, seeds=range(MIN_SEEDS), sets={})
-        low, likely, high = summarize_cost(runs, Path(), SETTINGS[UNRUN].size_of, device=DEVICE).hours
+    of_claim = {name: claim_runs([name], UNRUN, seeds=range(MIN_SEEDS), sets={}) for name in CLAIMS}
+    of_claim["all"] = claim_runs(list(CLAIMS), UNRUN, seeds=range(MIN_SEEDS), sets={})
+    summary = summarize_cost(of_claim["all"], Path(), SETTINGS[UNRUN].size_of, device=DEVICE)
+    costs = {one["name"]: one for one in summary.runs}
+    for name, runs in of_claim.items():
+        low, likely, high = (sum(costs[run.name][kind] for run in runs) for kind in KINDS)
         command = f"`livt reproduce {name} --on {UNRUN} --dry-run --price-per-gpu-hour {PRICE:g}`"
         cost = f"{likely:,.0f} | {low:,.0f} to {high:,.0f} | {PRICE * likely:,.0f}"
         lines.append(f"| {command} | {len(runs)} | {cost} |")
