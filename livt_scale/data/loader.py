@@ -36,12 +36,14 @@ from livt_scale.data.num_workers import Loading, this_worker
 from livt_scale.data.order.for_rank import MicroBatch, RankOrder
 from livt_scale.data.order.for_stage import training_order
 from livt_scale.data.order.instance import Ints, eval_positions
-from livt_scale.data.reader import SampleReader
+from livt_scale.data.reader import RawSample, SampleReader
 from livt_scale.data.remote.prefetch import fetched_ahead, shards_in_view
 from livt_scale.data.seeds import sample_rng
 from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import LivtError, UsageError
+
+TOGETHER = 16  # images that a loader holds encoded: they go through each step together if they are small
 
 __all__ = [
     "Batch",
@@ -213,8 +215,8 @@ class _Dataset(IterableDataset[Any]):
         """What else the batch holds: random numbers, each from its own sample's seeds."""
         raise NotImplementedError
 
-    def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:
-        """Fill `slots`, uint8 [crops, C, T, T]."""
+    def transform(self, images: list[bytes], slots: Tensor, *, epoch: int, keys: list[str]) -> None:
+        """Fill `slots`, uint8 [images, crops, C, T, T]. Raises BadImage."""
         raise NotImplementedError
 
     def load(self, batch: MicroBatch, reader: SampleReader) -> Packed:
@@ -223,12 +225,22 @@ class _Dataset(IterableDataset[Any]):
         slots, sent = self._room(batch, keys, self.draw(batch, seed_keys))
         # [B · crops, C, T, T] -> [B, crops, C, T, T]
         places = slots.unflatten(0, (len(keys), self.crops))
-        for place, raw, key in zip(places, reader.read(batch.samples, keys), seed_keys, strict=True):
-            try:
-                self.transform(raw.image, place, epoch=batch.epoch, key=key)
-            except BadImage as error:
-                raise raw.error(str(error)) from error
+        samples = reader.read(batch.samples, keys)
+        for first in range(0, len(keys), TOGETHER):
+            part = slice(first, first + TOGETHER)
+            self._fill(places[part], list(islice(samples, TOGETHER)), epoch=batch.epoch, keys=seed_keys[part])
         return sent
+
+    def _fill(self, places: Tensor, samples: list[RawSample], *, epoch: int, keys: list[str]) -> None:
+        """Raises SampleError."""
+        try:
+            self.transform([raw.image for raw in samples], places, epoch=epoch, keys=keys)
+        except BadImage as error:
+            if len(samples) == 1:
+                raise samples[0].error(str(error)) from error
+            for k, raw in enumerate(samples):  # which one?
+                self._fill(places[k : k + 1], [raw], epoch=epoch, keys=[keys[k]])
+            raise
 
     def _room(self, batch: MicroBatch, keys: list[str], drawn: dict[str, np.ndarray]) -> tuple[Tensor, Packed]:
         """(the images' places in a block that also holds the rest: uint8 [B · crops, C, T, T]; the message to send)."""
@@ -257,8 +269,8 @@ class _TrainDataset(_Dataset):
     def micro_batches(self, worker: int, num_workers: int) -> Iterator[MicroBatch]:
         return self._rank_order.micro_batches(**self._start, worker=worker, num_workers=num_workers)
 
-    def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:
-        self._transform(data, slots[0], epoch=epoch, key=key)
+    def transform(self, images: list[bytes], slots: Tensor, *, epoch: int, keys: list[str]) -> None:
+        self._transform.all(images, slots[:, 0], epoch=epoch, keys=keys)
 
     def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:
         settings, drawn = self._drawn, {}
@@ -295,8 +307,8 @@ class _EvalDataset(_Dataset):
             first = number * self._batch
             yield MicroBatch(0, number, 0, self._samples[first : first + self._batch])
 
-    def transform(self, data: bytes, slots: Tensor, *, epoch: int, key: str) -> None:  # noqa: ARG002 - no randomness
-        self._transform.crops(data, slots)
+    def transform(self, images: list[bytes], slots: Tensor, *, epoch: int, keys: list[str]) -> None:  # noqa: ARG002
+        self._transform.all(images, slots)
 
     def draw(self, batch: MicroBatch, keys: list[str]) -> dict[str, np.ndarray]:  # noqa: ARG002
         return {}

@@ -72,11 +72,11 @@ def test_the_rate_is_measured_over_whole_parts_on_one_thread_and_within_its_time
         clock[0] += 0.01 * len(part.samples)
         seen.append(part.samples.tolist())
 
-    rate, images = decode_rate(load, MicroBatch(0, 0, 0, np.arange(20)), seconds=1.0)
+    rate, images = decode_rate(load, MicroBatch(0, 0, 0, np.arange(40)), seconds=1.0)
     assert rate == pytest.approx(100)
     assert clock[0] <= 1.0 + 2 * 0.01 * CHUNK + 1e-9
     assert images == sum(map(len, seen[1:]))
-    assert seen[:4] == [list(range(8)), list(range(8, 16)), list(range(16, 20)), list(range(8))]
+    assert seen[:4] == [list(range(16)), list(range(16, 32)), list(range(32, 40)), list(range(16))]
     assert torch.get_num_threads() == threads
 
 

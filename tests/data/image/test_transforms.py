@@ -195,6 +195,28 @@ def test_a_training_image_depends_on_seed_epoch_and_key_alone(tmp_path, stage):
     assert len({made(), made(seed=6), made(epoch=1), made(key="l")}) == 4
 
 
+SIZES = [(28, 28), (40, 33), (300, 200), (31, 90), (129, 127)]
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[:2], SIZES[:1]], ids=["large among them", "small", "one"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_several_images_become_what_each_becomes_by_itself(tmp_path, sizes, format):
+    images = [encoded(photo(*size, seed=k), format) for k, size in enumerate(sizes)]
+    keys = [f"k{k}" for k in range(len(images))]
+    train = TrainTransform(TrainSettings.of_stage(tiny_recipe(tmp_path), "finetune"))
+    evaluation = EvalTransform(ImageSettings.of_recipe(tiny_recipe(tmp_path)))
+    slots, crops = (torch.zeros((len(images), *n, 32, 32, 3), dtype=torch.uint8).movedim(-1, -3) for n in ((), (5,)))
+    train.all(images, slots, epoch=3, keys=keys)
+    evaluation.all(images, crops)
+    for k, data in enumerate(images):
+        slot, five = torch.empty_like(slots[k]), torch.empty_like(crops[k])
+        train(data, slot, epoch=3, key=keys[k])
+        evaluation.crops(data, five)
+        assert torch.equal(slots[k], slot)
+        assert torch.equal(crops[k], five)
+    assert len({slot.numpy().tobytes() for slot in slots}) == len(images)
+
+
 def test_global_generators_are_left_as_they_were(tmp_path):
     transform = TrainTransform(TrainSettings.of_stage(tiny_recipe(tmp_path), "finetune"))
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
