@@ -115,7 +115,7 @@ class Shards(RecipePart):
     """From which spec the training sets of other fractions and imbalance factors are built."""
 
     spec: str
-    set: PlainName = Field(description="the set of the spec that is the complete one: fraction 1")
+    set: PlainName = Field(description="the set of the spec that the recipe trains on: fraction 1")
 
 
 class WidthRate(RecipePart):
@@ -208,7 +208,8 @@ class LoadedStudy:
 
     def subset(self, axes: Mapping[str, Any]) -> Path | None:
         """The folder of the training set of this fraction and imbalance; None: the recipe's own set."""
-        words = [f"{short}{axes[axis]:g}".replace(".", "p") for axis, short in SUBSETS.items() if axis in axes]
+        other = {axis: axes[axis] for axis in SUBSETS if axis in axes and (axis, axes[axis]) != ("data_fraction", 1)}
+        words = [f"{SUBSETS[axis]}{value:g}".replace(".", "p") for axis, value in other.items()]
         return self.folder / "shards" / "-".join(words) if words else None
 
 

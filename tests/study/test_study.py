@@ -21,7 +21,7 @@ from livt_scale.study.compare import compare_settings
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, points_named, runs
 from livt_scale.study.local_runner import run_all
 from livt_scale.study.slurm_runner import ready, whole_recipe
-from livt_scale.study.subsets import build_subsets, subset_counts
+from livt_scale.study.subsets import build_subsets, subset_counts, wanted_subsets
 from livt_scale.study.table import as_csv, collect_study, state_of
 from livt_scale.util.errors import UsageError
 from tests import warm
@@ -148,6 +148,17 @@ def test_subsets_are_built_once_nest_and_are_what_the_recipes_read(tmp_path):
     assert [r.data.train for r in recipes] == [str(half), str(tenth)]
     own = study.load({}).data
     assert [r.data.many_over for r in recipes] == [round(own.many_over / 2), round(own.many_over / 10)]
+
+
+def test_fraction_1_is_the_recipe_s_own_set(tmp_path):
+    spec = {"spec": str(ROOT / "shards" / "fashion-mnist-lt.yaml"), "set": "train-lt"}
+    study = loaded(tmp_path, shards=spec, axes={"data_fraction": [0.5, 1.0]})
+    folders = {str(folder) for folder in wanted_subsets(study, points(study))}
+    sets = [study.load(p.sets).data.train for p in points(study)]
+    assert sets == [str(tmp_path / "runs" / "shards" / "fraction0p5"), study.load({}).data.train]
+    assert folders == {sets[0]}
+    both = loaded(tmp_path, shards=spec, axes={"data_fraction": [1.0], "imbalance_factor": [50]})
+    assert [folder.name for folder in wanted_subsets(both, points(both))] == ["if50"]
 
 
 def keys(shards):
