@@ -138,8 +138,8 @@ class EvalTransform:
 def _in_steps(images: Sequence[EncodedImage]) -> list[range]:
     """Their numbers, by what goes through a step before the next step begins: all if they are small, else one.
 
-    What a step runs and predicts stays in the processor's caches, if the same step comes again: a crop of 28 px takes
-    90 µs in place of 165 in a group of 16. Of large images the pixels would not stay there.
+    A step that comes again finds its code and its branches in the processor's caches: images of 28 px take half of the
+    time in groups of 16 (benchmarks/small_images.py). Large ones gain nothing, and their pixels would need memory.
     """
     if all(image.height * image.width <= SMALL_PX for image in images):
         return [range(len(images))]
