@@ -116,7 +116,7 @@ def _why_not(run: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def _gain(rest: Sequence[str], run: Mapping[str, Any], alone: Mapping[str, Any]) -> dict[str, Any]:
-    """Of one seed: what its pretraining was of, and both accuracies."""
+    """Of one seed: what its pretraining was of, both accuracies, and the minutes of training steps of both."""
     measures = [m for m in MEASURES if m in run["measures"] and m in alone["measures"]]
     return {
         "setting": {axis: run["axes"][axis] for axis in rest},
@@ -127,6 +127,7 @@ def _gain(rest: Sequence[str], run: Mapping[str, Any], alone: Mapping[str, Any])
         "labels": {m: alone["measures"][m] for m in measures},
         "recipes": [run["recipe"], alone["recipe"]],
         "images": run["images"],
+        "minutes": sum(sum(one["minutes"].values()) for one in (run, alone)),
     }
 
 

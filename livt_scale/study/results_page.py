@@ -143,6 +143,9 @@ def crossing_lines(found: Mapping[str, Any]) -> list[str]:
             cells += [f"{100 * of['both']:.1f}", f"{100 * of['labels']:.1f}", f"{100 * of['gain']:+.1f}", ends]
         rows.append(f"| {' | '.join(cells)} |")
     sentences = [f"- {_sentence(line)}" for line in found["lines"]]
+    if found["gains"]:
+        hours = sum(gain["minutes"] for gain in found["gains"]) / 60
+        sentences.append(f"- the {2 * len(found['gains'])} runs that count took {hours:.1f} hours of training steps")
     not_run = [name for name, why in found["missing"].items() if why == NOT_RUN]
     missing = [f"- not counted: {name}: {why}" for name, why in found["missing"].items() if name not in not_run]
     if not_run:
