@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from livt_scale.checkpoint.load import Position, Retention, Saver
-from livt_scale.config.load import save_recipe
+from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import Recipe, digest, learnt_from
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import Spec, build_spec_model
@@ -69,7 +69,7 @@ def tiny_run(
 ) -> dict[int, Classifier]:
     """Write RUN/recipe.yaml and a checkpoint for each of `steps`; the classifiers that were saved, by step."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    save_recipe(recipe, run_dir / "recipe.yaml")
+    (run_dir / "recipe.yaml").write_text(to_yaml(recipe))
     learnt = {**learnt_from(recipe, "finetune"), "data.manifest": manifest_digest}
     facts = {
         "stage": "finetune",

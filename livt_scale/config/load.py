@@ -80,11 +80,6 @@ def from_saved(values: Any, *, where: Path) -> Recipe:
     )
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
-    """Write the resolved recipe as YAML. The caller sees to the temporary name."""
-    path.write_text(to_yaml(recipe), encoding="utf-8")
-
-
 def to_yaml(recipe: Recipe) -> str:
     """The complete recipe, including defaults; `load_recipe` reads it back to the same values."""
     return dump(recipe.model_dump(mode="json"))

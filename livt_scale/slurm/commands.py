@@ -173,10 +173,6 @@ class Queue:
     notes: list[str] = field(default_factory=list)
     answered: bool = False
 
-    def is_over(self, job: str) -> bool:
-        """Whether `job` has ended, or is not known any more."""
-        return job not in self.jobs or self.jobs[job].ended
-
 
 def look(chains: Sequence[Mapping[str, Any]]) -> list[Queue]:
     """Ask for the jobs of each chain.json: squeue first, then sacct for those that have ended.

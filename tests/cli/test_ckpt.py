@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from livt_scale.checkpoint.load import Position, Retention, Saver, read_manifest
 from livt_scale.cli.ckpt import app
-from livt_scale.config.load import save_recipe
+from livt_scale.config.load import to_yaml
 from livt_scale.models.classifier import build_classifier
 from livt_scale.train.resume_rules import check_same
 from livt_scale.train.train_state import run_facts
@@ -140,7 +140,7 @@ def test_convert_there_and_back_and_what_it_says(run, tmp_path):
 def test_convert_with_a_recipe_gives_what_train_asks_for(tmp_path):
     shards = tiny_shards(tmp_path, {"a": 9, "b": 7})
     recipe = tiny_recipe(train=tmp_path / "set")
-    save_recipe(recipe, tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(recipe))
     model = build_classifier(recipe.model, num_classes=2, drop_path=0.0)
     torch.save({"model": model.state_dict(), "epoch": 2}, tmp_path / "checkpoint.pth")
     words = ("convert", tmp_path / "checkpoint.pth", "--recipe", tmp_path / "recipe.yaml", "--stage", "finetune")
@@ -163,7 +163,7 @@ def test_convert_with_a_recipe_gives_what_train_asks_for(tmp_path):
     ],
 )
 def test_options_of_convert_that_cannot_be(run, tmp_path, words, says):
-    save_recipe(tiny_recipe(train=tmp_path / "set"), tmp_path / "recipe.yaml")
+    (tmp_path / "recipe.yaml").write_text(to_yaml(tiny_recipe(train=tmp_path / "set")))
     path = run / "finetune" / "checkpoints" / "step-00000005"
     if says.startswith("no stage"):
         torch.save({"a": torch.ones(1)}, path := tmp_path / "x.pth")

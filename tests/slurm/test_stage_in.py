@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from livt_scale.config.load import save_recipe
+from livt_scale.config.load import to_yaml
 from livt_scale.data.build.record import RECORD
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.slurm import stage_in as staging
@@ -82,7 +82,7 @@ def test_a_disk_too_small_is_told_before_anything_is_copied(tmp_path, recipe, mo
 
 def test_as_the_batch_script_starts_it(tmp_path, recipe):
     path = tmp_path / "it's.yaml"
-    save_recipe(recipe, path)
+    path.write_text(to_yaml(recipe))
     words = [str(tmp_path / "node"), "pretrain", str(path), "--set", f"data.train={tmp_path / 'two' / 'set'}"]
     done = subprocess.run(
         [sys.executable, "-P", "-m", "livt_scale.slurm.stage_in", *words], capture_output=True, text=True

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from livt_scale.config.load import save_recipe
+from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import Recipe
 from livt_scale.evaluation.report import make_report
 from livt_scale.study.report import at_end, run_sections
@@ -138,7 +138,7 @@ def test_a_run_of_pretraining_alone_and_one_that_never_started(tmp_path):
         tiny_recipe().model_dump(exclude={"stages"}) | {"stages": {"pretrain": {"global_batch": 64}}}
     )
     (tmp_path / "run" / "pretrain").mkdir(parents=True)
-    save_recipe(recipe, tmp_path / "run" / "recipe.yaml")
+    (tmp_path / "run" / "recipe.yaml").write_text(to_yaml(recipe))
     missing = {section.id: section.missing for section in sections_of_run(read_run(tmp_path / "run"))}
     assert missing["curves"] == missing["speed"] == "No step has been logged yet."
     assert missing["groups"] == "The run has no fine-tuning, so no classifier is evaluated."
