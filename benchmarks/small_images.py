@@ -21,8 +21,7 @@ import numpy as np
 import torch
 
 from livt_scale.config.load import load_recipe
-from livt_scale.data.image.transforms import TrainTransform
-from livt_scale.data.loader import TOGETHER
+from livt_scale.data.image.transforms import TOGETHER, TrainTransform
 from livt_scale.data.reader import RawSample, SampleReader
 from livt_scale.data.settings import TrainSettings
 from livt_scale.data.shard_set import ShardSet

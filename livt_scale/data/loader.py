@@ -28,7 +28,7 @@ from livt_scale.config.recipe import Finetune, Recipe, Stage
 from livt_scale.data import num_workers
 from livt_scale.data.batch import Batch, Blocks, Packed, pack
 from livt_scale.data.image.decode import BadImage
-from livt_scale.data.image.transforms import EvalTransform, TrainTransform
+from livt_scale.data.image.transforms import TOGETHER, EvalTransform, TrainTransform
 from livt_scale.data.loader_processes import Batches, Failed
 from livt_scale.data.mixup import Mix, apply_mix, draw_mix
 from livt_scale.data.normalise import images_and_targets, normalise
@@ -42,8 +42,6 @@ from livt_scale.data.seeds import sample_rng
 from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.util.errors import LivtError, UsageError
-
-TOGETHER = 16  # images that a loader holds encoded: they go through each step together if they are small
 
 __all__ = [
     "Batch",

@@ -26,13 +26,14 @@ import torch
 from torch.utils.data import get_worker_info
 
 from livt_scale.config.recipe import Data
+from livt_scale.data.image.transforms import TOGETHER
 from livt_scale.data.order.for_rank import MicroBatch
 from livt_scale.data.settings import ImageSettings, TrainSettings
 from livt_scale.util.process_pool import usable_cores
 from livt_scale.util.text import counted
 
 MEASURE_S = 2.0
-CHUNK = 16  # samples decoded between two looks at the clock; even, for pairs
+CHUNK = TOGETHER  # samples decoded between two looks at the clock, as the loader has them; even, for pairs
 SPARE = 1.25  # what is loaded over what the step takes: shards differ, and a full queue hides a slow disk
 MAX_WORKERS = 16  # for one rank; beyond it, its own pipe and memory are the limit
 MAX_READY_BYTES = 4 << 30  # of one node: shared by its ranks

@@ -22,7 +22,7 @@ COLUMNS = {
     "reconstruction_loss": "reconstruction loss",
 }  # fmt: skip
 COMPARED, COMPARED_VERSION = "livt-study-comparison", 1  # of what `livt study compare --json` prints
-CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 2  # of what `livt study crossing --json` prints
+CROSSINGS, CROSSINGS_VERSION = "livt-study-crossings", 3  # of what `livt study crossing --json` prints
 UNITS = {"pretrain_epochs": "epochs of pretraining", "num_images": "images", "num_weights": "weights"}
 UNRUN, DEVICE, PRICE = "imagenet_lt", "h100", 2.5  # of a GPU hour, in dollars: an assumption, docs/plan.md has the same
 MARK = b"made by `livt reproduce"  # in every page

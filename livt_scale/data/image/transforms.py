@@ -14,7 +14,7 @@ eighth size, and random erasing draws its noise in the range of a pixel.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +30,8 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of a crop, torchvision's default and b
 CROP_TRIES = 10  # torchvision's
 EVAL_CROP = 0.875  # share of the resized shorter side that the centre crop takes, up to EVAL_CROP_UP_TO_PX
 EVAL_CROP_UP_TO_PX = 224
-SMALL_PX = 128 * 128  # images of at most as many pixels go through each step together
+TOGETHER = 16  # images that a loader gives to `all`: more gain little
+SMALL_PX = 128 * 128  # those of at most as many pixels go through each step together
 MAX_ELONGATED = 16  # longer side / shorter side up to which the evaluation resizes the full image
 
 
@@ -71,15 +72,14 @@ class TrainTransform:
     def all(self, images: Sequence[bytes], slots: torch.Tensor, *, epoch: int, keys: Sequence[str]) -> None:
         """Fill `slots`, uint8 [n, C, T, T], each in channels-last order, as one by one. Raises BadImage."""
         uniforms = [sample_rng(self._seed, epoch, key, "crop").random(2 * CROP_TRIES + 3).tolist() for key in keys]
-        opened = [open_image(data, channels=self._channels) for data in images]
         places = slots.unbind()
-        for together in _in_steps(opened):
+        for together in _opened(images, channels=self._channels):
             workspace = self._workspace if len(together) == 1 else None
-            parts = [self._part(opened[k], uniforms[k][1:], slots.shape[-1], workspace) for k in together]
-            for k, (pixels, box) in zip(together, parts, strict=True):
+            parts = {k: self._part(image, uniforms[k][1:], slots.shape[-1], workspace) for k, image in together}
+            for k, (pixels, box) in parts.items():
                 resize(pixels, box, places[k], interpolation=self._interpolation)
-        for place, (first, *_) in zip(places, uniforms, strict=True):
-            if self._flip and first < 0.5:
+        for place, drawn in zip(places, uniforms, strict=True):
+            if self._flip and drawn[0] < 0.5:
                 place.copy_(place[None].flip(-1)[0])
         for place, key in zip(places, keys, strict=True):
             if self._augment is not None:
@@ -115,11 +115,10 @@ class EvalTransform:
 
     def all(self, images: Sequence[bytes], slots: torch.Tensor) -> None:
         """`crops` of several images: fill `slots`, uint8 [images, n, C, T, T]. Raises BadImage."""
-        opened = [open_image(data, channels=self._channels) for data in images]
-        for together in _in_steps(opened):
+        for together in _opened(images, channels=self._channels):
             workspace = self._workspace if len(together) == 1 else None
-            decoded = [opened[k].pixels(workspace=workspace) for k in together]
-            for k, pixels in zip(together, decoded, strict=True):
+            decoded = {k: image.pixels(workspace=workspace) for k, image in together}
+            for k, pixels in decoded.items():
                 self.crops_of(pixels, slots[k])
 
     def crops_of(self, pixels: Pixels, slots: torch.Tensor) -> None:
@@ -135,15 +134,23 @@ class EvalTransform:
             slot.copy_(resized[:, top : top + px, left : left + px])
 
 
-def _in_steps(images: Sequence[EncodedImage]) -> list[range]:
-    """Their numbers, by what goes through a step before the next step begins: all if they are small, else one.
+def _opened(images: Sequence[bytes], *, channels: int) -> Iterator[list[tuple[int, EncodedImage]]]:
+    """(number, image) of those that go through each step together: every large one alone, then all small ones.
 
     A step that comes again finds its code and its branches in the processor's caches: images of 28 px take half of the
-    time in groups of 16 (benchmarks/small_images.py). Large ones gain nothing, and their pixels would need memory.
+    time in groups of 16 (benchmarks/small_images.py). Large ones gain nothing, and an open one has memory for its
+    pixels (Pillow's WebP), so only one is open at a time.
     """
-    if all(image.height * image.width <= SMALL_PX for image in images):
-        return [range(len(images))]
-    return [range(k, k + 1) for k in range(len(images))]
+    small: list[tuple[int, EncodedImage]] = []
+    for k, data in enumerate(images):
+        alone = [(k, open_image(data, channels=channels))]
+        if alone[0][1].height * alone[0][1].width <= SMALL_PX:
+            small += alone
+        else:
+            yield alone
+        alone.clear()
+    if small:
+        yield small
 
 
 def eval_crop(image_px: int, *, crop_pct: float | None) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import random
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from torchvision.transforms import functional as tv
 from torchvision.transforms import transforms as tv_transforms
 
+from livt_scale.data.image import transforms
 from livt_scale.data.image.decode import open_image
 from livt_scale.data.image.transforms import Box, EvalTransform, TrainTransform, cut, draw_crop, resize
 from livt_scale.data.seeds import sample_rng
@@ -195,10 +197,12 @@ def test_a_training_image_depends_on_seed_epoch_and_key_alone(tmp_path, stage):
     assert len({made(), made(seed=6), made(epoch=1), made(key="l")}) == 4
 
 
-SIZES = [(28, 28), (40, 33), (300, 200), (31, 90), (129, 127)]
+SMALL_TO_LARGE = [(28, 28), (40, 33), (300, 200), (31, 90), (129, 127)]
 
 
-@pytest.mark.parametrize("sizes", [SIZES, SIZES[:2], SIZES[:1]], ids=["large among them", "small", "one"])
+@pytest.mark.parametrize(
+    "sizes", [SMALL_TO_LARGE, SMALL_TO_LARGE[:2], SMALL_TO_LARGE[:1]], ids=["large among them", "small", "one"]
+)
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
 def test_several_images_become_what_each_becomes_by_itself(tmp_path, sizes, format):
     images = [encoded(photo(*size, seed=k), format) for k, size in enumerate(sizes)]
@@ -215,6 +219,25 @@ def test_several_images_become_what_each_becomes_by_itself(tmp_path, sizes, form
         assert torch.equal(slots[k], slot)
         assert torch.equal(crops[k], five)
     assert len({slot.numpy().tobytes() for slot in slots}) == len(images)
+
+
+@pytest.mark.parametrize("format", ["WEBP", "PNG", "JPEG"])
+def test_of_large_images_one_is_open_at_a_time(tmp_path, monkeypatch, format):
+    earlier, alive = [], []
+
+    def opened(data, **options):
+        alive.append(sum(reference() is not None for reference in earlier))
+        image = open_image(data, **options)
+        earlier.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(transforms, "open_image", opened)
+    images = [encoded(photo(200, 150 + k, seed=k), format) for k in range(4)]
+    slots = torch.zeros((4, 32, 32, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    train = TrainTransform(TrainSettings.of_stage(tiny_recipe(tmp_path), "finetune"))
+    train.all(images, slots, epoch=0, keys=list("abcd"))
+    EvalTransform(ImageSettings.of_recipe(tiny_recipe(tmp_path))).all(images, slots[:, None])
+    assert alive == [0] * 8
 
 
 def test_global_generators_are_left_as_they_were(tmp_path):
