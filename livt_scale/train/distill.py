@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from livt_scale.config.recipe import Data, Recipe
 from livt_scale.distributed import precision
+from livt_scale.distributed.ddp import with_fast_convolutions
 from livt_scale.losses.builtin import ClassBalancedCrossEntropy, CrossEntropy
 from livt_scale.train.load_trained import Trained
 from livt_scale.train.open_trained import open_trained
@@ -40,7 +41,8 @@ class Distillation:
         assert part is not None
         assert part.distill is not None
         self._alpha = part.distill.alpha
-        self.teacher: nn.Module = teacher.model.eval().requires_grad_(False).to(device)
+        network = teacher.model.eval().requires_grad_(False).to(device)
+        self.teacher: nn.Module = with_fast_convolutions(network, device, recipe.parallel)
         self.digest = weights_digest(self.teacher.state_dict())
         self._from_epoch = part.distill.reweight_after * part.epochs
         self._criterion = part.loss.criterion(counts)
