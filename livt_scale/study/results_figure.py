@@ -57,7 +57,7 @@ def draw_crossings(found: Mapping[str, Any], path: Path) -> None:
                 ]
                 panel.errorbar([row[axis] for row in rows], gains, yerr=half, fmt="o-", capsize=3, label=label)
             panel.axhline(0, color=GREY, linewidth=0.8)
-            log_scale(panel, "x")
+            log_scale(panel, "x", ticks=sorted({row[axis] for row in found["settings"]}))
             panel.set(xlabel=UNITS[axis], ylabel=f"gain over labels alone, points of top-1, {name}")
             if lines:
                 panel.legend()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,13 +76,16 @@ def png_figure(
         path.write(data.getvalue())
 
 
-def log_scale(axes: Any, which: Literal["x", "y"]) -> None:
-    """Make an axis logarithmic, with plain numbers as labels."""
+def log_scale(axes: Any, which: Literal["x", "y"], *, ticks: Sequence[float] | None = None) -> None:
+    """Make an axis logarithmic, with plain numbers as labels. ticks: where they are; None: at the powers of 10."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
     getattr(axes, f"set_{which}scale")("log")
     axis = getattr(axes, f"{which}axis")
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if ticks is not None:
+        axis.set_ticks(ticks)
+        axis.set_ticks([], minor=True)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
