@@ -48,6 +48,7 @@ AXES = (
     "data_fraction",
     "imbalance_factor",
     "learning_rate",
+    "finetune_epochs",
     "finetune_learning_rate",
     "loss",
     "train",
@@ -57,6 +58,7 @@ AXES = (
 ABOUT: dict[str, Stage] = {  # axes of one stage alone
     "epochs": "pretrain",
     "learning_rate": "pretrain",
+    "finetune_epochs": "finetune",
     "finetune_learning_rate": "finetune",
     "loss": "finetune",
     "train": "finetune",
@@ -83,6 +85,9 @@ class Axes(RecipePart):
         None, min_length=1, description="images of the largest class over those of the smallest, exponential between"
     )
     learning_rate: tuple[PositiveFloat, ...] | None = Field(None, min_length=1, description="pretraining's base_lr")
+    finetune_epochs: tuple[PositiveInt, ...] | None = Field(
+        None, min_length=1, description="of fine-tuning; those of start scratch-equal-compute follow"
+    )
     finetune_learning_rate: tuple[PositiveFloat, ...] | None = Field(
         None, min_length=1, description="fine-tuning's base_lr"
     )
@@ -310,7 +315,7 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
     given = of.given
     varied = [axis for axis in axes if len(given[axis]) > 1] or list(axes)
     short = {"data_fraction": "fraction", "imbalance_factor": "if", "learning_rate": "lr"}
-    short["finetune_learning_rate"] = "finetune-lr"
+    short |= {"finetune_learning_rate": "finetune-lr", "finetune_epochs": "finetune"}
     words = [str(axes[a]) if a in WORDS else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
     return "-".join(words) or "all"
 
@@ -329,7 +334,7 @@ def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     sets |= study.sets
     if "start" in axes:
         sets |= study.starts.get(axes["start"], {})
-    direct = {"epochs": "stages.pretrain.epochs", "seed": "seed"}
+    direct = {"epochs": "stages.pretrain.epochs", "finetune_epochs": "stages.finetune.epochs", "seed": "seed"}
     sets |= {path: axes[axis] for axis, path in direct.items() if axis in axes}
     sets |= _data(loaded, axes, sets) | _rates(loaded, axes, sets)
     if axes.get("start") == FROM_SCRATCH:

@@ -96,12 +96,14 @@ def test_a_loss_may_have_overrides_of_its_own(tmp_path):
 
 
 def test_the_shared_pretraining_is_what_each_of_those_points_would_have_trained(tmp_path):
-    axes = {"loss": ["bal_bce", "ce", "ldam"], "finetune_learning_rate": [1e-3, 2e-3], "train": ["all", "probe"]}
+    axes = {"loss": ["bal_bce", "ce"], "finetune_learning_rate": [1e-3, 2e-3], "train": ["all", "probe"]}
+    axes["finetune_epochs"] = [2, 3]
     probe = {"stages.finetune.train": "head", "stages.finetune.layer_decay": 1, "stages.finetune.drop_path": 0}
     study = loaded(tmp_path, axes=axes, trains={"probe": probe})
     assert set(study.study.axes.given) == set(FINETUNE_ONLY) - {"start"}  # test_crossing.py
     each = [learnt_from(study.load(p.sets), "pretrain") for p in points(study)]
-    assert len(each) == 12
+    assert len(each) == 16
+    assert {study.load(p.sets).stage("finetune").epochs for p in points(study)} == {2, 3}
     assert {study.load(p.sets).stage("finetune").train.name for p in points(study)} == {"all", "head"}
     assert all(one == each[0] for one in each)
     assert {p.pretraining for p in points(study)} == {points(study)[0].name}
