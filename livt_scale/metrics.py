@@ -57,7 +57,7 @@ class Tally:
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits float `[B, C]`, labels int64 `[B]` on the same device. Not one synchronisation.
 
-        Ties go to the class of the lower number. A logit that is NaN is never right.
+        Ties go to the class of the lower number. A logit that is NaN or -inf is never right, nor among the first five.
         """
         assert logits.shape == (len(labels), self.num_classes), (tuple(logits.shape), self.num_classes)
         if not self._placed:
@@ -67,6 +67,7 @@ class Tally:
         own = logits.gather(1, labels.unsqueeze(1))  # [B, 1]
         numbers = torch.arange(self.num_classes, device=logits.device)
         behind = (logits < own) | ((logits == own) & (numbers >= labels.unsqueeze(1)))  # itself among them
+        behind &= own > -torch.inf
         rank = self.num_classes - behind.sum(dim=1)  # [B]: 0 is the first
 
         # confidence in (k/15, (k+1)/15] is bin k

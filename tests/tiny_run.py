@@ -17,6 +17,7 @@ from livt_scale.data.build.spec import Spec, build_spec_model
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.state_dict import collect
 from livt_scale.models.classifier import Classifier, build_classifier
+from livt_scale.models.parameter_efficient import tune
 from livt_scale.optim import make_adamw, param_groups
 
 CLASS_NAMES = ("T-shirt/top", "two\nlines", 'a "quoted" one', "名前")
@@ -50,6 +51,8 @@ def tiny_classifier(recipe: Recipe, *, num_classes: int, seed: int = 0) -> Class
     part = recipe.stages.finetune
     scale = part.cosine_scale if part is not None else None
     model = build_classifier(recipe.model, num_classes=num_classes, drop_path=0.1, cosine_scale=scale)
+    if part is not None:
+        tune(model, part.train)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)

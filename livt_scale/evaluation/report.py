@@ -10,6 +10,7 @@ run now and for saved logits.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from livt_scale.evaluation import adjust, holdout, plots
 from livt_scale.evaluation.calibration import fitted_and_reported, temperature_report
 from livt_scale.evaluation.logits import About, Outputs
 from livt_scale.evaluation.per_class import class_rows, write_csv
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ def make_report(outputs: Outputs, *, tau: str | None = None, temperature: bool =
     """The report of `outputs`; `tau` as on the command line. UsageError, DataError (no prior, too few images)."""
     taus = (0.0,) if tau is None else adjust.parse_taus(tau)
     about, more = outputs.about, dict[str, Any]()
+    baseline = (about.facts.get("weights") or {}).get("baseline") or {}
+    if tau is not None and baseline.get("sampling") == "class_balanced":
+        _log.warning("the head was trained on class-balanced samples: tau corrects for counts that it did not see")
     if taus is None:
         chosen, reported = holdout.halves(outputs)
         rows = adjust.sweep(chosen, adjust.AUTO_TAUS)

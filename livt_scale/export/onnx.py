@@ -94,6 +94,9 @@ def _write_graph(network: nn.Module, trained: Trained, folder: Path, *, in_two: 
         except torch.onnx.OnnxExporterError as error:
             raise ExportError(f"torch cannot write this model as ONNX: {first_line(error)}") from error
     assert program is not None
+    shape = program.model.graph.inputs[0].shape
+    if shape is None or isinstance(shape[0], int):
+        raise ExportError("torch wrote this model as ONNX for one batch size alone")
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces with paths: the same weights give the same bytes
     program.model.metadata_props["livt"] = json.dumps(model_facts(trained).model_dump(mode="json"))
@@ -112,7 +115,10 @@ def compare_with_onnxruntime(network: nn.Module, path: Path, *, images: Tensor) 
     for pixels in (images, images[:1]):
         with torch.inference_mode():
             ours = network(pixels)
-        [theirs] = session.run(["probabilities"], {"images": pixels.numpy()})
+        try:
+            [theirs] = session.run(["probabilities"], {"images": pixels.numpy()})
+        except Exception as error:  # onnxruntime's errors have no common class but this
+            raise ExportError(f"onnxruntime cannot run the graph: {first_line(error)}") from error
         gap = float((ours - torch.from_numpy(theirs)).abs().max())
         if not gap <= TOLERANCE:
             raise ExportError(f"onnxruntime's probabilities differ by {gap:.2g} from the model's, over {TOLERANCE:g}")

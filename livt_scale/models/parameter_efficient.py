@@ -248,7 +248,7 @@ class _WithPrompts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [B, tokens, D] to [B, tokens + prompts, D]
         x = super().forward(x)
-        prompts = self.prompts.to(x.dtype).expand(len(x), -1, -1)
+        prompts = self.prompts.to(x.dtype).expand(x.shape[0], -1, -1)  # len(x) would be a constant of an ONNX graph
         return torch.cat([x[:, : self.after], prompts, x[:, self.after :]], dim=1)
 
 

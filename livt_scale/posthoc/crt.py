@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from livt_scale import optim
+from livt_scale.config.recipe import Recipe
 from livt_scale.config.sampling import ClassBalanced
 from livt_scale.data.classes import check_same_classes
 from livt_scale.data.order.class_balanced import ClassOrder
@@ -30,6 +31,7 @@ from livt_scale.evaluation.calibration import Calibration
 from livt_scale.evaluation.evaluate import data_lineage
 from livt_scale.export.write_export import check_target, write_export
 from livt_scale.losses import make_loss
+from livt_scale.losses.builtin import CrossEntropy
 from livt_scale.losses.formulas import soft_targets
 from livt_scale.models.classifier import head_of
 from livt_scale.posthoc import features
@@ -113,8 +115,17 @@ def retrain_head(
     }  # fmt: skip
     figures, calibration = _compared(source, trained, head, data)
     weights = {**trained.weights, "baseline": made}
-    write_export(replace(trained, model=model, weights=weights, calibration=calibration), out, force=force)
+    recipe = _with_plain_loss(trained.recipe)
+    own = replace(trained, model=model, recipe=recipe, weights=weights, calibration=calibration)
+    write_export(own, out, force=force)
     return {"out": str(out), **made, **figures}
+
+
+def _with_plain_loss(recipe: Recipe) -> Recipe:
+    """The head was trained by cross entropy: an adjustment of its logits has to know that, not the old loss."""
+    assert recipe.stages.finetune is not None
+    part = recipe.stages.finetune.model_copy(update={"loss": CrossEntropy()})
+    return recipe.model_copy(update={"stages": recipe.stages.model_copy(update={"finetune": part})})
 
 
 def _compared(source: Path, trained: Trained, head: nn.Linear, data: str | None) -> tuple[dict[str, Any], Calibration]:

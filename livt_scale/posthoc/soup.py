@@ -44,8 +44,9 @@ class Ingredient:
 
 
 def mean_of(models: Sequence[AnyClassifier]) -> AnyClassifier:
-    """A classifier whose every tensor is the mean of the models', summed in float64."""
+    """A classifier whose every tensor is the mean of the models', summed in float64. All have the same tensors."""
     states = [model.state_dict() for model in models]
+    assert all(state.keys() == states[0].keys() for state in states)
     mean: dict[str, Tensor] = {}
     for name, first in states[0].items():
         total = torch.zeros_like(first, dtype=torch.float64)
@@ -169,6 +170,7 @@ def _shape_of(trained: Trained) -> dict[str, Any]:
         "classes": list(trained.classes.names),
     }
     about["cosine_scale"] = part.cosine_scale if part is not None else None
+    about["adapters"] = trained.tuning.model_dump(mode="json")  # those that are not merged into the weights
     return {**about, "mean": list(data.mean), "std": list(data.std), "class_counts": list(trained.classes.counts)}
 
 

@@ -195,9 +195,11 @@ class _Found:
 def sets_read(run: Run, place: Path, *, train: str, val: str | None) -> dict[str, str]:
     """The digest of the manifest (and quarantine) that a finished run read as each set."""
     if run.stage == "pretrain":
-        from livt_scale.train.finetune import final_pretraining  # torch
+        from livt_scale.study.reconstruction_loss import reconstruction_loss  # torch
+        from livt_scale.train.finetune import final_pretraining
 
-        return {train: read_manifest(final_pretraining(place)).facts["learnt_from"]["data.manifest"]}
+        read = {train: read_manifest(final_pretraining(place)).facts["learnt_from"]["data.manifest"]}
+        return read if val is None else {**read, val: reconstruction_loss(place).data}
     told = read_eval(place / "finetune" / EVAL)
     return {train: told["weights"]["trained_on"], str(val): told["data"]["manifest_digest"]}
 
@@ -267,7 +269,7 @@ def measures_of(run: Run, place: Path) -> dict[str, float]:
             reconstruction_loss,
         )  # torch, and only if it was not measured before
 
-        return {"reconstruction_loss": reconstruction_loss(place)}
+        return {"reconstruction_loss": reconstruction_loss(place).loss}
     report = read_eval(place / "finetune" / EVAL)
     top1, calibration = report["top1"], report.get("calibration", {})
     found = {f"top1_{group}": float(top1[group]) for group in GROUPS if top1[group] is not None}

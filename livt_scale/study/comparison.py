@@ -71,7 +71,7 @@ def exceeds(differences: Sequence[float], *, says: str, unit: Unit = "accuracy")
     found = Verdict(says, mean, low, high, len(differences), "not decidable here", unit, in_favour=mean > 0)
     if len(differences) < 2:
         return found
-    p = 2 * _beyond(-abs(mean), differences)
+    p = min(2 * _beyond(-abs(mean), differences), 1.0)
     deviation = float(np.std(differences, ddof=1))
     effect = mean / deviation if deviation > 0 else math.nan
     return _decided(replace(found, p=p, effect=effect, seeds_for_a_point=_seeds_for_a_point(deviation, unit)), p)

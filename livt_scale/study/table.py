@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale import __version__
+from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.recipe import STAGES, Recipe, Stage, digest, learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.flops import stage_flops
@@ -32,7 +33,7 @@ from livt_scale.study.collect import (
 )
 from livt_scale.study.definition import LoadedStudy, Point, last_run, points, stages_of
 from livt_scale.study.runs import Run
-from livt_scale.train.run_files import METRICS, read_metrics
+from livt_scale.train.run_files import EVAL, METRICS, read_eval, read_metrics
 from livt_scale.util.errors import LivtError
 
 FORMAT, VERSION = "livt-study", 1
@@ -79,21 +80,31 @@ def _row(loaded: LoadedStudy, point: Point, known: Sets) -> dict[str, Any]:
     run, place = last_run(loaded, point), loaded.folder / point.name
     state, why = state_of(loaded, point)
     recipe, stages = run.load(loaded.folder), stages_of(loaded, point)
+    measured: dict[str, Any] = {"measures": {}, "minutes": {}, "curves": {}, "picture": None, "images": []}
     images, classes = known.of(recipe)
-    row: dict[str, Any] = {
+    if state == "done":
+        try:
+            measured = _of_a_whole_run(stages, run, place, recipe)
+            images, classes = _size_of_its_set(run, place)
+        except (LivtError, OSError, ValueError, LookupError) as error:
+            state, why = "not counted", f"it cannot be read: {' '.join(str(error).split())}"[:300]
+    return {
         "name": point.name, "state": state, "why": why, "folder": str(place), "axes": dict(point.axes),
         "num_weights": None if classes is None else num_weights(recipe, num_classes=classes), "num_images": images,
-        **_epochs(recipe, stages),
-        "measures": {}, "minutes": {}, "flops": _flops(recipe, stages, images, classes), "curves": {}, "picture": None,
-        "recipe": digest({stage: learnt_from(recipe, stage) for stage in stages}), "images": [],
+        **_epochs(recipe, stages), **measured, "flops": _flops(recipe, stages, images, classes),
+        "recipe": digest({stage: learnt_from(recipe, stage) for stage in stages}),
     }  # fmt: skip
-    if state != "done":
-        return row
-    try:
-        row |= _of_a_whole_run(stages, run, place, recipe)
-    except (LivtError, OSError, ValueError, LookupError) as error:
-        row |= {"state": "not counted", "why": f"it cannot be read: {' '.join(str(error).split())}"[:300]}
-    return row
+
+
+def _size_of_its_set(run: Run, place: Path) -> tuple[int, int]:
+    """(images, classes) that a finished run trained on; its set may be gone from this machine."""
+    if run.stage == "pretrain":
+        from livt_scale.train.finetune import final_pretraining  # torch
+
+        counts = read_manifest(final_pretraining(place)).facts["class_counts"]
+    else:
+        counts = [one["train_images"] for one in read_eval(place / "finetune" / EVAL)["per_class"]]
+    return sum(counts), len(counts)
 
 
 def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path, recipe: Recipe) -> dict[str, Any]:
@@ -103,7 +114,7 @@ def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path, recipe: Reci
             reconstruction_loss,
         )  # torch, and only if it was not measured before
 
-        measures["reconstruction_loss"] = reconstruction_loss(place)
+        measures["reconstruction_loss"] = reconstruction_loss(place).loss
     curves: dict[str, list[list[float]]] = {stage: _curve(place / stage / METRICS) for stage in stages}
     evaluated = [[line.epoch, line.top1_all] for line in evaluations(place)]
     if run.stage == "finetune":

@@ -62,7 +62,7 @@ class ModelFacts(BaseModel):
     crop_pct: float | None = None  # as data.crop_pct of a recipe
     many_over: int
     few_under: int
-    precision: Literal["fp32", "bf16"]  # of the forward pass in training and evaluation; the weights are fp32
+    precision: Literal["fp32", "bf16", "fp16"]  # of the forward pass in training and evaluation; the weights are fp32
     loss: AnyLoss
     cosine_scale: PositiveFloat | None = None  # of a cosine head; None: the head is linear
     calibration: Calibration  # of the logits
@@ -82,7 +82,8 @@ class ModelFacts(BaseModel):
         pixels = {name: getattr(self, name) for name in ("mean", "std", "interpolation", "crop_pct")}
         data = Data(train=str(folder), **pixels, many_over=self.many_over, few_under=self.few_under)
         head: dict[str, Any] = {"head": "cosine", "head_scale": self.cosine_scale} if self.cosine_scale else {}
-        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, layer_decay=1.0, drop_path=0.0, **head))
+        plain = {"layer_decay": 1.0, "drop_path": 0.0, "smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+        stages = Stages(finetune=Finetune(init="scratch", loss=self.loss, **plain, **head))
         parallel = Parallel(precision=self.precision)
         return Recipe(name="export", data=data, model=self.model, stages=stages, parallel=parallel)
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 import livt_scale as livt
 from livt_scale.cli.main import app
+from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.builder import build
 from livt_scale.data.build.spec import load_spec
 from livt_scale.data.image.transforms import EvalTransform
@@ -193,6 +194,20 @@ def test_onnx_of_other_models_is_the_same_bytes_each_time_in_one_file_or_two(tmp
     info = export_onnx(trained, tmp_path / "two")
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["config.json", "model.onnx", "model.onnx.data"]
     assert info.weights.name == "model.onnx.data"
+
+
+@pytest.mark.slow
+def test_onnx_of_a_model_with_prompts_takes_any_number_of_images(tmp_path):
+    tree = a_recipe().model_dump()
+    tree["stages"]["finetune"] |= {"train": "vpt", "init": "weights", "weights": "w"}
+    tiny_run(tmp_path / "run", Recipe.model_validate(tree), steps=(40,))
+    trained = load_trained(tmp_path / "run")
+    assert trained.tuning.name == "vpt"
+    export_onnx(trained, tmp_path / "out")
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx")
+    for count in (1, 2, 5):
+        pixels = np.zeros((count, *session.get_inputs()[0].shape[1:]), dtype=np.uint8)
+        assert session.run(["probabilities"], {"images": pixels})[0].shape[0] == count
 
 
 def part(**fields):

@@ -16,6 +16,7 @@ from livt_scale.config.recipe import Recipe
 from livt_scale.export import timm as for_timm
 from livt_scale.export.timm import timm_network
 from livt_scale.export.write_export import export_run, write_export
+from livt_scale.losses import LOSSES
 from livt_scale.models.classifier import head_inputs
 from livt_scale.train.export_info import CONFIG, WEIGHTS, ExportInfo
 from livt_scale.train.load_trained import load_trained, pick_checkpoint
@@ -129,6 +130,19 @@ def test_the_same_weights_give_the_same_bytes_wherever_the_run_lies(tmp_path: Pa
     for file in (WEIGHTS, CONFIG):
         assert (tmp_path / "one/out" / file).read_bytes() == (tmp_path / "another place/out" / file).read_bytes()
     assert str(tmp_path) not in (tmp_path / "one/out" / CONFIG).read_text()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_what_any_run_exports_can_be_opened(tmp_path: Path, loss: str, precision: str) -> None:
+    tree = tiny_recipe().model_dump()
+    hard = {"smoothing": 0, "mixup": 0, "cutmix": 0}  # all that some losses take
+    tree["stages"]["finetune"] |= {"loss": {"name": loss}, **hard}
+    recipe = Recipe.model_validate(tree | {"parallel": {"precision": precision}})
+    tiny_run(tmp_path / "run", recipe, steps=(40,))
+    export_run(tmp_path / "run", tmp_path / "out")
+    there = open_trained(tmp_path / "out").recipe
+    assert (there.stage("finetune").loss.name, there.parallel.precision) == (loss, precision)
 
 
 def test_it_says_where_the_weights_come_from(tmp_path: Path) -> None:

@@ -146,6 +146,15 @@ def test_only_the_head_changes_and_the_same_command_gives_the_same_bytes(run_dir
     assert [n for n in new if not torch.equal(new[n], old[n])] == ["head.weight", "head.bias"]
 
 
+def test_a_head_that_was_trained_again_is_of_cross_entropy(run_dir: Path, val: ShardSet, tmp_path: Path) -> None:
+    assert open_trained(run_dir).recipe.stage("finetune").loss.name == "bal_bce"
+    livt("retrain", run_dir, "--out", tmp_path / "out", "--batch", "6")
+    said = livt("eval", tmp_path / "out", "--data", val.folder, "--tau", "1", "--json")
+    told = json.loads(said.stdout)
+    assert told["adjustment"] == {"tau": 1.0, "formula": "z - tau * log(prior)", "trained_with": "ce"}
+    assert "trained on class-balanced samples" in said.stderr
+
+
 # --- soups ---
 
 
@@ -204,6 +213,13 @@ def test_what_cannot_be_averaged_is_said(run_dir: Path, tmp_path: Path) -> None:
     tiny_run(renamed, tiny_recipe(), class_names=names[::-1], class_counts=(300, 50, 3))
     with pytest.raises(CheckpointMismatch, match=r"cannot be averaged: classes"):
         read_members([run_dir, renamed])
+    tuned = tmp_path / "tuned"
+    tree = tiny_recipe().model_dump()
+    tree["stages"]["finetune"] |= {"train": "adaptformer", "init": "weights", "weights": "w"}
+    tiny_run(tuned, Recipe.model_validate(tree), class_names=names, class_counts=(300, 50, 3))
+    for paths in ([run_dir, tuned], [tuned, run_dir]):
+        with pytest.raises(CheckpointMismatch, match="cannot be averaged: adapters"):
+            read_members(paths)
     with pytest.raises(UsageError, match="at least two members"):
         read_members([run_dir])
     with pytest.raises(UsageError, match="neither a run nor an export"):

@@ -46,6 +46,12 @@ def test_the_p_value_is_that_of_students_t():
     assert exceeds(values, says="").p == pytest.approx(scipy.stats.ttest_1samp(values, 0).pvalue)
 
 
+@given(st.lists(st.sampled_from([-0.5, 0.0, 0.25]), min_size=2, max_size=6))
+def test_a_p_value_is_a_probability(values):
+    assert 0 <= exceeds(values, says="").p <= 1
+    assert 0 <= alike(values, says="", within=0.25).p <= 1
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_the_correction_is_the_closed_test_of_all_sets_of_questions(p_values):
     """Holm 1979: a question is decided if each set of questions that it is in is, by Bonferroni's rule for the set."""

@@ -17,13 +17,15 @@ from livt_scale.cli import main
 from livt_scale.config.recipe import learnt_from
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.study import local_runner, results_page
+from livt_scale.study.collect import sets_read
 from livt_scale.study.compare import compare_settings
 from livt_scale.study.definition import FINETUNE_ONLY, load_study, points, points_named, runs
 from livt_scale.study.local_runner import run_all
+from livt_scale.study.reconstruction_loss import reconstruction_loss
 from livt_scale.study.slurm_runner import ready, whole_recipe
 from livt_scale.study.subsets import build_subsets, subset_counts, wanted_subsets
 from livt_scale.study.table import as_csv, collect_study, state_of
-from livt_scale.util.errors import UsageError
+from livt_scale.util.errors import DataError, UsageError
 from tests import warm
 from tests.study import synthetic
 from tests.whole_runs import small_data
@@ -260,6 +262,31 @@ def test_the_table_holds_what_the_runs_measured(trained):
     rows = list(csv.DictReader(io.StringIO(as_csv(table))))
     assert [row["loss"] for row in rows] == ["bal_bce", "ce"]
     assert float(rows[0]["top1_all"]) == first["measures"]["top1_all"]
+
+
+def test_without_the_training_images_on_this_machine_the_table_says_the_same(copied):
+    there = collect_study(copied)["runs"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("livt_scale.study.table.Sets.of", lambda *_: (None, None))
+        assert collect_study(copied)["runs"] == there
+    assert there[0]["num_weights"] > 0
+
+
+def test_the_reconstruction_loss_is_of_the_images_that_are_there_now(copied, monkeypatch):
+    [run, *_] = runs(copied)
+    place, kept = run.at(copied.folder), run.at(copied.folder) / "pretrain" / "reconstruction.json"
+    first, told = reconstruction_loss(place), json.loads(kept.read_text())
+    kept.write_text(json.dumps({**told, "loss": 9.0}))
+    assert reconstruction_loss(place).loss == 9.0, "it is not measured twice"
+    kept.write_text(json.dumps({**told, "loss": 9.0, "data": "of a set before it was rebuilt"}))
+    assert reconstruction_loss(place) == first
+    data = run.load(copied.folder).data
+    assert sets_read(run, place, train=data.train, val=data.val)[data.val] == first.data
+    monkeypatch.setattr(ShardSet, "open", lambda *_, **__: (_ for _ in ()).throw(DataError("it is not here")))
+    assert reconstruction_loss(place) == first
+    kept.unlink()
+    with pytest.raises(DataError, match="not here"):
+        reconstruction_loss(place)
 
 
 def test_what_is_done_is_not_trained_again(copied, caplog):
