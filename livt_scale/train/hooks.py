@@ -14,6 +14,7 @@ The others are in files named after their purpose: `watchdog.py`, `garbage.py`, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from livt_scale.train.preempt import Preemption
 from livt_scale.train.run_dir import Status
 from livt_scale.train.telemetry.metrics_log import MetricsLog
 from livt_scale.train.watchdog import Watchdog
+
+_log = logging.getLogger(__name__)
 
 
 class Evaluate(Hook):
@@ -93,15 +96,21 @@ class Save(Hook):
 
 
 class Pictures(Hook):
-    """Draws a picture beside each checkpoint: RUN/STAGE/samples/step-00001234.png."""
+    """Draws a picture beside each checkpoint: RUN/STAGE/samples/step-00001234.png. A full disk costs only pictures."""
 
     def __init__(self, draw: Callable[[Strategy, Path], None], folder: Path, *, log: MetricsLog) -> None:
         self._draw, self._folder, self._log = draw, folder, log
+        self._warned_of_disk = False
 
     def on_save(self, loop: Loop, step: Step) -> None:
         path = self._folder / f"step-{step.number:08d}.png"
-        self._draw(loop.state.strategy, path)
-        self._log.picture("reconstructions", path, step=step.number)
+        try:
+            self._draw(loop.state.strategy, path)
+            self._log.picture("reconstructions", path, step=step.number)
+        except OSError as error:
+            if not self._warned_of_disk:
+                self._warned_of_disk = True
+                _log.warning("%s cannot be written: %s; training continues, pictures are missing", path, error.strerror)
 
 
 class StopOnRequest(Hook):

@@ -11,6 +11,7 @@ running -> done | preempted | failed;   preempted, failed or a stale running -> 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -30,6 +31,7 @@ from livt_scale.util.outside import read_checked
 
 MAX_HISTORY = 20  # earlier starts that status.json keeps
 MAX_WHY = 400  # characters of why each of them ended
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -86,16 +88,23 @@ class Status:
         self._writes = writes
         self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
         self._lock = threading.Lock()  # the watchdog's thread adds the progress of the ranks
+        self._warned_of_disk = False
         if writes:
             self._now |= _earlier_starts(self._path)
 
     def write(self, state: State, *, why: str = "", **facts: Any) -> None:
+        """Raises OSError only for `done` and `failed`: a full disk neither ends a run nor makes a stop a failure."""
         with self._lock:
             if state == "done":
                 self._now.pop("ranks", None)  # their progress, no longer of interest
             if state != self._now.get("state"):
                 self._now |= {"state": state, "since": _now()}
-            self._put(why=why, **facts)
+            try:
+                self._put(why=why, **facts)
+            except OSError as error:
+                if state not in ("running", "preempted"):
+                    raise
+                self._warn_of_disk(error)
 
     def add(self, **facts: Any) -> None:
         """Add facts to the current state; do nothing if no state is written yet."""
@@ -114,6 +123,12 @@ class Status:
         self._now |= {"at": _now(), **facts}
         if self._writes:
             write_atomic(self._path, (json.dumps(self._now, indent=2) + "\n").encode())
+
+    def _warn_of_disk(self, error: OSError) -> None:
+        if not self._warned_of_disk:
+            self._warned_of_disk = True
+            why = error.strerror
+            _log.warning("%s cannot be written: %s; training continues, the file is out of date", self._path, why)
 
     @contextmanager
     def told(self) -> Iterator[None]:

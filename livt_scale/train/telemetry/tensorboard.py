@@ -9,8 +9,9 @@ By accelerate's tracker. Events of steps that a resumed run repeats are purged, 
 
 from __future__ import annotations
 
+import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ FOLDER = "tensorboard"
 SYSTEM = ("images_per_s", "tflops", "mfu", "memory_peak_gib")
 NO_CURVE = ("step", "world_size", "time", "slowest_rank", "slowest_host")  # fields of a line that no curve is drawn of
 HPARAM_METRICS = ("train/loss", "eval/top1_all")  # columns of TensorBoard's table of hyper-parameters
+_log = logging.getLogger(__name__)
 
 
 def grouped(line: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -35,7 +37,10 @@ def grouped(line: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class TensorBoard:
-    """The files of one stage, open for writing. `purge_step`: events from this step on are dropped."""
+    """The files of one stage, open for writing. `purge_step`: events from this step on are dropped.
+
+    After an error of the disk nothing more is written: the writer's thread has ended with it. Training continues.
+    """
 
     def __init__(self, folder: Path, *, purge_step: int | None = None) -> None:
         from accelerate import PartialState
@@ -44,6 +49,7 @@ class TensorBoard:
         PartialState(cpu=True)  # the tracker asks it for the main process; the process group exists already
         self._tracker = TensorBoardTracker(FOLDER, logging_dir=folder, purge_step=purge_step)
         self._tracker.start()
+        self._folder, self._failed = folder / FOLDER, False
 
     def describe(self, recipe: Recipe, fields: Mapping[str, Any]) -> None:
         """Write the resolved recipe as text, and `fields`, dotted, as hyper-parameters of this very run."""
@@ -56,7 +62,7 @@ class TensorBoard:
             writer.file_writer.add_summary(summary)  # writer.add_hparams would start another run each time
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        self._tracker.log(values, step=step)
+        self._unless_failed(lambda: self._tracker.log(values, step=step))
 
     def picture(self, name: str, path: Path, *, step: int) -> None:
         """Show the PNG file `path`, as it is."""
@@ -65,10 +71,21 @@ class TensorBoard:
         raw = read_checked(path, "image")
         width, height = struct.unpack(">II", raw[16:24])  # IHDR, the first chunk of every PNG
         image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=raw)
-        self._tracker.writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        self._unless_failed(lambda: self._tracker.writer.file_writer.add_summary(summary, step))
 
     def finish(self) -> None:
-        self._tracker.finish()
+        self._unless_failed(self._tracker.finish)
+
+    def _unless_failed(self, write: Callable[[], object]) -> None:
+        if self._failed:
+            return
+        try:
+            write()
+        except OSError as error:
+            self._failed = True
+            why = error.strerror or error
+            _log.warning("%s cannot be written: %s; training continues, later curves are missing", self._folder, why)
 
 
 def _hparam(value: Any) -> bool | int | float | str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -13,6 +11,7 @@ from livt_scale.distributed.world import World
 from livt_scale.train.telemetry.clock import PARTS
 from livt_scale.train.telemetry.metrics_log import MetricsLog, last_step_written, measured_demand
 from livt_scale.train.telemetry.mfu import Speed
+from tests.train.disks import full_disk
 from tests.train.loops import a_step, idle_loop, started, take
 
 LOSSES = [0.1 * (k + 1) ** 0.5 for k in range(20)]
@@ -111,17 +110,6 @@ def test_an_interval_without_a_step_taken_has_no_loss_and_is_json(tmp_path, capl
     assert line["loss"] is None
     assert line["grad_norm"] is None
     assert "1 steps skipped" in caplog.text
-
-
-@contextmanager
-def full_disk():
-    """No file may grow; the limit stands for the disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_costs_lines_and_not_the_run(tmp_path, caplog):
