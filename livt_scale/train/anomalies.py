@@ -49,6 +49,7 @@ class Anomalies:
         self._losses: deque[float] = deque(maxlen=self._faults.spike_window)
         self._skips_in_a_row = 0
         self._rollbacks_in_a_row = 0
+        self._taken_since_rollback = True
         self._overflows_in_a_row = 0
         self.due_step: int | None = None  # of the last checkpoint saved by schedule, not because of a signal
         self.not_taken: list[tuple[int, int]] = []  # (first, last) steps, counted from 1, whose update is in no weight
@@ -88,11 +89,13 @@ class Anomalies:
         """A step was taken with this loss."""
         self._losses.append(loss)
         self._skips_in_a_row = 0
+        self._taken_since_rollback = True
 
     def checkpoint_due(self, step: int) -> None:
         """A checkpoint after `step` steps is saved by schedule: the target of a rollback."""
         self.due_step = step
-        self._rollbacks_in_a_row = 0
+        if self._taken_since_rollback:  # else it has the weights that were rolled back to
+            self._rollbacks_in_a_row = 0
 
     def skipped(self, first: int, last: int, *, rolled_back: bool) -> int:
         """Steps `first` to `last` are not in the weights. Returns the number of skips or rollbacks in a row."""
@@ -102,6 +105,7 @@ class Anomalies:
         if rolled_back:
             self.due_step = last  # the weights rolled back to are saved again, with this position
             self._rollbacks_in_a_row += 1
+            self._taken_since_rollback = False
             return self._rollbacks_in_a_row
         self._skips_in_a_row += 1
         return self._skips_in_a_row
@@ -116,6 +120,7 @@ class Anomalies:
             "not_taken": [list(steps) for steps in self.not_taken],
             "due_step": self.due_step,
             "in_a_row": [self._skips_in_a_row, self._rollbacks_in_a_row, self._overflows_in_a_row],
+            "taken_since_rollback": self._taken_since_rollback,
         }
 
     def restore(self, facts: dict[str, Any] | None) -> None:
@@ -126,6 +131,7 @@ class Anomalies:
         self.not_taken = [(first, last) for first, last in facts["not_taken"]]
         self.due_step = facts["due_step"]
         self._skips_in_a_row, self._rollbacks_in_a_row, self._overflows_in_a_row = facts["in_a_row"]
+        self._taken_since_rollback = facts.get("taken_since_rollback", True)  # older checkpoints do not have it
 
     def restore_losses(self, facts: dict[str, Any] | None) -> None:
         """The losses before a step, as they were at a checkpoint."""

@@ -13,8 +13,10 @@ from livt_scale.config.recipe import Faults
 from livt_scale.distributed.strategy import StepResult
 from livt_scale.train.anomalies import MAX_OVERFLOWS, Anomalies, Anomaly
 from livt_scale.train.anomaly_policy import AnomalyPolicy
-from livt_scale.train.loop import Step
+from livt_scale.train.loop import Hook, Step
+from livt_scale.train.run import train
 from livt_scale.util.errors import NonFiniteError
+from tests.data.tiny_sets import tiny_recipe, tiny_set
 from tests.train.loops import a_step, idle_loop
 
 
@@ -131,6 +133,49 @@ def test_too_many_in_a_row_end_the_run(tmp_path, policy):
     anomalies.taken(1.0)
     anomalies.checkpoint_due(45)
     over(anomalies, policy, tmp_path, step=46)
+
+
+def test_checkpoints_due_without_a_step_taken_do_not_forget_rollbacks_also_where_the_run_is_resumed(tmp_path):
+    anomalies = Anomalies(Faults(most_in_a_row=2))
+    for step in (38, 39):
+        over(anomalies, "rollback", tmp_path, step=step)
+        anomalies.checkpoint_due(step)
+        resumed = Anomalies(Faults(most_in_a_row=2))
+        resumed.restore(json.loads(json.dumps(anomalies.facts())))
+        anomalies = resumed
+    with pytest.raises(NonFiniteError, match="it would be the 3th rollback"):
+        over(anomalies, "rollback", tmp_path, step=40)
+
+
+class NeverFiniteFrom(Hook):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def after_backward(self, loop, step):
+        if step.number >= self._step:
+            step.rank_loss *= math.nan
+
+
+def test_a_loss_that_is_never_finite_again_ends_a_run_of_short_epochs_that_rolls_back(tmp_path):
+    shards = tiny_set(tmp_path / "set")
+    part = {"init": "scratch", "epochs": 6, "global_batch": 8, "micro_batch": 8, "warmup_epochs": 1}
+    recipe = tiny_recipe(
+        shards.folder, stages={"finetune": part}, model__depth=1, data__val=None, log={"tensorboard": False},
+        faults={"on_non_finite": "rollback"},
+    ).model_copy(update={"run_dir": str(tmp_path / "run")})  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"step 9: the loss is nan; it would be the 6th rollback"):  # of 12
+        train(recipe, hooks=[NeverFiniteFrom(4)])
+
+
+def test_facts_of_older_checkpoints_do_not_say_whether_a_step_was_taken(tmp_path):
+    anomalies = Anomalies(Faults(most_in_a_row=1))
+    over(anomalies, "rollback", tmp_path)
+    facts = anomalies.facts()
+    del facts["taken_since_rollback"]
+    resumed = Anomalies(Faults(most_in_a_row=1))
+    resumed.restore(facts)
+    resumed.checkpoint_due(40)
+    over(resumed, "rollback", tmp_path, step=41)
 
 
 def test_a_record_that_cannot_be_written_is_no_error(tmp_path):
