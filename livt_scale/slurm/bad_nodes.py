@@ -11,11 +11,14 @@ import getpass
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.config.slurm import Slurm
 from livt_scale.slurm import commands
+from livt_scale.util.errors import UsageError
+from livt_scale.util.host_list import expand
 from livt_scale.util.outside import read_checked, read_note
 
 BAD_NODES = "slurm/bad-nodes"
@@ -59,9 +62,14 @@ class Answers:
 
 
 def read_answers(folder: Path, node_list: str, *, job: str, check_min: int) -> Answers:
-    """By what each node has written to folder/NODE: "ok", or what is wrong; and before that to folder/NODE.started."""
-    names, _, _ = commands.query("scontrol", "show", "hostnames", node_list)
-    nodes, bad = names.split(), []
+    """By what each node has written to folder/NODE: "ok", or what is wrong; and before that to folder/NODE.started.
+
+    No nodes if `node_list` is not a host list.
+    """
+    nodes: list[str] = []
+    with suppress(UsageError):
+        nodes = list(expand(node_list))
+    bad = []
     for node in nodes:
         try:
             answer = read_note(folder / node)

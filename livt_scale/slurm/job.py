@@ -306,12 +306,10 @@ def _new_state(job: BatchJob) -> str:
 
 def _judge_nodes(job: BatchJob, exit_code: int) -> JobOutcome | None:
     """Read what each node answered. Bad nodes are recorded, and end the job or are excluded from its next start."""
-    answers = bad_nodes.read_answers(
-        job.folder / "nodes" / job.id,
-        job.environ["SLURM_JOB_NODELIST"],
-        job=job.id,
-        check_min=job.recipe.slurm.check_min,
-    )
+    folder, node_list = job.folder / "nodes" / job.id, job.environ["SLURM_JOB_NODELIST"]
+    answers = bad_nodes.read_answers(folder, node_list, job=job.id, check_min=job.recipe.slurm.check_min)
+    if not answers.nodes:
+        return JobOutcome("failed", f"SLURM_JOB_NODELIST is {node_list!r}, which names no node: none is checked")
     bad = answers.bad
     if not bad:
         return None

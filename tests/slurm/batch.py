@@ -34,7 +34,6 @@ class Batch:
         self.ended: dict[str, str] = {}  # the state of jobs before this one, by the command that knows it
         self.on_change: Callable[[], None] = lambda: None
         self.squeue: dict[str, str] = {}  # by the option that the question has
-        self.nodes: tuple[str, ...] = ()
         self.refused: dict[str, Answer] = {}  # by scontrol's command
         self.steps: list[tuple[str, str]] = []
         self.changes: list[list[str]] = []
@@ -82,8 +81,6 @@ class Batch:
         return [name for name, _ in self.steps]
 
     def _query(self, *words: str) -> Answer:
-        if words[:3] == ("scontrol", "show", "hostnames"):
-            return Answer("\n".join(self.nodes))
         if words[:4] == ("scontrol", "--oneliner", "show", "job"):
             if words[4] == self.environ["SLURM_JOB_ID"]:
                 return Answer(self.shows.replace("JobId=77 ", f"JobId={words[4]} "))

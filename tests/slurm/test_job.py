@@ -10,6 +10,7 @@ import time
 import pytest
 
 from livt_scale.distributed.ports import is_free, port_of_job
+from livt_scale.slurm import commands
 from livt_scale.slurm import job as job_module
 from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.causes import was_cancelled
@@ -145,7 +146,7 @@ def test_a_node_lost_in_the_last_segment_leaves_the_rest_to_a_submission(batch):
 
 
 def test_a_node_lost_during_the_check_is_no_bad_node(batch):
-    batch.nodes, batch.environ["SLURM_JOB_NODELIST"] = ("n1", "n2"), "n[1-2]"
+    batch.environ["SLURM_JOB_NODELIST"] = "n[1-2]"
     batch.ends["check"], batch.shows = 1, NODE_LOST[0]
     assert batch(slurm={"check_nodes": "report"}, when_stopped="next", segments=2)[0] == 0
     assert read_bad_nodes(batch.run) == []
@@ -447,7 +448,6 @@ def test_a_job_whose_ports_are_all_taken_fails_and_its_record_names_them(batch, 
 
 def test_each_task_knows_the_code_that_it_has_to_import(batch):
     batch.environ |= {"LIVT_CODE": "/run it's/code/0123", "SLURM_JOB_NODELIST": "n1"}
-    batch.nodes = ("n1",)
     batch.ends["check"] = lambda: (batch.run / "slurm" / "nodes" / "77" / "n1").write_text("ok\n") * 0
     batch(**STAGES_IN)
     assert batch.names == ["check", "stage-in", "train", "clean-up"]
@@ -461,7 +461,7 @@ def test_each_task_knows_the_code_that_it_has_to_import(batch):
 @pytest.fixture
 def three(batch):
     """A job on n1, n2, n3. `answers(n1="ok")`: what the check leaves; a node that is not named leaves nothing."""
-    batch.environ["SLURM_JOB_NODELIST"], batch.nodes = "n[1-3]", ("n1", "n2", "n3")
+    batch.environ["SLURM_JOB_NODELIST"] = "n[1-3]"
 
     def answers(**answers):
         def check():
@@ -504,10 +504,10 @@ def test_answers_of_an_earlier_start_do_not_count(three):
 
 
 @pytest.mark.parametrize("check", ["report", "exclude"])
-@pytest.mark.parametrize("nodes", [("n1",), ("n1", "n2")])
+@pytest.mark.parametrize("nodes", ["n1", "n[1-2]"])
 def test_where_srun_fails_no_node_is_bad(batch, check, nodes):
     """As where the job has a memory limit that contradicts an inherited one."""
-    batch.environ["SLURM_JOB_NODELIST"], batch.nodes = "n", nodes
+    batch.environ["SLURM_JOB_NODELIST"] = nodes
     batch.ends["check"] = 1
     code, log = batch(slurm={"check_nodes": check})
     assert code == 1
@@ -517,7 +517,7 @@ def test_where_srun_fails_no_node_is_bad(batch, check, nodes):
 
 
 def test_a_node_on_which_the_check_began_and_left_no_answer_is_bad(batch):
-    batch.environ["SLURM_JOB_NODELIST"], batch.nodes = "n1", ("n1",)
+    batch.environ["SLURM_JOB_NODELIST"] = "n1"
     mark = batch.run / "slurm" / "nodes" / "77" / "n1.started"
     batch.ends["check"] = lambda: mark.write_text("started\n") and 1
     assert batch()[0] == 1
@@ -532,6 +532,23 @@ def test_the_check_marks_its_node_before_python_starts(tmp_path):
     command[command.index("-P") - 1] = "false"
     assert subprocess.run(command, env={"PATH": "/usr/bin:/bin", "SLURMD_NODENAME": "n7"}).returncode == 1
     assert [path.name for path in (tmp_path / "it's here").iterdir()] == ["n7.started"]
+
+
+def test_a_bad_node_is_found_without_an_answer_of_slurm(three, monkeypatch):
+    monkeypatch.setattr(commands, "query", lambda *words: Answer("", f"{words[0]} gave no answer within 60 s"))
+    three.answers(n1="ok", n2="gpu 2: a product of whole numbers came out wrong", n3="ok")
+    code, log = three()
+    assert (code, "node n2 is bad: gpu 2" in log) == (1, True)
+    assert three.names == ["check"]
+
+
+@pytest.mark.parametrize("node_list", ["n[1-", ","])
+def test_a_list_that_names_no_node_is_no_check_that_was_passed(batch, node_list):
+    batch.environ["SLURM_JOB_NODELIST"] = node_list
+    code, log = batch()
+    assert code == 1
+    assert f"SLURM_JOB_NODELIST is {node_list!r}, which names no node" in log
+    assert batch.names == ["check"]
 
 
 def test_where_no_node_passes_the_nodes_are_not_the_cause(three):
