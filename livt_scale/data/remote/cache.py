@@ -178,6 +178,9 @@ class ShardCache:
             except BlockingIOError:
                 os.close(handle)
                 return "fetched"
+            if not os.fstat(handle).st_nlink:  # its fetch failed, and removed it, between our open and our lock
+                os.close(handle)
+                return "fetched"
             if self._make_room(info.bytes, apart_from=path):
                 return _PartialFile(path, handle)
             path.unlink(missing_ok=True)

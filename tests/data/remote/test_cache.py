@@ -1,6 +1,7 @@
 """The node's cache: one fetch for all, a limit that holds, and nothing lost or hung when processes are killed."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
@@ -100,6 +101,45 @@ def test_four_processes_that_want_one_shard_download_it_once(cache, server):
     processes = [start("read", cache, server, 3) for _ in range(4)]
     assert [ended_well(p) for p in processes] == [True] * len(processes)
     assert server.requests == {"f03.tar": 1}
+
+
+def test_a_partial_file_that_a_failed_fetch_removes_as_another_claims_it_is_not_taken(cache, monkeypatch):
+    """The second thread has opened the file and not yet locked it when the first one removes it."""
+    fetching, opened, removed = threading.Event(), threading.Event(), threading.Event()
+    flock = cache_module.fcntl.flock
+
+    def late(handle, operation):
+        claims = operation == fcntl.LOCK_EX | fcntl.LOCK_NB and threading.current_thread().name == "second"
+        if claims and Path(f"/proc/self/fd/{handle}").readlink().suffix == ".part":
+            opened.set()
+            removed.wait(10)
+        return flock(handle, operation)
+
+    monkeypatch.setattr(cache_module.fcntl, "flock", late)
+
+    def fail(path):
+        fetching.set()
+        opened.wait(10)
+        raise Cancelled
+
+    def first():
+        with contextlib.suppress(Cancelled):
+            cache.hold(info_of(1), fail, wait_s=5)
+        removed.set()
+
+    found = []
+
+    def second():
+        fetching.wait(10)
+        with closing_fd(cache.hold(info_of(1), writes(1), wait_s=5)) as handle:
+            found.append(os.pread(handle, SIZE, 0) == body(1))
+
+    threads = [threading.Thread(target=first), threading.Thread(target=second, name="second")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True]
 
 
 def test_what_was_used_longest_ago_goes_first(cache):
