@@ -8,7 +8,6 @@ Source: ZeRO, arXiv 1910.02054. Why not accelerate's DeepSpeed plug-in: it refus
 
 from __future__ import annotations
 
-import atexit
 import importlib
 import logging
 import os
@@ -31,7 +30,7 @@ from livt_scale.config.recipe import Parallel
 from livt_scale.distributed import precision
 from livt_scale.distributed.deepspeed_state import ZeroState
 from livt_scale.distributed.strategy import Groups, StepResult
-from livt_scale.distributed.world import World
+from livt_scale.distributed.world import World, process_group_of_one
 from livt_scale.util.errors import UsageError
 
 OLDEST_TO_COMPILE = Version("2.14")  # torch; with 2.11, compiled blocks under stage 3 train wrongly
@@ -104,7 +103,7 @@ def start_engine(
     world: World,
 ) -> Any:
     """The engine that takes over `model` and `optimizer`. A collective call."""
-    _process_group_of_one(world, timeout_s=parallel.timeout_s)
+    process_group_of_one(world, timeout_s=parallel.timeout_s)
     config = engine_config(model, stage=stage, parallel=parallel, world=world)
     _name_device(world)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -153,20 +152,6 @@ def _name_device(world: World) -> None:
     index = world.device.index
     os.environ["LOCAL_RANK"] = str(world.local_rank if index is None else index)
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # it would have to be the same
-
-
-def _process_group_of_one(world: World, *, timeout_s: int) -> None:
-    """DeepSpeed needs a process group even for one process."""
-    if world.world_size > 1 or dist.is_initialized():
-        return
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore(), timeout=timedelta(seconds=timeout_s))
-    atexit.register(_end_process_group)
-
-
-def _end_process_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 class Zero:

@@ -23,7 +23,7 @@ from livt_scale.distributed import precision
 from livt_scale.distributed.blocks import blocks_of
 from livt_scale.distributed.optimizer_step import OptimizerStep, TorchOptimizerStep
 from livt_scale.distributed.strategy import Groups
-from livt_scale.distributed.world import World
+from livt_scale.distributed.world import World, process_group_of_one
 from livt_scale.models.timm_backbone import TimmClassifier
 from livt_scale.optim import MakeOptimizer
 
@@ -44,6 +44,7 @@ class Fsdp(TorchOptimizerStep):
         make_optimizer: MakeOptimizer | None,
         world: World,
     ) -> None:
+        process_group_of_one(world, timeout_s=parallel.timeout_s)
         mesh = _mesh(world, within_node=parallel.shard_within == "node")
         pinned = world.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if parallel.offload == "cpu" else OffloadPolicy()

@@ -12,6 +12,7 @@ time limit. Why not accelerate's PartialState for this: it reads no Slurm variab
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import sys
@@ -204,12 +205,11 @@ def _joined_group(world: World, *, timeout_s: int) -> Iterator[None]:
     if "MASTER_ADDR" not in os.environ:
         os.environ["MASTER_ADDR"] = _slurm_master(os.environ)
     os.environ.setdefault("MASTER_PORT", _slurm_port(os.environ))
-    backend = "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
     store = meet(world.rank, world.world_size, timeout_s=timeout_s)
     timeout = timedelta(seconds=timeout_s)
     gpu = world.device if world.device.type == "cuda" else None
     dist.init_process_group(
-        backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, device_id=gpu
+        _backend(world), store=store, rank=world.rank, world_size=world.world_size, timeout=timeout, device_id=gpu
     )
     try:
         yield
@@ -217,6 +217,24 @@ def _joined_group(world: World, *, timeout_s: int) -> Iterator[None]:
         _leave(world, error)
         raise
     _leave(world, None)
+
+
+def process_group_of_one(world: World, *, timeout_s: int) -> None:
+    """The process group, also where `world` is alone: `fully_shard` and DeepSpeed need one. Ended with the process."""
+    if world.world_size > 1 or dist.is_initialized():
+        return
+    store, timeout = dist.HashStore(), timedelta(seconds=timeout_s)
+    dist.init_process_group(_backend(world), rank=0, world_size=1, store=store, timeout=timeout)
+    atexit.register(_end_process_group)
+
+
+def _backend(world: World) -> str:
+    return "cpu:gloo,cuda:nccl" if world.device.type == "cuda" else "gloo"
+
+
+def _end_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def allocator_settings(environ: Mapping[str, str]) -> str | None:
