@@ -35,6 +35,7 @@ from livt_scale.data.manifest import (
     ShardManifest,
 )
 from livt_scale.data.remote.shards import RemoteShards
+from livt_scale.data.staged import place_of
 from livt_scale.util.errors import ManifestError, ShardError
 from livt_scale.util.outside import first_mistake, open_checked, parse_json, read_checked
 from livt_scale.util.text import first_line
@@ -62,7 +63,7 @@ class SetFacts:
             remote = RemoteShards.at(location, data)
             manifest, listed, place = remote.manifest(), remote.quarantine(), below(location, QUARANTINE)
         else:
-            remote, folder = None, Path(location)
+            remote, folder = None, place_of(Path(location))
             manifest, listed, place = ShardManifest.read(folder), _quarantine_bytes(folder), str(folder / QUARANTINE)
             _check_files(folder, manifest)
         quarantine = parse_quarantine(listed, manifest, where=str(location), path=place) if listed is not None else ()
@@ -72,6 +73,11 @@ class SetFacts:
     def where(self) -> str:
         """The folder or the URL, for messages."""
         return self.remote.url if self.remote else str(self.folder)
+
+    @cached_property
+    def place(self) -> Path:
+        """Where the files of a local set are read: `folder`, or its copy on this node."""
+        return place_of(self.folder)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -141,9 +147,10 @@ class ShardSet(SetFacts):
         if isinstance(folder, str) and is_url(folder):
             return cls._open_remote(RemoteShards.at(folder, data))
         folder = Path(folder)
-        manifest = ShardManifest.read(folder)
+        place = place_of(folder)
+        manifest = ShardManifest.read(place)
         for info in (*manifest.shards, manifest.index, manifest.keys):
-            _check_size(folder, info)
+            _check_size(place, info)
         opened = cls._again(folder, manifest, (), None)
         return replace(opened, quarantine=read_quarantine(opened))
 
@@ -165,7 +172,7 @@ class ShardSet(SetFacts):
         remote: RemoteShards | None,
     ) -> Self:
         """Map the files of a set whose manifest and quarantine are known, as in another process of the same run."""
-        path = folder / manifest.index.name
+        path = place_of(folder) / manifest.index.name
         if remote:
             for info in (manifest.index, manifest.keys):
                 remote.keep(info)
@@ -204,12 +211,12 @@ class ShardSet(SetFacts):
     def shard_path(self, shard: int) -> Path:
         """The path of a shard; of a set at a URL, its path in the cache once it has been fetched."""
         info = self.manifest.shards[shard]
-        return self.remote.cache.path(info) if self.remote else self.folder / info.name
+        return self.remote.cache.path(info) if self.remote else self.place / info.name
 
     def shard_name(self, shard: int) -> str:
         """Path or URL of a shard, for messages."""
         name = self.manifest.shards[shard].name
-        return below(self.remote.url, name) if self.remote else str(self.folder / name)
+        return below(self.remote.url, name) if self.remote else str(self.place / name)
 
     def keys(self, samples: NDArray[np.int64]) -> list[str]:
         """The key of each sample number. Raises ManifestError where index or keys are damaged."""
@@ -231,7 +238,7 @@ class ShardSet(SetFacts):
     @cached_property
     def _keys(self) -> np.ndarray:
         keys = self.manifest.keys
-        path = self.remote.cache.path(keys) if self.remote else self.folder / keys.name
+        path = self.remote.cache.path(keys) if self.remote else self.place / keys.name
         if not self.manifest.keys.bytes:  # an empty file cannot be mapped
             return np.zeros(0, dtype=np.uint8)
         with open_checked(path, "keys") as file:
@@ -287,8 +294,8 @@ def _check_files(folder: Path, manifest: ShardManifest) -> None:
 
 def read_quarantine(shards: ShardSet) -> tuple[Quarantined, ...]:
     """The samples in quarantine.json, by number; none without the file. Raises ManifestError if it does not match."""
-    raw = _quarantine_bytes(shards.folder)
-    return () if raw is None else check_quarantine(shards, raw, str(shards.folder / QUARANTINE))
+    raw = _quarantine_bytes(shards.place)
+    return () if raw is None else check_quarantine(shards, raw, str(shards.place / QUARANTINE))
 
 
 def _quarantine_bytes(folder: Path) -> bytes | None:

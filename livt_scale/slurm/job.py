@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from livt_scale.checkpoint.manifest import step_of
 from livt_scale.config.recipe import Recipe
+from livt_scale.data.staged import staged_variable
 from livt_scale.distributed.ports import TRIES, free_port, port_of_job
 from livt_scale.slurm import bad_nodes, commands
 from livt_scale.slurm.bad_nodes import BadNode
@@ -224,17 +225,22 @@ def _step(job: BatchJob, name: str) -> JobStep:
     if name == "stage-in":
         return JobStep(name, tuple(srun.stage_in(job.stage, *kept)))
     if name == "train":
-        words = srun.train(job.stage, job.recipe_path, [*job.sets, *_staged_sets(job)], allow=job.allow)
+        words = srun.train(job.stage, job.recipe_path, job.sets, allow=job.allow)
     else:
         words = srun.export() if name == "export" else srun.evaluate()
-    variables = [*_stop_at(job), *(_meet_at(job) if name == "train" else [])]
+    variables = [*_stop_at(job), *([*_meet_at(job), *_read_staged(job)] if name == "train" else [])]
     return JobStep(name, (*(["env", *variables] if variables else []), *words))
 
 
-def _staged_sets(job: BatchJob) -> list[str]:
-    staged = job.srun.staged
-    sets = {"train", *(["val"] if staged and Path(staged, "val").exists() else [])} if staged else set()
-    return [f"data.{name}={staged}/{name}" for name in sorted(sets)]
+def _read_staged(job: BatchJob) -> list[str]:
+    """The copies that stage-in has made. Not as --set: the run would record folders that this job removes."""
+    data, staged = job.recipe.data, job.srun.staged
+    if staged is None:
+        return []
+    copies = {data.train: f"{staged}/train"}
+    if data.val and Path(staged, "val").exists():
+        copies[data.val] = f"{staged}/val"
+    return [staged_variable(copies)]
 
 
 def _stop_at(job: BatchJob) -> list[str]:

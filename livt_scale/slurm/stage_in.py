@@ -3,7 +3,8 @@
     python -m livt_scale.slurm.stage_in /scratch/livt-shards-1234 pretrain RECIPE [--set a.b=c …]
 
 The batch job starts it once on each node, and removes the folder when it ends (`livt_scale.slurm.job`). The training
-then reads the copy in place. Sets at a URL do not need this: their cache is already on the node.
+then reads the copy in place of the set (`livt_scale.data.staged`). Sets at a URL do not need this: their cache is
+already on the node.
 """
 
 from __future__ import annotations

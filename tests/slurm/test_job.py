@@ -324,7 +324,8 @@ def test_staged_shards_are_copied_once_a_node_read_there_and_removed(batch):
     (_, copy), (_, train), (_, remove) = batch.steps
     assert "--nodes=2 --ntasks=2 --ntasks-per-node=1" in copy
     assert copy.endswith("livt_scale.slurm.stage_in /scratch/x y/livt-shards-77 pretrain /code/recipe.yaml")
-    assert train.endswith("--set data.train=/scratch/x y/livt-shards-77/train")
+    assert train.startswith('env LIVT_STAGED={"/set/train": "/scratch/x y/livt-shards-77/train"} srun ')
+    assert train.endswith(" train /code/recipe.yaml --stage pretrain")
     assert remove.endswith("rm -rf -- /scratch/x y/livt-shards-77 /scratch/x y/livt-shards-77.lock")
 
 
@@ -332,7 +333,8 @@ def test_staged_validation_shards_are_read_where_they_are(batch, tmp_path):
     (tmp_path / "livt-shards-77" / "val").mkdir(parents=True)
     batch(slurm={"stage_in": True}, stage_in_dir=str(tmp_path))
     staged = tmp_path / "livt-shards-77"
-    assert batch.steps[1][1].endswith(f"--set data.train={staged}/train --set data.val={staged}/val")
+    copies = f'{{"/set/train": "{staged}/train", "/set/val": "{staged}/val"}}'
+    assert batch.steps[1][1].startswith(f"env LIVT_STAGED={copies} srun ")
 
 
 @pytest.mark.parametrize("fails", ["stage-in", "train"])

@@ -4,16 +4,24 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from livt_scale.config.load import to_yaml
+from livt_scale.config.recipe import Recipe
 from livt_scale.data.build.record import RECORD
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.data.staged import STAGED
+from livt_scale.posthoc.evaluate_path import evaluate_path
+from livt_scale.slurm import commands
 from livt_scale.slurm import stage_in as staging
+from livt_scale.slurm.job import BatchJob, next_action
 from livt_scale.slurm.stage_in import main, stage_in
-from livt_scale.util.errors import DataError, ShardError, UsageError
+from livt_scale.train.loop import Hook
+from livt_scale.train.run import train
+from livt_scale.util.errors import DataError, Preempted, ShardError, UsageError
 from tests.tiny_run import tiny_recipe, tiny_shards
 
 
@@ -36,6 +44,53 @@ def test_a_copy_is_the_set_to_the_byte_and_can_be_read(tmp_path, recipe):
     assert files(target / "train") == files(tmp_path / "one" / "set")
     assert files(target / "val") == files(tmp_path / "two" / "set")
     assert ShardSet.open(target / "train").digest == ShardSet.open(recipe.data.train).digest
+
+
+class StopAfter(Hook):
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def after_backward(self, loop, step):
+        step.wants_stop = step.number == self._step
+
+
+def test_a_run_on_copies_resumes_on_others_and_is_evaluated_when_they_are_gone(tmp_path, recipe, monkeypatch):
+    tree = recipe.model_dump(mode="json")
+    tree["run_dir"] = str(tmp_path / "run")
+    tree["log"]["tensorboard"], tree["slurm"]["stage_in"] = False, True
+    tree["stages"]["finetune"] |= {"epochs": 4, "global_batch": 4, "micro_batch": 4, "warmup_epochs": 1}
+    recipe = Recipe.model_validate(tree)
+    with pytest.raises(Preempted), on_copies(recipe, tmp_path, monkeypatch, job="7"):
+        train(recipe, hooks=[StopAfter(2)])
+    with on_copies(recipe, tmp_path, monkeypatch, job="8"):
+        train(recipe)
+    records = [p for p in (tmp_path / "run").rglob("*") if p.suffix in (".json", ".jsonl", ".yaml", ".txt")]
+    assert len(records) > 5
+    assert not [p for p in records if "livt-shards-" in p.read_text()]
+    assert evaluate_path(tmp_path / "run").report["num_samples"] == 7
+
+
+@contextmanager
+def on_copies(recipe, folder, monkeypatch, *, job):
+    """As in a step of the batch job, where only the copies can be read."""
+    batch = BatchJob(
+        "finetune", recipe, "recipe.yaml", folder / "run", stage_in_dir=str(folder), environ={"SLURM_JOB_ID": job}
+    )
+    stage_in(recipe, Path(batch.srun.staged), stage="finetune")
+    with monkeypatch.context() as step:
+        step.setattr(commands, "query", lambda *_: commands.Answer(""))
+        words = next_action(batch, [("stage-in", 0)], signalled=False).words
+        (copies,) = [word for word in words if word.startswith(f"{STAGED}=")]
+        step.setenv(STAGED, copies.removeprefix(f"{STAGED}="))
+        shared = [folder / name for name in ("one", "two")]
+        for each in shared:
+            each.rename(f"{each} away")
+        try:
+            yield
+        finally:
+            for each in shared:
+                Path(f"{each} away").rename(each)
+    shutil.rmtree(batch.srun.staged)
 
 
 def test_pretraining_has_no_use_for_evaluation_shards(tmp_path, recipe):
