@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import AsJson, Sets
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ UNITS_S = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 @app.command("ls")
 def ls(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a stage of it, or a folder of checkpoints.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
     quick: Annotated[bool, typer.Option("--quick", help="Compare sizes only; do not read every byte.")] = False,
 ) -> None:
     """List checkpoints, oldest first.
@@ -57,7 +58,7 @@ def verify(
     path: Annotated[
         Path, typer.Argument(metavar="PATH", help="A checkpoint, a run, a stage, or a folder of checkpoints.")
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare every byte of checkpoints with their manifests.
 
@@ -94,10 +95,8 @@ def convert(
     step: Annotated[
         int | None, typer.Option(min=0, help="Steps done in the stage.", show_default="as recorded")
     ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to safetensors, or to a livt checkpoint.
 

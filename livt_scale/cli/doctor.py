@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import Force
+from livt_scale.cli.options import AsJson, Force
 from livt_scale.cli.output import echo
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.errors import UsageError
@@ -42,7 +42,7 @@ def doctor(
         Path | None, typer.Option("--node", help="Check this node quickly; write the result to FOLDER/NODE.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: approximate duration.")] = 60.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Check this machine: libraries, GPUs, memory, network, disks.
 

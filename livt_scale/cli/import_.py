@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import AsJson
 from livt_scale.cli.output import echo
 
 
@@ -25,7 +26,7 @@ def import_(
     patch_px: Annotated[int | None, typer.Option(min=1, help="Resample the patch embedding to this size.")] = None,
     channels: Annotated[int | None, typer.Option(min=1, help="Image channels.")] = None,
     drop_head: Annotated[bool, typer.Option("--drop-head", help="Drop a fine-tuned head.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Import weights of MAE, LiVT, timm or Hugging Face.
 

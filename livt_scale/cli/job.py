@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from livt_scale.cli.options import Allow
+from livt_scale.cli.options import Allow, Sets
 
 app = typer.Typer(help="Decisions of a batch job, for slurm/job.sbatch.", no_args_is_help=True)
 
@@ -23,9 +23,7 @@ def _group() -> None:
 def next_(
     stage: Annotated[str, typer.Argument(metavar="STAGE", help="pretrain, finetune or evaluate.")],
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe that the job trains.")],
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
-    ] = None,
+    sets: Sets = None,
     allow: Allow = None,
     when_stopped: Annotated[str, typer.Option(help="requeue, next or last: how a stage that stopped continues.")] = (
         "requeue"

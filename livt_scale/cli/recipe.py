@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import Force
+from livt_scale.cli.options import AsJson, Force, RecipeFile, Sets
 from livt_scale.cli.output import echo
 from livt_scale.util.errors import LivtError
 
@@ -24,18 +24,12 @@ if TYPE_CHECKING:  # pydantic takes a third of a second: `livt --help` does with
 
 app = typer.Typer(no_args_is_help=True, help="List, show, check and describe recipes.")
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value (a.b=c). Repeatable.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
 
 @app.command(name="list")
 def list_(
     page: Annotated[Path | None, typer.Option("--page", help="Also write the table as this Markdown page.")] = None,
     force: Force = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List the shipped recipes and what each reproduces."""
     from livt_scale.config.catalog import MARK, rows
@@ -56,7 +50,7 @@ def list_(
 
 
 @app.command()
-def show(recipe: RecipePath, *, sets: Sets = None, as_json: AsJson = False) -> None:
+def show(recipe: RecipeFile, *, sets: Sets = None, as_json: AsJson = False) -> None:
     """Print a resolved recipe, with bases, --set and defaults."""
     from livt_scale.config.load import load_recipe, to_yaml
 

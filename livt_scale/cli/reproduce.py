@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import COST_DEVICE, CostDevice, Force, Price, check_cost_options
+from livt_scale.cli.options import COST_DEVICE, AsJson, CostDevice, Force, Price, check_cost_options
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:  # `livt --help` does without what is heavy
@@ -43,7 +43,7 @@ def reproduce(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print runs and cost; start nothing.")] = False,
     device: CostDevice = None,
     price: Price = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train and compare the runs of a claim of the paper.
 

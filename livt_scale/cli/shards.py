@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import AsJson, RecipeFile, Sets
 from livt_scale.cli.output import echo
 from livt_scale.cli.progress import MIB, progress_of
 from livt_scale.cli.shards_bench import bench
@@ -30,7 +31,6 @@ MAX_CLASSES = 20  # rows of the histogram
 BAR = 40  # characters of the longest bar
 
 Folder = Annotated[str, typer.Argument(metavar="FOLDER", help="Folder or URL of shards, with manifest.json.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes.", show_default="one per core")]
 
 
@@ -92,7 +92,7 @@ def verify(
     quarantine: Annotated[
         bool, typer.Option("--quarantine", help="List bad samples beside the manifest; training skips them.")
     ] = False,
-    as_json: Json = False,
+    as_json: AsJson = False,
     workers: Workers = None,
 ) -> None:
     """Compare every byte of the shards with their manifest.
@@ -141,10 +141,8 @@ def info(
         Path | None, typer.Option(help="Also show how often a stage of this recipe sees each class.")
     ] = None,
     stage: Annotated[str | None, typer.Option(help="pretrain or finetune.", show_default="the last stage")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
-    ] = None,
-    as_json: Json = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show counts, sizes, imbalance factor and a class histogram."""
     from livt_scale.data.inspect import info as shard_info
@@ -178,16 +176,14 @@ def info(
 
 @app.command("trace")
 def trace(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or livt:NAME for a shipped one.")],
+    recipe: RecipeFile,
     world_size: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
     rank: Annotated[int, typer.Option(min=0, help="Rank whose samples to list.")] = 0,
     epoch: Annotated[int, typer.Option(min=0, help="Epoch.")] = 0,
     step: Annotated[int | None, typer.Option(min=0, help="Step of the epoch.", show_default="all")] = None,
     stage: Annotated[str | None, typer.Option(help="pretrain or finetune.", show_default="the first stage")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
-    ] = None,
-    as_json: Json = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """List the samples that a rank sees, step by step.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import AsJson, Sets
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:
@@ -27,10 +28,8 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, max=300, help="Duration of each measurement.")] = 3.0,
     image_px: Annotated[int | None, typer.Option(min=1, help="For a folder: crop size.", show_default="224")] = None,
     channels: Annotated[int | None, typer.Option(help="For a folder: 1 or 3.", show_default="3")] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="<a.b=c>", help="Override a recipe value. Repeatable.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure images/s decoded per core; compare with GPUs."""
     from livt_scale.data.shard_set import ShardSet

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import COST_DEVICE, CostDevice, Price, check_cost_options
+from livt_scale.cli.options import COST_DEVICE, AsJson, CostDevice, Price, check_cost_options
 from livt_scale.cli.output import echo
 from livt_scale.util.errors import EXIT_FAILED
 from livt_scale.util.outside import read_checked, read_note
@@ -25,7 +25,6 @@ TABLE = "table.json"
 
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, or livt:NAME for a shipped one.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder of the runs.", show_default="the study's")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ONE_POINT = "Train only this point, or those that fit a pattern. Repeatable."
 Points = Annotated[list[str] | None, typer.Option("--point", metavar="<name>", help=ONE_POINT, show_default="all")]
 

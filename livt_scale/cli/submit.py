@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import Allow
+from livt_scale.cli.options import Allow, AsJson, Sets
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
 
 WEEK_S = 7 * 24 * 3600.0
 EXIT_INTERRUPTED = 130  # as a shell gives it for SIGINT
-SETS_HELP = "Override a recipe value (a.b=c). Repeatable."
 
 
 def submit(
     recipes: Annotated[list[Path], typer.Argument(metavar="RECIPE", help="One recipe, or several for an array.")],
-    sets: Annotated[list[str] | None, typer.Option("--set", metavar="<a.b=c>", help=SETS_HELP)] = None,
+    sets: Sets = None,
     allow: Allow = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print plan and scripts; write and submit nothing.")
@@ -43,7 +42,7 @@ def submit(
         bool, typer.Option("--wait", help="Wait until the runs are over; exit with 0, 1 failed or 85 preempted.")
     ] = False,
     wait_s: Annotated[float, typer.Option("--wait-s", min=0.0, help="How long --wait waits at most.")] = WEEK_S,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Submit a run to Slurm as a chain of jobs that restarts itself.
 
