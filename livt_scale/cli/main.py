@@ -16,6 +16,7 @@ import typer
 
 from livt_scale import __version__
 from livt_scale.cli import (
+    baselines,
     cancel,
     ckpt,
     doctor,
@@ -25,22 +26,17 @@ from livt_scale.cli import (
     import_,
     init,
     job,
-    knn,
     logs,
     plan,
     predict,
-    probe,
     quickstart,
     recipe,
     report,
     reproduce,
-    retrain,
     shards,
-    soup,
     status,
     study,
     submit,
-    tau_norm,
     train,
 )
 from livt_scale.cli.output import echo
@@ -132,12 +128,12 @@ app.command()(report.report)
 app.command()(export.export)
 app.command()(predict.predict)
 app.command()(features.features)
-app.command()(knn.knn)
-app.command()(probe.probe)
+app.command()(features.knn)
+app.command()(features.probe)
 app.command(name="import")(import_.import_)
-app.command()(retrain.retrain)
-app.command(name="tau-norm")(tau_norm.tau_norm)
-app.command()(soup.soup)
+app.command()(baselines.retrain)
+app.command(name="tau-norm")(baselines.tau_norm)
+app.command()(baselines.soup)
 app.add_typer(shards.app, name="shards")
 app.add_typer(ckpt.app, name="ckpt")
 app.add_typer(recipe.app, name="recipe")
