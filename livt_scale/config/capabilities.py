@@ -34,7 +34,6 @@ class Capabilities:
     shards_gradients: bool
     shards_moments: bool
 
-    overlaps: bool  # the exchange runs while the backward pass computes
     reduces_each_micro_batch: bool  # otherwise gradients accumulate locally and are exchanged once per step
 
     offload: bool  # parallel.offload: cpu
@@ -50,7 +49,6 @@ _TABLE: dict[str, tuple[bool, ...]] = {
     "shards_parameters":          (False, True,  False, False, True),
     "shards_gradients":           (False, True,  False, True,  True),
     "shards_moments":             (False, True,  True,  True,  True),
-    "overlaps":                   (True,  True,  False, False, True),
     "reduces_each_micro_batch":   (False, False, False, True,  True),
     "offload":                    (False, True,  True,  True,  True),
     "hybrid":                     (False, True,  False, False, False),

@@ -2,7 +2,7 @@
 
     classes = TrainingClasses.of(train, recipe.data)
     classes.counts           # of the training set: class priors and the losses' margins
-    classes.counts_of_groups # the same, or those that data.group_counts names: a balanced twin has its tail's groups
+    classes.group_counts     # those that data.group_counts names: a balanced twin has its tail's groups; None: counts
     check_same_classes(val, classes)
 
 The names decide which sets go together, and their order does too: a label is a number.
@@ -37,10 +37,6 @@ class TrainingClasses:
         classes = cls(tuple(train.manifest.class_names), tuple(int(n) for n in train.class_counts), train.where)
         groups = read_group_counts(data, classes) if data and data.group_counts else None
         return cls(classes.names, classes.counts, classes.where, groups)
-
-    @property
-    def counts_of_groups(self) -> tuple[int, ...]:
-        return self.counts if self.group_counts is None else self.group_counts
 
 
 def check_same_classes(shards: SetFacts, classes: TrainingClasses) -> None:

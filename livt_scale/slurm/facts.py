@@ -48,9 +48,7 @@ class ClusterFacts:
     """A cluster, as its controller describes it."""
 
     partitions: dict[str, PartitionFacts]
-    requeues_by_default: bool  # JobRequeue
     accounts: frozenset[str] | None = None  # that this user may charge; None: not known
-    kill_wait_s: int | None = None
     preempts_by_qos: bool = False  # PreemptType=preempt/qos: the partition's PreemptMode is not looked at
     preempt: Preempt = "off"  # the cluster's PreemptMode, for a QOS that does not set one
     qos: dict[str, QosFacts] = field(default_factory=dict)
@@ -71,13 +69,10 @@ class ClusterFacts:
 def read_facts(config: str, partitions: str, accounts: frozenset[str] | None, *, qos: str = "") -> ClusterFacts:
     """The facts in the output of `scontrol show config`, `scontrol --oneliner show partition`, `sacctmgr show qos`."""
     found = [_partition(line) for line in partitions.splitlines() if line.startswith("PartitionName=")]
-    wait = re.search(r"^KillWait\s*=\s*(\d+)", config, re.MULTILINE)
     cluster_wide = re.search(r"^PreemptMode\s*=\s*(\S+)", config, re.MULTILINE)
     return ClusterFacts(
         {p.name: p for p in found},
-        requeues_by_default=re.search(r"^JobRequeue\s*=\s*0", config, re.MULTILINE) is None,
         accounts=accounts,
-        kill_wait_s=int(wait[1]) if wait else None,
         preempts_by_qos=re.search(r"^PreemptType\s*=\s*preempt/qos\b", config, re.MULTILINE) is not None,
         preempt=_preempt(cluster_wide[1]) if cluster_wide else "off",
         qos=dict(_qos(line) for line in qos.splitlines() if "|" in line),

@@ -49,7 +49,6 @@ class ChainJob:
     segment: int
     segments: int
     log: str
-    submitted_at: str
     now: JobState
     end: EndRecord | None = None  # of its last start
     gone: bool = False  # Slurm was asked, and does not know it
@@ -188,7 +187,6 @@ def _job(entry: dict[str, Any], queue: Queue, run_dir: Path) -> ChainJob:
         int(entry["segment"]) if progress.is_number(entry.get("segment")) else 1,
         int(entry["segments"]) if progress.is_number(entry.get("segments")) else 1,
         str(entry.get("log") or ""),
-        str(entry.get("submitted_at") or ""),
         now,
         end,
         gone=queue.answered and not now.state,

@@ -9,7 +9,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +196,7 @@ def test_b4_the_balanced_twin_has_the_groups_of_the_long_tail():
     twin = TrainingClasses(tuple(map(str, range(1000))), (160,) * 1000, "twin")
     counts = read_group_counts(data, twin)
     assert (len(counts), sum(counts)) == (1000, 115_846)
-    groups = shot_groups(replace(twin, group_counts=counts).counts_of_groups)
+    groups = shot_groups(counts)
     assert {name: len(classes) for name, classes in groups.items()} == {"many": 385, "medium": 479, "few": 136}
 
 
@@ -244,7 +243,7 @@ def test_b4_a_set_or_its_manifest_gives_the_counts_and_must_have_the_classes(rec
     for place in (tiny_shards / "val", tiny_shards / "val" / "manifest.json"):
         of = recipe(data__group_counts=place)
         assert check_run(of) == []
-        assert TrainingClasses.of(SetFacts.read(of.data.train), of.data).counts_of_groups == (6, 6, 6, 6)
+        assert TrainingClasses.of(SetFacts.read(of.data.train), of.data).group_counts == (6, 6, 6, 6)
     (problem,) = check_run(recipe(data__group_counts=other_sets("cat", "dog", "eel", "gnu")))
     assert "do not have the same classes" in problem.what
     (problem,) = check_run(recipe(data__group_counts="livt:imagenet_lx"))

@@ -40,8 +40,6 @@ def test_facts_are_read_as_slurm_writes_them():
         "spare": PartitionFacts("spare", False, 720, "requeue"),
         "scrap": PartitionFacts("scrap", False, None, "cancel", 4, up=False),
     }
-    assert FACTS.kill_wait_s == 30
-    assert FACTS.requeues_by_default
     assert FACTS.partition(None).name == "normal"
 
 

@@ -28,22 +28,19 @@ def uneven(clusters):
 
 
 @pytest.mark.parametrize(
-    ("description", "partitions", "requeues", "kill_wait_s", "has_accounts"),
+    ("description", "partitions", "has_accounts"),
     [
-        (UNEVEN, {"all": (3, None, 1440, "cancel"), "urgent": (3, None, 1440, "off")}, False, 5, False),
-        (LIMITED, {"short": (2, 1, 20, "requeue"), "urgent": (2, 2, 10, "off")}, True, 15, True),
+        (UNEVEN, {"all": (3, None, 1440, "cancel"), "urgent": (3, None, 1440, "off")}, False),
+        (LIMITED, {"short": (2, 1, 20, "requeue"), "urgent": (2, 2, 10, "off")}, True),
     ],
     ids=["uneven", "limited"],
 )
-def test_the_controllers_facts_are_read(
-    clusters, monkeypatch, description, partitions, requeues, kill_wait_s, has_accounts
-):
+def test_the_controllers_facts_are_read(clusters, monkeypatch, description, partitions, has_accounts):
     for name, value in clusters(description).environ.items():
         monkeypatch.setenv(name, value)
     facts = commands.cluster_facts()
     found = {name: (p.total_nodes, p.nodes, p.time_min, p.preempt) for name, p in facts.partitions.items()}
     assert found == partitions
-    assert (facts.requeues_by_default, facts.kill_wait_s) == (requeues, kill_wait_s)
     assert (facts.accounts is not None, bool(facts.qos)) == (has_accounts, has_accounts)
 
 
