@@ -13,8 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
+from livt_scale.config.runtime import RecipePart
 from livt_scale.config.yaml import parse, parse_value, validated
 from livt_scale.plan.constants import (
     EFFICIENCIES,
@@ -32,11 +33,7 @@ from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.outside import read_text
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Assumptions(_Part):
+class Assumptions(RecipePart):
     """Each can be overridden. One without a source is a round number that was not measured: calibrate it."""
 
     overhead: NonNegativeFloat = Field(
@@ -89,7 +86,7 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-class PeakTflops(_Part):
+class PeakTflops(RecipePart):
     """Dense TFLOP/s by arithmetic."""
 
     fp32: PositiveFloat
@@ -97,7 +94,7 @@ class PeakTflops(_Part):
     bf16: PositiveFloat | None = None
 
 
-class DeviceConstants(_Part):
+class DeviceConstants(RecipePart):
     """Measured on the device: see `plan.constants.Efficiency`. None: the family's, which `family` names."""
 
     family: Family | None = None
@@ -128,7 +125,7 @@ class DeviceConstants(_Part):
         return replace(base, **given)
 
 
-class Accelerator(_Part):
+class Accelerator(RecipePart):
     """What is planned for. Links: one direction."""
 
     name: str

@@ -19,20 +19,15 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from livt_scale.config.runtime import RecipePart
 from livt_scale.data.build import cifar, folder, idx, inaturalist, sources
 from livt_scale.data.build.sources import Source
 from livt_scale.util.registry import Registry
 
 
-class SpecPart(BaseModel):
-    """A part of a spec: frozen, without unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-
-class SourceFormat(SpecPart, ABC):
+class SourceFormat(RecipePart, ABC):
     """The options of one format, and how to open the source that they describe."""
 
     root: str

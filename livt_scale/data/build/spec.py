@@ -31,8 +31,9 @@ from pydantic import (
     model_validator,
 )
 
+from livt_scale.config.runtime import RecipePart
 from livt_scale.config.yaml import Tree, parse, validated
-from livt_scale.data.build.formats import SOURCE_FORMATS, SourceFormat, SpecPart
+from livt_scale.data.build.formats import SOURCE_FORMATS, SourceFormat
 from livt_scale.data.build.sources import Source, checked
 from livt_scale.data.build.split import Split, held_out
 from livt_scale.data.build.writer import Prepare
@@ -48,7 +49,7 @@ PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  
 Role = Literal["training", "evaluation"]
 
 
-class SourceSpec(SpecPart):
+class SourceSpec(RecipePart):
     """Where labelled images come from: one of the registered formats. `build_spec_model` gives it a field for each."""
 
     split: Split | None = Field(None, description="a part of each class for evaluation, the rest for training")
@@ -65,14 +66,14 @@ class SourceSpec(SpecPart):
         return given
 
 
-class Exponential(SpecPart):
+class Exponential(RecipePart):
     """n_c = int(n0 · imbalance^(−c / (C − 1)))."""
 
     n0: PositiveInt | None = Field(None, description="images of the first class; None: all that the source has of it")
     imbalance: Annotated[float, Field(ge=1)]
 
 
-class CountsProfile(SpecPart):
+class CountsProfile(RecipePart):
     """Images of each class, written here or in a JSON file that holds a list."""
 
     values: list[NonNegativeInt] | None = None
@@ -84,7 +85,7 @@ class CountsProfile(SpecPart):
         return self
 
 
-class Balanced(SpecPart):
+class Balanced(RecipePart):
     """The same number of images of each class."""
 
     like: PlainName | None = Field(None, description="as many images in all as this set has")
@@ -97,7 +98,7 @@ class Balanced(SpecPart):
         return self
 
 
-class Expected(SpecPart):
+class Expected(RecipePart):
     """What is known of a published set: another number means other files, another list or another order of classes."""
 
     images: PositiveInt
@@ -107,7 +108,7 @@ class Expected(SpecPart):
     counts: str | None = Field(None, description="a JSON file with the images of each class, in the classes' order")
 
 
-class SetSpec(SpecPart):
+class SetSpec(RecipePart):
     """One set: a folder of shards."""
 
     source: PlainName
@@ -127,7 +128,7 @@ class SetSpec(SpecPart):
         return self
 
 
-class BuildSpec(SpecPart):
+class BuildSpec(RecipePart):
     """All that a spec file has."""
 
     name: PlainName
@@ -195,7 +196,7 @@ def build_spec_model() -> type[BuildSpec]:
     return create_model("BuildSpec", __base__=BuildSpec, sources=(dict[PlainName, source], ...))
 
 
-class Spec(SpecPart):
+class Spec(RecipePart):
     """A spec and the folder that its relative paths start from."""
 
     build: BuildSpec

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, NonNegativeInt
 
-from livt_scale.data.build.formats import SpecPart
+from livt_scale.config.runtime import RecipePart
 from livt_scale.data.build.sources import Source
 
 
-class Split(SpecPart):
+class Split(RecipePart):
     """How a source becomes a training and an evaluation part."""
 
     fraction: Annotated[float, Field(gt=0, lt=1, description="of each class, held out for evaluation")]

@@ -14,12 +14,13 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from livt_scale.data.build.scan import Progress
 from livt_scale.data.image.decode import BadImage, decode
 from livt_scale.data.manifest import INDEX, MANIFEST, QUARANTINE, FileInfo, Quarantine, Quarantined, ShardManifest
 from livt_scale.data.remote.cache import closing_fd
@@ -34,7 +35,6 @@ from livt_scale.util.urls import is_url
 CHUNK = 1 << 20
 CHANGED = "changed since it was written (CRC-32)"
 FILE_CHANGED = "changed since it was written (SHA-256)"
-Progress = Callable[[str, int, int, int], None]  # set, shards done, shards in all, bytes done
 
 
 @dataclass(frozen=True)

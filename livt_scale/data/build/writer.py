@@ -20,8 +20,9 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import Field, PositiveInt
 
+from livt_scale.config.runtime import RecipePart
 from livt_scale.data.build.sources import Source
 from livt_scale.data.build.stored import jpeg_bytes
 from livt_scale.data.build.tar import BLOCK, IMAGE_TYPES, read_tar
@@ -32,10 +33,8 @@ from livt_scale.util.errors import DataError, ShardError, SourceError
 from livt_scale.util.outside import open_checked
 
 
-class Prepare(BaseModel):
+class Prepare(RecipePart):
     """How images are stored. Part of a set in a spec, and recorded with it in the manifest."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize_shorter: PositiveInt = Field(description="px of the shorter side, where it is longer")
     quality: Annotated[int, Field(ge=50, le=100)] = Field(92, description="of the JPEGs that are written")
