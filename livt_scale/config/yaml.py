@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 
 from livt_scale.util.choices import UNKNOWN_OPTION
 from livt_scale.util.errors import RecipeError, UsageError, nearest
+from livt_scale.util.outside import Kind, read_text
 from livt_scale.util.urls import redacted
 
 Where = tuple[str | int, ...]  # a path into the tree: ("stages", "pretrain", "epochs")
@@ -101,6 +102,19 @@ def parse(text: str, path: Path) -> Tree:
         raise RecipeError(f"{file}, line {node.start_mark.line + 1}: the file is not a mapping of names to values")
     reader = _Reader(file)
     return Tree(reader.read(node, ()), reader.origins)
+
+
+def read_file(path: Path, kind: Kind, *, what: str, remedy: str = "") -> Tree:
+    """The mapping in a YAML file. `what`: it should be. Raises UsageError, with the nearest file if there is none."""
+    try:
+        text = read_text(path, kind)
+    except (OSError, ValueError) as error:
+        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise UsageError(
+            f"the {what} {path} cannot be read: {getattr(error, 'strerror', None) or error}",
+            remedy=nearest(str(path), near) if near else remedy,
+        ) from error
+    return parse(text, path)
 
 
 def parse_value(text: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationError
 
 from livt_scale.config.runtime import RecipePart
-from livt_scale.config.yaml import parse, parse_value, validated
+from livt_scale.config.yaml import parse_value, read_file, validated
 from livt_scale.plan.constants import (
     EFFICIENCIES,
     FAMILIES,
@@ -30,7 +30,6 @@ from livt_scale.plan.constants import (
 )
 from livt_scale.plan.devices import DEVICES, Precision
 from livt_scale.util.errors import UsageError, nearest
-from livt_scale.util.outside import read_text
 
 
 class Assumptions(RecipePart):
@@ -148,7 +147,8 @@ class Accelerator(RecipePart):
 def accelerator(name: str) -> Accelerator:
     """One of the table, or the YAML file at a path. UsageError: what is wrong in it, and the nearest right name."""
     if "/" in name or name.endswith((".yaml", ".yml")):
-        return _from_file(Path(name))
+        path = Path(name)
+        return validated(read_file(path, "profile", what="device file"), path, Accelerator, strict=False)
     if name not in DEVICES:
         raise UsageError(
             f"no device is called {name!r}", remedy=f"{nearest(name, DEVICES)}; a YAML file describes others"
@@ -165,14 +165,6 @@ def accelerator(name: str) -> Accelerator:
         power_w=device.power_w,
         constants=DeviceConstants(family=device.family, multiprocessors=device.multiprocessors),
     )
-
-
-def _from_file(path: Path) -> Accelerator:
-    try:
-        tree = parse(read_text(path, "profile"), path)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the device file {path} cannot be read: {error}") from error
-    return validated(tree, path, Accelerator, strict=False)
 
 
 def assumptions(changes: list[str]) -> Assumptions:

@@ -29,9 +29,8 @@ from livt_scale.config.slurm import (
     Word,
     leave_the_chain_its_options,
 )
-from livt_scale.config.yaml import parse, validated
+from livt_scale.config.yaml import read_file, validated
 from livt_scale.util.errors import UsageError, nearest
-from livt_scale.util.outside import read_text
 from livt_scale.util.resources import shipped
 
 UNLIMITED_MIN = 24 * 60  # of a job, if neither the recipe nor a profile sets it
@@ -129,11 +128,7 @@ def load_site(name: str, *, folder: Path | None = None) -> Site:
     if not path.exists():
         known = [p.stem for p in folder.glob("*.yaml")]
         raise UsageError(f"there is no site profile {path}", remedy=nearest(name, known) if known else "")
-    try:
-        text = read_text(path, "profile")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"the site profile {path} cannot be read: {error}") from error
-    return validated(parse(text, path), path, Site)
+    return validated(read_file(path, "profile", what="site profile"), path, Site)
 
 
 def with_site(slurm: Slurm, site: Site | None) -> Slurm:

@@ -30,14 +30,14 @@ from livt_scale.config.model import MODEL_SIZES
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.config.runtime import RecipePart
 from livt_scale.config.tuning import TUNINGS
-from livt_scale.config.yaml import parse, validated
+from livt_scale.config.yaml import read_file, validated
 from livt_scale.data.build.spec import PlainName
 from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES
 from livt_scale.study.claims import SCRATCH, epochs_of_equal_compute, loss_sets
 from livt_scale.study.runs import Run, as_words
 from livt_scale.util.errors import UsageError, nearest
-from livt_scale.util.outside import read_text, real_path
+from livt_scale.util.outside import real_path
 from livt_scale.util.resources import named
 
 Sets = dict[str, JsonValue]
@@ -227,16 +227,8 @@ def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
     Raises UsageError: field, file and line, nearest name.
     """
     path = named(path, kind="studies")
-    try:
-        text = read_text(path, "study")
-    except (OSError, ValueError) as error:
-        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        said = getattr(error, "strerror", None) or error
-        raise UsageError(
-            f"the study {path} cannot be read: {said}", remedy=nearest(str(path), near) if near else ""
-        ) from error
+    tree = read_file(path, "study", what="study")
     load_extensions()
-    tree = parse(text, path)
     study = validated(tree, path, Study)
     beside = real_path(path).parent
     loaded = LoadedStudy(
@@ -264,8 +256,8 @@ def check_folder(loaded: LoadedStudy) -> None:
             remedy=f"continue that one with --out {other}; for another one give an absolute --out",
         )
     try:
-        name = validated(parse(read_text(kept, "study"), kept), kept, Study).name
-    except (OSError, ValueError, UsageError):
+        name = validated(read_file(kept, "study", what="study"), kept, Study).name
+    except UsageError:
         name = "one that cannot be read"
     if name != loaded.study.name:
         raise UsageError(

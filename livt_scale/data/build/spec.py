@@ -32,7 +32,7 @@ from pydantic import (
 )
 
 from livt_scale.config.runtime import RecipePart
-from livt_scale.config.yaml import Tree, parse, validated
+from livt_scale.config.yaml import Tree, read_file, validated
 from livt_scale.data.build.formats import SOURCE_FORMATS, SourceFormat
 from livt_scale.data.build.sources import Source, checked
 from livt_scale.data.build.split import Split, held_out
@@ -40,7 +40,7 @@ from livt_scale.data.build.writer import Prepare
 from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
-from livt_scale.util.outside import read_checked, read_json, read_text, real_path
+from livt_scale.util.outside import read_checked, read_json, real_path
 from livt_scale.util.resources import named
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
@@ -321,14 +321,8 @@ def load_spec(
     Raises UsageError: field, file and line, and the nearest valid name.
     """
     path = named(path, kind="shards")
-    try:
-        text = read_text(path, "shard spec")
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        near = [str(p) for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        hint = nearest(str(path), near) if near else "give the path of a YAML file, as shards/fashion-mnist-lt.yaml"
-        raise UsageError(f"the spec {path} cannot be read: {said}", remedy=hint) from error
-    tree = parse(text, path)
+    hint = "give the path of a YAML file, as shards/fashion-mnist-lt.yaml"
+    tree = read_file(path, "shard spec", what="spec", remedy=hint)
     for override in overrides:
         _override(tree, override)
     load_extensions()
