@@ -12,6 +12,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 from livt_scale.util.outside import open_checked
 
 SLACK_S = 2.0  # btime is in full seconds, and changes when a clock is set
@@ -19,14 +21,10 @@ SLACK_S = 2.0  # btime is in full seconds, and changes when a clock is set
 
 def started_at(pid: int) -> float | None:
     """When process `pid` of this host started, seconds since 1970; None: it is gone, or has ended as a zombie."""
-    try:
-        state, *rest = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.MULTILINE)
-        if state in ("Z", "X") or booted is None:
-            return None
-        return int(booted[1]) + int(rest[18]) / os.sysconf("SC_CLK_TCK")  # the 22nd field of proc(5)
-    except (OSError, ValueError, IndexError):
-        return None
+    with suppress(psutil.Error, ValueError, OverflowError):  # a number in a file can be any
+        process = psutil.Process(pid)
+        return None if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD) else process.create_time()
+    return None
 
 
 def is_there(pid: int, host: str, *, wrote_at: float | None) -> bool | None:
@@ -41,15 +39,15 @@ def may_be_signalled(pid: int, host: str, *, wrote_at: float) -> bool:
     """Whether it is there, the same one, and this user's."""
     if pid <= 1 or not is_there(pid, host, wrote_at=wrote_at):
         return False
-    with suppress(OSError):
-        return Path(f"/proc/{pid}").stat().st_uid == os.geteuid()
+    with suppress(psutil.Error):
+        return bool(psutil.Process(pid).uids().effective == os.geteuid())
     return False
 
 
 def command_of(pid: int) -> str:
     """Its command line, for people; empty where it cannot be read."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    with suppress(psutil.Error):
+        return " ".join(psutil.Process(pid).cmdline())
     return ""
 
 
