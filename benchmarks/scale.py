@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shlex
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from typer.testing import CliRunner
 
 from livt_scale.cli import main as cli
-from livt_scale.plan.failures import FailingRun, simulate
 from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import UsageError
 from livt_scale.util.plots import PALETTE, png_figure
@@ -165,6 +166,68 @@ def failures() -> str:
             cells.append(failing(one, days) if one else "-")
         lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+@dataclass(frozen=True)
+class FailingRun:
+    """A run of `work_s` seconds and how it fails: exponentially, every `mtbf_s` seconds on average."""
+
+    work_s: float
+    interval_s: float
+    save_s: float
+    mtbf_s: float
+    detect_s: float = 0.0
+    requeue_s: float = 0.0
+    start_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Seconds of a simulated run. share: of the total that was not work done for good."""
+
+    total_s: float
+    saves_s: float
+    again_s: float
+    waits_s: float
+    failures: int
+    finished: bool = True
+
+    @property
+    def share(self) -> float:
+        return (self.saves_s + self.again_s + self.waits_s) / self.total_s
+
+
+def simulate(run: FailingRun, *, seed: int, max_failures: int = 100_000) -> Lost:
+    """One run until its work is done, or until it has failed `max_failures` times."""
+    draw = random.Random(seed)
+    done = now = saves_s = again_s = waits_s = 0.0
+    failures = 0
+    fails_at = draw.expovariate(1 / run.mtbf_s)
+    while done < run.work_s:
+        piece = min(run.interval_s, run.work_s - done)
+        needed = piece + run.save_s
+        if now + needed <= fails_at:
+            now, done, saves_s = now + needed, done + piece, saves_s + run.save_s
+            continue
+        failures += 1
+        again_s += fails_at - now  # since the last complete save
+        if failures == max_failures:
+            return Lost(fails_at, saves_s, again_s, waits_s, failures, finished=False)
+        now, wait_s = _restarted(run, draw, fails_at)
+        waits_s += wait_s
+        fails_at = now + draw.expovariate(1 / run.mtbf_s)
+    return Lost(now, saves_s, again_s, waits_s, failures)
+
+
+def _restarted(run: FailingRun, draw: random.Random, failed_at: float) -> tuple[float, float]:
+    """(when training continues, seconds since the failure): a start may fail too, and is then repeated."""
+    now = failed_at + run.detect_s
+    while True:
+        now += run.requeue_s
+        until_failure = draw.expovariate(1 / run.mtbf_s)
+        if until_failure >= run.start_s:
+            return now + run.start_s, now + run.start_s - failed_at
+        now += until_failure + run.detect_s
 
 
 def failing(one: dict[str, Any], days: int) -> str:

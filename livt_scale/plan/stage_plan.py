@@ -15,7 +15,6 @@ from functools import cached_property
 from livt_scale.config.capabilities import CAPABILITIES, StrategyName
 from livt_scale.config.recipe import StagePart
 from livt_scale.plan.constants import End
-from livt_scale.plan.failures import daly_interval_s, lost_share
 from livt_scale.plan.memory import FP32, GIB, Memory, Spread, offloaded_bytes, plan_memory
 from livt_scale.plan.parameters import Weight
 from livt_scale.plan.step_time import Limit, StepTime, step_time, storage_shares
@@ -158,6 +157,22 @@ def _checkpoint(task: PlanTask, spread: Spread, weights: Sequence[Weight], time:
         lost_share(interval, stall_s, mtbf_s=mtbf_s, restart_s=restart_s) for interval in (every * time.step_s, best_s)
     )
     return CheckpointPlan(size, stall_s, write_s, every, best_s, here, daly)
+
+
+def daly_interval_s(save_s: float, mtbf_s: float) -> float:
+    """Seconds of work between saves that lose least, if a save holds up `save_s` and failures come every `mtbf_s`.
+
+    √(2δM)·(1 + √(δ/2M)/3 + (δ/2M)/9) − δ where δ < 2M, else M: Daly 2006, doi 10.1016/j.future.2004.11.016, eq. 37.
+    """
+    if save_s >= 2 * mtbf_s:
+        return mtbf_s
+    ratio = save_s / (2 * mtbf_s)
+    return math.sqrt(2 * save_s * mtbf_s) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - save_s
+
+
+def lost_share(interval_s: float, save_s: float, *, mtbf_s: float, restart_s: float) -> float:
+    """Share of the time that goes to saves, to work done again and to restarts (first order in interval / mtbf)."""
+    return save_s / (interval_s + save_s) + (interval_s / 2 + save_s + restart_s) / mtbf_s
 
 
 def checkpoint_bytes(weights: Sequence[Weight], spread: Spread) -> int:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import pytest
 
-from livt_scale.plan.failures import FailingRun, daly_interval_s, lost_share, simulate
+from livt_scale.plan.stage_plan import daly_interval_s, lost_share
+from tests.scripts import load_script
+
+SCALE = load_script(Path(__file__).resolve().parents[2] / "benchmarks" / "scale.py")
+FailingRun, simulate = SCALE.FailingRun, SCALE.simulate
 
 
 @pytest.mark.parametrize(("save_s", "mtbf_s"), [(1, 1e4), (30, 1e5), (300, 1e5)])
