@@ -15,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from livt_scale.util.outside import open_checked
+from livt_scale.util.outside import sha256_of
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-CHUNK_BYTES = 4 << 20
 
 
 class HashedFile:
@@ -83,14 +82,6 @@ def remove_folder(folder: Path) -> None:
         folder.unlink()
     elif folder.exists():
         shutil.rmtree(folder)
-
-
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_checked(path, "checkpoint file") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def sha256_of_all(paths: Iterable[Path]) -> list[str | OSError]:

@@ -24,7 +24,6 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, Validat
 from torch import Tensor
 
 from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.run_place import absolute_run_dir
@@ -38,7 +37,7 @@ from livt_scale.train.finetune import initial_classifier
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import DataError, UsageError
-from livt_scale.util.outside import first_mistake, parse_json, read_json, real_path
+from livt_scale.util.outside import first_mistake, parse_json, read_json, real_path, sha256_of
 
 TENSORS, MANIFEST = "features.safetensors", "manifest.json"
 REMEDY = "compute them again with livt features"

@@ -15,14 +15,13 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, ValidationError, model_validator
 
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
 from livt_scale.config.tuning import AnyTuning, TrainAll
 from livt_scale.evaluation.calibration import Calibration
 from livt_scale.extensions import load_extensions
 from livt_scale.util.errors import ExportError
-from livt_scale.util.outside import first_mistake, read_json
+from livt_scale.util.outside import first_mistake, read_json, sha256_of
 
 WEIGHTS = "model.safetensors"
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"

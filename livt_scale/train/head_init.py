@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Recipe, digest
 from livt_scale.data.settings import ImageSettings
 from livt_scale.data.shard_set import ShardSet
@@ -34,6 +33,7 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.evaluate import each_batch
 from livt_scale.models.classifier import AnyClassifier, head_inputs, head_name
 from livt_scale.util.errors import WeightsError
+from livt_scale.util.outside import sha256_of
 from livt_scale.weights.read_files import read_state
 
 _log = logging.getLogger(__name__)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.manifest import read_manifest
 from livt_scale.config.load import load_saved
 from livt_scale.data.classes import TrainingClasses
@@ -18,6 +17,7 @@ from livt_scale.train.export_info import ADAPTER, CONFIG, WEIGHTS, ExportInfo, i
 from livt_scale.train.load_trained import Trained, Weights, load_trained, pick_checkpoint
 from livt_scale.train.run_dir import is_run
 from livt_scale.util.errors import ExportError, UsageError
+from livt_scale.util.outside import sha256_of
 
 
 def open_trained(path: Path, *, which: str | None = None, weights: Weights = "raw") -> Trained:

@@ -14,6 +14,7 @@ caller makes its own error of it. Parsers that take files by name are called whi
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -147,6 +148,12 @@ def read_checked(path: Path, kind: Kind, *, max_bytes: int | None = None) -> byt
             if num_bytes > limit:
                 raise _too_large(path, kind, limit, num_bytes)
     return b"".join(chunks)
+
+
+def sha256_of(path: Path, kind: Kind = "checkpoint file") -> str:
+    """In hexadecimal digits. Raises as `open_checked`."""
+    with open_checked(path, kind) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: Path, kind: Kind) -> str:

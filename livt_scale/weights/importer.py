@@ -19,14 +19,13 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.checkpoint.tensor_file import write_tensors
 from livt_scale.config.recipe import Model
 from livt_scale.models.classifier import build_classifier
 from livt_scale.models.mae import MaskedAutoencoder
 from livt_scale.util.atomic import new_folder, plain_disk_errors
 from livt_scale.util.errors import UsageError, WeightsError, nearest
-from livt_scale.util.outside import first_mistake, read_json, real_path
+from livt_scale.util.outside import first_mistake, read_json, real_path, sha256_of
 from livt_scale.weights.adapt import Taken, adapt, compare
 from livt_scale.weights.layouts import LAYOUTS, Layout, detect, infer_model, to_ours
 from livt_scale.weights.locate import SAFETENSORS, find_file

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.timm_models import TimmSpec
 from livt_scale.models.timm_backbone import TimmClassifier
 from livt_scale.util.errors import WeightsError
+from livt_scale.util.outside import sha256_of
 from livt_scale.util.text import first_line
 from livt_scale.weights.adapt import Taken, with_channels
 from livt_scale.weights.importer import heads_beside

@@ -11,7 +11,6 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 
-from livt_scale.checkpoint.io import sha256_of
 from livt_scale.config.recipe import Recipe
 from livt_scale.export import timm as for_timm
 from livt_scale.export.timm import timm_network
@@ -22,6 +21,7 @@ from livt_scale.train.export_info import CONFIG, WEIGHTS, ExportInfo
 from livt_scale.train.load_trained import load_trained, pick_checkpoint
 from livt_scale.train.open_trained import load_export, open_trained
 from livt_scale.util.errors import CheckpointDamaged, ExportError, RunError, UsageError
+from livt_scale.util.outside import sha256_of
 from tests.tiny_run import CLASS_COUNTS, CLASS_NAMES, tiny_recipe, tiny_run
 
 HOSTILE = "runs of 'a \"user\"'\nand more"

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import errno
-import hashlib
 import itertools
 import logging
 import os
@@ -35,7 +34,7 @@ from typing import Any
 from livt_scale.config.recipe import Remote
 from livt_scale.util.errors import DataError, RemoteError
 from livt_scale.util.log import ANNOUNCE_AFTER_S, EVERY_RANK
-from livt_scale.util.outside import open_checked
+from livt_scale.util.outside import open_checked, sha256_of
 from livt_scale.util.urls import below, redacted
 
 _log = logging.getLogger(__name__)
@@ -143,11 +142,6 @@ class Fetcher:
         sync(files.loop, files._get_file, path, str(into), callback=watch, timeout=max(timeout_s, 0.001))
 
 
-def sha256_of(path: Path) -> str:
-    with open_checked(path, "shard") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def matches(size: int, sha256: str) -> Callable[[Path], str]:
     """A check for `fetch`: the file has this size and this SHA-256."""
 
@@ -155,14 +149,14 @@ def matches(size: int, sha256: str) -> Callable[[Path], str]:
         found = path.stat().st_size
         if found != size:
             return f"it came with {found:,} bytes, the manifest says {size:,}"
-        return "" if sha256_of(path) == sha256 else "its SHA-256 is not the manifest's"
+        return "" if sha256_of(path, "shard") == sha256 else "its SHA-256 is not the manifest's"
 
     return check
 
 
 def _accept(path: Path, check: Callable[[Path], str]) -> None:
     if problem := check(path):
-        raise WrongBody(problem, sha256_of(path))
+        raise WrongBody(problem, sha256_of(path, "shard"))
 
 
 def _copy(path: str, into: Path, *, most_bytes: int, cancelled: threading.Event) -> None:
