@@ -156,7 +156,7 @@ RAW_READS = {
     "livt_scale/study/report/html.py": "the page that ships with the package",
     "livt_scale/study/report/interactive.py": "bokeh's own script",
     "livt_scale/study/report/thumbnails.py": "Pillow, from a file that is open",
-    "livt_scale/train/guard_process.py": "/proc; it imports nothing of the package",
+    "livt_scale/train/guard.py": "/proc; it imports nothing of the package",
     "livt_scale/train/heartbeat.py": "/proc",
     "livt_scale/train/telemetry/profiler.py": "what this process has just written",
     "livt_scale/util/atomic.py": "folders, new files and locks, which are checked",
