@@ -135,9 +135,8 @@ def test_the_changelog_and_the_package_agree_on_the_version():
 RAW_READS = {
     "livt_scale/checkpoint/foreign/archive.py": "a zip archive, from a file that is open",
     "livt_scale/checkpoint/foreign/pickles.py": "torch maps the file that is held open and was checked",
-    "livt_scale/checkpoint/foreign/safetensors_files.py": "safetensors maps the file that is held open",
     "livt_scale/checkpoint/node_local.py": "/proc",
-    "livt_scale/checkpoint/tensor_file.py": "what this process has just written",
+    "livt_scale/checkpoint/tensor_file.py": "what this process has just written; a file that is held open",
     "livt_scale/cli/main.py": "/dev/null",
     "livt_scale/config/catalog.py": "recipes that ship with the package",
     "livt_scale/data/build/idx.py": "gzip, from bytes",

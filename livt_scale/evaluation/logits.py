@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import save
 from torch import Tensor
 
-from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
+from livt_scale.checkpoint.tensor_file import read_safetensors
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.shard_set import ShardSet

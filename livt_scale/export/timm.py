@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
+from livt_scale.checkpoint.tensor_file import read_safetensors
 from livt_scale.config.model import MODEL_SIZES, USUAL_FIRST_WIDTH
 from livt_scale.config.recipe import Model
 from livt_scale.data.image.transforms import eval_crop

@@ -23,8 +23,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
-from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
-from livt_scale.checkpoint.tensor_file import write_tensors
+from livt_scale.checkpoint.tensor_file import read_safetensors, write_tensors
 from livt_scale.config.recipe import Recipe
 from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.data.classes import TrainingClasses

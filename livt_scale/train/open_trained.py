@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.checkpoint.manifest import read_manifest
+from livt_scale.checkpoint.tensor_file import read_safetensors
 from livt_scale.config.load import load_saved
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.models.classifier import AnyClassifier

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from livt_scale.checkpoint.foreign.pickles import read_pickle
-from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
+from livt_scale.checkpoint.tensor_file import read_safetensors
 from livt_scale.util.errors import CheckpointDamaged, WeightsError
 
 WRAPPED_IN = ("model", "state_dict", "module")

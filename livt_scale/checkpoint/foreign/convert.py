@@ -27,7 +27,6 @@ from livt_scale.checkpoint.dcp import FolderWriter, Pieces, plan_write, read_int
 from livt_scale.checkpoint.dcp_metadata import METADATA, read_foreign_index
 from livt_scale.checkpoint.foreign.deepspeed_files import is_deepspeed, read_deepspeed
 from livt_scale.checkpoint.foreign.pickles import read_pickle
-from livt_scale.checkpoint.foreign.safetensors_files import read_safetensors
 from livt_scale.checkpoint.load import read_tensors
 from livt_scale.checkpoint.manifest import (
     MANIFEST,
@@ -40,7 +39,7 @@ from livt_scale.checkpoint.manifest import (
     step_name,
     step_of,
 )
-from livt_scale.checkpoint.tensor_file import write_tensors
+from livt_scale.checkpoint.tensor_file import read_safetensors, write_tensors
 from livt_scale.distributed.collectives import Peers
 from livt_scale.distributed.state_dict import AVERAGE, MOMENTS, plain_name
 from livt_scale.util.atomic import new_file, new_folder, plain_disk_errors, sync_folder
