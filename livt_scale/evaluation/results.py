@@ -1,4 +1,4 @@
-"""The tables that `livt train` and `livt eval` print, made of an eval.json. Needs no torch."""
+"""The tables that `livt quickstart` and `livt eval` print, made of an eval.json. Needs no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from livt_scale.util.tables import plain_console, plain_table
 from livt_scale.util.text import escaped
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
 
 
-def results_table(run_dir: Path, report: dict[str, Any], *, console: Console | None = None) -> None:
+def results_table(run_dir: Path, report: dict[str, Any]) -> None:
     """Print accuracy for all, many, medium and few-shot classes, and where everything else is."""
-    console = console or plain_console()
+    console = plain_console()
     console.print(accuracy_table(report))
     console.print(calibration_line(report))
     pictures = sorted((run_dir / "pretrain" / "samples").glob("*.png"))[-1:]

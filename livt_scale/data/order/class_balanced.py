@@ -29,6 +29,7 @@ from livt_scale.util.errors import DataError
 BLOCK = 1 << 20  # draws that are shuffled together
 FINE = 20  # bits after the point in which shares of a block are counted
 SHARES_ERROR = 1e-6  # of their sum
+ROUNDS = 8  # of the Feistel network
 
 
 class ClassShares(Protocol):
@@ -256,9 +257,9 @@ def _shuffled_places(places: Ints, sizes: Ints, keys: npt.NDArray[np.uint64]) ->
     return out
 
 
-def _feistel(x: Ints, a: Ints, b: Ints, keys: npt.NDArray[np.uint64], rounds: int = 8) -> Ints:
+def _feistel(x: Ints, a: Ints, b: Ints, keys: npt.NDArray[np.uint64]) -> Ints:
     left, right = x // b, x % b  # left < a, right < b
-    for number in range(0, rounds, 2):
+    for number in range(0, ROUNDS, 2):
         left = (left + _hash_below(a, right, keys, number)) % a
         right = (right + _hash_below(b, left, keys, number + 1)) % b
     return left * b + right
