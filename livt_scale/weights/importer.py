@@ -130,6 +130,8 @@ def check(state: Mapping[str, Tensor], model: Model) -> Taken:
             network: torch.nn.Module = MaskedAutoencoder(model, norm_pix=True, num_kept=1)
         else:
             head = state.get("head.weight")
+            if head is not None and not (head.ndim == 2 and len(head)):
+                raise WeightsError(f"head.weight has the shape {list(head.shape)}, not [classes, width]")
             network = build_classifier(model, num_classes=1 if head is None else head.shape[0], drop_path=0.0)
     return compare({name: tensor.shape for name, tensor in network.state_dict().items()}, state)
 
