@@ -24,7 +24,8 @@ from multiprocessing import connection, forkserver, resource_tracker, spawn
 from multiprocessing.context import BaseContext
 from typing import Any, NoReturn
 
-PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # Slurm sends them to every process of a step
+# Slurm sends them to every process of a step, and a terminal SIGINT to every process that it started
+PREEMPTION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 _library: Any = forkserver._forkserver
 _runs_in: int | None = None  # the process that has a server
 _at_end: list[Callable[[], object]] = []

@@ -32,7 +32,7 @@ from livt_scale.util.outside import open_checked, real_path
 _log = logging.getLogger(__name__)
 OUTPUT = "output.txt"  # all that the process printed; log.txt is its own
 TAIL_BYTES = 2**16  # of a log, for its last line
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # as `livt train` takes them
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)  # as `livt train` takes them
 POLL_S = 0.2
 
 
@@ -74,7 +74,7 @@ def check_runs(runs: Sequence[Run], folder: Path, *, to_build: Collection[Path] 
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, jobs: int = 1) -> Outcome:
-    """Bring all runs to their end. Raises Preempted on SIGTERM or SIGUSR2, when those that run have saved."""
+    """Bring all runs to their end. Raises Preempted on SIGNALS, when those that run have saved."""
     left, outcome = in_order(runs), Outcome()
     known = {run.name: run for run in left}
     active: dict[str, tuple[Run, subprocess.Popen[bytes], float]] = {}

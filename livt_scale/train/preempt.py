@@ -31,7 +31,8 @@ from livt_scale.util.log import announced_wait
 _log = logging.getLogger(__name__)
 
 # SIGUSR1 is NCCL's: it catches it, so it is honoured only where it reaches us.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT)
+SECOND_CTRL_C_S = 1.0  # one that comes sooner is the first, which torchrun hands on as well
 MIN_LEAD_S = 10.0
 UNMEASURED_SAVE_S = 30.0  # assumed for a save until the first one has ended
 SCONTROL_S = 20.0  # time-out for the controller's answer
@@ -40,6 +41,7 @@ SCONTROL_S = 20.0  # time-out for the controller's answer
 class Preemption:
     """While entered, the signals set `requested` (the signal's name) instead of ending the process.
 
+    A second Ctrl-C ends it without a save.
     stop_at: when the job will be ended from outside, in epoch seconds; None: unknown, or not known to this rank.
     """
 
@@ -47,6 +49,7 @@ class Preemption:
         self.requested: str | None = None
         self._stop_at = stop_at
         self._before: dict[signal.Signals, Any] = {}
+        self._interrupted: float | None = None
         self._asked: float | None = None
         self._longest_turn_s = 0.0
 
@@ -81,6 +84,14 @@ class Preemption:
         return self.requested is not None
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._interrupted is None:
+                self._interrupted = now
+                if os.environ.get("RANK", "0") == "0":  # not by logging: the signal may have come in the middle of a line
+                    os.write(2, b"\nstopping after this step, with a save; Ctrl-C again stops without one\n")
+            elif now - self._interrupted > SECOND_CTRL_C_S:
+                raise KeyboardInterrupt
         self.requested = signal.Signals(number).name
 
 

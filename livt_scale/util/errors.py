@@ -150,7 +150,7 @@ class RunBusyError(RunError):
 class Preempted(RunError):
     """Not a failure: the run was asked to stop, and is saved.
 
-    Occurs: SIGTERM, SIGUSR2 or SIGUSR1 arrives, or the time limit of the job is near. The exit code is 85.
+    Occurs: SIGTERM, SIGUSR2, SIGUSR1 or Ctrl-C arrives, or the time limit of the job is near. The exit code is 85.
     What to do: start the same command again: it resumes. Batch scripts of `livt submit` do so by themselves.
     """
 

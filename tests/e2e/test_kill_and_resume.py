@@ -70,13 +70,16 @@ def test_twenty_kills_change_nothing(livt):
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2, signal.SIGINT])
 def test_a_signal_saves_exits_85_and_the_run_goes_on_exactly(livt, finished, number):
     run_dir = livt.folder / "run"
     process = livt.start(*livt.train_words(run_dir, checkpoint__every_steps=1000), "--stage=pretrain")
     while process.poll() is None and steps_behind(run_dir) < 5:
         time.sleep(0.01)
-    process.send_signal(number)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # as a terminal does: the loader's processes get it too
+    else:
+        process.send_signal(number)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 85, said
     assert f"stopped by {number.name} after step" in said

@@ -25,7 +25,7 @@ def clock(monkeypatch):
     return Clock(monkeypatch)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_is_a_request_as_long_as_we_listen(number):
     before = signal.getsignal(number)
     with Preemption() as preemption:
@@ -34,6 +34,18 @@ def test_a_signal_is_a_request_as_long_as_we_listen(number):
         assert preemption.wanted(save_s=None)
         assert preemption.requested == number.name
     assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_stops_without_a_save_but_not_the_echo_of_the_first(clock):
+    with Preemption() as preemption:
+        for _ in range(2):  # the terminal's, and torchrun's
+            os.kill(os.getpid(), signal.SIGINT)
+            clock.now_s += 0.2
+        assert preemption.requested == "SIGINT"
+        clock.now_s += 2
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
 
 
 def test_the_lead_is_twice_a_turn_and_a_save_as_measured():
