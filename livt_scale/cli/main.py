@@ -57,7 +57,7 @@ Examples:
 
     livt quickstart
 
-    livt train RECIPE --set run_dir=runs/try --set stages.pretrain.epochs=2
+    livt train RECIPE --set run_dir=runs/try --set stages.finetune.epochs=50
 
     torchrun --nproc-per-node 2 -m livt_scale train RECIPE
 

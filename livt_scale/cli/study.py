@@ -99,7 +99,7 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, price: floa
         images, classes = sets.of(recipe)
         if images is None or classes is None:
             raise DataError(
-                f"{run.name}: how many images {recipe.data.train} has is not known: it is not built",
+                f"{run.name}: {recipe.data.train} is not built, so its number of images is not known",
                 remedy="build it first (livt shards build); sets of fractions are built by livt study submit",
             )
         return images, classes

@@ -5,6 +5,7 @@ Defaults are the paper's, as `livt_scale.config.recipe` says.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -19,6 +20,8 @@ from livt_scale.losses.builtin import BalancedBinaryCrossEntropy
 from livt_scale.util.choices import Chosen
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# timm.data.auto_augment.rand_augment_transform, which leaves out in silence what it does not know
+RAND_AUGMENT = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|t[a-z0-9]+))*")
 
 
 def _micro_batch() -> Any:
@@ -60,7 +63,7 @@ class StagePart(RecipePart):
     @model_validator(mode="after")
     def _schedule_fits(self) -> Self:
         if self.warmup_epochs > self.epochs:
-            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, more than epochs = {self.epochs}")
+            raise ValueError(f"warmup_epochs is {self.warmup_epochs:g}, more than epochs = {self.epochs}: set it too")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1]:
             raise ValueError(f"crop_scale is {self.crop_scale}: give 0 < smallest <= largest <= 1")
         if self.micro_batch > self.global_batch:
@@ -229,6 +232,15 @@ class Finetune(StagePart):
     )
     eval_every_epochs: Annotated[PositiveInt | None, FREE] = Field(None, description="None: at the end alone")
     ema: Ema | None = Field(None, description="also keep an average of the weights, as {decay: 0.9999}; None: none")
+
+    @model_validator(mode="after")
+    def _timm_reads_the_augmentation(self) -> Self:
+        if self.rand_augment is not None and not RAND_AUGMENT.fullmatch(self.rand_augment):
+            raise ValueError(
+                f"rand_augment is {self.rand_augment!r}, not timm's notation: rand, then any of -m9, -n2, -p0.5, "
+                "-mstd0.5, -mmax10, -inc1 and -t with the name of a list, e.g. rand-m9-mstd0.5-inc1"
+            )
+        return self
 
     @property
     def mixes(self) -> bool:

@@ -88,7 +88,8 @@ class Preemption:
             now = time.monotonic()
             if self._interrupted is None:
                 self._interrupted = now
-                if os.environ.get("RANK", "0") == "0":  # not by logging: the signal may have come in the middle of a line
+                if os.environ.get("RANK", "0") == "0":
+                    # not by logging: the signal may have come in the middle of a line
                     os.write(2, b"\nstopping after this step, with a save; Ctrl-C again stops without one\n")
             elif now - self._interrupted > SECOND_CTRL_C_S:
                 raise KeyboardInterrupt

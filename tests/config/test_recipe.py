@@ -4,6 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from livt_scale.config.recipe import MODEL_SIZES, Finetune, Model, Recipe, digest, learnt_from
+from livt_scale.data.image.augment import make_augment
 from livt_scale.losses import LOSSES
 
 
@@ -171,3 +172,15 @@ def test_lars_has_maes_momentum_unless_another_is_given_and_a_probe_is_another_r
     assert probe(optimizer="lars", momentum=0.5).stage("finetune").lars_momentum == 0.5
     learnt = learnt_from(probe(optimizer="lars", head_norm="batch"), "finetune")
     assert {name.rpartition(".")[2] for name in learnt} >= {"train", "optimizer", "head_norm"}
+
+
+@pytest.mark.parametrize("notation", ["rand", "rand-m9-mstd0.5-inc1", "rand-n3-p0.5-mmax20", "rand-tweights-m7"])
+def test_what_timm_reads_as_an_augmentation_is_accepted(notation):
+    part = Finetune(rand_augment=notation)
+    make_augment(part.rand_augment, image_px=28, mean=(0.3,))
+
+
+@pytest.mark.parametrize("notation", ["xx", "", "rand-mx", "rand-foo", "rand-m9.5", "rand-q3", "augmix-m3", "rand_m9"])
+def test_another_augmentation_is_refused_before_anything_is_trained(notation):
+    with pytest.raises(ValidationError, match=f"rand_augment is '{notation}', not timm's notation"):
+        Finetune(rand_augment=notation)

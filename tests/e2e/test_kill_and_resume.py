@@ -70,7 +70,9 @@ def test_twenty_kills_change_nothing(livt):
     assert one.read_bytes() == other.read_bytes()
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR2, signal.SIGINT]
+)
 def test_a_signal_saves_exits_85_and_the_run_goes_on_exactly(livt, finished, number):
     run_dir = livt.folder / "run"
     process = livt.start(*livt.train_words(run_dir, checkpoint__every_steps=1000), "--stage=pretrain")

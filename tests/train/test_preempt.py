@@ -44,8 +44,7 @@ def test_a_second_ctrl_c_stops_without_a_save_but_not_the_echo_of_the_first(cloc
         assert preemption.requested == "SIGINT"
         clock.now_s += 2
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_the_lead_is_twice_a_turn_and_a_save_as_measured():

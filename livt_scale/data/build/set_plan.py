@@ -24,6 +24,7 @@ from livt_scale.data.build.writer import Prepare
 from livt_scale.data.manifest import FORMAT, VERSION
 from livt_scale.longtail import choose, shuffled
 from livt_scale.util.errors import DataError, SourceError
+from livt_scale.util.text import escaped
 
 MAX_PAIRS = 100  # of equal images, in a manifest
 
@@ -129,9 +130,14 @@ def check_same_classes(plans: Sequence[SetPlan]) -> None:
         if plan.source.class_names != first.source.class_names:
             raise SourceError(
                 f"the sets {first.name} and {plan.name} have different classes "
-                f"({len(first.source.class_names)} and {len(plan.source.class_names)})",
+                f"({_named(first.source.class_names)}; {_named(plan.source.class_names)})",
                 remedy="give class_names in the spec, the same for all; an evaluation set may lack images of some",
             )
+
+
+def _named(class_names: Sequence[str]) -> str:
+    shown = ", ".join(escaped(name) for name in class_names[:4])
+    return f"{len(class_names)}: {shown}" + (", …" if len(class_names) > 4 else "")
 
 
 @dataclass(frozen=True)

@@ -359,7 +359,7 @@ def check_all_there(source: FileSource) -> FileSource:
         raise SourceError(
             f"source {source.name}: of {len(source):,} images {len(missing):,} are missing: "
             f"there is no image {first}{all_of_them}",
-            remedy="put them there, or give the right root (--source NAME=FOLDER)",
+            remedy="put them there, or name the folder that their paths begin in",
         )
     return source
 

@@ -48,7 +48,7 @@ def make_augment(notation: str, *, image_px: int, mean: tuple[float, ...]) -> Ra
         return rand_augment_transform(notation, settings)
     except (AssertionError, ValueError, KeyError) as error:
         raise UsageError(
-            f"rand_augment is {notation!r}, not timm's notation ({error or type(error).__name__})",
+            f"rand_augment is {notation!r}, not timm's notation ({str(error) or type(error).__name__})",
             remedy="the papers take rand-m9-mstd0.5-inc1",
         ) from error
 
