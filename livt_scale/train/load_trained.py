@@ -27,8 +27,8 @@ from livt_scale.evaluation.calibration import NOT_FITTED, Calibration, recorded_
 from livt_scale.evaluation.evaluate import weights_lineage
 from livt_scale.models.classifier import AnyClassifier, Classifier
 from livt_scale.models.parameter_efficient import build_tuned, merge
-from livt_scale.train.run_dir import is_run
-from livt_scale.train.run_files import EVAL, read_eval, read_status
+from livt_scale.train.run_dir import is_done, is_run
+from livt_scale.train.run_files import EVAL, STATUS, read_eval, read_status
 from livt_scale.util.errors import CheckpointDamaged, CheckpointMismatch, RunError, UsageError
 
 NAMED = ("best", "newest")
@@ -149,17 +149,30 @@ def pick_checkpoint(run_dir: Path, *, which: str | None = None) -> Path:
     else:
         chosen = [c for c in found if c.position and c.position.step == int(which)]
     if not chosen:
-        what = "fine-tuning has not ended" if which is None else f"there is no fine-tuning checkpoint {which!r}"
-        remedy = "finish it with `livt train`" + (
-            ", or choose checkpoint newest" if any(c.whole for c in found) else ""
-        )
+        is_over = is_done(run_dir, "finetune")
+        ended = "the final checkpoint of fine-tuning is gone" if is_over else "fine-tuning has not ended"
+        what = ended if which is None else f"there is no fine-tuning checkpoint {which!r}"
+        remedy = train_on(run_dir, "finetune") if is_over else "finish it with `livt train`"
+        if any(c.whole for c in found):
+            remedy += ", or choose checkpoint newest"
         raise RunError(f"{what} in {run_dir}: {_what_is_there(run_dir)}", remedy=remedy)
     if not chosen[-1].whole:
         raise CheckpointDamaged(
             f"{chosen[-1].path} is damaged: {chosen[-1].why}",
-            remedy="put the file back, choose another checkpoint, or remove the folder and train on",
+            remedy="put the file back, choose another checkpoint, or remove the folder, and finetune/status.json, and "
+            "train on",
         )
     return chosen[-1].path
+
+
+def has_final(run_dir: Path, stage: Stage) -> bool:
+    """Whether the stage's final checkpoint is there, its file sizes checked."""
+    return any(c.final and c.whole for c in load.list_checkpoints(run_dir / stage / "checkpoints", quick=True))
+
+
+def train_on(run_dir: Path, stage: Stage) -> str:
+    """What to do where a stage is done, but not its final checkpoint."""
+    return f"remove {run_dir / stage / STATUS}, and `livt train` trains on from the newest complete checkpoint"
 
 
 def _what_is_there(run_dir: Path) -> str:

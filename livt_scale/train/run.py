@@ -38,6 +38,7 @@ from livt_scale.train.compare_run import check_start
 from livt_scale.train.finetune import finetune_task
 from livt_scale.train.garbage import GarbageCollection
 from livt_scale.train.hooks import Evaluate, Pictures, Save, StopOnRequest
+from livt_scale.train.load_trained import has_final, train_on
 from livt_scale.train.loop import Hook, Loop, StageTask
 from livt_scale.train.preempt import Preemption, time_limit
 from livt_scale.train.preflight import check_run, refuse
@@ -136,6 +137,8 @@ def _left_to_train(
     for name in stages:
         if name not in unfinished:
             _log.info("%s is done already in %s", name, run_dir)
+            if world.is_main and not has_final(run_dir, name):
+                _log.warning("its final checkpoint is gone or damaged: %s", train_on(run_dir, name))
     return [name for name in stages if name in unfinished]
 
 

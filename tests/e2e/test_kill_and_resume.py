@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -86,6 +87,18 @@ def test_a_signal_saves_exits_85_and_the_run_goes_on_exactly(livt, finished, num
     assert process.returncode == 85, said
     assert f"stopped by {number.name} after step" in said
     livt.train(run_dir, checkpoint__every_steps=1000, stage="pretrain")
+    assert_same_run(run_dir, finished, stages=["pretrain"])
+
+
+def test_a_run_that_is_done_without_its_final_checkpoint_says_how_to_train_on(livt, finished):
+    run_dir = livt.folder / "run"
+    livt.train(run_dir, checkpoint__keep_last=3, stage="pretrain")
+    shutil.rmtree(sorted((run_dir / "pretrain" / "checkpoints").glob("step-*"))[-1])
+    status = run_dir / "pretrain" / "status.json"
+    said = livt.train(run_dir, checkpoint__keep_last=3, stage="pretrain")
+    assert f"its final checkpoint is gone or damaged: remove {status}" in said
+    status.unlink()
+    livt.train(run_dir, checkpoint__keep_last=3, stage="pretrain")
     assert_same_run(run_dir, finished, stages=["pretrain"])
 
 
