@@ -55,10 +55,10 @@ class Loading:
         return max(self.workers * self.prefetch, 1) * self.batch_bytes
 
     def __str__(self) -> str:
-        ready = "no processes"
-        if self.workers:
-            each = counted(self.prefetch, "micro-batch", "micro-batches")
-            ready = f"{counted(self.workers, 'process', 'processes')} × {each}"
+        if not self.workers:
+            return f"loader: images are decoded in the training process ({self.why})"
+        each = counted(self.prefetch, "micro-batch", "micro-batches")
+        ready = f"{counted(self.workers, 'process', 'processes')} × {each}"
         most = f"{self.batch_bytes / 1e6:.1f} MB, at most {self.max_bytes / 1e6:.1f} MB ready"
         return f"loader: {ready} of {most} ({self.why})"
 

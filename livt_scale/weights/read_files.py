@@ -45,6 +45,11 @@ def checked_state(found: Mapping[str, Tensor], *, where: str, integers: bool = F
         if integers and tensor.dtype in INTEGERS and not tensor.is_meta:
             state[name] = tensor
             continue
+        if name.endswith("num_batches_tracked"):
+            raise WeightsError(
+                f"{where} is of a network with batch norm ({name}), a CNN: livt import reads ViTs",
+                remedy="train it as a model of timm: set model.timm, and the file as stages.finetune.weights",
+            )
         if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
             kind = "a tensor without values" if tensor.is_meta else f"{tensor.dtype}, {tensor.layout}"
             raise WeightsError(f"{where}: {name} is {kind}: weights are dense real numbers")

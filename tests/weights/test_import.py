@@ -90,6 +90,7 @@ def changed(**tensors: Tensor | None) -> dict[str, Tensor]:
         (changed(norm__bias=torch.zeros(32, dtype=torch.int64)), r"norm\.bias is torch\.int64"),
         (changed(pos_embed=torch.zeros(1, 14, 32)), "14 positions"),
         (changed(decoder_blocks__0__norm1__weight=None), r"decoder_blocks\.0\.norm1\.weight is missing"),
+        ({"bn1.num_batches_tracked": torch.tensor(7)}, "a CNN: livt import reads ViTs"),
         (changed(mask_token=None, head__weight=torch.zeros(0, 32)), r"head\.weight has the shape \[0, 32\], not \[cl"),
         (changed(mask_token=None, head__weight=torch.tensor(3.0)), r"head\.weight has the shape \[\], not \[classes"),
         ({"conv1.weight": torch.zeros(64, 3, 7, 7), "fc.bias": torch.zeros(9)}, r"no ViT.*'conv1\.weight'"),
