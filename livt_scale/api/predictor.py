@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from livt_scale.data.image.decode import BadImage, pillow_pixels
+from livt_scale.data.image.decode import BadImage, Pixels, pillow_pixels
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.loader import normalise
 from livt_scale.data.settings import ImageSettings
@@ -30,7 +32,7 @@ from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import SampleError, UsageError
 from livt_scale.util.outside import RefusedFile, read_checked
 
-AnyImage = str | Path | Image.Image | Tensor
+AnyImage = str | Path | Image.Image | Tensor | NDArray[Any]
 
 
 def load(
@@ -77,7 +79,8 @@ class ImageTransform:
     """One image to the model's input, float32 [C, T, T], normalised: resized and cropped as in evaluation.
 
     Takes the path of an image file, a PIL image, pixels uint8 [C, H, W], or its own output, which it returns
-    unchanged. Raises SampleError (a file that is not an image, or is unreadable) and UsageError (anything else).
+    unchanged; pixels and output as tensors or NumPy arrays. Raises SampleError (an image that is damaged or not of 8
+    or 16 bits, a file that is none) and UsageError (anything else).
     """
 
     def __init__(self, settings: ImageSettings) -> None:
@@ -86,20 +89,23 @@ class ImageTransform:
         self._shape = (settings.channels, settings.image_px, settings.image_px)
 
     def __call__(self, image: AnyImage) -> Tensor:
+        image = _as_tensor(image)
         if isinstance(image, Tensor) and image.is_floating_point() and tuple(image.shape) == self._shape:
             return image.float()
         channels, px, _ = self._shape
         slots = torch.empty((1, px, px, channels), dtype=torch.uint8).permute(0, 3, 1, 2)
         if isinstance(image, Image.Image):
-            self._cut.crops_of(pillow_pixels(image, channels=channels), slots)
+            self._cut.crops_of(_pixels_of(image, channels), slots)
         elif isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == channels:
             self._cut.crops_of(image.permute(1, 2, 0).cpu().numpy(), slots)
         elif isinstance(image, str | Path):
             self._cut_file(Path(image), slots)
         else:
-            shape = f"{list(image.shape)} of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
+            what = type(image).__name__
+            if isinstance(image, Tensor | np.ndarray):
+                what = f"{list(image.shape)} of {str(image.dtype).removeprefix('torch.')}"
             raise UsageError(
-                f"an image is {shape}",
+                f"an image is {what}",
                 remedy=f"give a path, a PIL image, uint8 [{channels}, H, W] or float [{channels}, {px}, {px}]",
             )
         data = self._settings.data
@@ -166,6 +172,23 @@ class Predictor:
         assert finetune is not None
         loss, counts = finetune.loss, self._trained.classes.counts
         return adjust(logits, self._tau, loss=loss.name, class_counts=counts, logit_scale=loss.logit_scale)
+
+
+def _as_tensor(image: AnyImage) -> AnyImage:
+    """An array of pixels or of floats as a tensor; anything else as it is."""
+    if not isinstance(image, np.ndarray) or (image.dtype != np.uint8 and image.dtype.kind != "f"):
+        return image
+    # a copy: torch takes no reversed, read-only or byte-swapped memory
+    return torch.from_numpy(np.array(image, dtype=np.uint8 if image.dtype == np.uint8 else np.float32, order="C"))
+
+
+def _pixels_of(image: Image.Image, channels: int) -> Pixels:
+    try:
+        return pillow_pixels(image, channels=channels)
+    except BadImage as error:
+        raise SampleError(
+            f"a PIL image of mode {image.mode}: {error}", remedy="give a whole image of 8 or 16 bits a channel"
+        ) from error
 
 
 def most_likely(probabilities: Tensor, k: int) -> list[list[tuple[int, float]]]:

@@ -60,6 +60,8 @@ def test_an_image_gets_what_the_evaluation_gives_it_however_it_is_handed_over(ru
         [Image.open(path) for path in paths],
         [torch.from_numpy(array.copy())[None] for array in pixels],
         [predictor.transform(path) for path in paths],
+        [array[None] for array in pixels],
+        [predictor.transform(path).double().numpy() for path in paths],
     ):
         assert torch.equal(predictor(others).probabilities, predictor(paths).probabilities)
     assert predictor([]).probabilities.shape == (0, 4)
@@ -116,6 +118,29 @@ def test_what_is_no_run_and_no_export_no_image_and_no_value_is_an_error(runs, ph
     for call in (lambda: predictor("photo.png"), lambda: predictor(photos[0], batch=0)):
         with pytest.raises(UsageError, match=r"^(images|batch) is"):
             call()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int32"])
+def test_a_pil_image_of_32_bits_is_refused_as_a_file_of_it_is(runs, dtype, tmp_path):
+    image = Image.fromarray(np.full((28, 28), 200).astype(dtype))
+    image.save(tmp_path / "wide.tif")
+    predictor = livt.load(runs / "export")
+    with Image.open(tmp_path / "wide.tif") as opened:
+        for given in (image, opened):
+            with pytest.raises(SampleError, match="32 bits"):
+                predictor([given])
+
+
+def test_an_array_without_channels_is_refused_with_its_shape(runs):
+    with pytest.raises(UsageError, match=r"^an image is \[28, 28\] of uint8"):
+        livt.load(runs / "export")([np.zeros((28, 28), dtype=np.uint8)])
+
+
+def test_a_pil_image_of_16_bits_is_its_upper_eight(runs):
+    pixels = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)
+    transform = livt.load(runs / "export").transform
+    wide = Image.fromarray(pixels.astype(np.uint16) << 8)
+    assert torch.equal(transform(wide), transform(Image.fromarray(pixels)))
 
 
 def test_training_returns_the_run_directory_and_takes_values_by_name(tmp_path):

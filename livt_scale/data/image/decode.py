@@ -254,6 +254,7 @@ class _PillowImage:
 
 def pillow_pixels(image: Image.Image, *, channels: int) -> Pixels:
     """An image that Pillow holds, upright: uint8 [H, W, channels]. Raises BadImage."""
+    _check_values(image)
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     try:
         pixels = np.array(_in_mode(image, "RGB" if channels == 3 else "L"))
@@ -276,7 +277,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def _check_values(image: Image.Image) -> None:
     """16 bits have a rule (the upper eight); 32 bits, floats and colour spaces beyond inks have no rule."""
-    is_wide = image.mode == "F" or (image.mode == "I" and image.format == "TIFF")
+    is_wide = image.mode == "F" or (image.mode == "I" and image.format in ("TIFF", None))
     if is_wide or image.mode in ("LAB", "HSV"):
         what = "values of 32 bits" if is_wide else f"colours of the space {image.mode}"
         raise BadImage(f"{what} have no rule that makes them colours of 8 bits", reason=f"{what} are not read")
