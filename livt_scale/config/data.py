@@ -4,11 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic_core import PydanticCustomError
 
 from livt_scale.config.resume import ALLOW, FREE
 from livt_scale.config.runtime import RecipePart
 from livt_scale.util.urls import is_url, url_problem
+
+
+def _share(*, lowest: str) -> AfterValidator:
+    def check(value: float) -> float:
+        if not 0 <= value <= 1 or (value == 0 and lowest == "above 0"):
+            limits = f"Input should be {lowest} and at most 1, of pixels in [0, 1]; divide by 255"
+            raise PydanticCustomError("of_pixels", "{limits}", {"limits": limits})
+        return value
+
+    return AfterValidator(check)
+
+
+PixelMean = Annotated[float, _share(lowest="at least 0")]
+PixelStd = Annotated[float, _share(lowest="above 0")]
 
 
 class Cache(RecipePart):
@@ -41,11 +56,11 @@ class Data(RecipePart):
     val: Annotated[str | None, FREE] = Field(
         None, min_length=1, description="the same of the evaluation shards; None: no evaluation"
     )
-    mean: tuple[float, ...] = Field(
+    mean: tuple[PixelMean, ...] = Field(
         (0.485, 0.456, 0.406),
         description="of the pixels in [0, 1], one a channel; with model.timm, if not set, that of its weights",
     )
-    std: tuple[PositiveFloat, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
+    std: tuple[PixelStd, ...] = Field((0.229, 0.224, 0.225), description="of the pixels, one a channel")
     interpolation: Literal["bicubic", "bilinear"] = Field(
         "bicubic", description="of resized images, with antialiasing; with model.timm, if not set, that of its weights"
     )

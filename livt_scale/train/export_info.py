@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, ValidationError, model_validator
 
+from livt_scale.config.data import PixelMean, PixelStd
 from livt_scale.config.recipe import Data, Finetune, Model, Parallel, Recipe, Stages
 from livt_scale.config.stages import AnyLoss
 from livt_scale.config.tuning import AnyTuning, TrainAll
@@ -55,8 +56,8 @@ class ModelFacts(BaseModel):
     class_names: tuple[str, ...]
     class_counts: tuple[NonNegativeInt, ...]  # of the training set, without its quarantine
     group_counts: tuple[NonNegativeInt, ...] | None = None  # of what decides the groups; None: class_counts do
-    mean: tuple[float, ...]  # of the pixels in [0, 1]
-    std: tuple[float, ...]
+    mean: tuple[PixelMean, ...]  # of the pixels in [0, 1]
+    std: tuple[PixelStd, ...]
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of resized images
     crop_pct: float | None = None  # as data.crop_pct of a recipe
     many_over: int

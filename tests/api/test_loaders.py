@@ -186,6 +186,9 @@ def test_defaults_are_those_of_a_recipe():
         ("seed", -1),
         ("workers", -1),
         ("prefetch", 0),
+        ("mean", [128.0]),
+        ("mean", [-0.1]),
+        ("std", [60.0]),
     ],
 )
 def test_a_value_out_of_range_names_the_argument(shards, argument, value):
