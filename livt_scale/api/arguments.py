@@ -9,6 +9,7 @@ One set of rules and defaults for recipes and arguments; the error names the arg
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
@@ -46,6 +47,17 @@ def checked(part: type[P], values: Mapping[str, Any]) -> P:
         raise UsageError(f"{'.'.join(where)} is {first['input']!r}", remedy=str(first["ctx"]["hint"]))
     remedy = str(first["msg"]).replace("Input should be", "give")
     raise UsageError(f"{where[0]} is {values.get(where[0])!r}", remedy=remedy)
+
+
+def open_shards(shards: ShardSet | str | Path) -> ShardSet:
+    """`shards`, opened if it is their folder or URL. Raises UsageError for anything else, and as `ShardSet.open`."""
+    if isinstance(shards, str | Path):
+        return ShardSet.open(shards)
+    if not isinstance(shards, ShardSet):
+        raise UsageError(
+            f"shards is of the type {type(shards).__name__}", remedy="give a livt.ShardSet, or its folder or URL"
+        )
+    return shards
 
 
 def pixel_data(shards: ShardSet, *, channels: int, mean: Sequence[float], std: Sequence[float], **options: Any) -> Data:

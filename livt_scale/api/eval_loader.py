@@ -9,12 +9,13 @@ The evaluation is that of `livt train` and `livt eval` (`livt_scale.evaluation.e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from livt_scale.api.arguments import ImageShape, checked, pixel_data
+from livt_scale.api.arguments import ImageShape, checked, open_shards, pixel_data
 from livt_scale.config.data import Data
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import evaluation_batches, normalise
@@ -33,6 +34,7 @@ class EvalLoader:
     Iterating yields (images float32 [B, C, H, W], labels int64 [B]) in the order of the set; the last batch is smaller.
     Under torch.distributed each rank gets its share, without padding, so ranks may have different numbers of batches.
 
+    shards: or their folder or URL.
     batch: images at a time on one rank. image_px, channels: of the model. mean, std: of pixels in [0, 1], one per
     channel. workers: loader processes. prefetch: batches that each keeps ready. device: where batches are normalised.
     Raises UsageError, which names the argument; iterating raises SampleError (a corrupt image: shard, offset and key).
@@ -40,7 +42,7 @@ class EvalLoader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | str | Path,
         *,
         batch: int = 64,
         image_px: int = 224,
@@ -51,6 +53,7 @@ class EvalLoader:
         prefetch: int = 4,
         device: torch.device | str = "cpu",
     ) -> None:
+        shards = open_shards(shards)
         shape = checked(ImageShape, {"image_px": image_px, "channels": channels, "batch": batch})
         data = pixel_data(shards, channels=channels, mean=mean, std=std, workers=workers, prefetch=prefetch)
         self.shards, self.batch = shards, shape.batch
@@ -81,7 +84,7 @@ class EvalLoader:
 def evaluate(
     model: nn.Module,
     loader: EvalLoader,
-    shards: ShardSet,
+    shards: ShardSet | str | Path,
     *,
     many_over: int = 100,
     few_under: int = 20,
@@ -94,7 +97,8 @@ def evaluate(
     "data"}; an accuracy of no image is None.
 
     model: images float32 [B, C, H, W] to logits [B, classes], on the device of its parameters; it is evaluated in
-    eval() and left in the mode it was in. shards: the training set, whose class counts decide the groups: many-shot
+    eval() and left in the mode it was in. shards: the training set, or its
+    folder or URL, whose class counts decide the groups: many-shot
     classes have more than `many_over` images, few-shot ones fewer than `few_under`. precision: of matrix products.
 
     Under torch.distributed a collective call of all ranks, the model wrapped or not: each image counts once, and every
@@ -103,9 +107,13 @@ def evaluate(
     """
     if precision != "fp32" and precision not in LOW:
         raise UsageError(f"precision is {precision!r}", remedy=f"give fp32, {' or '.join(LOW)}")
+    for name, value, kind in (("model", model, nn.Module), ("loader", loader, EvalLoader)):
+        if not isinstance(value, kind):
+            what = "torch.nn.Module" if kind is nn.Module else "livt.EvalLoader"
+            raise UsageError(f"{name} is of the type {type(value).__name__}", remedy=f"give a {what}")
     parameter = next(model.parameters(), None)
     return evaluate_images(
         model, loader.shards, loader.settings(many_over=many_over, few_under=few_under), precision=precision,
         device=torch.device("cpu") if parameter is None else parameter.device, world=joined(),
-        classes=TrainingClasses.of(shards), batch=loader.batch, in_step=True,
+        classes=TrainingClasses.of(open_shards(shards)), batch=loader.batch, in_step=True,
     )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, get_args
 
@@ -38,7 +39,7 @@ AnyImage = str | Path | Image.Image | Tensor | NDArray[Any]
 def load(
     path: str | Path,
     *,
-    checkpoint: str | None = None,
+    checkpoint: str | int | None = None,
     weights: Weights = "raw",
     tau: float = 0.0,
     temperature: float | None = None,
@@ -56,7 +57,8 @@ def load(
     """
     if weights not in get_args(Weights):
         raise UsageError(f"weights is {weights!r}", remedy="give raw or ema")
-    trained = open_trained(Path(path), which=checkpoint, weights=weights)
+    which = None if checkpoint is None else str(checkpoint)
+    trained = open_trained(Path(path), which=which, weights=weights)
     return Predictor(trained, tau=tau, temperature=temperature, device=device)
 
 
@@ -135,8 +137,11 @@ class Predictor:
         temperature: float | None = None,
         device: torch.device | str | None = None,
     ) -> None:
+        for name, value in (("tau", tau), ("temperature", temperature)):
+            if value is not None and not (isinstance(value, int | float) and isfinite(value)):
+                raise UsageError(f"{name} is {value!r}", remedy="give a number")
         self.temperature = (trained.calibration.temperature or 1.0) if temperature is None else temperature
-        if not 0 < self.temperature < float("inf"):
+        if self.temperature <= 0:
             raise UsageError(f"temperature is {self.temperature:g}, which divides no logits", remedy="give more than 0")
         self.device = World().device if device is None else torch.device(device)
         self.model = trained.model.to(self.device)

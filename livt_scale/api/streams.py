@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import webdataset
 
-from livt_scale.api.arguments import ImageShape, checked, pixel_data, training_part
+from livt_scale.api.arguments import ImageShape, checked, open_shards, pixel_data, training_part
 from livt_scale.data import pipeline
 from livt_scale.data.order.for_stage import training_order
 from livt_scale.data.settings import TrainSettings
@@ -16,7 +17,7 @@ from livt_scale.distributed.world import joined
 
 
 def to_webdataset(
-    shards: ShardSet,
+    shards: ShardSet | str | Path,
     *,
     global_batch: int,
     micro_batch: int | None = None,
@@ -33,6 +34,7 @@ def to_webdataset(
     wds.WebLoader each takes every n-th micro-batch, so end the pipeline in `wds.batched(micro_batch)`. Raises
     UsageError, which names the argument, and DataError where the set does not fill a global batch.
     """
+    shards = open_shards(shards)
     part = training_part(
         global_batch=global_batch, micro_batch=micro_batch, sampling=sampling, epochs=epochs, mixup=0.0, cutmix=0.0
     )

@@ -13,13 +13,14 @@ same values, and the same random numbers for stochastic depth where `num_branche
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from livt_scale.api.arguments import ImageShape, checked, pixel_data, training_part
+from livt_scale.api.arguments import ImageShape, checked, open_shards, pixel_data, training_part
 from livt_scale.config.recipe import Finetune
 from livt_scale.data.batch import Batch
 from livt_scale.data.image.transforms import TrainTransform
@@ -39,6 +40,7 @@ class TrainLoader:
     Under torch.distributed each rank gets its share of every global batch (rank and world size are read when an epoch
     starts), so the loader is used as it is: no DistributedSampler, no `accelerator.prepare`.
 
+    shards: or their folder or URL.
     global_batch: images of an optimizer step, over all ranks. micro_batch: images at a time; None: all of this rank's.
     image_px, channels: of the model. mean, std: of pixels in [0, 1], one per channel. crop_scale: smallest and largest
     share of the image's area in a crop. crop_rule: whose random crops. flip: mirror half of the images. rand_augment:
@@ -56,7 +58,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: ShardSet | str | Path,
         *,
         global_batch: int,
         micro_batch: int | None = None,
@@ -81,7 +83,7 @@ class TrainLoader:
         device: torch.device | str = "cpu",
         num_branches: int = 0,
     ) -> None:
-        self.shards = shards
+        self.shards = shards = open_shards(shards)
         self._part = training_part(
             global_batch=global_batch, micro_batch=micro_batch, sampling=sampling, repeats=repeats, epochs=epochs,
             crop_scale=crop_scale, crop_rule=crop_rule, flip=flip, rand_augment=rand_augment,

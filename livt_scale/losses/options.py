@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from livt_scale.util.choices import Options
-from livt_scale.util.errors import DataError
+from livt_scale.util.errors import DataError, UsageError
 from livt_scale.util.registry import Registry
 
 if TYPE_CHECKING:
@@ -66,8 +66,17 @@ LOSSES: Registry[type[LossOptions]] = Registry("loss")
 
 
 def checked_counts(class_counts: Sequence[int] | npt.ArrayLike) -> Counts:
-    """Class counts as float64 `[C]` (exact up to 2^53), each a positive integer; else DataError."""
-    counts = np.asarray(class_counts, dtype=np.float64)
+    """Class counts as float64 `[C]` (exact up to 2^53), each a positive integer; else DataError.
+
+    UsageError for what are no numbers at all.
+    """
+    try:
+        counts = np.asarray(class_counts, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"class_counts is of the type {type(class_counts).__name__}",
+            remedy="give one number per class, as the class_counts of a livt.ShardSet",
+        ) from error
     if counts.ndim != 1 or not counts.size:
         raise DataError(f"class counts of shape {list(counts.shape)}", remedy="give one number per class")
     for what, bad in (

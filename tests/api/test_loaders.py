@@ -235,6 +235,31 @@ def test_the_evaluation_loader_gives_each_image_once_as_it_is_evaluated(val, ran
             livt.EvalLoader(val, **values | {argument: value})
 
 
+def test_a_folder_of_shards_is_opened(val):
+    values = {"image_px": 32, "workers": 0}
+    assert livt.EvalLoader(str(val.folder), **values).shards.num_samples == 23
+    assert livt.TrainLoader(val.folder, global_batch=4, **values).shards.num_samples == 23
+
+
+def test_an_argument_of_another_kind_is_named(val):
+    model = livt.build_classifier("vit_micro", num_classes=val.num_classes, image_px=32)
+    loader = livt.EvalLoader(val, image_px=32, workers=0)
+    training = livt.TrainLoader(val, image_px=32, workers=0, global_batch=4)
+    for call, name in (
+        (lambda: livt.TrainLoader(val.class_counts, global_batch=4), "shards"),
+        (lambda: livt.EvalLoader([val]), "shards"),
+        (lambda: livt.to_webdataset(None, global_batch=4), "shards"),
+        (lambda: livt.evaluate(model, loader, val.class_counts), "shards"),
+        (lambda: livt.evaluate(model, training, val), "loader"),
+        (lambda: livt.evaluate(model, [], val), "loader"),
+        (lambda: livt.evaluate(model.forward, loader, val), "model"),
+        (lambda: livt.losses.make("bal_bce", val), "class_counts"),
+        (lambda: livt.losses.make("bal_bce", ["a", "b"]), "class_counts"),
+    ):
+        with pytest.raises(UsageError, match=f"^{name} is of the type "):
+            call()
+
+
 def test_the_report_is_that_of_livt_eval(val):
     recipe = tiny_recipe(val.folder)
     torch.manual_seed(0)

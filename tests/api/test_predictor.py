@@ -131,6 +131,19 @@ def test_a_pil_image_of_32_bits_is_refused_as_a_file_of_it_is(runs, dtype, tmp_p
                 predictor([given])
 
 
+def test_a_checkpoint_is_named_by_its_step_as_a_number_too(runs, photos):
+    step = max(int(path.name.removeprefix("step-")) for path in (runs / "run/finetune/checkpoints").glob("step-*"))
+    by_number = livt.load(runs / "run", checkpoint=step)(photos[0])
+    assert torch.equal(by_number.probabilities, livt.load(runs / "run")(photos[0]).probabilities)
+
+
+@pytest.mark.parametrize("argument", ["tau", "temperature"])
+@pytest.mark.parametrize("value", ["x", float("nan"), float("inf")])
+def test_what_is_no_number_is_refused_when_the_predictor_is_made(runs, argument, value):
+    with pytest.raises(UsageError, match=f"^{argument} is {value!r}"):
+        livt.load(runs / "export", **{argument: value})
+
+
 def test_an_array_without_channels_is_refused_with_its_shape(runs):
     with pytest.raises(UsageError, match=r"^an image is \[28, 28\] of uint8"):
         livt.load(runs / "export")([np.zeros((28, 28), dtype=np.uint8)])
