@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from livt_scale import extensions, optim
-from livt_scale.config.load import load_recipe, load_saved, to_yaml
+from livt_scale.config.load import from_saved, load_recipe, load_saved, to_yaml
 from livt_scale.config.model import MODEL_SIZES
 from livt_scale.config.optimizers import OPTIMIZERS
 from livt_scale.config.sampling import SAMPLERS
@@ -25,13 +25,16 @@ from livt_scale.data.order.for_stage import stage_order, usable_labels
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World
 from livt_scale.distributed.wrap import make_strategy
+from livt_scale.export.write_export import export_run
 from livt_scale.losses import LOSSES, make_loss
 from livt_scale.models.mae import build_mae
 from livt_scale.plan.parameters import stage_weights, weights_of
 from livt_scale.plan.stage_plan import strategies_for
-from livt_scale.util.errors import RecipeError, UsageError
+from livt_scale.train.export_info import read_info
+from livt_scale.util.errors import CheckpointMismatch, ExportError, RecipeError, UsageError
 from livt_scale.weights.layouts import infer_model
 from tests.small_sets import encoded
+from tests.tiny_run import tiny_recipe, tiny_run
 
 ROOT = Path(__file__).parents[1]
 RECIPE = "name: r\ndata: {train: t}\nstages:\n  finetune:\n    init: scratch\n    loss: {name: poly1, epsilon: 2}\n"
@@ -80,6 +83,31 @@ def test_a_loss_is_read_from_a_recipe_and_can_be_trained(tmp_path, extension):
     before.backward()
     assert loss.criterion([5, 3, 1])(logits - logits.grad, torch.eye(3)[:2]) < before
     assert make_loss("poly1", [5, 3, 1], epsilon=0.0)(logits, torch.eye(3)[:2]) < before
+
+
+def test_what_was_saved_with_a_loss_that_is_not_loaded_says_where_to_name_it(tmp_path, extension, monkeypatch):
+    extension(example("A loss"))
+    (tmp_path / "a.yaml").write_text(RECIPE)
+    recipe = load_recipe(tmp_path / "a.yaml")
+    (tmp_path / "saved.yaml").write_text(to_yaml(recipe))
+    values = recipe.model_dump(mode="json")
+    monkeypatch.delenv(extensions.VARIABLE)
+    LOSSES.remove("poly1")
+    with pytest.raises(CheckpointMismatch, match=r"loss\.name is 'poly1'.* [Ss]et LIVT_EXTENSIONS to the file"):
+        from_saved(values, where=tmp_path)
+    with pytest.raises(RecipeError, match=r"(?s)loss\.name is 'poly1'.* set LIVT_EXTENSIONS to the file"):
+        load_saved(tmp_path / "saved.yaml")
+
+
+def test_an_export_with_a_loss_that_is_not_loaded_says_where_to_name_it(tmp_path):
+    tiny_run(tmp_path / "run", tiny_recipe(train="gone"))
+    export_run(tmp_path / "run", tmp_path / "export")
+    config = tmp_path / "export" / "config.json"
+    values = json.loads(config.read_text())
+    values["livt"]["loss"] = {"name": "poly1", "epsilon": 1.0}
+    config.write_text(json.dumps(values))
+    with pytest.raises(ExportError, match=r"loss\.name is 'poly1'.* [Ss]et LIVT_EXTENSIONS to the file"):
+        read_info(tmp_path / "export")
 
 
 def test_a_required_option_that_is_missing_is_named_with_its_line(tmp_path, extension):

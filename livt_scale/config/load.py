@@ -28,9 +28,9 @@ from livt_scale.config.stages import DOWNLOAD
 from livt_scale.config.timm_models import with_pixel_facts
 from livt_scale.config.yaml import MAX_DEPTH, Tree, Where, dump, mistakes_in, parse_value, shown_value
 from livt_scale.extensions import load_extensions
-from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
+from livt_scale.util.choices import SET_EXTENSIONS, UNKNOWN_NAME, UNKNOWN_OPTION, mistake_in_saved
 from livt_scale.util.errors import CheckpointMismatch, RecipeError, UsageError, nearest
-from livt_scale.util.outside import first_mistake, real_path
+from livt_scale.util.outside import real_path
 from livt_scale.util.resources import is_name, named
 from livt_scale.util.urls import is_url
 
@@ -63,21 +63,19 @@ def load_saved(path: Path) -> Recipe:
     """
     tree = read_tree(path)
     tree.values = renamed.translate(tree.values)
-    return _resolve_paths(_validate(tree, path), path)
+    return _resolve_paths(_validate(tree, path, saved=True), path)
 
 
 def from_saved(values: Any, *, where: Path) -> Recipe:
     """The recipe in the facts of the checkpoint `where`, perhaps of an earlier version. Raises CheckpointMismatch."""
     load_extensions()
-    problem = "it has none"
+    problem, remedy = "it has none", "was it written by another livt_scale?"
     if isinstance(values, dict):
         try:
             return Recipe.model_validate(renamed.translate(values))
         except ValidationError as error:
-            problem = first_mistake(error)
-    raise CheckpointMismatch(
-        f"{where}: its recipe cannot be read: {problem}", remedy="was it written by another livt_scale?"
-    )
+            problem, remedy = mistake_in_saved(error)
+    raise CheckpointMismatch(f"{where}: its recipe cannot be read: {problem}", remedy=remedy)
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -161,14 +159,17 @@ def _put(tree: Tree, keys: list[str], value: Any, *, origin: str) -> None:
 # --- checking, and reporting what is wrong ---
 
 
-def _validate(tree: Tree, path: Path) -> Recipe:
+def _validate(tree: Tree, path: Path, *, saved: bool = False) -> Recipe:
     load_extensions()
     try:
         # as JSON: strict (no "12" or true for 12), but a list is accepted for a tuple
         values = _with_second_token(with_pixel_facts(tree.values))
         return Recipe.model_validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
-        lines = [_explain(e, tree, path) for e in mistakes_in(error)]
+        mistakes = mistakes_in(error)
+        lines = [_explain(e, tree, path) for e in mistakes]
+        if saved and any(e["type"] == UNKNOWN_NAME for e in mistakes):
+            lines.append(f"{path}: a name that is not known may be of an extension: {SET_EXTENSIONS}")
         raise RecipeError(list(dict.fromkeys(lines))) from None
 
 

@@ -21,8 +21,9 @@ from livt_scale.config.stages import AnyLoss
 from livt_scale.config.tuning import AnyTuning, TrainAll
 from livt_scale.evaluation.calibration import Calibration
 from livt_scale.extensions import load_extensions
+from livt_scale.util.choices import mistake_in_saved
 from livt_scale.util.errors import ExportError
-from livt_scale.util.outside import first_mistake, read_json, sha256_of
+from livt_scale.util.outside import read_json, sha256_of
 
 WEIGHTS = "model.safetensors"
 ONNX, ONNX_DATA = "model.onnx", "model.onnx.data"
@@ -112,8 +113,8 @@ def read_info(folder: Path) -> ExportInfo:
     try:
         return ExportInfo.model_validate(read_json(path, "description of weights")["livt"])
     except ValidationError as error:
-        why = f"livt: {first_mistake(error)}"
-        raise ExportError(f"{path}: {why}", remedy="was it written by another livt_scale?") from None
+        why, remedy = mistake_in_saved(error)
+        raise ExportError(f"{path}: livt: {why}", remedy=remedy) from None
 
 
 def identity(lineage: Mapping[str, Any]) -> tuple[str, str | None]:

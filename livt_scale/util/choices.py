@@ -31,10 +31,12 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, PydanticKnownError, core_schema
 
 from livt_scale.util.errors import nearest
+from livt_scale.util.outside import first_mistake
 from livt_scale.util.registry import Registry
 
 UNKNOWN_NAME: LiteralString = "unknown_name"  # types of errors; `hint` in their context has the valid value
 UNKNOWN_OPTION = "unknown_option"
+SET_EXTENSIONS = "set LIVT_EXTENSIONS to the file that registers it"
 
 
 class Options(BaseModel):
@@ -153,6 +155,17 @@ def check_name(registry: Registry[Any], name: Any, *, loc: tuple[str, ...] = ())
     """Raise pydantic's ValidationError, with the nearest name, where `registry` has no `name`."""
     if not isinstance(name, str) or name not in registry:
         raise _errors(UNKNOWN_NAME, [(*loc, name, nearest(str(name), registry))])
+
+
+def mistake_in_saved(error: ValidationError) -> tuple[str, str]:
+    """(the first mistake in what a run or an export saved, what to do). A name that nothing here registers comes first:
+    it is most often of an extension that this process has not loaded.
+    """
+    for found in error.errors(include_url=False):
+        if found["type"] == UNKNOWN_NAME:
+            where, name = ".".join(map(str, found["loc"])), str(found["input"])[:100]
+            return f"{where} is {name!r}, which nothing here registers", SET_EXTENSIONS
+    return first_mistake(error), "was it written by another livt_scale?"
 
 
 def _hint(key: str, has: list[str], owner: str, registry: Registry[Any] | None) -> str:
