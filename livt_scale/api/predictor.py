@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from livt_scale.data.build.stored import image_kind, stored
 from livt_scale.data.image.decode import BadImage, Pixels, pillow_pixels
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.loader import normalise
@@ -30,8 +31,10 @@ from livt_scale.distributed.world import World
 from livt_scale.evaluation.adjust import adjust
 from livt_scale.train.load_trained import Trained, Weights
 from livt_scale.train.open_trained import open_trained
-from livt_scale.util.errors import SampleError, UsageError
+from livt_scale.util.errors import SampleError, UnusableImage, UsageError
 from livt_scale.util.outside import RefusedFile, read_checked
+
+CONVERTED = ("tiff", "gif", "ppm")  # kinds that the training decoder does not read: shards hold PNG or JPEG of them
 
 AnyImage = str | Path | Image.Image | Tensor | NDArray[Any]
 
@@ -204,8 +207,14 @@ def most_likely(probabilities: Tensor, k: int) -> list[list[tuple[int, float]]]:
 
 
 def read_image_file(path: Path) -> bytes:
-    """The bytes of a file of bounded size. Raises OSError, and BadImage for anything else, such as a pipe."""
+    """The bytes of a file of bounded size; of TIFF, GIF and PPM the PNG or JPEG that `livt init` makes of it.
+
+    Raises OSError, and BadImage for anything else, such as a pipe or a TIFF that cannot be converted.
+    """
     try:
-        return read_checked(path, "image")
+        data = read_checked(path, "image")
+        return stored(data)[1] if image_kind(data) in CONVERTED else data
     except RefusedFile as error:
         raise BadImage(error.strerror or "") from error
+    except UnusableImage as error:
+        raise BadImage(error.message) from error

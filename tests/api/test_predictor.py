@@ -83,6 +83,19 @@ def test_the_likeliest_classes_come_first_and_a_temperature_divides_the_logits(r
     assert Predictor(fitted, temperature=1.0).temperature == 1.0
 
 
+@pytest.mark.parametrize("kind", ["tiff", "gif", "ppm"])
+def test_a_kind_that_init_converts_is_read_by_path_as_by_pillow(runs, tmp_path, kind):
+    predictor, path = livt.load(runs / "export"), tmp_path / f"photo.{kind}"
+    first, second = np.random.default_rng(0).integers(0, 256, (2, 40, 45, 3), dtype=np.uint8)
+    more = {} if kind == "ppm" else {"save_all": True, "append_images": [Image.fromarray(second)]}
+    Image.fromarray(first).save(path, **more)
+    with Image.open(path) as image:
+        assert torch.equal(predictor.transform(path), predictor.transform(image))
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(SampleError, match=f"photo.{kind}: "):
+        predictor([path])
+
+
 def test_a_photograph_held_sideways_is_upright_by_path_and_by_pillow(runs, photos, tmp_path):
     predictor, exif = livt.load(runs / "export"), Image.Exif()
     exif[0x0112] = 6
