@@ -130,14 +130,27 @@ def shot_thresholds(counts: Counts) -> tuple[Value, Value]:
     if counts.min() == counts.max():
         why = f"the usual threshold; every class has {int(counts[0]):,} images, so there is one group"
         return Value(MANY_OVER, why), Value(FEW_UNDER, "the same")
-    ordered = np.sort(counts)
-    third = math.ceil(len(counts) / 3)
-    many = max(int(ordered[-third - 1]), 1)
-    few = min(int(ordered[third]), many + 1)
+    many, few = _thirds(counts)
     groups = shot_groups(counts, many_over=many, few_under=few)
     sizes = ", ".join(f"{len(classes)} {name}" for name, classes in groups.items())
-    why = f"the usual 100 and 20 leave a group empty; these make thirds of the classes: {sizes}"
+    what = "these make thirds of the classes, or nearly" if len(set(counts.tolist())) > 2 else "there are two groups"
+    why = f"the usual 100 and 20 leave a group empty; {what}: {sizes}"
     return Value(many, why), Value(few, "the same")
+
+
+def _thirds(counts: Counts) -> tuple[int, int]:
+    """(many_over, few_under) for groups of about a third of the classes each, none empty; of two counts two groups.
+
+    41, 16, 6 and 1 images: 1 many, 2 medium, 1 few.
+    """
+    sizes, classes = np.unique(counts, return_counts=True)  # of classes that have as many images; of two sizes or more
+    if len(sizes) == 2:
+        return max(int(sizes[0]), 1), int(sizes[0]) + 1
+    third, up_to = len(counts) / 3, np.cumsum(classes)  # classes of sizes[k] images or fewer
+    few = int(np.abs(up_to[:-2] - third).argmin())  # the largest that is few-shot: a medium and a many remain
+    above = len(counts) - up_to[few + 1 : -1]
+    medium = few + 1 + int(np.abs(above - third).argmin())
+    return int(sizes[medium]), int(sizes[few + 1])
 
 
 def _model(facts: DataFacts) -> dict[str, Value]:

@@ -60,12 +60,21 @@ def test_thresholds_keep_the_usual_ones_where_each_group_has_a_class(counts):
         assert (many_over, few_under) == (MANY_OVER, FEW_UNDER)
     assert 1 <= few_under <= many_over + 1
     groups = shot_groups(counts, many_over=many_over, few_under=few_under)
+    if len(set(counts.tolist())) > 2:
+        assert all(len(classes) for classes in groups.values())
     assert sorted(np.concatenate(list(groups.values()))) == list(range(len(counts)))
 
 
 @pytest.mark.parametrize(
     ("counts", "sizes"),
-    [([9, 8, 7, 6, 5, 4, 3, 2, 1], [3, 3, 3]), ([900, 800, 700], [1, 1, 1]), ([5, 50], [1, 0, 1])],
+    [
+        ([9, 8, 7, 6, 5, 4, 3, 2, 1], [3, 3, 3]),
+        ([900, 800, 700], [1, 1, 1]),
+        ([5, 50], [1, 0, 1]),
+        ([41, 16, 6, 1], [1, 2, 1]),
+        ([9, 9, 9, 9, 5, 1], [4, 1, 1]),
+        ([50, 5, 5, 5], [1, 0, 3]),
+    ],
 )
 def test_else_they_make_thirds_of_the_classes(counts, sizes):
     many_over, few_under = (value.value for value in shot_thresholds(np.array(counts)))
