@@ -1,4 +1,4 @@
-"""`livt predict`: a folder of images to a CSV."""
+"""`livt predict`: a folder of images, or one image, to a CSV."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from livt_scale.cli.output import echo, starting
 
 def predict(
     path: RunOrExport,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Images, at any depth.")],
+    images: Annotated[Path, typer.Argument(metavar="IMAGES", help="A folder of images, at any depth, or one image.")],
     out: Annotated[Path, typer.Option("--out", help="The CSV to write.")],
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Classes per image.")] = 5,
     skip_bad: Annotated[
@@ -33,27 +33,30 @@ def predict(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """Classify every image in a folder; write a CSV.
+    """Classify every image in a folder, or one image; write a CSV.
 
     livt predict exports/try photos --out photos.csv
 
     livt predict runs/try photos --out photos.csv --top-k 3 --skip-bad --json
     """
+    from livt_scale.posthoc.predict_inputs import CSV_MARK, check_inputs
+    from livt_scale.util.outputs import check_output
+
+    check_inputs(path, images)
+    check_output(out, marks=[CSV_MARK], command="predict", force=force)
     starting(f"predict {path}")
     from livt_scale.distributed.world import detect
     from livt_scale.evaluation.tta import Views
-    from livt_scale.posthoc.predict import CSV_MARK, Prediction
+    from livt_scale.posthoc.predict import Prediction
     from livt_scale.posthoc.predict import predict as run
     from livt_scale.train.open_trained import open_trained
     from livt_scale.util.errors import UsageError
-    from livt_scale.util.outputs import check_output
 
     if detect().world_size > 1:
         raise UsageError("livt predict runs in one process", remedy="start it without torchrun, one folder at a time")
-    check_output(out, marks=[CSV_MARK], command="predict", force=force)
     how = Prediction(top_k, tau, temperature, Views(views))
     summary = run(
-        open_trained(path, which=which), folder, out, how=how, skip_bad=skip_bad, batch=batch, workers=workers
+        open_trained(path, which=which), images, out, how=how, skip_bad=skip_bad, batch=batch, workers=workers
     )
     if as_json:
         echo(json.dumps(summary))

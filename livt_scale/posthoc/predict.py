@@ -1,4 +1,4 @@
-"""Runs a trained model on a folder of images without labels: a CSV with the likeliest classes of each.
+"""Runs a trained model on images without labels, a folder of them or one: a CSV with the likeliest classes of each.
 
     summary = predict(open_trained(Path("exports/try")), Path("photos"), Path("photos.csv"), top_k=3)
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import csv
 import io
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -31,22 +30,21 @@ from torch.utils.data import DataLoader, Dataset
 
 from livt_scale.api.predictor import Predictor, most_likely, read_image_file
 from livt_scale.config.recipe import Recipe
-from livt_scale.data.build.sources import IMAGE_ENDINGS, OTHER_IMAGE_ENDINGS
 from livt_scale.data.image.decode import BadImage
 from livt_scale.data.image.transforms import EvalTransform
 from livt_scale.data.num_workers import cores_for_rank
 from livt_scale.data.settings import ImageSettings
 from livt_scale.evaluation.evaluate import BATCH
 from livt_scale.evaluation.tta import Views
+from livt_scale.posthoc.predict_inputs import images_at
 from livt_scale.train.load_trained import Trained
 from livt_scale.util.atomic import new_file
-from livt_scale.util.errors import DataError, SampleError
+from livt_scale.util.errors import SampleError
 
 _log = logging.getLogger(__name__)
 MAX_WORKERS = 8
 MAX_SHOWN = 100  # bad images that the summary names; the CSV names all
 PROGRESS_S = 10.0
-CSV_MARK = b"file,error,number_1,"  # how a file of ours starts
 COLUMNS = ("number", "class", "probability")  # for each of the top k
 
 
@@ -74,7 +72,7 @@ class _Row:
 
 def predict(
     trained: Trained,
-    folder: Path,
+    images: Path,
     out: Path,
     *,
     how: Prediction = Prediction(),
@@ -82,7 +80,7 @@ def predict(
     batch: int = BATCH,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Write the CSV of all images below `folder` to `out`; the summary, as JSON values.
+    """Write the CSV of the images in the folder `images`, or of that one file, to `out`; the summary as JSON values.
 
     skip_bad: a file that is no image is a row with its error; else SampleError, and nothing is written. workers:
     decoding processes; None: as many as the machine has cores, up to 8. Raises DataError where there is no image.
@@ -90,9 +88,7 @@ def predict(
     predictor = Predictor(trained, tau=how.tau, temperature=how.temperature)
     given = how.temperature is not None
     _log.info("predict: %s", f"temperature {how.temperature:g}, as given" if given else trained.calibration)
-    files, others = images_below(folder)
-    if not files:
-        raise DataError(f"there is no image below {folder}", remedy="give the folder that holds them")
+    folder, files, others = images_at(images)
     names, counts, bad, sure = predictor.class_names, Counter[int](), list[dict[str, str]](), 0.0
     rows = _rows(predictor, trained.recipe, folder, files, how=how, batch=batch, workers=workers)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -128,29 +124,6 @@ def predict(
         "views": how.views.facts(),
         "weights": trained.weights,
     }
-
-
-def images_below(folder: Path) -> tuple[list[str], int]:
-    """(paths below `folder` of all files with an image's ending, by name; how many other files there are).
-
-    At any depth. Hidden files and folders are skipped. A link to a file is a file; one to a folder is not followed,
-    because it may form a cycle. Raises DataError if a folder cannot be listed.
-    """
-
-    def refuse(error: OSError) -> None:
-        where = os.fsdecode(error.filename or folder)
-        raise DataError(f"{where}: {error.strerror}", remedy="give a folder of images") from error
-
-    found, others = [], 0
-    for here, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = os.path.relpath(os.path.join(here, name), folder)  # noqa: PTH118 - a million times
-            if name.lower().endswith((*IMAGE_ENDINGS, *OTHER_IMAGE_ENDINGS)) and not name.startswith("."):
-                found.append(path)
-            else:
-                others += 1
-    return sorted(found), others
 
 
 class _Images(Dataset[tuple[str, Tensor | str]]):

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ from livt_scale.data.loader import eval_batches
 from livt_scale.evaluation.adjust import adjust
 from livt_scale.evaluation.tta import Views
 from livt_scale.export.write_export import export_run
-from livt_scale.posthoc.predict import Prediction, images_below, predict
+from livt_scale.posthoc.predict import Prediction, predict
+from livt_scale.posthoc.predict_inputs import images_below
 from livt_scale.train.load_trained import Trained
 from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import DataError, SampleError, UsageError
@@ -143,6 +146,34 @@ def test_else_the_first_one_ends_it_and_an_older_csv_stays(trained: Trained, tmp
         predict(trained, folder, out)
     assert out.read_text() == "older"
     assert list(out.parent.iterdir()) == [out]
+
+
+def test_a_single_image_is_a_csv_of_one_row(export: Path, trained: Trained, tmp_path: Path) -> None:
+    photo = picture(tmp_path / "photos" / "a photo", 1)  # whatever its name
+    picture(tmp_path / "photos" / "b.png", 2)
+    livt("predict", export, photo, "--out", tmp_path / "one.csv")
+    photo.rename(tmp_path / "photos" / "a.png")
+    predict(trained, tmp_path / "photos", tmp_path / "all.csv")
+    [row] = rows_of(tmp_path / "one.csv")
+    assert row == rows_of(tmp_path / "all.csv")[0] | {"file": "a photo"}
+
+
+def test_inputs_are_checked_before_torch_is_loaded(export: Path, tmp_path: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out.csv"
+    picture(photos / "a.png", 1)
+    (tmp_path / "empty").mkdir()
+    out.write_text("mine")
+    for arguments in ((tmp_path / "none", photos), (export, tmp_path / "none"), (export, tmp_path / "empty")):
+        typed = ["predict", *map(str, arguments), "--out", str(tmp_path / "new.csv")]
+        program = (
+            "import sys; from livt_scale.cli.main import app\n"
+            f"try: app({typed!r}, standalone_mode=False)\n"
+            "except BaseException as error: print(type(error).__name__, 'torch' in sys.modules)"
+        )
+        said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        assert said.split() in (["UsageError", "False"], ["DataError", "False"])
+    with pytest.raises(UsageError, match="did not write it"):
+        livt("predict", export, photos, "--out", out)
 
 
 def test_loader_processes_give_the_same_file(trained: Trained, tmp_path: Path) -> None:
