@@ -113,7 +113,8 @@ def soup(
         return
     for row in result["members"]:
         state = "in" if row["in"] else "left out"
-        echo(f"{row['checkpoint']}  mean class {100 * row['mean_class']:.1f} %  {state}")
+        of_run = "" if Path(row["path"]).name == row["checkpoint"] else f"  {row['checkpoint']}"
+        echo(f"{row['path']}{of_run}  mean class {100 * row['mean_class']:.1f} %  {state}")
     _print_change(result)
 
 

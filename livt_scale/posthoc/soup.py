@@ -132,6 +132,8 @@ def make_soup(
     return {
         "out": str(out),
         **made,
+        # paths are for the caller alone: an export says the same wherever it was made
+        "members": [{"path": str(member.path), **row} for member, row in zip(members, table, strict=True)],
         "before": features.figures(before.values, before.labels, *about)["top1"],
         "after": features.figures(ended.values, ended.labels, *about)["top1"],
     }

@@ -198,8 +198,11 @@ def test_exports_and_checkpoints_make_the_same_soup_as_the_run(run_dir: Path, va
     export_run(run_dir, tmp_path / "e40", which="40")
     folder = run_dir / "finetune" / "checkpoints"
     soups = {"exports": (tmp_path / "e40", run_dir), "folders": (folder / "step-00000040", folder / "step-00000080")}
-    for name, paths in soups.items():
-        livt("soup", *paths, "--data", val.folder, "--out", tmp_path / name)
+    said = {name: livt("soup", *paths, "--data", val.folder, "--out", tmp_path / name) for name, paths in soups.items()}
+    for member in (f"{tmp_path / 'e40'}  step-00000040  mean", f"{run_dir}  step-00000080  mean"):
+        assert member in said["exports"].stdout
+    assert f"{folder / 'step-00000080'}  mean" in said["folders"].stdout
+    assert str(tmp_path) not in (tmp_path / "exports" / "config.json").read_text()
     a, b = (load_export(tmp_path / name)[0].state_dict() for name in soups)
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
