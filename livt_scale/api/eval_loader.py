@@ -97,9 +97,9 @@ def evaluate(
     "data"}; an accuracy of no image is None.
 
     model: images float32 [B, C, H, W] to logits [B, classes], on the device of its parameters; it is evaluated in
-    eval() and left in the mode it was in. shards: the training set, or its
-    folder or URL, whose class counts decide the groups: many-shot classes have more than `many_over` images, few-shot
-    ones fewer than `few_under`. precision: of matrix products.
+    eval() and left in the mode it was in. shards: the training set, or its folder or URL, whose class counts decide the
+    groups: many-shot classes have more than `many_over` images, few-shot ones fewer than `few_under`. precision: of
+    matrix products.
 
     Under torch.distributed a collective call of all ranks, the model wrapped or not: each image counts once, and every
     rank returns the same report. Raises UsageError, which names the argument, and DataError where the two sets do not

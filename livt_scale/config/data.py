@@ -12,18 +12,14 @@ from livt_scale.config.runtime import RecipePart
 from livt_scale.util.urls import is_url, url_problem
 
 
-def _share(*, lowest: str) -> AfterValidator:
-    def check(value: float) -> float:
-        if not 0 <= value <= 1 or (value == 0 and lowest == "above 0"):
-            limits = f"Input should be {lowest} and at most 1, of pixels in [0, 1]; divide by 255"
-            raise PydanticCustomError("of_pixels", "{limits}", {"limits": limits})
-        return value
-
-    return AfterValidator(check)
+def _of_pixels(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise PydanticCustomError("of_pixels", "Input should be from 0 to 1, of pixels in [0, 1]; divide by 255")
+    return value
 
 
-PixelMean = Annotated[float, _share(lowest="at least 0")]
-PixelStd = Annotated[float, _share(lowest="above 0")]
+PixelMean = Annotated[float, AfterValidator(_of_pixels)]
+PixelStd = Annotated[PositiveFloat, AfterValidator(_of_pixels)]
 
 
 class Cache(RecipePart):

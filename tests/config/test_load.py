@@ -140,7 +140,7 @@ def test_a_mistake_in_a_base_is_told_at_its_own_line():
     assert "base.yaml, line 3: stages.pretrain.epochs is 'many'" in refusal(text)
 
 
-@pytest.mark.parametrize("value", ["mean=[128, 0.5, 0.5]", "std=[60, 0.5, 0.5]", "std=[0, 0.5, 0.5]"])
+@pytest.mark.parametrize("value", ["mean=[128, 0.5, 0.5]", "std=[60, 0.5, 0.5]"])
 def test_statistics_of_pixels_up_to_255_are_told_to_be_divided(value):
     said = refusal(BASE, sets=[f"data.{value}"])
     assert f"data.{value[: value.index('=')]}.0" in said
