@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from livt_scale.config.load import load_saved
 from livt_scale.slurm import commands
 from livt_scale.util.host_list import expand
 from tests.slurm_real.chains import ENDED, Chain, rank_pid
@@ -74,6 +75,9 @@ def chain(_running_cluster, tmp_path):
 
 
 def test_one_command_brings_both_stages_evaluation_and_export_over_two_nodes_to_torchruns_weights(chain, reference):
+    local = chain.folder / "local disk"  # of both nodes, which are on one machine
+    local.mkdir()
+    chain.sets |= {"slurm.stage_in": True, "slurm.stage_in_dir": local}
     chain.submit()
     states = dict.fromkeys(("pretrain", "finetune", "evaluate"), "COMPLETED")
     assert chain.stages_ended() == states, chain.tell()
@@ -86,6 +90,9 @@ def test_one_command_brings_both_stages_evaluation_and_export_over_two_nodes_to_
     ]
     assert 0 < json.loads((chain.run_dir / "export" / "eval.json").read_text())["top1"]["all"] < 1
     assert len(chain.lines("starts")) == 1
+    assert str(local) in chain.log("pretrain")
+    assert list(local.iterdir()) == []
+    assert load_saved(chain.run_dir / "recipe.yaml").data.train == str(chain.sets["data.train"])
     assert "done" in chain.submit(), "a chain that is done is not submitted again"
     assert set(chain.cluster.run("squeue", "--noheader", "--format=%i").stdout.split()).isdisjoint(chain.jobs.values())
 
