@@ -170,13 +170,13 @@ def _pdc(predicted: Ints, images: Ints, train_counts: Ints) -> float | None:
     """Predictive distribution calibration, from counts by class: KL(labels || predictions) / KL(labels || training).
 
     0: each class is predicted as often as it occurs; 1: as if in proportion to its training images. None: there are no
-    images, or the training set has the same distribution as they have.
+    images, or the training set has the same distribution as they have, to one image a class.
     """
     if not images.sum() or not train_counts.sum():
         return None
     labels, predictions, training = (n / n.sum() for n in (images, predicted, train_counts))
-    if np.allclose(labels, training, rtol=0, atol=PDC_EPSILON):
-        return None
+    if np.allclose(labels * train_counts.sum(), train_counts, rtol=0, atol=1):
+        return None  # the ratio of two numbers near 0
     log_labels = np.log(labels + PDC_EPSILON)
     of_model, of_training = (labels @ (log_labels - np.log(q + PDC_EPSILON)) for q in (predictions, training))
     return float(of_model / of_training)

@@ -82,6 +82,7 @@ def test_pdc_is_0_where_classes_are_predicted_as_they_occur_and_1_where_as_they_
     assert report(one_hot(labels.roll(1), 4), labels, counts=counts)["calibration"]["pdc"] == pytest.approx(0, abs=1e-9)
     assert report(as_trained, labels, counts=counts)["calibration"]["pdc"] == pytest.approx(1, abs=1e-9)
     assert report(as_trained, labels, counts=[5, 5, 5, 5])["calibration"]["pdc"] is None
+    assert report(as_trained, labels, counts=[6, 6, 5, 5])["calibration"]["pdc"] is None, "as balanced as 22 can be"
     only_first = report(one_hot([0] * 16, 4), labels, counts=counts)["calibration"]["pdc"]
     assert 10 < only_first < 100  # finite, although three classes are never predicted
 
