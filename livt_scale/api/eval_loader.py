@@ -107,9 +107,10 @@ def evaluate(
     """
     if precision != "fp32" and precision not in LOW:
         raise UsageError(f"precision is {precision!r}", remedy=f"give fp32, {' or '.join(LOW)}")
-    for name, value, kind in (("model", model, nn.Module), ("loader", loader, EvalLoader)):
+    for name, value, kind, what in (
+        ("model", model, nn.Module, "torch.nn.Module"), ("loader", loader, EvalLoader, "livt.EvalLoader"),
+    ):  # fmt: skip
         if not isinstance(value, kind):
-            what = "torch.nn.Module" if kind is nn.Module else "livt.EvalLoader"
             raise UsageError(f"{name} is of the type {type(value).__name__}", remedy=f"give a {what}")
     parameter = next(model.parameters(), None)
     return evaluate_images(

@@ -85,7 +85,7 @@ class ImageTransform:
 
     Takes the path of an image file, a PIL image, pixels uint8 [C, H, W], or its own output, which it returns
     unchanged; pixels and output as tensors or NumPy arrays. Raises SampleError (an image that is damaged or not of 8
-    or 16 bits, a file that is none) and UsageError (anything else).
+    or 16 bits, a file that is no image) and UsageError (anything else).
     """
 
     def __init__(self, settings: ImageSettings) -> None:
@@ -195,7 +195,7 @@ def _pixels_of(image: Image.Image, channels: int) -> Pixels:
         return pillow_pixels(image, channels=channels)
     except BadImage as error:
         raise SampleError(
-            f"a PIL image of mode {image.mode}: {error}", remedy="give a whole image of 8 or 16 bits a channel"
+            f"a PIL image of mode {image.mode}: {error}", remedy="give a complete image of 8 or 16 bits a channel"
         ) from error
 
 

@@ -46,9 +46,9 @@ def reconstruction_loss(run_dir: Path) -> Reconstruction:
     path = run_dir / "pretrain" / "reconstruction.json"
     kept = None
     with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):  # it is measured again
-        told = read_json(path, "record")
-        if told.get("checkpoint") == digest:
-            kept = Reconstruction(float(told["loss"]), str(told["data"]))
+        record = read_json(path, "record")
+        if record.get("checkpoint") == digest:
+            kept = Reconstruction(float(record["loss"]), str(record["data"]))
     recipe = load_saved(run_dir / "recipe.yaml").at("pretrain")
     if recipe.data.val is None or recipe.stages.pretrain is None:
         raise RunError(f"{run_dir} has no evaluation set to reconstruct", remedy="set data.val")

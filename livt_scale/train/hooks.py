@@ -14,7 +14,6 @@ The others are in files named after their purpose: `watchdog.py`, `garbage.py`, 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from livt_scale.train.preempt import Preemption
 from livt_scale.train.run_dir import Status
 from livt_scale.train.telemetry.metrics_log import MetricsLog
 from livt_scale.train.watchdog import Watchdog
-
-_log = logging.getLogger(__name__)
+from livt_scale.util.log import DiskWarning
 
 
 class Evaluate(Hook):
@@ -100,7 +98,7 @@ class Pictures(Hook):
 
     def __init__(self, draw: Callable[[Strategy, Path], None], folder: Path, *, log: MetricsLog) -> None:
         self._draw, self._folder, self._log = draw, folder, log
-        self._warned_of_disk = False
+        self._warn_of_disk = DiskWarning("pictures are missing")
 
     def on_save(self, loop: Loop, step: Step) -> None:
         path = self._folder / f"step-{step.number:08d}.png"
@@ -108,9 +106,7 @@ class Pictures(Hook):
             self._draw(loop.state.strategy, path)
             self._log.picture("reconstructions", path, step=step.number)
         except OSError as error:
-            if not self._warned_of_disk:
-                self._warned_of_disk = True
-                _log.warning("%s cannot be written: %s; training continues, pictures are missing", path, error.strerror)
+            self._warn_of_disk(path, error)
 
 
 class StopOnRequest(Hook):

@@ -11,7 +11,6 @@ running -> done | preempted | failed;   preempted, failed or a stale running -> 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 import threading
@@ -27,11 +26,11 @@ from livt_scale.config.run_place import LOCK, SAVED
 from livt_scale.train.run_files import STATUS, State, read_status, read_status_file
 from livt_scale.util.atomic import LockHeld, file_lock, lock_holder, write_atomic
 from livt_scale.util.errors import LivtError, Preempted, RunBusyError, RunError
+from livt_scale.util.log import DiskWarning
 from livt_scale.util.outside import read_checked
 
 MAX_HISTORY = 20  # earlier starts that status.json keeps
 MAX_WHY = 400  # characters of why each of them ended
-_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -88,7 +87,7 @@ class Status:
         self._writes = writes
         self._now: dict[str, Any] = {"stage": stage, "host": socket.gethostname(), "pid": os.getpid()}
         self._lock = threading.Lock()  # the watchdog's thread adds the progress of the ranks
-        self._warned_of_disk = False
+        self._warn_of_disk = DiskWarning("the file is out of date")
         if writes:
             self._now |= _earlier_starts(self._path)
 
@@ -104,7 +103,7 @@ class Status:
             except OSError as error:
                 if state not in ("running", "preempted"):
                     raise
-                self._warn_of_disk(error)
+                self._warn_of_disk(self._path, error)
 
     def add(self, **facts: Any) -> None:
         """Add facts to the current state; do nothing if no state is written yet."""
@@ -123,12 +122,6 @@ class Status:
         self._now |= {"at": _now(), **facts}
         if self._writes:
             write_atomic(self._path, (json.dumps(self._now, indent=2) + "\n").encode())
-
-    def _warn_of_disk(self, error: OSError) -> None:
-        if not self._warned_of_disk:
-            self._warned_of_disk = True
-            why = error.strerror
-            _log.warning("%s cannot be written: %s; training continues, the file is out of date", self._path, why)
 
     @contextmanager
     def told(self) -> Iterator[None]:

@@ -162,6 +162,23 @@ def _with_rank(record: logging.LogRecord, text: str) -> str:
     return f"rank {rank}: {text}" if getattr(record, "every_rank", False) and world_size > 1 else text
 
 
+class DiskWarning:
+    """Warns once that something cannot be written, and that training continues without it; then is silent.
+
+    warn = DiskWarning("pictures are missing")
+    warn(path, error)
+    """
+
+    def __init__(self, consequence: str) -> None:
+        self._consequence, self._was_given = consequence, False
+
+    def __call__(self, path: Path, error: OSError) -> None:
+        if not self._was_given:
+            self._was_given = True
+            why = error.strerror or error
+            _log.warning("%s cannot be written: %s; training continues, %s", path, why, self._consequence)
+
+
 def line(kind: str, text: str) -> str:
     """`livt: error: …`, among several processes `livt: error on rank 3: …`."""
     rank, world_size = rank_of_process()

@@ -27,7 +27,7 @@ from livt_scale.train.telemetry.rank_times import RankTimes
 from livt_scale.train.telemetry.tensorboard import grouped
 from livt_scale.train.telemetry.trackers import Trackers
 from livt_scale.util.errors import RunError
-from livt_scale.util.log import FILE_ONLY
+from livt_scale.util.log import FILE_ONLY, DiskWarning
 
 PLAIN_LINE_EVERY_S = 10.0
 MEANS = ("loss", "grad_norm", "communication_s")  # of the steps that have them
@@ -54,7 +54,7 @@ class MetricsLog(Hook):
         self._speed, self._trackers, self._ranks = speed, trackers or Trackers([]), ranks
         self._terminal: TerminalProgress | None = None
         self._last_line_s = -math.inf
-        self._warned_of_disk = False
+        self._warn_of_disk = DiskWarning("lines are missing")
         self._uncounted: deque[Step] = deque()
 
     def at_start(self, loop: Loop) -> None:
@@ -123,7 +123,7 @@ class MetricsLog(Hook):
             with self._path.with_name(EVALUATIONS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:
-            self._warn_of_disk(error)
+            self._warn_of_disk(self._path.parent, error)
         _log.info("%s  step %d: %s", self._stage, done, "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
     def _epoch(self, done: int) -> float:
@@ -165,13 +165,7 @@ class MetricsLog(Hook):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
-            self._warn_of_disk(error)
-
-    def _warn_of_disk(self, error: OSError) -> None:
-        if not self._warned_of_disk:
-            self._warned_of_disk = True
-            folder, why = self._path.parent, error.strerror
-            _log.warning("%s cannot be written: %s; training continues, lines are missing", folder, why)
+            self._warn_of_disk(self._path.parent, error)
 
 
 def _figures(

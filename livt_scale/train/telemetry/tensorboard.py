@@ -9,7 +9,6 @@ By accelerate's tracker. Events of steps that a resumed run repeats are purged, 
 
 from __future__ import annotations
 
-import logging
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +16,13 @@ from typing import Any
 
 from livt_scale.config.load import to_yaml
 from livt_scale.config.recipe import Recipe
+from livt_scale.util.log import DiskWarning
 from livt_scale.util.outside import read_checked
 
 FOLDER = "tensorboard"
 SYSTEM = ("images_per_s", "tflops", "mfu", "memory_peak_gib")
 NO_CURVE = ("step", "world_size", "time", "slowest_rank", "slowest_host")  # fields of a line that no curve is drawn of
 HPARAM_METRICS = ("train/loss", "eval/top1_all")  # columns of TensorBoard's table of hyper-parameters
-_log = logging.getLogger(__name__)
 
 
 def grouped(line: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -84,8 +83,7 @@ class TensorBoard:
             write()
         except OSError as error:
             self._failed = True
-            why = error.strerror or error
-            _log.warning("%s cannot be written: %s; training continues, later curves are missing", self._folder, why)
+            DiskWarning("later curves are missing")(self._folder, error)
 
 
 def _hparam(value: Any) -> bool | int | float | str:
