@@ -132,7 +132,7 @@ class Peers:
                 kind, message, remedy = error
                 if len(errors) > 1 and not message.startswith("rank "):
                     message = f"rank {rank}: {message}"
-                raise kind(message, remedy=remedy) from own
+                raise kind(message.splitlines(), remedy=remedy) from own
 
     def _portable(self, error: Exception | None) -> _Portable | None:
         """What can be sent to another rank: the class of our error, its message and its remedy."""

@@ -23,7 +23,7 @@ told = []
 
 def on_rank_1():
     if world.rank == 1:
-        raise DataError("no shard", remedy="look there")
+        raise DataError(["no shard", "no list"], remedy="look there")
 
 def a_bug_on_rank_0():
     if world.rank == 0:
@@ -33,7 +33,7 @@ def note(peers, call):
     try:
         told.append(repr(call(peers)))
     except Exception as error:
-        told.append(f"{type(error).__name__}: {error}")
+        told.append(f"{type(error).__name__}: {error}".replace("\\n", " and "))
 
 with process_group(world, timeout_s=60):
     own = Peers.of_world(world.rank, 2, all_raise=CheckpointError)
@@ -56,12 +56,12 @@ def test_two_ranks_fail_together_and_say_who_it_was(tmp_path):
     warm.run([script, tmp_path], ranks=2, check=True, timeout=120)
     told = [Path(tmp_path, f"rank {rank}").read_text().split("\n") for rank in (0, 1)]
     assert told[0] == [
-        "DataError: rank 1: no shard. Look there",
+        "DataError: rank 1: no shard and no list. Look there",
         "KeyError: 'a bug'",  # its own, with its traceback
         "KeyError: 'a bug'",
         "0",
         "([0, 1], [0, 1], 5, 'x')",
-        "DataError: rank 1: no shard. Look there",
+        "DataError: rank 1: no shard and no list. Look there",
         "CheckpointError: rank 0: KeyError: 'a bug'",
         "CheckpointError: KeyError: 'a bug'",
         "0",
@@ -69,12 +69,12 @@ def test_two_ranks_fail_together_and_say_who_it_was(tmp_path):
         "(1, True, [0])",
     ]
     assert told[1] == [
-        "DataError: no shard. Look there",
+        "DataError: no shard and no list. Look there",
         "LivtError: rank 0: KeyError: 'a bug'",
         "LivtError: KeyError: 'a bug'",
         "0",
         "([0, 1], None, 6, 'x')",
-        "DataError: rank 1: no shard. Look there",
+        "DataError: rank 1: no shard and no list. Look there",
         "CheckpointError: rank 0: KeyError: 'a bug'",
         "CheckpointError: KeyError: 'a bug'",
         "0",

@@ -46,12 +46,15 @@ class TensorBoard:
         from accelerate.tracking import TensorBoardTracker
 
         PartialState(cpu=True)  # the tracker asks it for the main process; the process group exists already
-        self._tracker = TensorBoardTracker(FOLDER, logging_dir=folder, purge_step=purge_step)
-        self._tracker.start()
         self._folder, self._failed = folder / FOLDER, False
+        self._tracker = TensorBoardTracker(FOLDER, logging_dir=folder, purge_step=purge_step)
+        self._unless_failed(self._tracker.start)
 
     def describe(self, recipe: Recipe, fields: Mapping[str, Any]) -> None:
         """Write the resolved recipe as text, and `fields`, dotted, as hyper-parameters of this very run."""
+        self._unless_failed(lambda: self._describe(recipe, fields))
+
+    def _describe(self, recipe: Recipe, fields: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.summary import hparams
 
         writer = self._tracker.writer

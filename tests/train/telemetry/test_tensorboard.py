@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+
 import numpy as np
 import pytest
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
+from torch.utils.tensorboard import SummaryWriter
 
 from livt_scale.config.load import load_recipe
 from livt_scale.train.telemetry.tensorboard import grouped
 from livt_scale.train.telemetry.trackers import open_trackers
 from livt_scale.util.resources import shipped
 
+RECIPE = load_recipe(shipped("recipes/fashion_mnist_lt/quickstart.yaml"))
 LINE = {
     "step": 20, "epoch": 0.5, "loss": 0.5, "lr": 1e-3, "images_per_s": 9.0, "data_wait_s": 0.1, "step_s": 0.2,
     "mfu": None, "memory_peak_gib": 1.0, "world_size": 2, "time": "2026-01-01T00:00:00+00:00",
@@ -32,10 +37,9 @@ def test_each_field_of_a_line_has_its_group():
 def events(tmp_path_factory):
     """Of a stage that was stopped after step 40 and resumed from step 20."""
     run_dir = tmp_path_factory.mktemp("run")
-    recipe = load_recipe(shipped("recipes/fashion_mnist_lt/quickstart.yaml"))
     Image.fromarray(np.full((6, 9, 3), 200, dtype=np.uint8)).save(run_dir / "picture.png")
     for begin, end in ((0, 40), (20, 60)):
-        opened = open_trackers(recipe, "pretrain", run_dir=run_dir, start_step=begin, sent_to=0)
+        opened = open_trackers(RECIPE, "pretrain", run_dir=run_dir, start_step=begin, sent_to=0)
         for step in range(begin + 20, end + 1, 20):
             opened.log(grouped({**LINE, "loss": float(step)}), step=step)
         opened.log({"eval": {"top1_all": 0.25}}, step=end)
@@ -44,6 +48,21 @@ def events(tmp_path_factory):
     read = EventAccumulator(str(run_dir / "pretrain" / "tensorboard"))
     read.Reload()
     return read
+
+
+@pytest.mark.parametrize("refused", [(TensorBoardTracker, "start"), (SummaryWriter, "add_text")])
+def test_a_disk_that_is_full_when_a_stage_begins_is_one_warning(refused, tmp_path, monkeypatch, caplog):
+    def no_space(*_args, **_named):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(*refused, no_space)
+    opened = open_trackers(RECIPE, "pretrain", run_dir=tmp_path, start_step=0, sent_to=0)
+    opened.log(grouped(LINE), step=20)
+    opened.finish()
+    where = tmp_path / "pretrain/tensorboard"
+    assert caplog.messages == [
+        f"{where} cannot be written: No space left on device; training continues, later curves are missing"
+    ]
 
 
 def test_curves_are_in_groups_and_repeated_steps_are_there_once(events):
