@@ -239,6 +239,8 @@ def _objective(recipe: Recipe, part: Finetune, train: ShardSet, teaching: Distil
 def _evaluator(recipe: Recipe, train: ShardSet, val: ShardSet, world: World, images: KeptBatches) -> Evaluator:
     classes = TrainingClasses.of(train, recipe.data)
     check_room(val, recipe.data, world=world, train=train)  # now, not after the first epoch
+    if val.manifest_digest == train.manifest_digest and world.is_main:
+        _log.warning("finetune: data.val has the images of data.train: accuracy on others is not measured")
 
     def measured(strategy: Strategy, *, final: bool) -> dict[str, Any]:
         """The report; of the final weights, on rank 0, with the temperature for exports and predictions."""
