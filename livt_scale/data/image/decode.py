@@ -255,8 +255,9 @@ class _PillowImage:
 def pillow_pixels(image: Image.Image, *, channels: int) -> Pixels:
     """An image that Pillow holds, upright: uint8 [H, W, channels]. Raises BadImage."""
     _check_values(image)
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     try:
+        image.load()  # turns a TIFF, which then has no orientation any more
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         pixels = np.array(_in_mode(image, "RGB" if channels == 3 else "L"))
     except Exception as error:  # an image that is opened is read only here
         raise BadImage(f"the {image.format or 'image'} is cut or damaged: {_said(error)}") from error

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from livt_scale.data.image.decode import MAX_PIXELS, BadImage, Workspace, decode, open_image
+from livt_scale.data.image.decode import MAX_PIXELS, BadImage, Workspace, decode, open_image, pillow_pixels
 from tests.data.tiny_sets import encoded, photo
 
 PHOTO = photo(48, 65)
@@ -78,6 +78,21 @@ def test_exif_orientation_is_applied(orientation, kind):
     image = open_image(data, channels=3)
     assert (image.height, image.width) == ((65, 48) if orientation >= 5 else (48, 65))
     np.testing.assert_array_equal(image.pixels(), pillow(data))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_an_image_that_pillow_holds_is_turned_once(orientation, kind, is_loaded):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = io.BytesIO()
+    Image.fromarray(photo(21, 33)).save(data, kind, exif=exif)
+    image = Image.open(data)
+    if is_loaded:
+        image.load()
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data.getvalue())))
+    assert np.array_equal(pillow_pixels(image, channels=3), np.asarray(upright))
 
 
 def test_the_contents_decide_what_an_image_is():
