@@ -54,10 +54,12 @@ def needed(facts: dict[str, Any], *, gpus: int, images_per_s_per_gpu: float) -> 
 
 def endless(recipe: Recipe, stage: Stage, *, num_samples: int, workers: int) -> Recipe:
     """`recipe` with a batch that a small set fills too, one process a core, and epochs enough."""
-    batch = min(BATCH, max(num_samples // 2 * 2, 1))
-    part = recipe.stage(stage).model_copy(update={"global_batch": batch, "micro_batch": batch, "epochs": NO_END})
+    part = recipe.stage(stage)
+    unit = part.repeats * (2 if part.mixes else 1)  # what a batch is a multiple of
+    batch = max(min(BATCH, num_samples) // unit, 1) * unit
+    part = part.model_copy(update={"global_batch": batch, "micro_batch": batch, "epochs": NO_END})
     stages = recipe.stages.model_copy(update={stage: part})
-    data = recipe.data.model_copy(update={"workers": workers})
+    data = recipe.data.model_copy(update={"workers": workers, "lane_groups": None})  # they divide the recipe's batch
     return recipe.model_copy(update={"stages": stages, "data": data})
 
 

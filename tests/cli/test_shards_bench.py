@@ -54,6 +54,15 @@ def test_the_recipe_s_transform_is_kept_and_its_batch_made_to_fit(tmp_path):
     assert changed.model == recipe.model
 
 
+def test_a_recipe_with_several_views_or_lane_groups_is_measured_too(tmp_path):
+    shards = tiny_set(tmp_path / "set", num_samples=30, num_classes=2)
+    views = {f"stages__{stage}__repeats": 3 for stage in ("pretrain", "finetune")}
+    sizes = {f"stages__{s}__{b}": 768 for s in ("pretrain", "finetune") for b in ("global_batch", "micro_batch")}
+    recipe = tiny_recipe(tmp_path / "set", data__lane_groups=128, **views, **sizes)
+    for stage in ("pretrain", "finetune"):
+        assert min(bench(shards, recipe, stage, seconds=0.1, cores=1)["images_per_s"].values()) > 1
+
+
 @pytest.mark.parametrize(("each", "suffices"), [(450.0, True), (451.0, False)])
 def test_it_suffices_exactly_when_the_machine_s_rate_reaches_the_need(each, suffices):
     facts = needed(FACTS, gpus=8, images_per_s_per_gpu=each)
