@@ -11,7 +11,7 @@ livt shards bench recipes/fashion_mnist_lt/quickstart.yaml --gpus 8 --images-per
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +23,7 @@ from livt_scale.cli.progress import MIB, progress_of
 from livt_scale.cli.shards_bench import bench
 
 if TYPE_CHECKING:
+    from livt_scale.config.recipe import Stage
     from livt_scale.data.build.verify import Fault
 
 app = typer.Typer(help="Build, verify and inspect shards.", no_args_is_help=True)
@@ -190,14 +191,10 @@ def trace(
     Uses the loader's own order and reads no image.
     """
     from livt_scale.config.load import load_recipe
-    from livt_scale.config.recipe import STAGES
     from livt_scale.data.inspect import rank_samples
-    from livt_scale.util.errors import UsageError, nearest
 
     loaded = load_recipe(recipe, sets=sets or [])
-    chosen = next((name for name in loaded.stage_names if name == (stage or name)), None)
-    if chosen is None:
-        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
+    chosen = _chosen(stage, loaded.stage_names)
     seen = rank_samples(loaded, chosen, rank=rank, world_size=world_size, epoch=epoch, step=step)
     if as_json:
         echo(json.dumps(seen))
@@ -212,16 +209,22 @@ app.command("bench")(bench)
 
 def _seen(folder: str, recipe: Path, stage: str | None, sets: list[str]) -> dict[str, Any]:
     from livt_scale.config.load import load_recipe
-    from livt_scale.config.recipe import STAGES
     from livt_scale.data.inspect import class_report
     from livt_scale.data.shard_set import ShardSet
-    from livt_scale.util.errors import UsageError, nearest
 
     loaded = load_recipe(recipe, sets=sets)
-    chosen = next((name for name in reversed(loaded.stage_names) if name == (stage or name)), None)
-    if chosen is None:
-        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), STAGES))
+    chosen = _chosen(stage, loaded.stage_names[::-1])
     return class_report(ShardSet.open(folder), loaded, chosen)
+
+
+def _chosen(stage: str | None, names: Sequence[Stage]) -> Stage:
+    """The first of a recipe's stages `names`, or the one that is called `stage`."""
+    from livt_scale.util.errors import UsageError, nearest
+
+    chosen = next((name for name in names if name == (stage or name)), None)
+    if chosen is None:
+        raise UsageError(f"the recipe has no stage {stage!r}", remedy=nearest(str(stage), names))
+    return chosen
 
 
 def _seen_table(seen: dict[str, Any]) -> list[str]:

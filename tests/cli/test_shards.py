@@ -13,6 +13,7 @@ from livt_scale.cli.main import app
 from livt_scale.cli.shards import histogram
 from livt_scale.data.manifest import QUARANTINE
 from livt_scale.data.shard_set import ShardSet
+from livt_scale.util.errors import UsageError
 from tests import warm
 from tests.data.build.hostile import END, sample_bytes
 from tests.small_sets import encoded, small_set, write_idx_spec
@@ -135,3 +136,13 @@ def test_a_mistake_is_one_line_and_an_exit_code(spec, args, code, said):
         ["raw", "small.yaml"],
         ["raw", "small", "small.yaml"],
     )
+
+
+def test_a_stage_that_the_recipe_does_not_have_is_answered_with_those_it_has(tmp_path):
+    folder = small_set(tmp_path)
+    recipe = Path(__file__).parents[2] / "recipes" / "fashion_mnist_lt" / "quickstart.yaml"
+    asked = ("--stage", "finetune", "--set", "stages.finetune=null")
+    for words in (("trace", recipe), ("info", folder, "--recipe", recipe)):
+        with pytest.raises(UsageError) as error:
+            livt(*words, *asked)
+        assert error.value.remedy == "valid names: pretrain"
