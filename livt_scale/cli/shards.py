@@ -105,11 +105,20 @@ def verify(
     with progress_of("shards") as progress:
         faults = verify_shards(folder, decode=decode, quarantine=quarantine, workers=workers, progress=progress)
     if as_json:
-        rows = [{"shard": f.shard, "key": f.key, "offset": f.offset, "what": f.what} for f in faults]
+        rows = [
+            {
+                "shard": f.shard,
+                "key": f.key,
+                "offset": f.offset,
+                "what": f.what,
+                "quarantined": f.left_out or quarantine,
+            }
+            for f in faults
+        ]
         echo(json.dumps({"whole": not faults, "quarantined": quarantine, "faults": rows}, indent=1))
     else:
         _print_faults(folder, faults, decode=decode, quarantine=quarantine)
-    if faults and not quarantine:
+    if not quarantine and not all(fault.left_out for fault in faults):
         raise typer.Exit(1)
 
 
@@ -295,7 +304,9 @@ def _print_faults(folder: str, faults: list[Fault], *, decode: bool, quarantine:
         echo(str(fault))
     if len(faults) > MAX_FAULTS:
         echo(f"… and {len(faults) - MAX_FAULTS} more (--json lists all)")
-    if not quarantine and all(fault.number is not None for fault in faults):
+    if not quarantine and all(fault.left_out for fault in faults):
+        echo("training leaves them out already; everything else matches the manifest")
+    elif not quarantine and all(fault.number is not None for fault in faults):
         decode_too = " --decode" if decode else ""
         echo(f"to leave these samples out: livt shards verify {folder}{decode_too} --quarantine")
     if quarantine:

@@ -77,6 +77,23 @@ def test_verify_reports_a_match_or_names_shard_and_key(tmp_path):
     assert "in quarantine     1: 1 of class 1" in livt("info", folder)[1]
 
 
+def test_verify_succeeds_where_what_differs_is_in_quarantine_already(tmp_path):
+    folder = small_set(tmp_path)
+    path = folder / "all-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[600] ^= 1
+    path.write_bytes(data)
+    livt("verify", folder, "--quarantine", "--workers", 1)
+    code, out, _ = livt("verify", folder, "--workers", 1)
+    assert code == 0
+    assert out.splitlines()[0].endswith("changed since it was written (CRC-32) (in quarantine)")
+    assert "--quarantine" not in out
+    data[3000] ^= 1
+    path.write_bytes(data)
+    code, out, _ = livt("verify", folder, "--json", "--workers", 1)
+    assert (code, [fault["quarantined"] for fault in json.loads(out)["faults"]]) == (1, [True, False])
+
+
 def test_index_makes_a_set_of_strangers_tars(tmp_path):
     (tmp_path / "names.txt").write_text("cat\ndog\nunicorn\n")
     parts = [sample_bytes(f"k{k}", k % 2, ("jpg", encoded(k, kind="jpeg"))) for k in range(3)]

@@ -46,10 +46,14 @@ class Fault:
     offset: int | None  # in the file: where the sample begins, or the damage, as far as it is known
     what: str
     number: int | None = None  # of the sample
+    left_out: bool = False  # it is in quarantine already
 
     def __str__(self) -> str:
         place = f", offset {self.offset}" if self.offset is not None else ""
-        return escaped(f"{self.shard}{place}{f', key {self.key!r}' if self.key is not None else ''}: {self.what}")
+        known = " (in quarantine)" if self.left_out else ""
+        return escaped(
+            f"{self.shard}{place}{f', key {self.key!r}' if self.key is not None else ''}: {self.what}{known}"
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def verify(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Fault]:
-    """All faults of the set, by shard and offset; none: complete. Samples in quarantine are checked like the others.
+    """All faults of the set, by shard and offset; none: complete. Those of samples in quarantine are marked `left_out`.
 
     Raises ManifestError if there is no set at all, DataError if a quarantine is requested and cannot be written
     or would not suffice.
@@ -97,7 +101,7 @@ def verify(
     else:
         faults = _check_shards(folder, manifest, decode=decode, workers=workers or usable_cores(), progress=progress)
         if not quarantine:  # else it is written again
-            faults += _check_quarantine(folder, manifest)
+            faults = _with_quarantine(folder, manifest, faults)
     if quarantine:
         _write_quarantine(folder, manifest, faults, decoded=decode)
     return faults
@@ -124,7 +128,7 @@ def _verify_url(url: str, *, decode: bool, progress: Progress | None) -> list[Fa
         num_bytes += info.bytes
         if progress:
             progress(shards.manifest.name, k + 1, len(shards.manifest.shards), num_bytes)
-    return faults
+    return _marked(faults, shards.quarantine)
 
 
 def _job(shards: ShardSet, shard: int, *, path: Path, decode: bool) -> _Job:
@@ -231,20 +235,24 @@ def _damaged_end(job: _Job) -> int | None:
     return end + len(rest) - len(rest.lstrip(b"\0")) if rest.strip(b"\0") else None
 
 
-def _check_quarantine(folder: Path, manifest: ShardManifest) -> list[Fault]:
-    """What is wrong with quarantine.json, if it is there: such a set cannot be opened."""
+def _with_quarantine(folder: Path, manifest: ShardManifest, faults: list[Fault]) -> list[Fault]:
+    """`faults`, marked where quarantine.json has them; and what is wrong with that file, which no set opens with."""
     path = folder / QUARANTINE
     try:
         read_checked(path, "quarantine")
         index = map_index(folder / manifest.index.name, manifest)
-        read_quarantine(ShardSet(folder, manifest, (), index=index))
+        return _marked(faults, read_quarantine(ShardSet(folder, manifest, (), index=index)))
     except FileNotFoundError:
-        return []
+        return faults
     except OSError as error:
-        return [Fault(QUARANTINE, None, None, f"cannot be read: {error.strerror}")]
+        return [*faults, Fault(QUARANTINE, None, None, f"cannot be read: {error.strerror}")]
     except ManifestError as error:
-        return [Fault(QUARANTINE, None, None, error.message.removeprefix(f"{escaped(path)}: "))]
-    return []
+        return [*faults, Fault(QUARANTINE, None, None, error.message.removeprefix(f"{escaped(path)}: "))]
+
+
+def _marked(faults: list[Fault], quarantine: Sequence[Quarantined]) -> list[Fault]:
+    listed = {q.number for q in quarantine}
+    return [replace(fault, left_out=fault.number in listed) for fault in faults]
 
 
 def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fault], *, decoded: bool) -> None:

@@ -125,6 +125,13 @@ def test_a_quarantine_leaves_the_bad_out_and_counts_them_by_class(with_bad_image
     assert info(with_bad_images)["quarantined_by_class"] == [0, 1, 1]
 
 
+def test_what_is_in_quarantine_is_marked_in_a_folder_and_at_a_url(with_bad_images, tmp_path):
+    verify(with_bad_images, decode=True, quarantine=True, **ONE)
+    plain = with_bad_images.rename(tmp_path / "plain")
+    for place in (plain, plain.as_uri()):
+        assert [(f.key, f.left_out) for f in verify(place, decode=True, **ONE)] == [("b-1", True), ("c-0", True)]
+
+
 def test_only_a_check_that_decodes_lets_a_sample_out_of_quarantine(with_bad_images):
     verify(with_bad_images, decode=True, quarantine=True, **ONE)
     verify(with_bad_images, decode=False, quarantine=True, **ONE)  # finds nothing: the bytes are as written
