@@ -264,7 +264,7 @@ def _write_quarantine(folder: Path, manifest: ShardManifest, faults: Sequence[Fa
     if other:
         raise DataError(
             f"{folder}: {other}: a quarantine leaves out samples, this is more than a sample",
-            remedy="copy the set again, or build it again",
+            remedy="copy that file again; or remove it and build the set again, which writes what is missing",
         )
     index = map_index(folder / manifest.index.name, manifest)
     listed = {} if decoded else {q.number: q for q in read_quarantine(ShardSet(folder, manifest, (), index=index))}

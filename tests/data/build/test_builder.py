@@ -158,6 +158,19 @@ def test_a_finished_set_that_lost_a_shard_is_made_whole_again(spec, tmp_path):
     assert contents(tmp_path / "out") == before
 
 
+def test_an_index_that_is_damaged_is_made_again_as_its_error_says(spec, tmp_path):
+    build(spec, tmp_path / "out", workers=1)
+    before = contents(tmp_path / "out")
+    index = tmp_path / "out" / "lt" / "index.npy"
+    index.write_bytes(b"x" * index.stat().st_size)
+    with pytest.raises(ManifestError, match="not an index") as error:
+        ShardSet.open(index.parent)
+    assert "remove it and build the set again" in str(error.value)
+    index.unlink()
+    build(spec, tmp_path / "out", workers=1)
+    assert contents(tmp_path / "out") == before
+
+
 def test_a_build_killed_at_any_moment_goes_on_to_the_same_bytes(tmp_path):
     labels = [c for c in range(4) for _ in range(500)]
     path = write_idx_spec(tmp_path, labels, sets="{all: {source: raw, shard_samples: 25}}")
