@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from livt_scale.config.run_place import absolute_run_dir
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.errors import RunError, UsageError
+from livt_scale.util.outside import in_home
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -273,7 +274,7 @@ def folders_to_measure(dirs: list[Path], recipe: Recipe | None) -> list[Path]:
     run_dir, cache = Path.cwd(), default_folder()
     if recipe is not None:
         run_dir = absolute_run_dir(recipe.run_dir, name=recipe.name)
-        cache = Path(recipe.data.cache.dir or cache)
+        cache = in_home(recipe.data.cache.dir or cache)
     there = [
         next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir()) for folder in (run_dir, cache)
     ]

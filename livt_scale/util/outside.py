@@ -23,6 +23,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from livt_scale.util.errors import UsageError
 from livt_scale.util.text import escaped
 
 if TYPE_CHECKING:
@@ -105,6 +106,16 @@ class RefusedFile(OSError):
 def real_path(path: Path | str) -> Path:
     """`path`, absolute and without links. Unlike Path.resolve, a link to itself is left as it is and raises nothing."""
     return Path(os.path.realpath(path))
+
+
+def in_home(path: Path | str) -> Path:
+    """`path` with ~ and ~user replaced by the home folder. Raises UsageError where that is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # no such user, or neither HOME nor a user's entry, as in some containers
+        raise UsageError(
+            f"{escaped(path)}: the home folder that ~ stands for is not known", remedy="write the path in full"
+        ) from error
 
 
 def open_checked(path: Path, kind: Kind, *, max_bytes: int | None = None) -> BufferedReader:

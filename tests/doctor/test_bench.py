@@ -172,5 +172,9 @@ def test_the_folders_are_those_of_the_recipe_as_far_as_they_are_there(tmp_path, 
     monkeypatch.setenv("LIVT_CACHE_DIR", str(tmp_path / "cache" / "deep"))
     recipe = load_recipe(REPO / "recipes/fashion_mnist_lt/quickstart.yaml", sets=[f"run_dir={tmp_path}/runs/x"])
     assert bench.folders_to_measure([], recipe) == [tmp_path]
+    (tmp_path / "at home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "at home"))
+    recipe = load_recipe(REPO / "recipes/fashion_mnist_lt/quickstart.yaml", sets=["data.cache.dir=~/c"])
+    assert tmp_path / "at home" in bench.folders_to_measure([], recipe)
     with pytest.raises(UsageError, match="is no folder"):
         bench.folders_to_measure([tmp_path / "none"], None)

@@ -40,7 +40,7 @@ from livt_scale.data.build.writer import Prepare
 from livt_scale.extensions import load_extensions
 from livt_scale.longtail import Counts, balanced_counts, class_counts_exponential
 from livt_scale.util.errors import SourceError, UsageError, nearest
-from livt_scale.util.outside import read_checked, read_json, real_path
+from livt_scale.util.outside import in_home, read_checked, read_json, real_path
 from livt_scale.util.resources import named
 
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]  # becomes a folder's name, or a key's
@@ -210,7 +210,7 @@ class Spec(RecipePart):
 
     def root(self, name: str) -> Path:
         """The folder of the source `name`."""
-        return self.folder / Path(self.build.sources[name].format.root).expanduser()
+        return self.folder / in_home(self.build.sources[name].format.root)
 
     def role(self, name: str) -> Role:
         """Whether the set `name` is for training or for evaluation."""
@@ -350,7 +350,7 @@ def _override(tree: Tree, text: str) -> None:
     for kind, fields in parts.items():
         if isinstance(fields, dict) and kind != "split":
             # a path on the command line is relative to where the command is given, not to the spec
-            fields[field] = str(real_path(value)) if field == "root" or "/" in value else value
+            fields[field] = str(real_path(in_home(value))) if field == "root" or "/" in value else value
             tree.origins[("sources", source, kind, field)] = f"--source {name}"
 
 

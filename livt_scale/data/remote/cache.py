@@ -37,6 +37,7 @@ from livt_scale.data.manifest import FileInfo
 from livt_scale.data.remote.fetch import Cancelled
 from livt_scale.util.atomic import NO_LOCKS, FileLock, LockHeld, file_lock
 from livt_scale.util.errors import DataError, UsageError
+from livt_scale.util.outside import in_home
 
 GIB = 2**30
 VERSION = "v1"
@@ -67,7 +68,7 @@ class ShardCache:
     @classmethod
     def of(cls, part: recipe.Cache) -> ShardCache:
         """The cache that the recipe sets. Makes the folder. Raises UsageError if it cannot, or it is another user's."""
-        folder = Path(part.dir).expanduser().absolute() if part.dir else default_folder()
+        folder = in_home(part.dir).absolute() if part.dir else default_folder()
         for one in (folder, folder / VERSION):
             try:
                 one.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -255,7 +256,7 @@ class _PartialFile:
 def default_folder() -> Path:
     """LIVT_CACHE_DIR; else one of this user's in the temporary folder ($TMPDIR, /tmp), which is a node's own."""
     chosen = os.environ.get("LIVT_CACHE_DIR")
-    return Path(chosen).expanduser().absolute() if chosen else Path(tempfile.gettempdir()) / f"livt-cache-{os.getuid()}"
+    return in_home(chosen).absolute() if chosen else Path(tempfile.gettempdir()) / f"livt-cache-{os.getuid()}"
 
 
 def too_small(limit: int, needed: int, for_what: str) -> DataError:

@@ -105,7 +105,7 @@ def test_a_spec_that_is_not_there_names_one_that_is(write):
         load_spec(path.with_name("a spac.yaml"))
 
 
-def test_the_command_line_says_where_a_source_lies(write, tmp_path):
+def test_the_command_line_says_where_a_source_lies(write, tmp_path, monkeypatch):
     write_idx_set(tmp_path / "elsewhere", [0, 1])
     path = write("root: raw", "root: /nowhere")
     spec = load_spec(path, overrides=[f"raw={tmp_path / 'elsewhere'}"])
@@ -113,6 +113,10 @@ def test_the_command_line_says_where_a_source_lies(write, tmp_path):
     spec = load_spec(write(), overrides=[f"raw.labels={tmp_path / 'elsewhere' / 'labels.gz'}"])
     with pytest.raises(SourceError, match="has the shape"):
         spec.open_source("raw")
+    monkeypatch.setenv("HOME", str(tmp_path))  # dash and zsh leave the ~ of an argument as it is
+    assert len(load_spec(path, overrides=["raw=~/elsewhere"]).open_source("raw")) == 2
+    with pytest.raises(UsageError, match="rite the path in full"):
+        load_spec(path, overrides=["raw=~nobody-of-that-name/elsewhere"])
     for override, said in [("row=/x", "did you mean 'raw'"), ("raw", "not of the form"), ("raw.lables=x", "'labels'")]:
         with pytest.raises(UsageError, match=said):
             load_spec(path, overrides=[override])

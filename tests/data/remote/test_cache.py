@@ -367,6 +367,8 @@ def test_a_folder_that_cannot_be_is_told_with_what_to_do(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot be made there.*LIVT_CACHE_DIR"):
         make(tmp_path / "file" / "x")
+    with pytest.raises(UsageError, match="home folder"):
+        make(Path("~nobody-of-that-name/x"))
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "v1").symlink_to(tmp_path)
     with pytest.raises(UsageError, match="is a link"):
