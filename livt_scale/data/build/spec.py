@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
@@ -299,6 +299,7 @@ class Spec(RecipePart):
             if field != "split":
                 options.pop("root")
         facts: dict[str, Any] = {"source": source, "set": part.model_dump(exclude_none=True, exclude={"expected"})}
+        facts = _without_folders(facts)
         if part.balanced and part.balanced.like:
             facts["like"] = self.neutral(part.balanced.like)
         if part.counts and part.counts.file:
@@ -352,6 +353,15 @@ def _override(tree: Tree, text: str) -> None:
             # a path on the command line is relative to where the command is given, not to the spec
             fields[field] = str(real_path(in_home(value))) if field == "root" or "/" in value else value
             tree.origins[("sources", source, kind, field)] = f"--source {name}"
+
+
+def _without_folders(value: Any) -> Any:
+    """`value`, plain and nested, with the name of the file in place of each absolute path."""
+    if isinstance(value, dict):
+        return {name: _without_folders(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    return PurePath(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def _exactly_one(part: BaseModel, names: tuple[str, ...], *, at_least: int) -> None:

@@ -142,5 +142,9 @@ def test_what_decides_a_set_has_no_folders_in_it(write, tmp_path):
     here = load_spec(write()).neutral("twin")
     there = load_spec(write(), overrides=["raw=/elsewhere"]).neutral("twin")
     assert here == there
+    labels = load_spec(write()).build.sources["raw"].format.labels
+    assert here == load_spec(write(), overrides=[f"raw.labels={tmp_path}/elsewhere/{labels}"]).neutral("twin")
+    absolute = load_spec(write("file: counts.json", f"file: {tmp_path}/counts.json")).neutral("from-file")
+    assert absolute == load_spec(write()).neutral("from-file")
     assert str(tmp_path) not in json.dumps(here)
     assert here != load_spec(write("imbalance: 4", "imbalance: 2")).neutral("twin")  # by way of `like`
