@@ -98,7 +98,8 @@ def _inline(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_inline, value)) + "]"
     if isinstance(value, str) and value.replace("_", "").replace("-", "").replace("/", "").isalnum():
-        return value if not value[0].isdigit() and value.lower() not in _YAML_WORDS else json.dumps(value)
+        is_number = value[0] == "-" or value[0].isdigit()  # or may be one
+        return json.dumps(value) if is_number or value.lower() in _YAML_WORDS else value
     return escaped(json.dumps(value, ensure_ascii=False))  # YAML's escapes in double quotes are Python's
 
 

@@ -128,7 +128,7 @@ def test_a_larger_set_holds_out_a_smaller_part_but_not_fewer_images(num):
 
 
 def test_text_of_any_kind_is_read_back_as_it_was(tmp_path):
-    for text in ("a: b", "# no", "yes", "12", "null", "ä ö", 'a "b" \\c', "- x", "é\x85"):
+    for text in ("a: b", "# no", "yes", "12", "-5", "-0x1f", "null", "ä ö", 'a "b" \\c', "- x", "é\x85"):
         values = {"name": text, "data.train": "/a", "stages.finetune.init": "scratch"}
         path = tmp_path / "recipe.yaml"
         path.write_text(as_yaml({name: Value(value, "-") for name, value in values.items()}), encoding="utf-8")
