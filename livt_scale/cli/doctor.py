@@ -41,26 +41,32 @@ def doctor(
     node: Annotated[
         Path | None, typer.Option("--node", help="Check this node quickly; write the result to FOLDER/NODE.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=3, max=600, help="With --bench: approximate duration.")] = 60.0,
+    seconds: Annotated[
+        float | None, typer.Option(min=3, max=600, help="With --bench: approximate duration.", show_default="60")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check this machine: libraries, GPUs, memory, network, disks.
 
     Exit codes: 0; 1 if something would fail here.
     """
+    of_bench = {"--dir": dirs, "--recipe": recipe, "--device-file": device_file, "--seconds": seconds}
     if node is not None:
+        _refuse(
+            {"--bench": bench, **of_bench, "--force": force, "--json": as_json}, "with --node", remedy="leave it out"
+        )
         _look_at_node(node)
     if force and device_file is None:
         raise UsageError("--force has no effect without --device-file", remedy="leave it out")
     measured: dict[str, Any] = {}
     findings: list[Finding] = []
     if bench:
-        found = _bench(dirs or [], recipe, seconds=seconds, device_file=device_file, force=force)
+        found = _bench(dirs or [], recipe, seconds=seconds or 60.0, device_file=device_file, force=force)
         if found is None:
             return  # rank 0 prints for all
         measured, findings = {"bench": found[0]}, found[1]
-    elif dirs or recipe or device_file:
-        raise UsageError("--dir, --recipe and --device-file need --bench", remedy="add --bench")
+    else:
+        _refuse(of_bench, "without --bench", remedy="add --bench")
     from livt_scale.doctor.checks import examine
 
     findings = examine() + findings
@@ -70,6 +76,13 @@ def doctor(
     else:
         _print(findings)
     raise typer.Exit(1 if failed else 0)
+
+
+def _refuse(options: dict[str, Any], where: str, *, remedy: str) -> None:
+    """Raise UsageError for the first of `options` that is given."""
+    given = next((name for name, value in options.items() if value), None)
+    if given is not None:
+        raise UsageError(f"{given} has no effect {where}", remedy=remedy)
 
 
 def _print(findings: list[Finding]) -> None:

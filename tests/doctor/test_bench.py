@@ -79,10 +79,22 @@ def test_a_file_of_somebody_else_is_not_replaced_by_the_device(tmp_path):
     assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
 
 
-def test_force_without_a_device_file_is_refused():
-    error = CliRunner().invoke(main.app, ["doctor", "--force"]).exception
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--force"], "--force has no effect without --device-file"),
+        (["--seconds", "5"], "--seconds has no effect without --bench"),
+        (["--dir", "."], "--dir has no effect without --bench"),
+        (["--node", "here", "--bench"], "--bench has no effect with --node"),
+        (["--node", "here", "--json"], "--json has no effect with --node"),
+    ],
+)
+def test_an_option_without_effect_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error = CliRunner().invoke(main.app, ["doctor", *words]).exception
     assert isinstance(error, UsageError)
-    assert "--force has no effect without --device-file" in error.message
+    assert said in error.message
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
