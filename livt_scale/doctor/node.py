@@ -12,7 +12,7 @@ import os
 import socket
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from livt_scale.doctor import checks, nvidia_smi
@@ -32,14 +32,11 @@ def look_at_node(folder: Path, environ: Mapping[str, str] = os.environ) -> list[
 
     OSError: the file cannot be written.
     """
-    looks: tuple[Callable[[], list[Finding]], ...] = (
-        lambda: [judge_given_gpus(int(environ.get("SLURM_GPUS_ON_NODE") or 0), seen_gpus())],
-        _each_gpu,
-        lambda: nvidia_smi.look(product_seconds()),
-        checks._collectives,
-        checks._jpeg,
-        lambda: [judge_shared(checks.free_shared_memory())],
-    )
+
+    def gpus() -> list[Finding]:  # a check that fails is called by its function's name
+        return [judge_given_gpus(int(environ.get("SLURM_GPUS_ON_NODE") or 0), seen_gpus())]
+
+    looks = (gpus, _each_gpu, _driver, checks._collectives, checks._jpeg, _shared_memory)
     findings = [f for f in checks.examine(looks) if f.status != "ok"]
     problems = "\n".join(f"{f.name}: {f.message}" for f in findings if f.status == "problem") or "ok"
     write_atomic(folder / (environ.get("SLURMD_NODENAME") or socket.gethostname()), f"{problems}\n".encode())
@@ -74,6 +71,14 @@ def seen_gpus() -> int:
     import torch
 
     return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _driver() -> list[Finding]:
+    return nvidia_smi.look(product_seconds())
+
+
+def _shared_memory() -> list[Finding]:
+    return [judge_shared(checks.free_shared_memory())]
 
 
 def _each_gpu() -> list[Finding]:

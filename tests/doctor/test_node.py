@@ -29,6 +29,7 @@ def test_a_check_that_breaks_is_a_problem_and_the_others_are_made(tmp_path, monk
     problems = [finding for finding in findings if finding.status == "problem"]
     assert len(problems) == 1
     assert "uncorrectable ECC" in (tmp_path / "n7").read_text()
+    assert problems[0].name == "shared memory"
 
 
 @pytest.mark.parametrize(
