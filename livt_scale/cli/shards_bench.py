@@ -27,7 +27,7 @@ def bench(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, max=300, help="Duration of each measurement.")] = 3.0,
     image_px: Annotated[int | None, typer.Option(min=1, help="For a folder: crop size.", show_default="224")] = None,
-    channels: Annotated[int | None, typer.Option(help="For a folder: 1 or 3.", show_default="3")] = None,
+    channels: Annotated[int | None, typer.Option(min=1, help="For a folder: 1 or 3.", show_default="3")] = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:

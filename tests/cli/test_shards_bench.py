@@ -73,6 +73,11 @@ def test_it_suffices_exactly_when_the_machine_s_rate_reaches_the_need(each, suff
     assert ("does not suffice" in lines[1]) is not suffices
 
 
+def test_no_channels_are_not_three(tmp_path):
+    tiny_set(tmp_path / "set", num_samples=4)
+    assert run(tmp_path / "set", "--channels", 0).exit_code == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
