@@ -35,6 +35,7 @@ TESTED = {
     "simplejpeg": "1.9.0",
 }
 MIN_RANKS = 512  # that an ordinary limit of open files is enough for
+CGROUP = Path("/sys/fs/cgroup")
 SLURM_COMMANDS = ("sbatch", "srun", "squeue", "scontrol", "sacct", "scancel")
 
 
@@ -190,10 +191,12 @@ def _memory() -> list[Finding]:
 
     memory = psutil.virtual_memory()
     total, available = memory.total, memory.available
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's or a job's share, which psutil does not know
+    limit = CGROUP / "memory.max"  # a container's or a job's share, which psutil does not know
     if limit.is_file() and limit.read_text().strip().isdigit():
         total = min(total, int(limit.read_text()))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        parts = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        # files that were read count as used, until somebody needs their memory
+        used = int((CGROUP / "memory.current").read_text()) - int(parts["inactive_file"])
         available = min(available, max(total - used, 0))
     return [judge_memory(total, available)]
 

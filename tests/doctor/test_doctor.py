@@ -94,6 +94,14 @@ def test_a_check_that_breaks_is_a_problem_and_the_others_go_on(monkeypatch):
     assert "python" in result.output
 
 
+def test_files_in_the_page_cache_of_a_container_do_not_take_its_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "CGROUP", tmp_path)
+    for name, text in {"max": f"{GIB}\n", "current": f"{GIB}\n", "stat": f"anon 9\ninactive_file {GIB // 2}\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    (finding,) = checks._memory()
+    assert finding.message.startswith("0.5 GiB available of 1.0")
+
+
 def test_a_limit_of_the_container_counts_as_the_memory_there_is():
     (finding,) = checks._memory()
     assert re.fullmatch(r"[\d.]+ GiB available of [\d.]+.*", finding.message)
