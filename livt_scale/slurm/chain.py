@@ -231,13 +231,7 @@ def check_times(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) -
             "ended in the middle of its last save",
             remedy=f"--set slurm.signal_lead_s={math.ceil(needed)}",
         )
-    least_s = slurm.start_s + end_s(slurm, known) + (step_s or 0) + (save_s or 0)
-    if asked.time_min * 60 <= least_s:
-        raise UsageError(
-            f"{stage}: a job of {asked.time_min} min makes no progress: {slurm.start_s:.0f} s to start, a step and a "
-            f"save, and being stopped {end_s(slurm, known):.0f} s before its end take {least_s:.0f} s",
-            remedy=f"ask for more than {math.ceil(least_s / 60)} min, or shorten slurm.signal_lead_s or slurm.start_s",
-        )
+    useful_s(slurm, stage, asked, known)
     unknown = [name for name, value in (("step", step_s), ("save", save_s)) if value is None]
     if unknown:
         return [
@@ -252,6 +246,20 @@ def end_s(slurm: Slurm, known: Measured) -> float:
     """How long before its time limit a job may stop training: by Slurm's signal, or by the run's own clock."""
     turn_s = slurm.step_s or known.longest_step_s or 0.0
     return max(slurm.signal_lead_s + SIGNAL_EARLY_S, lead(turn_s=turn_s, save_s=slurm.save_s or known.save_s))
+
+
+def useful_s(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) -> float:
+    """How long each job trains. Raises UsageError where that is not a step and a save."""
+    left_s = asked.time_min * 60 - slurm.start_s - end_s(slurm, known)
+    step_s, save_s = slurm.step_s or known.longest_step_s or 0, slurm.save_s or known.save_s or 0
+    if left_s <= step_s + save_s:
+        least_s = slurm.start_s + end_s(slurm, known) + step_s + save_s
+        raise UsageError(
+            f"{stage}: a job of {asked.time_min} min makes no progress: {slurm.start_s:.0f} s to start, a step and a "
+            f"save, and being stopped {end_s(slurm, known):.0f} s before its end take {least_s:.0f} s",
+            remedy=f"ask for more than {math.ceil(least_s / 60)} min, or shorten slurm.signal_lead_s or slurm.start_s",
+        )
+    return left_s
 
 
 def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) -> tuple[int, str]:
@@ -269,11 +277,11 @@ def num_segments(slurm: Slurm, stage: Stage, asked: Resources, known: Measured) 
     if measured and known.world_size is not None:
         step_s *= known.world_size / asked.world_size
     left = max(known.total - known.step, 0)
-    useful_s = asked.time_min * 60 - slurm.start_s - end_s(slurm, known)
-    count = max(math.ceil(left * step_s / useful_s) + SPARE_SEGMENTS, MIN_SEGMENTS)
+    trains_s = useful_s(slurm, stage, asked, known)
+    count = max(math.ceil(left * step_s / trains_s) + SPARE_SEGMENTS, MIN_SEGMENTS)
     how = (
         f"{count} segments = {left} steps · {step_s:.3g} s ({source}) / "
-        f"{useful_s:.0f} s that train in each job of {asked.time_min} min, and {SPARE_SEGMENTS} to spare"
+        f"{trains_s:.0f} s that train in each job of {asked.time_min} min, and {SPARE_SEGMENTS} to spare"
     )
     if count > MAX_SEGMENTS:
         raise UsageError(f"{stage}: {how}: more than {MAX_SEGMENTS}", remedy="ask for longer jobs or more nodes")

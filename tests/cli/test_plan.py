@@ -41,6 +41,12 @@ def test_scripts_find_what_they_rely_on_and_fewer_gpus_take_longer():
     assert few["memory_gib"]["optimizer"] == pytest.approx(8 * many["memory_gib"]["optimizer"], rel=0.05)
 
 
+def test_a_time_limit_in_which_no_job_trains_gives_no_number_of_jobs():
+    for stage in planned("--gpus", "64", "--time-limit", "0.14")["stages"]:
+        assert stage["segments"] is None
+        assert "makes no progress" in stage["segments_how"]
+
+
 def test_a_plan_with_its_picture_needs_no_torch(tmp_path):
     picture = str(tmp_path / "plan.png")
     code = (

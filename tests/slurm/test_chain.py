@@ -246,6 +246,12 @@ def test_a_job_too_short_for_any_progress_is_refused(time_min, fits):
             check_times(slurm, "pretrain", asked(time_min), NOTHING)
 
 
+@pytest.mark.parametrize("time_min", [6, 8])  # stopped before it has started, and as it has
+def test_jobs_that_never_train_are_not_counted(time_min):
+    with pytest.raises(UsageError, match="makes no progress"):
+        num_segments(Slurm(), "pretrain", asked(time_min), Measured(total=10_000, planned_step_s=1.0))
+
+
 def test_the_runs_own_clock_may_stop_it_before_slurm_does():
     slurm = Slurm(
         start_s=0, signal_lead_s=10, step_s=1
