@@ -42,7 +42,7 @@ def calibrated(tasks: Mapping[Stage, PlanTask], path: Path) -> dict[Stage, PlanT
 
 def _from_run(tasks: Mapping[Stage, PlanTask], path: Path) -> tuple[Stage, MeasuredRun, int]:
     from livt_scale.config.load import load_saved
-    from livt_scale.train.run_files import read_metrics
+    from livt_scale.train.run_files import of_last_world, read_metrics
 
     try:
         lines = read_metrics(path, strict=True).lines
@@ -55,7 +55,7 @@ def _from_run(tasks: Mapping[Stage, PlanTask], path: Path) -> tuple[Stage, Measu
             f"--calibrate {path}: it is not in the folder of one of the plan's stages ({', '.join(tasks)}) in a run",
             remedy=REMEDY,
         )
-    used = [line for line in lines[1:] if line.step_s and line.world_size]
+    used = of_last_world([line for line in lines if line.step_s and line.world_size])[1:]
     if not used:
         raise UsageError(f"--calibrate: {path} has no line but the first with step_s", remedy="train more steps")
     recipe, task = load_saved(saved), tasks[stage]

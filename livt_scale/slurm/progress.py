@@ -37,9 +37,11 @@ from livt_scale.train.run_files import (
     MetricsLine,
     StageStatus,
     is_number,
+    of_last_world,
     read_anomalies,
     read_metrics,
     read_status,
+    step_seconds,
 )
 from livt_scale.util.errors import RunError
 from livt_scale.util.outside import read_checked
@@ -112,13 +114,9 @@ class Record:
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of a step now, with the evaluations and saves between: the median of the last lines."""
-        same = [line for line in self.lines if line.world_size == self.lines[-1].world_size]
-        recent = [line for line in same[-MEASURED_LINES:] if line.step_s is not None]
-        if not recent:
-            return None
-        between = [(line.evaluation_s or 0.0) + (line.checkpoint_stall_s or 0.0) for line in recent]
-        return statistics.median(line.step_s for line in recent if line.step_s is not None) + statistics.fmean(between)
+        """Of a step now, with the evaluations and saves between, by the last lines."""
+        timed = [line for line in of_last_world(self.lines) if line.step_s is not None]
+        return step_seconds(timed[-MEASURED_LINES:])
 
     @property
     def to_finish_s(self) -> float | None:

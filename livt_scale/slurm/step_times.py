@@ -1,19 +1,19 @@
 """How far a stage of a run is and how long its steps take, from what the run itself has written.
 
-step_s      the median of the last lines of RUN/STAGE/metrics.jsonl, less the first, which starts slowly
+step_s      by the last lines of RUN/STAGE/metrics.jsonl of as many ranks as the last one, less the first, which starts
+            slowly; with the evaluations and saves between two steps
 save_s      `longest_save_s` of RUN/STAGE/status.json
 total       `total_steps` of status.json; before the first start, from the shards' manifest
 """
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from livt_scale.config.recipe import Recipe, Stage
 from livt_scale.data.order.for_stage import planned_steps
-from livt_scale.train.run_files import METRICS, StageStatus, read_metrics, read_status
+from livt_scale.train.run_files import METRICS, StageStatus, of_last_world, read_metrics, read_status, step_seconds
 
 LINES = 200
 
@@ -35,16 +35,16 @@ class Measured:
 def measure(recipe: Recipe, stage: Stage, run_dir: Path) -> Measured:
     """The measurements of `stage` in the run directory. Raises RunError if its status.json cannot be read."""
     status: StageStatus = read_status(run_dir, stage) or {}
-    lines = [line for line in read_metrics(run_dir / stage / METRICS, tail=True).lines if line.step_s is not None]
-    lines = lines[-LINES:]
-    steps = [line.step_s for line in lines[1:] or lines if line.step_s is not None]
+    read = of_last_world(read_metrics(run_dir / stage / METRICS, tail=True).lines)
+    lines = [line for line in read if line.step_s is not None][-LINES:]
+    lines = lines[1:] or lines
     total = status.get("total_steps")
     return Measured(
         done=status.get("state") == "done",
         step=int(status.get("step") or 0),
         total=int(total) if total is not None else planned_steps(recipe, stage),
-        step_s=statistics.median(steps) if steps else None,
-        longest_step_s=max(steps) if steps else None,
+        step_s=step_seconds(lines),
+        longest_step_s=max((line.step_s for line in lines if line.step_s is not None), default=None),
         save_s=status.get("longest_save_s"),
         world_size=lines[-1].world_size if lines else None,
     )

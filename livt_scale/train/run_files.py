@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,6 +157,20 @@ def training_seconds(lines: Sequence[MetricsLine]) -> float:
     """Time in steps: without start, evaluation and saving."""
     before = [0, *(line.step for line in lines)]
     return sum((line.step_s or 0.0) * (line.step - start) for line, start in zip(lines, before, strict=False))
+
+
+def of_last_world(lines: Sequence[MetricsLine]) -> list[MetricsLine]:
+    """Those that were written by as many ranks as the last one: a run may be resumed by fewer or more."""
+    return [line for line in lines if line.world_size == lines[-1].world_size]
+
+
+def step_seconds(lines: Sequence[MetricsLine]) -> float | None:
+    """Seconds of a step, the median, with the evaluations and saves between two, the mean. None: not known."""
+    timed = [(line, line.step_s) for line in lines if line.step_s is not None]
+    if not timed:
+        return None
+    between = statistics.fmean((line.evaluation_s or 0.0) + (line.checkpoint_stall_s or 0.0) for line, _ in timed)
+    return statistics.median(step_s for _, step_s in timed) + between
 
 
 def drop_lines_after(path: Path, step: int) -> None:

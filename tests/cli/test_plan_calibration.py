@@ -63,6 +63,16 @@ def test_a_run_scales_the_times_and_narrows_the_range(tmp_path):
     )
 
 
+def test_lines_of_another_number_of_ranks_are_not_taken_for_the_last_ones(tmp_path):
+    path = a_run(tmp_path / "run", step_s=0.5, world_size=16)
+    path.write_text(2 * path.read_text() + a_run(tmp_path / "fewer", step_s=1.0, world_size=8).read_text())
+    answer, expected = (
+        planned("--gpus", "8", "--calibrate", str(tmp_path / name / "pretrain" / "metrics.jsonl"))
+        for name in ("run", "fewer")
+    )
+    assert answer["stages"][0]["calibration"]["scale"] == expected["stages"][0]["calibration"]["scale"]
+
+
 @pytest.mark.parametrize(
     ("run", "words", "said"),
     [

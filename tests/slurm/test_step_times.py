@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from livt_scale.slurm.step_times import Measured, measure
 from tests.tiny_run import tiny_recipe, tiny_shards
 
@@ -26,3 +28,17 @@ def test_step_and_save_are_as_the_run_wrote_them(tmp_path):
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "st']))  # a half line of a killed process
     known = measure(tiny_recipe(train="/nowhere"), "finetune", tmp_path)
     assert known == Measured(False, 30, 100, 1.15, 3.0, 4.5, 4)
+
+
+def test_a_step_is_that_of_the_last_number_of_ranks_with_the_evaluations_and_saves_between(tmp_path):
+    folder = tmp_path / "finetune"
+    folder.mkdir()
+    lines = [{"step": k, "step_s": 1.0, "world_size": 16} for k in range(30)]
+    lines += [{"step": 30, "step_s": 9.0, "world_size": 8, "evaluation_s": 0.5}]  # the slow first one of a start
+    lines += [
+        {"step": 31 + k, "step_s": 2.0, "world_size": 8, "evaluation_s": 0.3 * k, "checkpoint_stall_s": 0.1}
+        for k in range(3)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = measure(tiny_recipe(train="/nowhere"), "finetune", tmp_path)
+    assert (known.step_s, known.longest_step_s, known.world_size) == (pytest.approx(2.4), 2.0, 8)
