@@ -158,6 +158,9 @@ def parse_ended(words: Sequence[str]) -> list[tuple[str, int]]:
 
 def _begin(job: BatchJob) -> JobExit | None:
     """End here if the stage is done or cannot be continued; None: there is work."""
+    if (needed := "finetune" if job.stage == "evaluate" else job.stage) not in job.recipe.stage_names:
+        log(f"the recipe has no stage {needed}: nothing to do")  # of an array, other runs have it
+        return JobExit(0, "done")
     if _is_evaluated(job) if job.stage == "evaluate" else _status(job).get("state") == "done":
         log(f"{job.stage} is already done in {job.run_dir}: nothing to do")
         return JobExit(0, "done")

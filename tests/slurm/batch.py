@@ -53,7 +53,8 @@ class Batch:
         (self.run / "slurm" / "chain.json").write_text(json.dumps({"chain": "livt 7cc2", "jobs": jobs}))
 
     def __call__(self, stage: str = "pretrain", *, slurm: dict | None = None, val: str | None = "/set/val", **plan):
-        of = recipe(slurm or {}, run_dir=str(self.run), data={"train": "/set/train", "val": val})
+        parts = {name: plan.pop(name) for name in ("stages",) if name in plan}  # of the recipe
+        of = recipe(slurm or {}, run_dir=str(self.run), data={"train": "/set/train", "val": val}, **parts)
         ended: list[tuple[str, int]] = []
         signalled = self.signal_in == "before"
         if plan.get("segments", 1) > 1:

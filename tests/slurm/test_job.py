@@ -38,6 +38,17 @@ def test_a_step_that_ends_well_ends_the_job_well(batch):
     assert batch.changes == []
 
 
+@pytest.mark.parametrize(
+    ("stage", "stages"),
+    [("pretrain", {"finetune": {"init": "scratch"}}), ("finetune", {"pretrain": {}}), ("evaluate", {"pretrain": {}})],
+)
+def test_a_stage_that_only_other_runs_of_an_array_have_is_done(batch, stage, stages):
+    code, log = batch(stage, stages=stages)
+    assert code == 0
+    assert "nothing to do" in log
+    assert batch.steps == []
+
+
 def test_only_85_is_put_back_into_the_queue(batch):
     batch.ends["train"] = 85
     assert batch()[0] == 85
