@@ -9,7 +9,7 @@ Where jobs are not requeued, each segment of a stage is an array, whose elements
 have ended.
 Each run has its own directory, recipe and chain.json, whose jobs are its elements (12_3), so that livt status, cancel
 and logs treat it as any other. All run the same code: one copy in PARENT/code. Their scripts and logs are in
-PARENT/array-HEX/slurm.
+PARENT/array-HEX/slurm; PARENT is the folder of the first run.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class PreparedArray:
 
     @property
     def parent(self) -> Path:
-        """The folder that holds all run directories."""
-        return Path(os.path.commonpath([run.run_dir.parent for run in self.runs]))
+        """The folder beside the first run, for what all have in common: of runs on two disks, none holds both but /."""
+        return self.runs[0].run_dir.parent
 
 
 def prepare_array(

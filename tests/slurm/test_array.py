@@ -57,6 +57,16 @@ def test_one_array_a_stage_each_element_after_its_own_and_a_bounded_number_at_on
         assert Path(chain["jobs"][0]["log"]).parent == Path(told["folder"]) / "slurm" / "logs"
 
 
+def test_what_runs_of_two_disks_have_in_common_is_beside_the_first_one(tmp_path, fake):
+    runs = [
+        recipe(tmp_path, name, run_dir=str(tmp_path / disk / "runs" / name)) for disk, name in (("1", "a"), ("2", "b"))
+    ]
+    before = {path.name for path in tmp_path.iterdir()}
+    told = submit(runs)
+    assert Path(told["folder"]).parent == tmp_path / "1" / "runs"
+    assert {path.name for path in tmp_path.iterdir()} - before == {"1", "2"}
+
+
 def test_where_jobs_are_cancelled_each_segment_is_an_array_that_waits_for_all_of_the_one_before(tmp_path, fake):
     recipes = three(tmp_path, slurm={"partition": "scrap", "finetune": {"segments": 1}})
     told = submit(recipes)
