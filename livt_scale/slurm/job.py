@@ -36,7 +36,7 @@ from livt_scale.slurm import bad_nodes, commands
 from livt_scale.slurm.bad_nodes import BadNode
 from livt_scale.slurm.causes import cause_outside, was_cancelled, was_preempted, was_requeued
 from livt_scale.slurm.code_snapshot import PACKAGE
-from livt_scale.slurm.records import EndKind, read_end, segments_before
+from livt_scale.slurm.records import EndKind, is_evaluated, read_end, segments_before
 from livt_scale.slurm.script import WhenStopped
 from livt_scale.slurm.sites import JobKind
 from livt_scale.slurm.srun import Srun
@@ -175,13 +175,9 @@ def _begin(job: BatchJob) -> JobExit | None:
 
 
 def _is_evaluated(job: BatchJob) -> bool:
-    """Whether an earlier segment has exported, and evaluated, the weights that fine-tuning has ended with."""
-    if job.segment == 1:
-        return False  # asked for again
-    made = job.run_dir / "export" / ("eval.json" if job.recipe.data.val else "config.json")
-    with suppress(FileNotFoundError):
-        return made.stat().st_mtime >= (job.run_dir / "finetune" / "status.json").stat().st_mtime
-    return False
+    """Whether an earlier segment has done it; asked for again, it is done again."""
+    since = str(_status(job, "finetune").get("since", ""))
+    return job.segment > 1 and is_evaluated(job.run_dir, has_val=bool(job.recipe.data.val), since=since)
 
 
 def _ended_before(job: BatchJob) -> JobExit | None:
@@ -407,10 +403,10 @@ def newest_checkpoint(job: BatchJob) -> str | None:
     return max(found)[1] if found else None
 
 
-def _status(job: BatchJob) -> dict[str, Any]:
+def _status(job: BatchJob, stage: str | None = None) -> dict[str, Any]:
     """status.json of the stage; empty if it is missing, or unreadable, which the run itself reports."""
     with suppress(RunError):
-        return dict(read_status(job.run_dir, job.stage) or {})
+        return dict(read_status(job.run_dir, stage or job.stage) or {})
     return {}
 
 

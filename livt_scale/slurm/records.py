@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from livt_scale.slurm.commands import JOB_ID, seconds
+from livt_scale.slurm.processes import SLACK_S
 from livt_scale.util.errors import EXIT_PREEMPTED, ClusterError
 from livt_scale.util.outside import read_json, read_note
 
@@ -69,6 +70,17 @@ def read_end(run_dir: Path, job: str) -> EndRecord | None:
         return parse_end(read_note(run_dir / ENDS / job))
     except OSError:
         return None
+
+
+def is_evaluated(run_dir: Path, *, has_val: bool, since: str) -> bool:
+    """Whether the chain's last job has exported, and evaluated, the weights that fine-tuning has ended with at `since`.
+
+    An earlier submission's result is of other weights. since: of status.json; empty: not known.
+    """
+    made = run_dir / "export" / ("eval.json" if has_val else "config.json")
+    with suppress(OSError):
+        return made.stat().st_mtime >= (seconds(since) or 0) - SLACK_S
+    return False
 
 
 def parse_end(text: str) -> EndRecord | None:

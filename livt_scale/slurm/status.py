@@ -29,7 +29,7 @@ from livt_scale.slurm.bad_nodes import read_bad_nodes
 from livt_scale.slurm.commands import FAILS, JobState, Queue, look, seconds
 from livt_scale.slurm.progress import Record, RunPlan
 from livt_scale.slurm.reasons import reason_in_words
-from livt_scale.slurm.records import CHAIN, EndRecord, read_chain, read_end
+from livt_scale.slurm.records import CHAIN, EndRecord, is_evaluated, read_chain, read_end
 from livt_scale.train.compare_run import compare_run
 from livt_scale.train.resume_rules import describe
 from livt_scale.train.run_files import EVAL, is_number, read_eval
@@ -160,7 +160,7 @@ def look_at(run_dir: Path, *, queue: Queue | None = None, brief: bool = False) -
     )
     view.notes += _warnings(view, plan, chain)
     if view.state == "done":
-        view.accuracy = _accuracy(run_dir)
+        view.accuracy = _accuracy(run_dir, since=_ended_at(records.get("finetune")))
     return view
 
 
@@ -318,9 +318,10 @@ def _other_recipe(run_dir: Path) -> list[str]:
     return []
 
 
-def _accuracy(run_dir: Path) -> dict[str, float] | None:
+def _accuracy(run_dir: Path, *, since: str) -> dict[str, float] | None:
     """The final top-1: of the export where the chain has evaluated it, else of the end of fine-tuning."""
-    for path in (run_dir / "export" / EVAL, run_dir / "finetune" / EVAL):
+    exported = [run_dir / "export" / EVAL] if is_evaluated(run_dir, has_val=True, since=since) else []
+    for path in (*exported, run_dir / "finetune" / EVAL):
         with suppress(LivtError):
             top1 = read_eval(path).get("top1")
             if isinstance(top1, dict) and (found := {g: float(top1[g]) for g in GROUPS if is_number(top1.get(g))}):
@@ -329,12 +330,15 @@ def _accuracy(run_dir: Path) -> dict[str, float] | None:
 
 
 def _evaluation(run_dir: Path, plan: RunPlan, *, after: Record | None) -> Record:
-    """The last job keeps no status.json: its result is its record, unless it is of weights before these."""
-    record, made = Record(LAST), run_dir / "export" / ("eval.json" if plan.evaluates else "config.json")
-    with suppress(OSError):
-        if after is None or made.stat().st_mtime >= (after.since or 0) - processes.SLACK_S:
-            record.status = {"state": "done"}
+    """The last job keeps no status.json: its result is its record."""
+    record = Record(LAST)
+    if is_evaluated(run_dir, has_val=plan.evaluates, since=_ended_at(after)):
+        record.status = {"state": "done"}
     return record
+
+
+def _ended_at(finetuned: Record | None) -> str:
+    return finetuned.status.get("since", "") if finetuned is not None else ""
 
 
 def _warnings(view: RunView, plan: RunPlan, chain: dict[str, Any]) -> list[str]:

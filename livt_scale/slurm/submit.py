@@ -36,7 +36,7 @@ from livt_scale.slurm.chain import ChainPlan, dependencies, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
 from livt_scale.slurm.facts import ClusterFacts
 from livt_scale.slurm.planned_time import planned_time
-from livt_scale.slurm.records import CHAIN, ENDS, read_chain
+from livt_scale.slurm.records import CHAIN, ENDS, is_evaluated, read_chain
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site, with_site
 from livt_scale.slurm.step_times import measure
@@ -44,6 +44,7 @@ from livt_scale.train.compare_run import check_start
 from livt_scale.train.preflight import check_run, is_absent, refuse
 from livt_scale.train.resume_rules import check_allowable
 from livt_scale.train.resume_rules import describe as describe_change
+from livt_scale.train.run_files import read_status
 from livt_scale.util.atomic import LockHeld, file_lock, write_atomic
 from livt_scale.util.errors import ClusterError, LivtError, UsageError
 from livt_scale.util.resources import shipped
@@ -97,9 +98,10 @@ def prepare(recipe: Recipe, *, cluster: ClusterLook | None = None, allow: Sequen
     if recipe.slurm.stage_in and is_url(recipe.data.train):
         raise UsageError("slurm.stage_in copies local shards, and data.train is a URL", remedy="data.cache keeps those")
     measured = {stage: measure(recipe, stage, run_dir) for stage in recipe.stage_names}
-    made = run_dir / "export" / ("eval.json" if recipe.data.val else "config.json")
+    since = (read_status(run_dir, "finetune") or {}).get("since", "")
+    exported = is_evaluated(run_dir, has_val=bool(recipe.data.val), since=since)
     cluster = cluster or look_at_cluster()
-    plan = plan_chain(recipe, site, cluster.facts, measured, exported=made.is_file(), planned=planned_time)
+    plan = plan_chain(recipe, site, cluster.facts, measured, exported=exported, planned=planned_time)
     plan.notes += [*cluster.notes, *inherited.notes(os.environ, recipe.slurm)]
     for node in read_bad_nodes(run_dir):
         then = "left out" if recipe.slurm.check_nodes == "exclude" else "not left out: slurm.check_nodes is not exclude"

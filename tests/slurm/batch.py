@@ -41,7 +41,8 @@ class Batch:
         monkeypatch.setattr(commands, "query", self._query)
 
     def status(self, state: str, at: str = "now", stage: str = "pretrain") -> None:
-        (self.run / stage / "status.json").write_text(json.dumps({"stage": stage, "state": state, "at": at}))
+        told = {"stage": stage, "state": state, "at": at, "since": "2026-01-01T00:00:00+0000"}
+        (self.run / stage / "status.json").write_text(json.dumps(told))
 
     def checkpoint(self, step: int) -> None:
         (self.run / "pretrain" / "checkpoints" / f"step-{step:08d}").mkdir()

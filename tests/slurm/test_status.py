@@ -254,6 +254,17 @@ def test_the_evaluation_is_done_when_its_file_is_there(run, fake):
     assert status.look_at(run.dir).state == "failed"
 
 
+def test_the_accuracy_of_an_export_of_weights_before_these_is_not_the_runs(run):
+    run.status("done")
+    run.status("done", "finetune")
+    for folder, top1 in (("export", 0.9), ("finetune", 0.5)):
+        (run.dir / folder).mkdir(exist_ok=True)
+        (run.dir / folder / "eval.json").write_text(json.dumps({"top1": {"all": top1}}))
+    assert status.look_at(run.dir).accuracy == {"all": 0.9}
+    os.utime(run.dir / "export" / "eval.json", (1, 1))
+    assert status.look_at(run.dir).accuracy == {"all": 0.5}
+
+
 def test_jobs_of_another_chain_with_the_same_number_do_not_count(run, fake):
     run.chain(("14", "pretrain"), old_s=600)
     fake.squeue(row("14", "RUNNING").replace(CHAIN_NAME, "livt 0123456789abcdef"))

@@ -200,6 +200,10 @@ def test_a_stage_that_is_done_is_not_submitted(tmp_path, fake):
     export.mkdir()
     (export / "eval.json").write_text("{}")
     assert chains.prepare(of).plan.jobs == []
+    status = {"state": "done", "since": "2026-01-01T00:00:00+0000", "step": 5, "total_steps": 5}
+    (Path(of.run_dir) / "finetune" / "status.json").write_text(json.dumps(status))
+    os.utime(export / "eval.json", (1000, 1000))  # of the weights before these
+    assert [job.job for job in chains.prepare(of).plan.jobs] == ["evaluate"]
 
 
 def test_a_record_that_cannot_be_read_is_told(tmp_path, fake):
