@@ -236,7 +236,12 @@ def show_job(job: str) -> dict[str, str]:
     """What the controller reports about a job, by name; empty where it does not know the job, or does not answer."""
     text = query("scontrol", "--oneliner", "show", "job", job).text
     rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
-    return next((row for row in rows if row.get("JobId") == job), {})
+    return next((row for row in rows if job in (row.get("JobId"), _element_id(row))), {})
+
+
+def _element_id(row: Mapping[str, str]) -> str:
+    """12_3: an element has a number of its own too, and that is its JobId."""
+    return f"{row.get('ArrayJobId')}_{row.get('ArrayTaskId')}"
 
 
 def end_state(job: str) -> str:

@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from livt_scale.slurm import commands
 from livt_scale.slurm.commands import Answer
 from livt_scale.slurm.records import ENDS, EndRecord, parse_end, read_end
 from tests.slurm.batch import Batch
@@ -68,6 +69,14 @@ def test_no_segment_starts_behind_one_that_was_cancelled_and_killed_before_it_ha
     assert batch(segment=3, **NEXT)[0] == 1
     assert batch.names == []
     assert [read_end(batch.run, job).kind for job in ("78", "79")] == ["cancelled", "cancelled"]
+
+
+def test_the_end_of_an_element_is_found_by_the_name_that_the_chain_has(monkeypatch):
+    """It has a number of its own too, which is its JobId."""
+    rows = "JobId=15 ArrayJobId=12 ArrayTaskId=3 JobState=CANCELLED\n"
+    rows += "JobId=12 ArrayJobId=12 ArrayTaskId=4 JobState=FAILED\n"
+    monkeypatch.setattr(commands, "query", lambda *words: Answer(rows if words[0] == "scontrol" else ""))
+    assert [commands.end_state(job) for job in ("12_3", "12_4", "12", "12_5")] == ["CANCELLED", "FAILED", "FAILED", ""]
 
 
 @pytest.mark.parametrize("state", ["PREEMPTED", "NODE_FAIL", "TIMEOUT", "COMPLETED", "FAILED", ""])
