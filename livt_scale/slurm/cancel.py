@@ -153,21 +153,36 @@ def _signal_processes(run: Stopped, record: Record, *, save: bool, say: Say) -> 
 def _wait(runs: Sequence[Stopped], *, wait_s: float, say: Say) -> list[LivtError | None]:
     """Until all of them are over, `wait_s` at most; for each, why it is not."""
     began = told = time.monotonic()
-    while any(left := _left(runs)):
+    problem = ""
+    while True:
+        states, now_wrong = _states(runs)
+        if now_wrong not in ("", problem):
+            say(f"note: {now_wrong}")
+        problem, left = now_wrong, _left(runs, states)
         now = time.monotonic()
-        if now - began >= wait_s:
+        if not any(left) or now - began >= wait_s:
             break
         if now - told >= REPORT_EVERY_S:
             told = now
             saving = "; ".join(run.what for run, names in zip(runs, left, strict=True) if names)
             say(f"{saving} is saving still, {now - began:.0f} s")
         time.sleep(min(POLL_S, max(wait_s - (now - began), 0.01)))
-    return [_not_over(run, names, wait_s=wait_s) if names else None for run, names in zip(runs, left, strict=True)]
+    return [
+        _not_over(run, names, wait_s=wait_s, problem=problem) if names else None
+        for run, names in zip(runs, left, strict=True)
+    ]
 
 
-def _left(runs: Sequence[Stopped]) -> list[list[str]]:
-    """For each run, its jobs that still run, by one question for all of them, or its processes."""
-    states = commands.alive([run.chain if run.running else None for run in runs])
+def _states(runs: Sequence[Stopped]) -> tuple[list[dict[str, str]], str]:
+    """(their jobs in the queue, why these are not known): then all are taken to run still, and are looked at again."""
+    try:
+        return commands.alive([run.chain if run.running else None for run in runs]), ""
+    except ClusterError as error:
+        return [dict.fromkeys(run.running, "RUNNING") for run in runs], str(error)
+
+
+def _left(runs: Sequence[Stopped], states: Sequence[dict[str, str]]) -> list[list[str]]:
+    """For each run, its jobs that still run, or its processes."""
     return [
         [job for job in run.running if jobs.get(job) in RUNS]
         if run.running
@@ -176,7 +191,12 @@ def _left(runs: Sequence[Stopped]) -> list[list[str]]:
     ]
 
 
-def _not_over(run: Stopped, names: list[str], *, wait_s: float) -> RunError:
+def _not_over(run: Stopped, names: list[str], *, wait_s: float, problem: str) -> LivtError:
+    if run.running and problem:
+        return ClusterError(
+            f"whether job {', '.join(names)} has saved and ended is not known: {problem}",
+            remedy=f"it was asked to: see livt status {run.run_dir}",
+        )
     what = f"job {', '.join(names)} still runs" if run.running else f"process {', '.join(names)} is still there"
     return RunError(
         f"{what} {wait_s:.0f} s after it was asked to stop; a step or a save may be long",
@@ -186,5 +206,10 @@ def _not_over(run: Stopped, names: list[str], *, wait_s: float) -> RunError:
 
 def _cancel_what_came_back(runs: Sequence[Stopped]) -> None:
     """What was put back into the queue in spite of Requeue=0."""
-    back = commands.alive([run.chain if run.running else None for run in runs])
-    commands.cancel([job for jobs in back for job in jobs])
+    submitted = [run for run in runs if run.running]
+    try:
+        back = commands.alive([run.chain for run in submitted])
+        commands.cancel([job for jobs in back for job in jobs])
+    except ClusterError as error:
+        for run in submitted:
+            run.error = error

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from livt_scale.slurm import cancel
-from livt_scale.util.errors import LivtError
+from livt_scale.util.errors import ClusterError, LivtError
 from tests.cli.commands import fake_user, livt
 from tests.slurm.made_runs import CHAIN_NAME, MadeRun, ended_pid, row
 
@@ -136,3 +138,25 @@ def test_cancel_of_several_runs_asks_slurm_once_at_each_look(tmp_path, fake, mon
     looks = [number for number, call in enumerate(fake.calls) if call[0] == "squeue"]
     assert [call[-1] for call in asked] == ["10", "11"]
     assert fake.calls.index(asked[1]) < looks[2], "both are asked before the first is waited for"
+
+
+@pytest.mark.parametrize("failures", [1, 1000])
+def test_cancel_waits_for_a_controller_that_does_not_answer_for_a_while(busy, fake, monkeypatch, failures):
+    monkeypatch.setattr(cancel, "POLL_S", 0.01)
+    fake_user(fake)
+    fake.says("scancel", on={"--signal=USR2": {"squeue": ""}})
+    looks, answered = [], cancel.commands.alive
+
+    def alive(chains):
+        looks.append(chains)
+        if 1 < len(looks) <= 1 + failures:
+            raise ClusterError("squeue failed: Socket timed out")
+        return answered(chains)
+
+    monkeypatch.setattr(cancel.commands, "alive", alive)
+    result = livt("cancel", busy.dir, "--wait-s", "0.5")
+    assert result.stdout.count("note: squeue failed: Socket timed out") == 1
+    if failures == 1:
+        assert "pretrain: not saved at the end" in result.stdout
+    else:
+        assert "whether job 14 has saved and ended is not known: squeue failed" in str(result.exception)
