@@ -76,7 +76,8 @@ def sbatch(
 
 def no_slurm(command: str) -> ClusterError:
     return ClusterError(
-        f"there is no {command} here", remedy="submit from a login node of the cluster; --dry-run shows what would be"
+        f"there is no {command} here",
+        remedy="give it on a login node of the cluster; livt submit --dry-run works anywhere",
     )
 
 
