@@ -214,7 +214,7 @@ def _gpus_of_node(slurm: Slurm, offer: Partition | None) -> tuple[str | None, in
 def _gres(options: Mapping[str, Option]) -> tuple[tuple[str | None, int | None] | None, list[str]]:
     """The option gres, "gpu:a100:4,ssd:1": type and number of its GPUs, each None if not there; the other entries."""
     gpu, others = None, []
-    for entry in filter(None, str(options.get("gres", "")).split(",")):
+    for entry in filter(None, str(options.get("gres") or "").split(",")):
         name, *more = entry.split(":")
         if name == "gpu":
             number = int(more.pop()) if more and more[-1].isdecimal() else None

@@ -100,6 +100,7 @@ def test_gpus_are_asked_for_by_type_and_number(shared, slurm, job, expected):
         ({"gpus_per_node": 2}, {"gpus-per-node": "2"}),
         ({"gpus_per_node": 2, "options": {"gres": "ssd:1"}}, {"gpus-per-node": "2", "gres": "ssd:1"}),
         ({"options": {"gres": "gpu:2"}}, {"gres": "gpu:2"}),
+        ({"options": {"gres": False}}, {}),
         ({}, {}),
     ],
 )
