@@ -276,6 +276,15 @@ def test_code_that_is_as_it_was_submitted_runs_and_comes_first_in_the_path(scrip
     assert script.calls("path") == [f"path {frozen['code']}:/elsewhere"]
 
 
+def test_a_path_that_the_recipe_sets_comes_behind_the_code(script, frozen):
+    """For extensions, say. In its place, no process would find what it has to run (LIVT_CODE)."""
+    script.program("srun", 'echo "path $PYTHONPATH" >>"$CALLS"')
+    script.answers(RUN, ["exit", "0"])
+    slurm = {"environment": {"PYTHONPATH": "/mine"}, "setup": ["export PYTHONPATH=/first:$PYTHONPATH"]}
+    assert script(slurm=slurm, **frozen)[0] == 0
+    assert script.calls("path") == [f"path {frozen['code']}:/first:/mine"]
+
+
 @pytest.mark.parametrize("name", ["livt_scale/__init__.py", "SHA256SUMS", "submitted.yaml"])
 @pytest.mark.parametrize("how", ["changed", "gone"])
 def test_code_or_a_recipe_that_was_changed_since_is_refused_before_any_of_it_runs(script, frozen, name, how):
