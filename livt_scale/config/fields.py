@@ -81,9 +81,15 @@ def fields_at(where: Where) -> list[str]:
 
 
 def types_at(where: Sequence[str]) -> tuple[Any, ...]:
-    """What a field may be, as Python types: (str, NoneType) for `data.val`; nothing for a field that is not there."""
+    """What a field may be, as Python types: (str, NoneType) for `data.val`; nothing for a field that is not there.
+
+    Likewise a value of a mapping whose names the recipe gives: (str,) for `slurm.environment.NCCL_DEBUG`.
+    """
     part = _part_at(where[:-1])
-    return _options(part.model_fields[where[-1]].annotation) if part and where[-1] in part.model_fields else ()
+    if part is not None:
+        return _options(part.model_fields[where[-1]].annotation) if where[-1] in part.model_fields else ()
+    mappings = [t for t in types_at(where[:-1]) if typing.get_origin(t) is dict] if where else []
+    return tuple(o for mapping in mappings for o in _options(typing.get_args(mapping)[1]))
 
 
 def _part_at(where: Sequence[str | int]) -> type[BaseModel] | None:

@@ -130,7 +130,8 @@ def _expand(keys: list[str], tree: Tree) -> list[list[str]]:
 
 def _set_value(where: list[str], raw: str, text: str) -> Any:
     """`raw` as YAML; unparsed where the recipe expects text: a path may hold `: `, `#` or look like a number."""
-    if str in types_at(where) and raw not in ("null", "~"):
+    types = types_at(where)
+    if str in types and not {bool, int} & {*types} and raw not in ("null", "~"):
         return raw
     try:
         return parse_value(raw)

@@ -174,7 +174,16 @@ def test_set_reaches_every_part_and_one_stage_or_all():
     "folder", ["a: b #c", "2026", "1e-3", "true", "with space", "quo'te\"s", "[x]", "a=b", "ünï", "- x"]
 )
 def test_a_set_on_a_text_field_takes_the_text_as_it_stands(folder):
-    assert load_recipe(write(BASE), sets=[f"run_dir={folder}"]).run_dir == str(Path.cwd() / folder)
+    sets = [f"run_dir={folder}", f"slurm.environment.SAID={folder}"]
+    recipe = load_recipe(write(BASE), sets=sets)
+    assert recipe.run_dir == str(Path.cwd() / folder)
+    assert recipe.slurm.environment == {"SAID": folder}
+
+
+def test_a_set_on_what_may_be_text_or_another_value_is_read():
+    sets = ["slurm.options.exclusive=true", "slurm.options.nice=5", "data.workers=3"]
+    recipe = load_recipe(write(BASE), sets=sets)
+    assert (recipe.slurm.options, recipe.data.workers) == ({"exclusive": True, "nice": 5}, 3)
 
 
 @pytest.mark.parametrize(
