@@ -273,3 +273,18 @@ def check_patches(name: str, px: int, *, patch_px: int) -> None:
         raise ValueError(
             f"{name} is {px}, not a multiple of patch_px = {patch_px}: the nearest are {lower} and {lower + patch_px}"
         )
+
+
+def check_masking(model: Model, *, mask_ratio: float, norm_pix: bool) -> None:
+    """Raise ValueError where pretraining has no patch to see or none to predict, or targets without a variance."""
+    num_kept = model.num_kept(mask_ratio)
+    if not 0 < num_kept < model.num_patches:
+        raise ValueError(
+            f"mask_ratio {mask_ratio:g} of {model.num_patches} patches keeps {num_kept}: keep at least one and mask at "
+            "least one, or take smaller patches"
+        )
+    if norm_pix and model.channels * model.dims.patch_px**2 == 1:
+        raise ValueError(
+            "norm_pix with patch_px 1 and one channel: a patch of one value has no variance. Set norm_pix: false, or "
+            "take larger patches"
+        )

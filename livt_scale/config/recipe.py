@@ -18,7 +18,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from livt_scale.config.capabilities import choices, supports
 from livt_scale.config.data import Cache, Data, Remote
-from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_patches
+from livt_scale.config.model import MODEL_SIZES, Decoder, Model, check_masking, check_patches
 from livt_scale.config.resume import FREE, Change, changes, resume_of
 from livt_scale.config.runtime import Checkpoint, Faults, Log, Parallel, RecipePart
 from livt_scale.config.slurm import Slurm
@@ -206,8 +206,15 @@ class Recipe(RecipePart):
 
     @model_validator(mode="after")
     def _both_stages_cut_whole_patches(self) -> Self:
-        if self.stages.pretrain and self.stages.pretrain.image_px:
-            check_patches("stages.pretrain.image_px", self.stages.pretrain.image_px, patch_px=self.model.dims.patch_px)
+        part = self.stages.pretrain
+        if part is None:
+            return self
+        if part.image_px:
+            check_patches("stages.pretrain.image_px", part.image_px, patch_px=self.model.dims.patch_px)
+        try:
+            check_masking(self.at("pretrain").model, mask_ratio=part.mask_ratio, norm_pix=part.norm_pix)
+        except ValueError as error:
+            raise ValueError(f"stages.pretrain.{error}") from None
         return self
 
     def at(self, name: Stage) -> Self:

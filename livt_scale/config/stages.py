@@ -20,6 +20,7 @@ from livt_scale.losses.builtin import BalancedBinaryCrossEntropy
 from livt_scale.util.choices import Chosen
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 # timm.data.auto_augment.rand_augment_transform, which leaves out in silence what it does not know
 RAND_AUGMENT = re.compile(r"rand(-((m|n|mmax|inc)\d+|(p|mstd)\d+(\.\d+)?|t[a-z0-9]+))*")
 
@@ -42,7 +43,7 @@ class StagePart(RecipePart):
     weight_decay: Annotated[NonNegativeFloat, ALLOW] = Field(
         0.05, description="none on biases and norms; in fine-tuning none on tokens and positions either"
     )
-    betas: tuple[Fraction, Fraction]
+    betas: tuple[BelowOne, BelowOne]
     clip_grad: Annotated[PositiveFloat | None, ALLOW] = Field(
         None, description="largest global gradient norm; None: not clipped"
     )
@@ -121,7 +122,7 @@ class Pretrain(StagePart):
     base_lr: PositiveFloat = 1.5e-4
     min_lr: NonNegativeFloat = 0.0
     warmup_epochs: NonNegativeFloat = 40
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     crop_scale: tuple[Fraction, Fraction] = (0.2, 1.0)
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = Field(0.75, description="share of patches left out")
     norm_pix: bool = Field(True, description="the target: each patch less its mean, over its deviation")
@@ -131,9 +132,6 @@ class Pretrain(StagePart):
     weights: Annotated[str | None, FREE] = Field(
         None, description="start from these: what `livt import` wrote, a file; None: from the seed"
     )
-
-
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 AnyLoss = Annotated[LossOptions, Chosen(LOSSES, default="bal_bce")]
@@ -178,7 +176,7 @@ class Finetune(StagePart):
     base_lr: PositiveFloat = 1e-3
     min_lr: NonNegativeFloat = 1e-6
     warmup_epochs: NonNegativeFloat = 10
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.99)
     crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
     init: Literal["pretrain", "scratch", "weights"] = Field(
         "pretrain", description="where the encoder's weights come from"

@@ -22,6 +22,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from livt_scale.config.model import check_masking
 from livt_scale.config.recipe import Decoder, Model
 from livt_scale.models.layers import LAYER_NORM, MLP_RATIO, sincos_positions
 from livt_scale.util.errors import UsageError
@@ -41,18 +42,11 @@ def build_mae(model: Model, *, norm_pix: bool, mask_ratio: float) -> MaskedAutoe
 
     Raises UsageError where `mask_ratio` leaves no patch to see or none to predict.
     """
-    num_kept = model.num_kept(mask_ratio)
-    if not 0 < num_kept < model.num_patches:
-        raise UsageError(
-            f"mask_ratio {mask_ratio:g} of {model.num_patches} patches keeps {num_kept}",
-            remedy="keep at least one and mask at least one: change mask_ratio, or take smaller patches",
-        )
-    if norm_pix and model.channels * model.dims.patch_px**2 == 1:
-        raise UsageError(
-            "norm_pix with patch_px 1 and one channel: a patch of one value has no variance",
-            remedy="set norm_pix: false, or take larger patches",
-        )
-    return MaskedAutoencoder(model, norm_pix=norm_pix, num_kept=num_kept)
+    try:
+        check_masking(model, mask_ratio=mask_ratio, norm_pix=norm_pix)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return MaskedAutoencoder(model, norm_pix=norm_pix, num_kept=model.num_kept(mask_ratio))
 
 
 class MaskedAutoencoder(nn.Module):

@@ -103,6 +103,23 @@ def test_a_name_that_is_not_one_folder_is_refused(name):
         Recipe.model_validate({"name": name, "data": {"train": "t"}, "stages": {"pretrain": {}}})
 
 
+@pytest.mark.parametrize(
+    ("model", "part", "said"),
+    [
+        ({}, {"mask_ratio": 0.999}, r"stages\.pretrain\.mask_ratio 0\.999 of 196 patches keeps 0"),
+        ({}, {"mask_ratio": 0.99, "image_px": 64}, "of 16 patches keeps 0"),
+        ({"image_px": 16}, {}, "of 1 patches keeps 0"),
+        ({"patch_px": 1, "channels": 1, "image_px": 8}, {}, r"stages\.pretrain\.norm_pix with patch_px 1"),
+        ({}, {"betas": [0.9, 1.0]}, "less than 1"),
+    ],
+)
+def test_what_no_pretraining_could_begin_with_is_refused(model, part, said):
+    pixels = {"mean": [0.5], "std": [0.2]} if "channels" in model else {}
+    tree = {"name": "r", "data": {"train": "t", **pixels}, "model": model, "stages": {"pretrain": part}}
+    with pytest.raises(ValidationError, match=said):
+        Recipe.model_validate(tree)
+
+
 # --- a resolution of its own for each stage ---
 
 
