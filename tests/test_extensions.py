@@ -28,6 +28,8 @@ from livt_scale.distributed.wrap import make_strategy
 from livt_scale.export.write_export import export_run
 from livt_scale.losses import LOSSES, make_loss
 from livt_scale.models.mae import build_mae
+from livt_scale.plan.exact import measure
+from livt_scale.plan.memory import Spread
 from livt_scale.plan.parameters import stage_weights, weights_of
 from livt_scale.plan.stage_plan import strategies_for
 from livt_scale.train.export_info import read_info
@@ -145,6 +147,12 @@ def test_a_model_size_is_built_planned_and_recognised(extension):
 
     with pytest.raises(RecipeError, match=r"model\.size is 'vit_tiny_mien': did you mean 'vit_tiny_mine'"):
         load_recipe(QUICKSTART, sets=["model.size=vit_tiny_mien"])
+
+
+def test_the_process_that_measures_a_plan_knows_a_model_size(extension):
+    extension(example("A model size"))
+    recipe = load_recipe(QUICKSTART, sets=["model.size=vit_tiny_mine", "model.patch_px=null"])
+    assert measure(recipe, "pretrain", Spread("ddp", 1, "fp32", 8), num_classes=10).peak > 0
 
 
 HEAVY_BALL = "stages.finetune.optimizer={name: heavy_ball, momentum: 0.5}"

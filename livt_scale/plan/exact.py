@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from livt_scale.config.recipe import Finetune, Pretrain, Recipe, Stage
+from livt_scale.extensions import load_extensions
 from livt_scale.plan.memory import Spread, activation_bytes, held_bytes, peak_of
 from livt_scale.plan.parameters import stage_weights
 from livt_scale.util.errors import RunError, UsageError
@@ -107,6 +108,7 @@ def _answer(question: dict[str, Any]) -> Measurement:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    load_extensions()
     recipe, stage = Recipe.model_validate(question["recipe"]), question["stage"]
     spread = Spread(**question["spread"])
     sharded = spread.strategy == "fsdp" and spread.gpus > 1
