@@ -64,14 +64,15 @@ def logs(
                 continue
             grows += [log] if log is not None else []
         if follow and rank is None and grows:
-            _follow(grows)
+            _follow(grows, files)
 
 
 @dataclass
 class _Growing:
-    """An open log, read to its end so far."""
+    """An open log, read to its end so far. stage: whose logs are followed; None: of the one that started last."""
 
     run: Path
+    stage: str | None
     path: Path
     handle: int
     decoder: codecs.IncrementalDecoder
@@ -104,7 +105,7 @@ def _show(run: Path, stage: str | None, *, rank: int | None, lines: int, files: 
     handle = files.enter_context(open_checked(path, "log")).fileno()
     for line in _tail(handle, lines):
         _say(line)
-    return _Growing(run, path, handle, codecs.getincrementaldecoder("utf-8")(errors="replace"))
+    return _Growing(run, stage, path, handle, codecs.getincrementaldecoder("utf-8")(errors="replace"))
 
 
 def _last_started(view: RunView) -> str:
@@ -196,22 +197,20 @@ def _head(path: Path, count: int) -> None:
             _say(line.decode(errors="replace").rstrip("\n"))
 
 
-def _follow(logs: list[_Growing]) -> None:
+def _follow(logs: list[_Growing], files: ExitStack) -> None:
     """Print what is added to the logs, until the runs are over and nothing comes any more."""
-    shown = logs[-1]
+    shown = logs[-1].path
     try:
-        for log, text in _grown(logs):
-            if log is not shown:
+        for log, text in _grown(logs, files):
+            if log.path != shown:
                 _say(f"== {log.path}")
-                shown = log
+                shown = log.path
             _say(text, end="")
     except KeyboardInterrupt:
         return  # how one leaves it
 
 
-def _grown(logs: list[_Growing]) -> Iterator[tuple[_Growing, str]]:
-    from livt_scale.slurm.status import look_at
-
+def _grown(logs: list[_Growing], files: ExitStack) -> Iterator[tuple[_Growing, str]]:
     quiet = time.monotonic()
     while True:
         for log in logs:
@@ -220,11 +219,25 @@ def _grown(logs: list[_Growing]) -> Iterator[tuple[_Growing, str]]:
                 yield log, log.decoder.decode(part)
         if time.monotonic() - quiet > OVER_AFTER_S:
             for log in logs:
-                log.over = log.over or look_at(log.run).state not in ("running", "pending")
+                if not log.over:
+                    _look_again(log, files)
             if all(log.over for log in logs):
                 return
             quiet = time.monotonic()
         time.sleep(POLL_S)
+
+
+def _look_again(log: _Growing, files: ExitStack) -> None:
+    """Take the log of the next job, once there is one; else see whether the run is over."""
+    from livt_scale.slurm.status import look_at
+
+    view = look_at(log.run)
+    _, path = _log_of(view, log.stage or _last_started(view)) or ("", log.path)
+    if path == log.path:
+        log.over = view.state not in ("running", "pending")
+        return
+    log.path, log.handle = path, files.enter_context(open_checked(path, "log")).fileno()
+    log.decoder.reset()
 
 
 def _say(text: str, *, end: str = "\n") -> None:

@@ -89,6 +89,30 @@ def test_logs_of_several_runs_are_followed_with_the_name_of_the_one_that_grew(tm
     assert told[-7:] == [f"== {paths[0]}", "one", f"== {paths[1]}", "two", "three", f"== {paths[0]}", "four"]
 
 
+def test_logs_follow_a_run_into_the_job_of_its_next_stage(run, fake, monkeypatch):
+    monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
+    run.chain(("14", "pretrain"), ("15", "finetune"))
+    run.status("running")
+    folder = run.dir / "slurm" / "logs"
+    folder.mkdir()
+    (folder / "pretrain-14.log").write_text("one\n")
+
+    def pretrain_ends() -> None:
+        run.status("done")
+        run.status("running", "finetune")
+        (folder / "finetune-15.log").write_text("two\n")
+
+    late = [pretrain_ends, lambda: None, lambda: run.status("failed", "finetune", why="x")]
+    pauses(logs, monkeypatch, lambda _s: late.pop(0)() if late else None)
+    told = livt("logs", run.dir, "-f").stdout
+    assert told.splitlines()[-4:] == [
+        f"== job 14: {folder / 'pretrain-14.log'}",
+        "one",
+        f"== {folder / 'finetune-15.log'}",
+        "two",
+    ]
+
+
 def test_logs_follow_what_is_added_until_the_run_is_over(run, fake, monkeypatch):
     monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
     run.chain(("14", "pretrain"))
