@@ -46,6 +46,8 @@ def logs(
     from livt_scale.slurm.progress import is_run
     from livt_scale.util.errors import UsageError
 
+    if follow and rank is not None:
+        raise UsageError("--rank shows what is there, and -f has no effect on it", remedy="leave one of them out")
     runs = list(dict.fromkeys(runs))
     for run in runs:
         if not is_run(run):
@@ -63,7 +65,7 @@ def logs(
                 _say(f"== {error}")
                 continue
             grows += [log] if log is not None else []
-        if follow and rank is None and grows:
+        if follow and grows:
             _follow(grows, files)
 
 

@@ -50,6 +50,12 @@ def check_cost_options(*, dry_run: bool, device: str | None, price: float | None
         raise UsageError(f"{option} is for the cost of runs", remedy="add --dry-run, or leave it out")
 
 
+def check_needs(option: str, other: str, *, given: bool, there: bool) -> None:
+    """Raises UsageError: `option` is given, and has no effect without `other`."""
+    if given and not there:
+        raise UsageError(f"{option} has no effect without {other}", remedy=f"add {other}, or leave it out")
+
+
 class WeightsName(StrEnum):
     raw = "raw"
     ema = "ema"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from livt_scale.cli.options import check_needs
 from livt_scale.cli.output import echo
 from livt_scale.util.errors import EXIT_FAILED
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 WIDTH = 30  # characters of the line that the losses draw
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
+WATCH_EVERY_S = 10.0
 ASK_SLURM_EVERY_S = 30.0  # controllers are shared: however often the screen is drawn
 JSON_VERSION = 1
 
@@ -31,7 +33,9 @@ def status(
         typer.Argument(metavar="RUN", help="A run directory; or a folder of them. Without it: all below ./runs."),
     ] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Redraw until the run is over.")] = False,
-    every_s: Annotated[float, typer.Option("--every-s", min=0.2, help="With --watch: seconds between two.")] = 10.0,
+    every_s: Annotated[
+        float | None, typer.Option("--every-s", min=0.2, help="With --watch: seconds between two.", show_default="10")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON for scripts; with --watch an object a line.")
     ] = False,
@@ -45,6 +49,7 @@ def status(
     from livt_scale.slurm.progress import is_run
     from livt_scale.util.errors import UsageError
 
+    check_needs("--every-s", "--watch", given=every_s is not None, there=watch)
     place = run if run is not None else RUNS
     if not place.is_dir():
         what = "no such folder" if run else "there is no folder runs here"
@@ -61,7 +66,7 @@ def status(
             _put(text, clear=watch and not as_json)
             if not watch or all(view.state in ("done", "failed") for view in views):
                 break
-            time.sleep(every_s)
+            time.sleep(WATCH_EVERY_S if every_s is None else every_s)
     except KeyboardInterrupt:  # how one leaves --watch
         if not watch:
             raise

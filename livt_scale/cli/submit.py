@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import Allow, AsJson, Sets
+from livt_scale.cli.options import Allow, AsJson, Sets, check_needs
 from livt_scale.cli.output import echo
 
 if TYPE_CHECKING:
@@ -41,7 +41,9 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait", help="Wait until the runs are over; exit with 0, 1 failed or 85 preempted.")
     ] = False,
-    wait_s: Annotated[float, typer.Option("--wait-s", min=0.0, help="How long --wait waits at most.")] = WEEK_S,
+    wait_s: Annotated[
+        float | None, typer.Option("--wait-s", min=0.0, help="How long --wait waits at most.", show_default="a week")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a run to Slurm as a chain of jobs that restarts itself.
@@ -65,6 +67,7 @@ def submit(
         raise UsageError(
             "--jobs applies to several recipes, and there is one", remedy="leave it out, or give more recipes"
         )
+    check_needs("--wait-s", "--wait", given=wait_s is not None, there=wait)
     if wait and dry_run:
         raise UsageError("--dry-run submits nothing that --wait could wait for", remedy="leave one of them out")
     if len(loaded) > 1:
@@ -72,7 +75,7 @@ def submit(
     else:
         runs = _submit_one(loaded[0], allow=allow or (), dry_run=dry_run, as_json=as_json)
     if wait and runs:
-        _wait(runs, wait_s=wait_s)
+        _wait(runs, wait_s=WEEK_S if wait_s is None else wait_s)
 
 
 def _wait(runs: list[Path], *, wait_s: float) -> None:

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from livt_scale.cli.main import command as command_line
+from tests.cli.commands import livt
 
 
 def commands(command=None, words=()):
@@ -72,3 +73,18 @@ def test_a_line_in_the_list_of_commands_is_one_short_sentence(name):
 def test_every_option_and_argument_has_a_help_text(name):
     texts = {parameter.name: getattr(parameter, "help", None) or "" for parameter in EVERY[name][1].params}
     assert {option: text for option, text in texts.items() if not text.endswith(".")} == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("submit", "a.yaml", "--wait-s", "60"), "--wait-s has no effect without --wait"),
+        (("status", ".", "--every-s", "5"), "--every-s has no effect without --watch"),
+        (("logs", ".", "--rank", "0", "-f"), "-f has no effect on it"),
+    ],
+)
+def test_an_option_without_effect_is_refused(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("name: a\ndata: {train: t}\nstages: {finetune: {init: scratch}}\n")
+    (tmp_path / "recipe.yaml").write_text("name: a\n")
+    assert said in str(livt(*words).exception)
