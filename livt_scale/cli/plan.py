@@ -70,7 +70,7 @@ def plan(
     per_node = gpus_per_node or kind.gpus_per_node
     tasks = {s: PlanTask(loaded.at(s), s, data, gpus, per_node, kind, assumed) for s in loaded.stage_names}
     if loaded.model.timm is not None:
-        about_times = {"--calibrate": calibrate, "--picture": picture}
+        about_times = {"--calibrate": calibrate, "--picture": picture, "--price-per-gpu-hour": price}
         _plan_timm(tasks["finetune"], wanted, refused=about_times, as_json=as_json)
         return
     found, plans = [], []
@@ -99,17 +99,15 @@ def _load(recipe: Path, sets: list[str]) -> Recipe:
     return loaded
 
 
-def _plan_timm(task: PlanTask, wanted: str, *, refused: dict[str, Path | None], as_json: bool) -> None:
+def _plan_timm(task: PlanTask, wanted: str, *, refused: dict[str, Path | float | None], as_json: bool) -> None:
     """Print the plan of a model of timm, which has no time. UsageError for options that are about times."""
     from livt_scale.plan.timm_plan import NO_TIME, lines, timm_plan
-    from livt_scale.train.batch_plan import plan_batches
+    from livt_scale.train.planned_stage import as_wanted
 
     for option, value in refused.items():
         if value is not None:
             raise UsageError(f"{option} is about times, and {NO_TIME}", remedy="leave it out")
-    part = task.part
-    cut = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
-    strategy = next((name for name in STRATEGIES if name == wanted), None)
+    cut, strategy = as_wanted(task, wanted)
     found = timm_plan(task, strategy, micro_batch=cut.micro_batch, accumulation=cut.accumulation)
     answer = found.as_json()
     if not as_json:

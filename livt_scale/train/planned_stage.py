@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from livt_scale.config.capabilities import StrategyName
 from livt_scale.config.recipe import Recipe
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.assumptions import Assumptions
 from livt_scale.plan.published import published
 from livt_scale.plan.stage_plan import StagePlan, best, candidates, plan_stage, spread_of, strategies_for
 from livt_scale.plan.task import DataSet, PlanTask
-from livt_scale.train.batch_plan import plan_batches
+from livt_scale.train.batch_plan import BatchPlan, plan_batches
 from livt_scale.util.errors import LivtError, UsageError
 
 
@@ -34,11 +35,15 @@ def data_set(recipe: Recipe, assumed: Assumptions, *, images: int | None = None,
     return DataSet(shards.num_samples, len(manifest.class_names), mean, "the shards' manifest")
 
 
-def planned_stage(task: PlanTask, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
-    """The stage as requested, and all candidates that were tried."""
-    parallel, part = task.recipe.parallel, task.recipe.stage(task.stage)
+def as_wanted(task: PlanTask, wanted: str) -> tuple[BatchPlan, StrategyName | None]:
+    """How the stage's batches are cut, and the strategy; None: any. UsageError for a stage that cannot be so."""
+    part = task.part
     if task.steps < 1:
-        raise UsageError(f"{task.stage}: {task.data.images} images are no global batch of {part.global_batch}")
+        raise UsageError(
+            f"{task.stage}: the training set has {task.data.images} images, fewer than global_batch = "
+            f"{part.global_batch}",
+            remedy=f"set stages.{task.stage}.global_batch to at most {task.data.images}",
+        )
     batches = plan_batches(part.global_batch, part.micro_batch, world_size=task.gpus, pairs=part.mixes)
     possible = strategies_for(part)
     strategy = next((name for name in possible if name == wanted), None)
@@ -46,11 +51,17 @@ def planned_stage(task: PlanTask, wanted: str) -> tuple[StagePlan, list[StagePla
         raise UsageError(
             f"{task.stage}: {wanted} takes neither LARS nor a frozen backbone", remedy=f"give {' or '.join(possible)}"
         )
+    return batches, strategy
+
+
+def planned_stage(task: PlanTask, wanted: str) -> tuple[StagePlan, list[StagePlan]]:
+    """The stage as requested, and all candidates that were tried."""
+    batches, strategy = as_wanted(task, wanted)
     tried = candidates(task)
     if strategy is None:
         return best(tried) or min(tried, key=lambda p: p.memory.peak), tried
     spread = spread_of(
         task, strategy, micro_batch=batches.micro_batch, accumulation=batches.accumulation,
-        recompute=parallel.activation_checkpointing,
+        recompute=task.recipe.parallel.activation_checkpointing,
     )  # fmt: skip
     return plan_stage(task, spread), tried

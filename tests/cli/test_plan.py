@@ -272,6 +272,24 @@ def test_a_linear_probe_has_gradients_and_one_moment_of_its_head_alone_and_no_ze
         planned("--gpus", "8", "--strategy", "zero2", recipe=PROBE)
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--images", "7"), "has 7 images, fewer than global_batch = 8"),
+        (("--price-per-gpu-hour", "2"), "--price-per-gpu-hour is about times"),
+        (("--set", "stages.finetune.train=bitfit", "--strategy", "zero2"), "takes neither LARS nor a frozen backbone"),
+    ],
+)
+def test_a_model_of_timm_is_planned_under_the_rules_of_the_others(tmp_path, more, said):
+    recipe = tmp_path / "recipe.yaml"
+    stages = "{finetune: {init: weights, weights: none.safetensors, global_batch: 8, micro_batch: 4}}"
+    recipe.write_text(
+        f"name: t\ndata: {{train: gone}}\nmodel: {{timm: test_convnext, image_px: 32}}\nstages: {stages}\n"
+    )
+    with pytest.raises(UsageError, match=said):
+        planned("--gpus", "2", "--images", "1000", "--classes", "5", *more, recipe=str(recipe))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["auto", "fsdp", "zero2"])
 def test_a_model_of_timm_is_measured_and_has_no_hours(tmp_path, strategy):
