@@ -14,7 +14,7 @@ from pathlib import Path
 
 from livt_scale.slurm import commands
 from livt_scale.slurm.records import read_chain
-from livt_scale.slurm.status import RunView, look_at, span
+from livt_scale.slurm.status import RunView, chain_of, look_at, span
 from livt_scale.util.errors import EXIT_FAILED, EXIT_PREEMPTED, ClusterError
 
 POLL_S = 30.0  # controllers are shared
@@ -28,7 +28,8 @@ def wait(run_dirs: Sequence[Path], *, wait_s: float, say: Callable[[str], None])
     told: dict[Path, float] = {}
     while True:
         left = _in_queue(run_dirs, say)
-        views = {run_dir: look_at(run_dir, brief=True) for run_dir in run_dirs}
+        queues = commands.look([chain_of(run_dir)[0] for run_dir in run_dirs])
+        views = {run: look_at(run, queue=queue, brief=True) for run, queue in zip(run_dirs, queues, strict=True)}
         for run_dir, view in views.items():
             now, line = time.monotonic(), line_of(view)
             if _key(view) != lines.get(run_dir) or now - told[run_dir] >= REPORT_EVERY_S:

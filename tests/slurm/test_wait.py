@@ -109,3 +109,11 @@ def test_a_controller_that_does_not_answer_for_a_while_does_not_end_the_wait(fak
 
 def test_the_worst_of_several():
     assert [worst(codes) for codes in ([0, 0], [0, 85], [85, 1, 0])] == [0, 85, 1]
+
+
+def test_slurm_is_asked_once_for_all_runs_at_each_look(runs, fake, clock):
+    queue(fake, 0, 1)
+    with pytest.raises(ClusterError):
+        wait([run.dir for run in runs], wait_s=0, say=lambda _: None)
+    asked = [call for call in fake.calls if call[0] == "squeue"]
+    assert len(asked) == 2  # which runs are over; and what all their jobs do
