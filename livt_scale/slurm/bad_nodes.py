@@ -97,13 +97,17 @@ def exclude(job: str, nodes: str) -> bool:
     return not commands.query("scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}").problem
 
 
-def exclude_from_waiting_jobs(job: str, nodes: str) -> bool:
-    """Change the waiting jobs of the chain that `job` belongs to: they carry the same comment."""
+def exclude_from_waiting_jobs(job: str, nodes: str, *, element: str) -> bool:
+    """Change the waiting jobs of the chain that `job` belongs to: they carry the same comment.
+
+    element: of an array, the number of this run: the other runs of the array have found other nodes bad.
+    """
     comments, problem, _ = commands.query("squeue", "--noheader", f"--jobs={job}", "--format=%k")
     chain = comments.strip().split("\n")[0]
     if chain in ("", "(null)"):
         return not problem
-    mine = ("--noheader", f"--user={getpass.getuser()}", "--states=PENDING", "--format=%i|%k")
+    mine = ("--noheader", "--array", f"--user={getpass.getuser()}", "--states=PENDING", "--format=%i|%k")
     rows, problem, _ = commands.query("squeue", *mine)
     waiting = [row.split("|", 1)[0].strip() for row in rows.splitlines() if row.partition("|")[2].strip() == chain]
-    return not problem and all(exclude(each, nodes) for each in waiting)
+    own = [each for each in waiting if not element or each.endswith(f"_{element}")]
+    return not problem and all(exclude(each, nodes) for each in own)

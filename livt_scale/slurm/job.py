@@ -343,7 +343,8 @@ def _finish(job: BatchJob, outcome: JobOutcome) -> JobExit:
     if outcome.bad:
         names = " ".join(node.name for node in outcome.bad)
         log(f"{job.stage} has not begun, and continues without {names}")
-        if not bad_nodes.exclude_from_waiting_jobs(job.id, bad_nodes.without(job.run_dir, job.exclude)):
+        nodes, element = bad_nodes.without(job.run_dir, job.exclude), job.environ.get("SLURM_ARRAY_TASK_ID", "")
+        if not bad_nodes.exclude_from_waiting_jobs(job.id, nodes, element=element):
             log("waiting jobs of this chain could not be changed to exclude them")
     else:
         log(f"{job.stage} was stopped; its newest checkpoint: {newest_checkpoint(job) or 'none'}")

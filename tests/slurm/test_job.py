@@ -585,6 +585,16 @@ def test_the_job_comes_back_without_its_bad_nodes_and_waiting_jobs_exclude_them_
     ]
 
 
+def test_of_an_array_the_waiting_jobs_of_this_run_alone_are_changed(three):
+    """Another run has found other nodes bad, and one list of Slurm's replaces the other."""
+    three.environ |= {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "1"}
+    rows = "".join(f"{job}|livt abc\n" for job in ("71_0", "71_1", "71_11", "72_1"))
+    three.squeue = {"--jobs=77": "livt abc\n", "--states=PENDING": rows}
+    three.answers(n1="ok", n3="ok")
+    assert three(slurm={"check_nodes": "exclude"})[0] == 85
+    assert [call[2] for call in three.changes if call[1] == "update"] == ["JobId=71_1", "JobId=72_1", "JobId=70_1"]
+
+
 def test_waiting_jobs_that_cannot_be_changed_are_reported(three):
     three.answers(n1="ok", n3="ok")
     three.squeue = {"--jobs=77": "livt abc\n", "--states=PENDING": "78|livt abc\n"}
