@@ -72,6 +72,7 @@ def _from_gpu(
 ) -> tuple[Stage, MeasuredRun, int]:
     from livt_scale.plan.devices import named
     from livt_scale.plan.stage_plan import plan_stage, spread_of
+    from livt_scale.train.run_files import is_number
 
     machine = next((entry for entry in entries if entry.get("name") == "machine"), {})
     device = named(str(machine.get("device") or ""))
@@ -87,13 +88,15 @@ def _from_gpu(
     parallel, gflop = task.recipe.parallel, task.flops.train / 1e9
     for entry in entries:
         words = str(entry.get("name", "")).replace(",", "").split()
-        same = abs(float(entry.get("gflop_per_image") or 0.0) / gflop - 1) < SAME_FLOPS
+        numbers = [entry.get(key) for key in ("gflop_per_image", "step_s", "batch")]
+        flops, step_s, batch = (float(number) if is_number(number) else 0.0 for number in numbers)
+        same = abs(flops / gflop - 1) < SAME_FLOPS
         same &= ("compiled" in words) == parallel.compile and "recomputed" not in words and "fsdp" not in words
-        if entry.get("part") == "mfu" and same and entry.get("step_s"):
+        if entry.get("part") == "mfu" and same and step_s > 0 and batch >= 1:
             there = replace(task, gpus=1)
-            spread = spread_of(there, "ddp", micro_batch=int(entry["batch"]), accumulation=1, recompute=False)
+            spread = spread_of(there, "ddp", micro_batch=int(batch), accumulation=1, recompute=False)
             planned_s = plan_stage(there, spread).time.gpu_s
-            return "pretrain", _measured(float(entry["step_s"]), planned_s, path), 1
+            return "pretrain", _measured(step_s, planned_s, path), 1
     raise UsageError(
         f"--calibrate {path}: no line of part mfu has {gflop:.1f} GFLOP per image, "
         f"{'' if parallel.compile else 'not '}compiled",

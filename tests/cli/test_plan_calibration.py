@@ -121,7 +121,15 @@ def test_the_figures_of_a_gpu_are_taken(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [{"device": "NVIDIA A100-SXM4-80GB"}, {"device": "llvmpipe"}, {"name": "ViT-B eager"}, {"gflop": 122.8}]
+    "more",
+    [
+        {"device": "NVIDIA A100-SXM4-80GB"},
+        {"device": "llvmpipe"},
+        {"name": "ViT-B eager"},
+        {"gflop": 122.8},
+        {"gflop": "many"},
+        {"step_s": "long"},
+    ],
 )
 def test_figures_of_another_gpu_or_network_are_refused(tmp_path, more):
     with pytest.raises(UsageError, match="--calibrate"):
