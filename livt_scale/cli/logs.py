@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from livt_scale.cli.output import echo
-from livt_scale.cli.status import clean
+from livt_scale.cli.status import AskedNowAndThen, clean
 from livt_scale.util.outside import open_checked
 
 if TYPE_CHECKING:
@@ -213,27 +213,24 @@ def _follow(logs: list[_Growing], files: ExitStack) -> None:
 
 
 def _grown(logs: list[_Growing], files: ExitStack) -> Iterator[tuple[_Growing, str]]:
-    quiet = time.monotonic()
+    slurm, quiet = AskedNowAndThen(), time.monotonic()
     while True:
         for log in logs:
             while part := os.read(log.handle, 2**16):
                 quiet = time.monotonic()
                 yield log, log.decoder.decode(part)
         if time.monotonic() - quiet > OVER_AFTER_S:
-            for log in logs:
+            for log, view in zip(logs, slurm.look([log.run for log in logs]), strict=True):
                 if not log.over:
-                    _look_again(log, files)
+                    _look_again(log, view, files)
             if all(log.over for log in logs):
                 return
             quiet = time.monotonic()
         time.sleep(POLL_S)
 
 
-def _look_again(log: _Growing, files: ExitStack) -> None:
+def _look_again(log: _Growing, view: RunView, files: ExitStack) -> None:
     """Take the log of the next job, once there is one; else see whether the run is over."""
-    from livt_scale.slurm.status import look_at
-
-    view = look_at(log.run)
     _, path = _log_of(view, log.stage or _last_started(view)) or ("", log.path)
     if path == log.path:
         log.over = view.state not in ("running", "pending")

@@ -55,7 +55,7 @@ def status(
         what = "no such folder" if run else "there is no folder runs here"
         raise UsageError(f"{place}: {what}", remedy="give a run directory")
     single = run is not None and is_run(place)
-    slurm, views = _AskedNowAndThen(), []
+    slurm, views = AskedNowAndThen(), []
     try:
         while True:
             places = [place] if single else [p for p in sorted(place.iterdir()) if is_run(p)]
@@ -74,7 +74,7 @@ def status(
         raise typer.Exit(EXIT_FAILED)
 
 
-class _AskedNowAndThen:
+class AskedNowAndThen:
     """Looks at runs each time it is called, at Slurm every ASK_SLURM_EVERY_S."""
 
     def __init__(self) -> None:

@@ -113,6 +113,18 @@ def test_logs_follow_a_run_into_the_job_of_its_next_stage(run, fake, monkeypatch
     ]
 
 
+def test_logs_that_are_quiet_ask_slurm_no_more_often_than_status_does(run, fake, monkeypatch):
+    monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
+    run.chain(("14", "pretrain"))
+    run.status("running")
+    (run.dir / "slurm" / "logs").mkdir()
+    (run.dir / "slurm" / "logs" / "pretrain-14.log").write_text("one\n")
+    quiet = 9 * [lambda: None]
+    pauses(logs, monkeypatch, lambda _s: quiet.pop()() if quiet else run.status("failed", why="x"))
+    livt("logs", run.dir, "-f")
+    assert len([call for call in fake.calls if call[0] == "squeue"]) == 2  # at first, and once since
+
+
 def test_logs_follow_what_is_added_until_the_run_is_over(run, fake, monkeypatch):
     monkeypatch.setattr(logs, "OVER_AFTER_S", 0.0)
     run.chain(("14", "pretrain"))

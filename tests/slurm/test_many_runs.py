@@ -30,7 +30,7 @@ def test_the_status_of_200_runs_takes_at_most_3_s(tmp_path, monkeypatch):
     ReplayedSlurm(tmp_path, monkeypatch)
     runs = many_runs.made_runs(tmp_path / "runs", 200)
     began = time.process_time()  # without the imports
-    views = screens._AskedNowAndThen().look(runs, brief=True)
+    views = screens.AskedNowAndThen().look(runs, brief=True)
     text = screens._as_text(views, single=False, place=tmp_path)
     assert time.process_time() - began < 3
     assert len(text.splitlines()) == 200
