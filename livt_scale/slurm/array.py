@@ -27,7 +27,7 @@ from livt_scale.slurm import commands, inherited
 from livt_scale.slurm.bad_nodes import excluding, read_bad_nodes
 from livt_scale.slurm.chain import Mode, array_dependencies
 from livt_scale.slurm.code_snapshot import Code, Frozen, freeze, keep_git_view
-from livt_scale.slurm.records import read_chain
+from livt_scale.slurm.records import read_chain, what_it_runs
 from livt_scale.slurm.script import LOGS, ArraySettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import JobKind
 from livt_scale.slurm.submit import (
@@ -159,7 +159,7 @@ def _in_the_queue(
     if not any(waiting):
         return None
     same = all(
-        chain and chain["code"]["runs"] == what_runs(run, code) and not chain.get("taken_back")
+        chain and what_it_runs(chain) == what_runs(run, code) and not chain.get("taken_back")
         for run, chain in zip(prepared.runs, earlier, strict=True)
     )
     if same and all(waiting) and len({chain["chain"] for chain in earlier if chain}) == 1:

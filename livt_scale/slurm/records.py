@@ -45,13 +45,20 @@ def read_chain(run_dir: Path) -> dict[str, Any] | None:
     """RUN/slurm/chain.json; None where nothing was submitted. Raises ClusterError where it cannot be read."""
     try:
         chain: dict[str, Any] = read_json(run_dir / CHAIN, "record")
-        if not chain["chain"] or not all(isinstance(job, dict) for job in chain["jobs"]):
-            raise ValueError("its jobs are not a list of objects")
+        listed = isinstance(chain["jobs"], list) and isinstance(chain.get("earlier", []), list)
+        if not chain["chain"] or not listed or not all(isinstance(job, dict) and "id" in job for job in chain["jobs"]):
+            raise ValueError("its jobs are not what livt submit writes")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ClusterError(f"{run_dir / CHAIN} cannot be read: {error}", remedy="see squeue, then remove it") from error
     return chain
+
+
+def what_it_runs(chain: dict[str, Any]) -> str | None:
+    """What its jobs run (`submit.what_runs`); None: it does not say."""
+    code = chain.get("code")
+    return code.get("runs") if isinstance(code, dict) else None
 
 
 def segments_before(run_dir: Path, stage: str, segment: int) -> list[str]:

@@ -36,7 +36,7 @@ from livt_scale.slurm.chain import ChainPlan, dependencies, plan_chain
 from livt_scale.slurm.code_snapshot import PACKAGE, Code, Frozen, freeze, keep_git_view, read_code
 from livt_scale.slurm.facts import ClusterFacts
 from livt_scale.slurm.planned_time import planned_time
-from livt_scale.slurm.records import CHAIN, ENDS, is_evaluated, read_chain
+from livt_scale.slurm.records import CHAIN, ENDS, is_evaluated, read_chain, what_it_runs
 from livt_scale.slurm.script import LOGS, ChainSettings, JobPlan, log_name, render
 from livt_scale.slurm.sites import Site, load_site, with_site
 from livt_scale.slurm.step_times import measure
@@ -293,7 +293,7 @@ def take_back(chains: Sequence[tuple[Path, dict[str, Any]]], ids: list[str], err
 def _join(chain: dict[str, Any], waiting: dict[str, str], prepared: Prepared, *, runs: str) -> dict[str, Any]:
     """The chain that is in the queue, if it runs the same; else the second one is refused."""
     told = ", ".join(f"{job} {state.lower()}" for job, state in waiting.items())
-    if chain["code"]["runs"] == runs and not chain.get("taken_back"):
+    if what_it_runs(chain) == runs and not chain.get("taken_back"):
         return {**chain, "joined": waiting}
     raise ClusterError(
         f"this run's jobs of {chain.get('submitted_at')} are still in the queue ({told}), with {_other(prepared)}: "

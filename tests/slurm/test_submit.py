@@ -206,11 +206,14 @@ def test_a_stage_that_is_done_is_not_submitted(tmp_path, fake):
     assert [job.job for job in chains.prepare(of).plan.jobs] == ["evaluate"]
 
 
-def test_a_record_that_cannot_be_read_is_told(tmp_path, fake):
+@pytest.mark.parametrize(
+    "text", ["{half", '{"chain": "livt x", "jobs": [{}]}', '{"chain": "livt x", "jobs": [], "earlier": 3}']
+)
+def test_a_record_that_cannot_be_read_is_told(tmp_path, fake, text):
     of = recipe(tmp_path)
     path = Path(of.run_dir) / "slurm" / "chain.json"
     path.parent.mkdir(parents=True)
-    path.write_text("{half")
+    path.write_text(text)
     with pytest.raises(ClusterError, match=r"chain\.json cannot be read"):
         submit(of)
 
