@@ -101,6 +101,8 @@ def plan_chain(
         if mode == "segments":
             segments, how = num_segments(slurm, stage, resources[stage], known)
             plan.notes.append(f"{stage}: {how}")
+        elif getattr(slurm, stage).segments is not None:
+            plan.notes.append(f"slurm.{stage}.segments has no effect in mode requeue, which is taken because {why}")
         plan.jobs += _jobs(stage, resources[stage], segments, mode)
     if evaluates:
         plan.jobs += _jobs("evaluate", resources["evaluate"], MIN_SEGMENTS, mode)

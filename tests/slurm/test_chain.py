@@ -282,6 +282,12 @@ def test_a_given_number_of_segments_holds():
     assert num_segments(Slurm(pretrain={"segments": 7}), "pretrain", asked(60), NOTHING)[0] == 7
 
 
+def test_a_given_number_of_segments_without_effect_is_told():
+    made = plan(recipe(pretrain={"segments": 7}))
+    assert made.jobs[0].name == "pretrain"
+    assert [note for note in made.notes if "slurm.pretrain.segments has no effect" in note]
+
+
 def test_an_unknown_step_time_gives_two_segments_and_says_so():
     count, how = num_segments(Slurm(), "pretrain", asked(60), Measured(total=5))
     assert count == 2
