@@ -76,9 +76,17 @@ class Save(Hook):
                 loop.state.save_locally(self._saver, schedule.position(done), sums=sums)
 
     def on_save(self, loop: Loop, step: Step) -> None:
-        done, schedule = step.number, loop.schedule
+        self._save(loop, score=step.evaluation.score if step.evaluation is not None else None)
+
+    def at_end(self, loop: Loop) -> None:
+        if not loop.state.is_final:  # it resumed where the stage now ends, which --allow has made shorter
+            self._save(loop, score=loop.state.score)
+        self._watchdog.at("checkpoint")
+        self._saver.wait()
+
+    def _save(self, loop: Loop, *, score: float | None) -> None:
+        done, schedule = loop.state.step, loop.schedule
         self._watchdog.at("checkpoint", done)
-        score = step.evaluation.score if step.evaluation is not None else None
         sums = self._log.sums
         with loop.clock.host("checkpoint_stall"):
             position, final = schedule.position(done), done == schedule.total
@@ -87,10 +95,6 @@ class Save(Hook):
         longest_s = self._saver.longest_save_s  # `livt submit` plans with it
         took: dict[str, Any] = {} if longest_s is None else {"longest_save_s": round(longest_s, 3)}
         self._status.write("running", step=done, total_steps=schedule.total, **took, **self._saver.report())
-
-    def at_end(self, loop: Loop) -> None:
-        self._watchdog.at("checkpoint")
-        self._saver.wait()
 
 
 class Pictures(Hook):

@@ -33,12 +33,14 @@ _log = logging.getLogger(__name__)
 class TrainState:
     """Model and optimizer, as a strategy holds them, and the number of steps taken in this stage.
 
-    allow: fields of the recipe that may differ from the checkpoint's.
+    allow: fields of the recipe that may differ from the checkpoint's. score, is_final: of the newest checkpoint.
     """
 
     strategy: Strategy
     facts: dict[str, Any]
     step: int = 0
+    score: float | None = None
+    is_final: bool = False
     sums: dict[str, float] | None = None
     anomalies: Anomalies = field(default_factory=Anomalies)
     allow: tuple[str, ...] = ()
@@ -48,6 +50,7 @@ class TrainState:
     ) -> None:
         tensors, facts = self._saved(sums)
         saver.save(tensors, position=position, facts=facts, score=score, final=final)
+        self.score, self.is_final = score, final
 
     def save_locally(self, saver: Tiers, position: Position, *, sums: dict[str, float]) -> None:
         tensors, facts = self._saved(sums)
@@ -66,6 +69,7 @@ class TrainState:
         changed = saver.world.run_all(lambda: check_same(self.facts, theirs, found.path, allow=self.allow))
         manifest = self._take(found, saver)
         self.step = int(manifest["position"]["step"])
+        self.score, self.is_final = manifest["score"], manifest["final"]
         self.sums = manifest["facts"].get("sums")
         self.anomalies.restore(manifest["facts"].get("anomalies"))
         self.facts["run"] = theirs.get("run", theirs["recipe_digest"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -92,6 +94,26 @@ def test_a_hook_asks_for_a_checkpoint_and_to_stop_and_the_run_resumes_bit_for_bi
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     ours, theirs = (metrics(run_dir_of(of), "finetune") for of in (recipe, undisturbed))
     assert [line["loss"] for line in ours] == [line["loss"] for line in theirs]
+
+
+def test_a_stage_shortened_to_its_newest_checkpoint_ends_with_that_as_its_final_one(recipe):
+    def newest(run_dir):
+        return list_checkpoints(run_dir / "finetune" / "checkpoints")[-1]
+
+    asks = Asks(recipe)  # to stop after step 3 of 8; the checkpoint of step 2 is then the newest
+    train_on = {"epochs": 4, "warmup_epochs": 0}
+    with pytest.raises(Preempted):
+        train(with_finetune(recipe, **train_on), hooks=[asks])
+    shutil.rmtree(newest(run_dir_of(recipe)).path)
+    train(with_finetune(recipe, **train_on | {"epochs": 1}), allow=["stages.finetune.epochs"])
+    final = newest(run_dir_of(recipe))
+    assert (final.position.step, final.final) == (2, True)
+    train(with_finetune(recipe, **train_on | {"epochs": 1}), allow=["stages.finetune.epochs"])  # there is nothing to do
+
+
+def with_finetune(recipe, **fields):
+    part = recipe.stages.finetune.model_copy(update=fields)
+    return recipe.model_copy(update={"stages": recipe.stages.model_copy(update={"finetune": part})})
 
 
 class Breaks(Hook):
