@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,22 +48,24 @@ def temporary(folder: Path, step: int, kind: str) -> Path:
 def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInfo]:
     """All checkpoints in `folder`, oldest first; an absent folder has none.
 
-    Every byte is read and hashed; `quick` compares sizes only. `best` marks the complete one with the best score.
+    Every byte is read and hashed; `quick` compares sizes only. `best` marks the complete one with the best score. One
+    that is removed meanwhile, by the run that saves there, is left out.
     """
     found = []
     for path in step_folders(folder):
-        why = damages(path, quick=quick)
+        why, num_bytes = damages(path, quick=quick), _folder_bytes(path)
         try:
             manifest = read_manifest(path)
         except CheckpointDamaged:
             manifest = None
-        found.append((path, manifest, why))
-    best = best_of([m for _, m, why in found if m and not why])
+        if path.is_dir():
+            found.append((path, manifest, why, num_bytes))
+    best = best_of([m for _, m, why, _ in found if m and not why])
     return [
         CheckpointInfo(
             path=path,
             position=manifest.position if manifest else None,
-            bytes=_folder_bytes(path),
+            bytes=num_bytes,
             whole=not why,
             why="; ".join(why),
             best=manifest is not None and not why and manifest.position == best,
@@ -70,7 +73,7 @@ def list_checkpoints(folder: Path, *, quick: bool = False) -> list[CheckpointInf
             score=manifest.score if manifest else None,
             manifest=manifest,
         )
-        for path, manifest, why in found
+        for path, manifest, why, num_bytes in found
     ]
 
 
@@ -152,7 +155,9 @@ def step_folders(folder: Path) -> list[Path]:
 
 
 def _folder_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    with suppress(FileNotFoundError):  # removed meanwhile
+        return sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+    return 0
 
 
 @dataclass(frozen=True)

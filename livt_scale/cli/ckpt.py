@@ -68,14 +68,16 @@ def verify(
     from livt_scale.util.errors import CheckpointError
 
     if _is_checkpoint(path):
-        found = [path]
+        damaged = {str(path): folders.verify(path)}
     else:
         found = [
             info.path for folder in checkpoint_folders(path) for info in folders.list_checkpoints(folder, quick=True)
         ]
-    if not found:
+        verified = [(checkpoint, folders.verify(checkpoint)) for checkpoint in found]
+        # the run that saves there may have removed one meanwhile
+        damaged = {str(checkpoint): wrong for checkpoint, wrong in verified if checkpoint.is_dir()}
+    if not damaged:
         raise CheckpointError(f"there is no checkpoint in {path}")
-    damaged = {str(checkpoint): folders.verify(checkpoint) for checkpoint in found}
     if as_json:
         rows = [{"path": name, "whole": not wrong, "why": wrong} for name, wrong in damaged.items()]
         echo(json.dumps({"checkpoints": rows}, indent=1))

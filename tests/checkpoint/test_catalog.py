@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from livt_scale.checkpoint import catalog
 from livt_scale.checkpoint.catalog import clean_leftovers, list_checkpoints, verify
 from livt_scale.checkpoint.load import Position, Retention, Saver, newest_whole
 
@@ -114,3 +115,17 @@ def test_leftovers_of_killed_saves_go_and_one_set_aside_comes_back(save):
     assert newest_whole(folder) == folder / "step-00000005"
     assert clean_leftovers(folder) == []
     assert clean_leftovers(Path("/nonexistent")) == []
+
+
+@pytest.mark.parametrize("removed_by", ["damages", "read_manifest", "_folder_bytes"])
+def test_one_that_the_run_removes_while_it_is_read_is_left_out(two_checkpoints, tmp_path, monkeypatch, removed_by):
+    folder = shutil.copytree(two_checkpoints, tmp_path / "copy")
+    real = getattr(catalog, removed_by)
+
+    def during(path, **named):
+        found = real(path, **named)
+        shutil.rmtree(folder / "step-00000001", ignore_errors=True)
+        return found
+
+    monkeypatch.setattr(catalog, removed_by, during)
+    assert [(info.path.name, info.whole) for info in list_checkpoints(folder)] == [("step-00000002", True)]

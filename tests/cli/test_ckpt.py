@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -9,6 +10,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from livt_scale.checkpoint import catalog
 from livt_scale.checkpoint.load import Position, Retention, Saver, read_manifest
 from livt_scale.cli.ckpt import app
 from livt_scale.config.load import to_yaml
@@ -41,6 +43,21 @@ def run(tmp_path):
                 )
     (run / "pretrain" / "checkpoints" / "step-00000020" / "__0_0.distcp").write_bytes(b"")
     return run
+
+
+def test_a_checkpoint_that_the_run_removes_during_verify_is_not_damaged(run, monkeypatch):
+    first = run / "pretrain" / "checkpoints" / "step-00000010"
+    shutil.rmtree(first.with_name("step-00000020"))
+    real = catalog.verify
+
+    def during(path):
+        shutil.rmtree(first, ignore_errors=True)
+        return real(path)
+
+    monkeypatch.setattr(catalog, "verify", during)
+    result = livt_ckpt("verify", run)
+    assert (result.exit_code, result.stdout.count(": complete"), result.stdout.count("step-")) == (0, 2, 2)
+    assert livt_ckpt("verify", first).exit_code == 1  # it was asked for by name
 
 
 def test_ls_tells_step_epoch_size_age_and_what_is_damaged(run, monkeypatch):
