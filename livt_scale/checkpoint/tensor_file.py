@@ -38,9 +38,9 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mapping[str, str]) -> None:
-    """Write contiguous `tensors` to `path`. Raises OSError."""
+    """Write contiguous `tensors` to `path`; of those that share memory, each is written. Raises OSError."""
     try:
-        save_file(dict(tensors), path, metadata=dict(metadata))
+        save_file(_apart(tensors), path, metadata=dict(metadata))
     except SafetensorError as error:
         found = _OS_ERROR.search(str(error))
         if found is None:
@@ -48,6 +48,16 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, *, metadata: Mappin
         raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
     if len(metadata) > 1:
         _sort_metadata(path)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors`, each that overlaps another one in memory as a copy: safetensors refuses tied weights."""
+    apart, end = dict(tensors), 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        if tensor.nbytes and tensor.data_ptr() < end:
+            apart[name] = tensor.clone()
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return apart
 
 
 def write_torch(tree: Mapping[str, Any], path: Path) -> None:

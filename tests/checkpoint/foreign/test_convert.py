@@ -234,6 +234,16 @@ def test_weights_alone_under_the_usual_keys_and_wrappers(tmp_path, wrap, prefix)
     assert it.facts is None
 
 
+@pytest.mark.parametrize("other", [lambda w: w, lambda w: w[1:], lambda w: w.view(-1)[:5]])
+def test_weights_that_share_memory_are_written_each(tmp_path, other):
+    weight = torch.randn(4, 3)
+    tree = {"embed": weight, "head": other(weight), "rest": torch.ones(2)}
+    torch.save({"model": tree}, tmp_path / "tied.pth")
+    write_safetensors(read(tmp_path / "tied.pth"), tmp_path / "tied.safetensors")
+    written = read(tmp_path / "tied.safetensors").tensors
+    same_bits(written, {f"model.{name}": tensor for name, tensor in tree.items()})
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_of_dcp_without_our_manifest(tmp_path):
     model, optimizer = trained(named=False)
