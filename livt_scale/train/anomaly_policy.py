@@ -10,7 +10,6 @@ judged: `anomalies.py`.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -21,9 +20,9 @@ from typing import Any
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.distributed.world import World
 from livt_scale.train.loop import Hook, Loop, Step
+from livt_scale.train.run_files import ANOMALIES, append_line
 from livt_scale.util.errors import NonFiniteError
 
-RECORD = "anomalies.jsonl"
 REMEDY = (
     "the checkpoints before it are kept; look at these images, lower base_lr, or set clip_grad, or faults.on_non_finite"
 )
@@ -71,8 +70,8 @@ class AnomalyPolicy(Hook):
         line: dict[str, Any] = {"step": step.number, "what": step.anomaly.what, "policy": step.anomaly.policy}
         line["not_taken"] = list(not_taken)
         line |= {"in_a_row": in_a_row, "at": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "samples": keys}
-        with suppress(OSError), (self._folder / RECORD).open("a", encoding="utf-8") as file:  # the facts have it too
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with suppress(OSError):  # the facts have it too
+            append_line(self._folder / ANOMALIES, line)
 
 
 def _keys_at_fault(step: Step, world: World) -> list[str]:

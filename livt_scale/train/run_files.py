@@ -14,17 +14,18 @@ is skipped, a field of the wrong kind counts as missing, and sizes are bounded. 
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypedDict, TypeGuard, TypeVar, cast
 
-from livt_scale.util.atomic import write_atomic
 from livt_scale.util.errors import RunError
-from livt_scale.util.outside import open_checked, parse_json, read_checked
+from livt_scale.util.outside import open_checked, parse_json
 from livt_scale.util.text import first_line
 
 State = Literal["running", "preempted", "failed", "done"]
@@ -173,19 +174,30 @@ def step_seconds(lines: Sequence[MetricsLine]) -> float | None:
     return statistics.median(step_s for _, step_s in timed) + between
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Rewrite a .jsonl file without the lines after `step`; an incomplete line at the end is dropped too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in read_checked(path, "lines").splitlines(keepends=True):
+def append_line(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add a line to a .jsonl file. Raises OSError, leaving no half of it: the next line would be damaged too."""
+    line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
         try:
-            if not line.endswith(b"\n") or _step(_object(parse_json(line))) > step:
-                break
-        except ValueError:
-            break
-        kept.append(line)
-    write_atomic(path, b"".join(kept))
+            while line:
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Cut a .jsonl file behind its last line up to `step`, in place, which needs no room on a full disk."""
+    end = kept = 0
+    with suppress(FileNotFoundError), open_checked(path, "log") as file:
+        for line in file:
+            end += len(line)
+            with suppress(ValueError):  # damaged, or incomplete at the end
+                if line.endswith(b"\n") and _step(_object(parse_json(line))) <= step:
+                    kept = end
+    if kept < end:
+        os.truncate(path, kept)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:

@@ -11,10 +11,10 @@ from livt_scale.train.loop import Hook, Loop, Step
 
 
 @contextmanager
-def full_disk() -> Iterator[None]:
-    """No file may grow."""
+def full_disk(room: int = 0) -> Iterator[None]:
+    """No file may grow beyond `room` bytes."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         yield
     finally:

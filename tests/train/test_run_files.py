@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from livt_scale.train import run_files
 from livt_scale.train.run_files import (
     METRICS,
+    append_line,
     drop_lines_after,
     read_eval,
     read_evaluations,
@@ -20,7 +21,9 @@ from livt_scale.train.run_files import (
     read_status,
     read_status_file,
 )
+from livt_scale.util import outside
 from livt_scale.util.errors import RunError
+from tests.train.disks import full_disk
 
 LINES = [{"step": s, "epoch": s / 10, "loss": 1.0, "step_s": 0.5, "world_size": 2} for s in (10, 20, 30)]
 
@@ -111,6 +114,32 @@ def test_lines_after_a_checkpoint_are_dropped(tmp_path, step, kept):
     drop_lines_after(path, step)
     assert [line.step for line in read_metrics(path).lines] == kept
     assert path.read_bytes().endswith(b"\n") or not kept
+
+
+def test_a_damaged_line_costs_none_of_the_lines_behind_it_where_lines_are_dropped(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text('{"step": 1}\n{"step": 2, "ep{"step": 3}\n{"step": 4}\n{"step": 5}\n')
+    drop_lines_after(path, 4)
+    found = read_metrics(path)
+    assert ([line.step for line in found.lines], found.damaged) == ([1, 4], 1)
+
+
+def test_lines_are_dropped_whatever_the_size_of_the_file_and_on_a_full_disk(tmp_path, monkeypatch):
+    path = lines_file(tmp_path)
+    monkeypatch.setitem(outside.MAX_BYTES, "lines", 10)
+    with full_disk():
+        drop_lines_after(path, 10)
+    assert [line.step for line in read_metrics(path).lines] == [10]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_leaves_no_half_of_it(tmp_path):
+    path = tmp_path / "evaluations.jsonl"
+    line = {"epoch": 0.5, "top1_all": 0.25}
+    append_line(path, {"step": 1, **line})
+    with full_disk(room=path.stat().st_size + 9), pytest.raises(OSError, match="too large"):
+        append_line(path, {"step": 2, **line})
+    append_line(path, {"step": 3, **line})
+    assert [found.step for found in read_evaluations(path)] == [1, 3]
 
 
 def test_reading_needs_no_torch():

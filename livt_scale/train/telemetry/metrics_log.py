@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.train.loop import Hook, Loop, Step
-from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, drop_lines_after, read_metrics
+from livt_scale.train.run_files import EVALUATIONS, METRICS, MetricsLine, append_line, drop_lines_after, read_metrics
 from livt_scale.train.telemetry.clock import DEVICE_PARTS, PARTS
 from livt_scale.train.telemetry.display import Pace, TerminalProgress, log_line
 from livt_scale.train.telemetry.mfu import Speed, memory_peak_gib
@@ -120,8 +120,7 @@ class MetricsLog(Hook):
             return
         line = {"step": done, "epoch": self._epoch(done), **values, "time": _now()}
         try:
-            with self._path.with_name(EVALUATIONS).open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(self._path.with_name(EVALUATIONS), line)
         except OSError as error:
             self._warn_of_disk(self._path.parent, error)
         _log.info("%s  step %d: %s", self._stage, done, "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
