@@ -4,8 +4,8 @@
     skip       the weights stay as they are
     rollback   the weights and moments of the last checkpoint that was due are loaded, and saved at this position
 
-Each skip and rollback is logged and appended to RUN/STAGE/anomalies.jsonl, with the keys of the samples. How a step is
-judged: `anomalies.py`.
+Each skip and rollback is logged and appended to RUN/STAGE/anomalies.jsonl, with the keys of the samples. A resumed run
+drops the lines after its checkpoint: it takes these steps again. How a step is judged: `anomalies.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from livt_scale.checkpoint.manager import Tiers
 from livt_scale.distributed.world import World
 from livt_scale.train.loop import Hook, Loop, Step
-from livt_scale.train.run_files import ANOMALIES, append_line
+from livt_scale.train.run_files import ANOMALIES, append_line, drop_lines_after
 from livt_scale.util.errors import NonFiniteError
 
 REMEDY = (
@@ -34,6 +34,10 @@ class AnomalyPolicy(Hook):
 
     def __init__(self, saver: Tiers, folder: Path) -> None:
         self._saver, self._folder = saver, folder
+
+    def at_start(self, loop: Loop) -> None:
+        if loop.world.is_main:
+            drop_lines_after(self._folder / ANOMALIES, loop.state.step)
 
     def on_anomaly(self, loop: Loop, step: Step) -> None:
         assert step.anomaly is not None

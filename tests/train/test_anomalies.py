@@ -15,6 +15,7 @@ from livt_scale.train.anomalies import MAX_OVERFLOWS, Anomalies, Anomaly
 from livt_scale.train.anomaly_policy import AnomalyPolicy
 from livt_scale.train.loop import Hook, Step
 from livt_scale.train.run import train
+from livt_scale.train.run_files import read_anomalies
 from livt_scale.util.errors import NonFiniteError
 from tests.data.tiny_sets import tiny_recipe, tiny_set
 from tests.train.loops import a_step, idle_loop
@@ -165,6 +166,30 @@ def test_a_loss_that_is_never_finite_again_ends_a_run_of_short_epochs_that_rolls
     ).model_copy(update={"run_dir": str(tmp_path / "run")})  # fmt: skip
     with pytest.raises(NonFiniteError, match=r"step 9: the loss is nan; it would be the 6th rollback"):  # of 12
         train(recipe, hooks=[NeverFiniteFrom(4)])
+
+
+def test_a_step_that_a_resumed_run_takes_again_is_recorded_once(tmp_path):
+    class NotFiniteAt(Hook):
+        def after_backward(self, loop, step):
+            if step.number in (2, 5):
+                step.rank_loss *= math.nan
+
+    class KilledAfter5(Hook):
+        def after_step(self, loop, step):
+            if step.number == 5:
+                raise KeyboardInterrupt
+
+    shards = tiny_set(tmp_path / "set")  # 2 steps an epoch
+    part = {"init": "scratch", "epochs": 4, "global_batch": 8, "micro_batch": 8, "warmup_epochs": 1}
+    recipe = tiny_recipe(
+        shards.folder, stages={"finetune": part}, model__depth=1, data__val=None, log={"tensorboard": False},
+        faults={"on_non_finite": "skip"},
+    ).model_copy(update={"run_dir": str(tmp_path / "run")})  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, hooks=[NotFiniteAt(), KilledAfter5()])
+    train(recipe, hooks=[NotFiniteAt()])
+    recorded = read_anomalies(tmp_path / "run" / "finetune" / "anomalies.jsonl").lines
+    assert [line["step"] for line in recorded] == [2, 5]
 
 
 def test_facts_of_older_checkpoints_do_not_say_whether_a_step_was_taken(tmp_path):
