@@ -44,9 +44,12 @@ def train(
             remedy="call livt.train before init_process_group, or after destroy_process_group",
         )
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    products, trials = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
     try:
         run.train(loaded, stage=stage, allow=allow, hooks=hooks)
-    finally:  # the recipe sets both for the process (parallel.threads, parallel.deterministic)
+    finally:  # the recipe sets these for the process (parallel.threads, deterministic, precision; a ResNet's kernels)
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.benchmark = trials
     return run.run_dir_of(loaded)

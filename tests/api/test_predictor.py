@@ -14,6 +14,7 @@ from livt_scale.api.predictor import Predictor
 from livt_scale.data.loader import eval_batches, normalise
 from livt_scale.evaluation.calibration import Calibration
 from livt_scale.export.write_export import export_run
+from livt_scale.train.loop import Hook
 from livt_scale.train.open_trained import open_trained
 from livt_scale.util.errors import RecipeError, RunError, SampleError, UsageError
 from tests.tiny_run import CLASS_NAMES, tiny_recipe, tiny_run, tiny_shards
@@ -169,14 +170,24 @@ def test_a_pil_image_of_16_bits_is_its_upper_eight(runs):
     assert torch.equal(transform(wide), transform(Image.fromarray(pixels)))
 
 
+class OnGpu(Hook):
+    """Sets what a ResNet in low precision sets on a GPU."""
+
+    def at_start(self, loop):
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+
+
 def test_training_returns_the_run_directory_and_takes_values_by_name(tmp_path):
     shards = tiny_shards(tmp_path / "set", {"a": 4, "b": 3})
     finetune = {"init": "scratch", "epochs": 1, "warmup_epochs": 0, "global_batch": 4, "micro_batch": 4}
     overrides = {f"stages.finetune.{name}": value for name, value in finetune.items()}
     overrides |= {"stages.pretrain": None, "data.train": shards.folder, "data.val": None, "data.workers": 0}
     overrides |= {"run_dir": tmp_path / "run", "model.depth": 1, "parallel.deterministic": True}
-    run = livt.train("recipes/fashion_mnist_lt/quickstart.yaml", overrides=overrides)
+    run = livt.train("recipes/fashion_mnist_lt/quickstart.yaml", overrides=overrides, hooks=[OnGpu()])
     assert not torch.are_deterministic_algorithms_enabled()
+    # else a recipe in fp32 that follows would train in TF32
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark) == ("highest", False)
     assert run == tmp_path / "run"
     assert livt.load(run).class_names == ("a", "b")
 
