@@ -93,7 +93,7 @@ def convert(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Checkpoint of livt, safetensors, DeepSpeed or torch.")],
     to: Annotated[Path, typer.Option("--to", help="NAME.safetensors, or a new folder for a livt checkpoint.")],
     recipe: Annotated[Path | None, typer.Option(help="Recipe it was trained with; lets livt train resume it.")] = None,
-    stage: Annotated[str, typer.Option(help="Stage of the recipe: pretrain or finetune.")] = "pretrain",
+    stage: Annotated[str | None, typer.Option(help="Stage of the recipe: pretrain (default) or finetune.")] = None,
     step: Annotated[
         int | None, typer.Option(min=0, help="Steps done in the stage.", show_default="as recorded")
     ] = None,
@@ -108,11 +108,11 @@ def convert(
     from livt_scale.checkpoint.foreign import convert as converting
     from livt_scale.util.errors import UsageError
 
-    if recipe is None and (step is not None or sets):
-        raise UsageError("--step and --set say more of a --recipe", remedy="give the recipe, or leave them out")
+    if recipe is None and (stage is not None or step is not None or sets):
+        raise UsageError("--stage, --step and --set say more of a --recipe", remedy="give it, or leave them out")
     found = converting.read(path)
     if recipe is not None:
-        found = _with_recipe(found, recipe, stage, step, sets or [])
+        found = _with_recipe(found, recipe, stage or "pretrain", step, sets or [])
     write = converting.write_safetensors if to.suffix == ".safetensors" else converting.write_checkpoint
     write(found, to)
     told = {"from": found.kind, "to": str(to), "used": found.used, "left": found.left, "made": found.made}
@@ -143,13 +143,19 @@ def _with_recipe(found: Converted, recipe: Path, stage: str, step: int | None, s
             f"a fine-tuning that begins with {loaded.stages.finetune.init} cannot be taken over",
             remedy="set stages.finetune.init=scratch",
         )
+    for field in ("weights", "distill"):
+        if getattr(loaded.stage(name), field, None) is not None:
+            raise UsageError(
+                f"the checkpoint does not record the weights of stages.{name}.{field}, so no run would resume from it",
+                remedy=f"set stages.{name}.{field}=null",
+            )
     if step is None and found.position is None:
         raise UsageError("it does not record how many steps it has taken", remedy="give --step")
     train = ShardSet.open(loaded.data.train, data=loaded.data)
     done = step if step is not None or found.position is None else found.position.step
     assert done is not None
     epoch = done // stage_order(train, loaded, name).steps_per_epoch
-    facts = run_facts(loaded, name, train, strategy="converted", origin=None)
+    facts = run_facts(loaded.at(name), name, train, strategy="converted", origin=None)
     return trained_by(found, facts, Position(epoch, done))
 
 

@@ -14,6 +14,7 @@ from livt_scale.checkpoint import catalog
 from livt_scale.checkpoint.load import Position, Retention, Saver, read_manifest
 from livt_scale.cli.ckpt import app
 from livt_scale.config.load import to_yaml
+from livt_scale.config.recipe import Recipe
 from livt_scale.models.classifier import build_classifier
 from livt_scale.train.resume_rules import check_same
 from livt_scale.train.train_state import run_facts
@@ -171,10 +172,36 @@ def test_convert_with_a_recipe_gives_what_train_asks_for(tmp_path):
     assert check_same(facts, manifest.facts, tmp_path) == []
 
 
+def converted_pretraining(folder, **fields):
+    """The result of a conversion of pretraining with a recipe of `fields`, and the recipe."""
+    tiny_shards(folder, {"a": 9, "b": 7})
+    recipe = tiny_recipe(train=folder / "set").model_dump(mode="json")
+    recipe["stages"]["pretrain"] = {"epochs": 2, "warmup_epochs": 1, "global_batch": 8, "micro_batch": 8} | fields
+    recipe = Recipe.model_validate(recipe)
+    (folder / "recipe.yaml").write_text(to_yaml(recipe))
+    torch.save({"model": {"w": torch.ones(2)}}, folder / "x.pth")
+    words = ("convert", folder / "x.pth", "--recipe", folder / "recipe.yaml", "--step", "2")
+    return livt_ckpt(*words, "--to", folder / "step-00000002"), recipe
+
+
+def test_convert_records_the_recipe_as_its_stage_sees_it(tmp_path):
+    result, recipe = converted_pretraining(tmp_path, image_px=56)
+    assert result.exit_code == 0, result.exception
+    recorded = Recipe.model_validate(read_manifest(tmp_path / "step-00000002").facts["recipe"])
+    assert recorded.model == recipe.at("pretrain").model != recipe.model
+
+
+def test_convert_refuses_a_recipe_whose_weights_the_checkpoint_does_not_record(tmp_path):
+    result, _ = converted_pretraining(tmp_path, weights="mae.pth")
+    assert isinstance(result.exception, UsageError)
+    assert "stages.pretrain.weights=null" in result.exception.remedy
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("--step", "3"), "say more of a --recipe"),
+        (("--stage", "finetune"), "say more of a --recipe"),
         (("--recipe", "RECIPE", "--stage", "pretrain"), "no stage pretrain"),
         (("--recipe", "RECIPE", "--stage", "finetune"), "says itself what it was trained by"),
     ],
