@@ -25,7 +25,7 @@ from livt_scale.config.recipe import STAGES, Recipe
 from livt_scale.plan.flops import network_flops
 from livt_scale.plan.published import PUBLISHED
 from livt_scale.study.comparison import Comparison, GapComparison, Question
-from livt_scale.study.runs import Run, as_words, in_order
+from livt_scale.study.runs import Run, as_words, in_order, laid_over
 from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.resources import shipped
 
@@ -63,11 +63,11 @@ class Setting:
 
     def load(self, sets: Sets | None = None) -> Recipe:
         """The recipe of this setting, with `sets` over it; both stages are in it."""
-        return load_recipe(self.recipe, sets=as_words({**self.sets, **(sets or {})}))
+        return load_recipe(self.recipe, sets=as_words(laid_over(self.sets, sets or {})))
 
     def with_sets(self, sets: Sets) -> Setting:
         """The same with `sets` over its recipe. What an arm derives from the recipe, its epochs say, follows them."""
-        return replace(self, sets={**self.sets, **sets})
+        return replace(self, sets=laid_over(self.sets, sets))
 
     @cached_property
     def mgp_epochs(self) -> tuple[int, ...]:
@@ -119,13 +119,13 @@ def runs_of(claim: Claim, setting: Setting, *, seeds: Sequence[int], sets: Sets)
     found: dict[tuple[str, int], list[Run]] = {}
     for seed in seeds:
         for arm in claim.arms(setting):
-            shared = {**setting.sets, **arm.pretrain, "seed": seed}
+            shared = laid_over(setting.sets, arm.pretrain, {"seed": seed})
             runs = []
             if arm.pretraining is not None:
                 runs.append(Run(f"pretrain-{arm.pretraining}/seed-{seed}", setting.recipe, shared, "pretrain"))
             if arm.finetune is not None:
                 after = runs[-1].name if runs else None
-                own = {**shared, **arm.finetune}
+                own = laid_over(shared, arm.finetune)
                 teacher = f"{arm.teacher}/seed-{seed}" if arm.teacher is not None else None
                 runs.append(Run(f"{arm.name}/seed-{seed}", setting.recipe, own, "finetune", after, teacher))
             found[arm.name, seed] = runs

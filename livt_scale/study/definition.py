@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, JsonValue, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -35,7 +35,7 @@ from livt_scale.data.build.spec import PlainName
 from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES
 from livt_scale.study.claims import SCRATCH, epochs_of_equal_compute, loss_sets
-from livt_scale.study.runs import Run, as_words
+from livt_scale.study.runs import Run, as_words, laid_over
 from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.outside import real_path
 from livt_scale.util.resources import named
@@ -66,7 +66,7 @@ ABOUT: dict[str, Stage] = {  # axes of one stage alone
 }
 # runs that differ in these alone share one pretraining
 FINETUNE_ONLY = tuple(axis for axis, stage in ABOUT.items() if stage == "finetune")
-FROM_SCRATCH = "scratch-equal-compute"
+FROM_SCRATCH: Final = "scratch-equal-compute"
 Start = Literal["pretraining", "scratch-equal-compute"]
 WORDS = ("size", "loss", "train", "start")  # axes whose values are names
 MAX_RUNS = 2000
@@ -178,6 +178,8 @@ class Study(RecipePart):
                 raise ValueError(f"axes.{axis} is about {stage}, which is not among the stages")
         if "start" in given and "pretrain" not in self.stages:
             raise ValueError("axes.start needs both stages: the compute of scratch-equal-compute is theirs together")
+        if fixed := sorted({"stages.finetune.epochs", "stages.*.epochs"} & self.starts.get(FROM_SCRATCH, {}).keys()):
+            raise ValueError(f"starts.{FROM_SCRATCH} has {fixed[0]}, which follows from the compute of both stages")
         if self.stages == ("finetune", "pretrain"):
             raise ValueError("stages has them in the wrong order: pretrain comes first")
         return self
@@ -315,25 +317,30 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
 def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:
     """What the combination lays over the recipe, the study's own `sets` last but for the data that it is about."""
     study = loaded.study
-    sets: dict[str, Any] = {}
+    layers: list[Mapping[str, Any]] = []
     if "size" in axes:
-        sets |= study.sizes.get(axes["size"], {"model.size": axes["size"]})
+        layers.append(study.sizes.get(axes["size"], {"model.size": axes["size"]}))
     if "loss" in axes:
         plain = loss_sets(axes["loss"]) or {"stages.finetune.loss.name": axes["loss"]}
-        sets |= study.losses.get(axes["loss"], plain)
+        layers.append(study.losses.get(axes["loss"], plain))
     if "train" in axes:
-        sets |= study.trains.get(axes["train"], {"stages.finetune.train": axes["train"]})
-    sets |= study.sets
-    if "start" in axes:
-        sets |= study.starts.get(axes["start"], {})
+        layers.append(study.trains.get(axes["train"], {"stages.finetune.train": axes["train"]}))
+    layers.append(study.sets)
+    start = study.starts.get("pretraining", {}) if "start" in axes else {}
+    both = _with_axes(loaded, axes, laid_over(*layers, start))
+    if axes.get("start") != FROM_SCRATCH:
+        return both
+    # One class: the head's operations, which are next to nothing, are left out.
+    epochs = epochs_of_equal_compute(loaded.load(both), num_classes=1)
+    alone = _with_axes(loaded, axes, laid_over(*layers, SCRATCH, study.starts.get(FROM_SCRATCH, {})))
+    return laid_over(alone, {"stages.finetune.init": "scratch", "stages.finetune.epochs": epochs})
+
+
+def _with_axes(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, Any]:
+    """`sets`, below those values of the axes that are fields."""
     direct = {"epochs": "stages.pretrain.epochs", "finetune_epochs": "stages.finetune.epochs", "seed": "seed"}
-    sets |= {path: axes[axis] for axis, path in direct.items() if axis in axes}
-    sets |= _data(loaded, axes, sets) | _rates(loaded, axes, sets)
-    if axes.get("start") == FROM_SCRATCH:
-        # One class: the head's operations, which are next to nothing, are left out.
-        epochs = epochs_of_equal_compute(loaded.load(sets), num_classes=1)
-        sets |= {**SCRATCH, "stages.finetune.epochs": epochs}
-    return sets
+    sets = laid_over(sets, {path: axes[axis] for axis, path in direct.items() if axis in axes})
+    return laid_over(sets, _data(loaded, axes, sets), _rates(loaded, axes, sets))
 
 
 def _rates(loaded: LoadedStudy, axes: Mapping[str, Any], sets: Mapping[str, Any]) -> dict[str, float]:

@@ -55,6 +55,16 @@ class Run:
         return load_recipe(self.recipe, sets=self.all_sets(folder))
 
 
+def laid_over(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """All of `layers`, of one field the last, which comes after an earlier `stages.*` that would change it."""
+    found: dict[str, Any] = {}
+    for layer in layers:
+        for path, value in layer.items():
+            found.pop(path, None)
+            found[path] = value
+    return found
+
+
 def as_words(sets: Mapping[str, Any]) -> list[str]:
     """Overrides as `--set` takes them, "a.b=c"."""
     return [f"{path}={spelt(value)}" for path, value in sets.items()]

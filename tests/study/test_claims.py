@@ -168,6 +168,9 @@ def test_an_override_does_not_take_away_what_makes_an_arm(tmp_path):
     }  # fmt: skip
     assert loaded["lt"].data.train == "/elsewhere/lt"
     assert loaded["balanced"].data.train.endswith("train-balanced")
+    setting, both = SETTINGS["fashion_mnist_lt"], {"stages.finetune.epochs": 9, "stages.*.epochs": 8}
+    alone = runs_of(CLAIMS["balance"], setting, seeds=[0], sets=both)["vit-lt", 0][-1]
+    assert alone.load(tmp_path).stage("finetune").epochs == 8 * setting.scratch_factor
 
 
 def test_two_runs_of_one_name_that_differ_are_refused():

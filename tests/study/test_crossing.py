@@ -118,6 +118,20 @@ def test_a_start_may_have_overrides_of_its_own(tmp_path):
     )
 
 
+def test_from_scratch_the_overrides_of_its_start_count_and_its_epochs_are_of_the_compute_of_both_stages(tmp_path):
+    own = {"stages.finetune.layer_decay": 0.9, "stages.finetune.base_lr": 1e-3}
+    starts = {"pretraining": {"stages.finetune.epochs": 2}, FROM_SCRATCH: own}
+    plain, study = both_starts(tmp_path), both_starts(tmp_path, starts=starts)
+
+    def alone(study):
+        return [study.load(p.sets).stage("finetune") for p in points(study) if p.axes["start"] == FROM_SCRATCH]
+
+    assert {(part.layer_decay, part.base_lr, part.init) for part in alone(study)} == {(0.9, 1e-3, "scratch")}
+    assert [part.epochs - 1 for part in alone(study)] == [part.epochs for part in alone(plain)]
+    with pytest.raises(UsageError, match=r"stages\.\*\.epochs, which follows from the compute of both stages"):
+        both_starts(tmp_path, starts={FROM_SCRATCH: {"stages.*.epochs": 3}})
+
+
 def test_a_start_needs_both_stages(tmp_path):
     with pytest.raises(UsageError, match=r"axes\.start needs both stages"):
         loaded(tmp_path, axes={"start": STARTS, "seed": [3]}, stages=["finetune"])

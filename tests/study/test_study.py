@@ -97,6 +97,14 @@ def test_a_loss_may_have_overrides_of_its_own(tmp_path):
     assert (ours.loss.name, ours.loss.scale, ours.smoothing) == ("ldam", 10, 0)
 
 
+def test_an_axis_counts_over_an_override_of_both_stages(tmp_path):
+    sizes = {"a": {**SMALL, "stages.finetune.base_lr": 1e-3}}
+    axes = {"size": ["a"], "finetune_learning_rate": [2e-3, 4e-3], "seed": [3]}
+    study = loaded(tmp_path, sizes=sizes, axes=axes, sets={**TINY["sets"], "stages.*.base_lr": 7e-3})
+    rates = [[study.load(p.sets).stage(s).base_lr for s in ("pretrain", "finetune")] for p in points(study)]
+    assert rates == [[7e-3, 2e-3], [7e-3, 4e-3]]
+
+
 def test_the_shared_pretraining_is_what_each_of_those_points_would_have_trained(tmp_path):
     axes = {"loss": ["bal_bce", "ce"], "finetune_learning_rate": [1e-3, 2e-3], "train": ["all", "probe"]}
     axes["finetune_epochs"] = [2, 3]
