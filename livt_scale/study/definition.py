@@ -216,7 +216,7 @@ class LoadedStudy:
     def subset(self, axes: Mapping[str, Any]) -> Path | None:
         """The folder of the training set of this fraction and imbalance; None: the recipe's own set."""
         other = {axis: axes[axis] for axis in SUBSETS if axis in axes and (axis, axes[axis]) != ("data_fraction", 1)}
-        words = [f"{SUBSETS[axis]}{value:g}".replace(".", "p") for axis, value in other.items()]
+        words = [f"{SUBSETS[axis]}{in_digits(value)}".replace(".", "p") for axis, value in other.items()]
         return self.folder / "shards" / "-".join(words) if words else None
 
 
@@ -310,8 +310,14 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
     varied = [axis for axis in axes if len(given[axis]) > 1] or list(axes)
     short = {"data_fraction": "fraction", "imbalance_factor": "if", "learning_rate": "lr"}
     short |= {"finetune_learning_rate": "finetune-lr", "finetune_epochs": "finetune"}
-    words = [str(axes[a]) if a in WORDS else f"{short.get(a, a)}-{axes[a]:g}" for a in varied]
+    words = [str(axes[a]) if a in WORDS else f"{short.get(a, a)}-{in_digits(axes[a])}" for a in varied]
     return "-".join(words) or "all"
+
+
+def in_digits(value: float) -> str:
+    """4, 0.25, 1e-05, 20220101: with as many digits as tell it from any other number."""
+    short = f"{value:g}"
+    return short if float(short) == value else str(value)
 
 
 def _sets(loaded: LoadedStudy, axes: Mapping[str, Any]) -> dict[str, Any]:

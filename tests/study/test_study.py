@@ -87,6 +87,16 @@ def test_single_points_are_trained_with_what_they_start_from(tmp_path):
     assert second.name in caught.value.remedy
 
 
+def test_points_and_subsets_of_nearly_equal_numbers_have_names_of_their_own(tmp_path):
+    spec = {"spec": str(ROOT / "shards" / "fashion-mnist-lt-full.yaml"), "set": "train-lt"}
+    axes = {"data_fraction": [0.25, 0.3333333, 0.3333334], "seed": [20220101, 20220102]}
+    study = loaded(tmp_path, axes=axes, shards=spec)
+    every = points(study)
+    assert len({p.name for p in every}) == len(every) == 6
+    assert every[0].name == "fraction-0.25-seed-20220101"
+    assert len({study.subset(p.axes) for p in every}) == 3
+
+
 def test_a_loss_may_have_overrides_of_its_own(tmp_path):
     hard = {"stages.finetune.loss": {"name": "ldam", "scale": 10}, "stages.finetune.smoothing": 0}
     axes = {"loss": ["ldam", "ldam-10", "recipe"], "seed": [3]}
