@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # `livt --help` does without what is heavy
 
 CLAIM_HELP = "balance, two-stages, equal-compute, losses, reconstruction, size or all."
 ON_HELP = "Data set: fashion_mnist_lt, fashion_mnist_lt_if10, photographs_lt or imagenet_lt."
+DECIDED = {"seed": "give --seeds, their number", "run_dir": "give --out, the folder of all runs"}  # of each run
 
 
 def reproduce(
@@ -85,6 +86,9 @@ def _parsed(sets: list[str]) -> dict[str, str]:
     for text in sets:
         if "=" not in text:
             raise UsageError(f"--set {text}: there is no =", remedy="write --set a.b=c")
+        path = text.partition("=")[0]
+        if path in DECIDED:
+            raise UsageError(f"--set {text} has no effect: each run has a {path} of its own", remedy=DECIDED[path])
     return {path: value for path, _, value in (text.partition("=") for text in sets)}
 
 
