@@ -24,7 +24,7 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.parameters import weights_of
 from livt_scale.study.claims import CLAIMS, SETTINGS, Claim, Setting, runs_of
 from livt_scale.study.comparison import Values, combined_outcome, judge_all
-from livt_scale.study.runs import Run
+from livt_scale.study.runs import Run, learns_differently
 from livt_scale.train.resume_rules import TEACHER
 from livt_scale.train.run_dir import is_done
 from livt_scale.train.run_files import (
@@ -238,8 +238,7 @@ def _recipe_digest(runs: Sequence[Run], folder: Path) -> str:
 
 
 def _differs(made: Recipe, wanted: Recipe, stage: Stage) -> str:
-    was, should = learnt_from(made, stage), learnt_from(wanted, stage)
-    differs = sorted(path for path in was.keys() | should.keys() if was.get(path) != should.get(path))
+    differs = learns_differently(made, wanted, stage)
     return f"of another recipe: {', '.join(differs[:5])}" if differs else ""
 
 

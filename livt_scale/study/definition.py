@@ -35,7 +35,7 @@ from livt_scale.data.build.spec import PlainName
 from livt_scale.extensions import load_extensions
 from livt_scale.losses import LOSSES
 from livt_scale.study.claims import SCRATCH, epochs_of_equal_compute, loss_sets
-from livt_scale.study.runs import Run, as_words, laid_over
+from livt_scale.study.runs import Run, as_words, laid_over, learns_differently
 from livt_scale.util.errors import UsageError, nearest
 from livt_scale.util.outside import real_path
 from livt_scale.util.resources import named
@@ -178,6 +178,8 @@ class Study(RecipePart):
                 raise ValueError(f"axes.{axis} is about {stage}, which is not among the stages")
         if "start" in given and "pretrain" not in self.stages:
             raise ValueError("axes.start needs both stages: the compute of scratch-equal-compute is theirs together")
+        if "run_dir" in self.sets:
+            raise ValueError("sets has run_dir, and each run has a directory of its own: set `folder`")
         if fixed := sorted({"stages.finetune.epochs", "stages.*.epochs"} & self.starts.get(FROM_SCRATCH, {}).keys()):
             raise ValueError(f"starts.{FROM_SCRATCH} has {fixed[0]}, which follows from the compute of both stages")
         if self.stages == ("finetune", "pretrain"):
@@ -270,6 +272,8 @@ def check_folder(loaded: LoadedStudy) -> None:
 
 def _check(loaded: LoadedStudy) -> None:
     """Report mistakes in the file before anything is trained: every recipe is read."""
+    recipes: dict[str, Recipe] = {}
+    same: dict[str, str] = {}  # recipe: the first point of it
     for point in points(loaded):
         try:
             recipe = loaded.load(point.sets)
@@ -281,6 +285,26 @@ def _check(loaded: LoadedStudy) -> None:
                     f"{loaded.path}: {loaded.recipe} has no stage {stage}",
                     remedy=f"set stages: [{', '.join(recipe.stage_names)}]",
                 )
+        first = same.setdefault(recipe.model_dump_json(), point.name)
+        if first != point.name or point.name in recipes:
+            raise UsageError(
+                f"{loaded.path}: {first} and {point.name} would be the same run",
+                remedy="take out of `sets`, which count over sizes and losses, what the axis is to vary",
+            )
+        recipes[point.name] = recipe
+        if point.pretraining is not None:
+            _check_shared(loaded, point, recipe, recipes[point.pretraining])
+
+
+def _check_shared(loaded: LoadedStudy, point: Point, recipe: Recipe, first: Recipe) -> None:
+    """Raise UsageError if `point` changes the pretraining of `first`, which it starts from."""
+    changed = learns_differently(first, recipe, "pretrain")
+    if changed:
+        raise UsageError(
+            f"{loaded.path}: {point.name} starts from the pretraining of {point.pretraining}, and has another "
+            f"{', '.join(changed[:5])}",
+            remedy="vary it by an axis of pretraining, such as size",
+        )
 
 
 def points(loaded: LoadedStudy) -> list[Point]:

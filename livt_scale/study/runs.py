@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from livt_scale.config.load import load_recipe
-from livt_scale.config.recipe import Recipe, Stage
+from livt_scale.config.recipe import Recipe, Stage, learnt_from
 from livt_scale.train.resume_rules import TEACHER
 from livt_scale.util.errors import UsageError
 
@@ -73,6 +73,12 @@ def as_words(sets: Mapping[str, Any]) -> list[str]:
 def spelt(value: object) -> str:
     """As a user would write it behind --set: text as it is, anything else as YAML (of which JSON is a part)."""
     return str(value) if isinstance(value, str | Path) else json.dumps(value)
+
+
+def learns_differently(one: Recipe, other: Recipe, stage: Stage) -> list[str]:
+    """The fields, dotted, by which `stage` learns something else in `one` than in `other`."""
+    was, should = learnt_from(one, stage), learnt_from(other, stage)
+    return sorted(path for path in was.keys() | should.keys() if was.get(path) != should.get(path))
 
 
 def in_order(runs: Iterable[Run]) -> list[Run]:

@@ -208,6 +208,12 @@ def keys(shards):
         ({"sets": {"stages.pretrain.epoch": 3}}, "a-bal_bce-seed-3: .*stages.pretrain.epoch"),
         ({"sizes": {"a": {"model.width": 25}, "b": {}}}, "a-bal_bce-seed-3: .*does not divide"),
         ({"recipe": "nowhere.yaml"}, "there is no recipe"),
+        ({"sets": {"run_dir": "runs/a"}}, "sets has run_dir"),
+        ({"sets": {**TINY["sets"], **SMALL}}, "a-bal_bce-seed-3 and b-bal_bce-seed-3 would be the same run"),
+        (
+            {"losses": {"x": {"stages.pretrain.mask_ratio": 0.5}}, "axes": {"loss": ["ce", "x"]}},
+            "x starts from the pretraining of ce, and has another stages.pretrain.mask_ratio",
+        ),
         ({"axes": {"seed": list(range(60)), "epochs": list(range(1, 60))}}, "3540 combinations"),
     ],
 )
