@@ -64,7 +64,7 @@ def collect(claim: str, on: str, folder: Path, *, seeds: Sequence[int], sets: Ma
         "sets": dict(sets),
         "budget": _budget(CLAIMS[claim], setting, sets),
         "recipes": recipes,
-        "images": {beside_the_recipes(where): read for where, (read, _) in found.digests.items()},
+        "images": {beside_the_recipes(where): read for where, (read, _) in found.images.digests.items()},
         "weights": found.weights,
         "values": plain_values(found.values),
         "curves": {arm: by_seed for arm, by_seed in found.curves.items() if any(by_seed.values())},
@@ -165,7 +165,7 @@ class _Found:
         self.run_minutes: dict[str, float] = {}  # by run, pretrainings too: other claims may share it
         self.weights: dict[str, int] = {}
         self.missing: dict[str, str] = {}
-        self.digests: dict[str, tuple[str, str]] = {}  # by folder: of a set's manifest, and where it was read
+        self.images = SameImages()
 
     def add(self, arm: str, seed: int, runs: Sequence[Run], folder: Path, *, num_classes: int) -> None:
         run = runs[-1]
@@ -183,9 +183,22 @@ class _Found:
             self.weights[arm] = num_weights(run.load(folder), num_classes=num_classes)
 
     def _other_images(self, run: Run, place: Path, folder: Path, who: str) -> str:
-        """A recipe names its sets by folder; the set there may have been rebuilt, or replaced by `--set`."""
         data = run.load(folder).data
-        for where, read in sets_read(run, place, train=data.train, val=data.val).items():
+        return self.images.differ(sets_read(run, place, train=data.train, val=data.val), who)
+
+
+class SameImages:
+    """Whether runs read the same images: a recipe names its sets by folder, and the set there may be another now.
+
+    digests: by folder: of a set's manifest, and where it was read.
+    """
+
+    def __init__(self) -> None:
+        self.digests: dict[str, tuple[str, str]] = {}
+
+    def differ(self, sets: Mapping[str, str], who: str) -> str:
+        """Why `who`, which read `sets` (see `sets_read`), does not count; empty: it read what the others have."""
+        for where, read in sets.items():
             expected, whose = self.digests.setdefault(where, _digest_here(where) or (read, who))
             if read != expected:
                 return f"it read other images than {whose}, in {where}"

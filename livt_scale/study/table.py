@@ -23,6 +23,7 @@ from livt_scale.data.shard_set import ShardSet
 from livt_scale.plan.flops import stage_flops
 from livt_scale.slurm.status import look_at
 from livt_scale.study.collect import (
+    SameImages,
     beside_the_recipes,
     evaluations,
     measures_of,
@@ -43,7 +44,7 @@ MAX_POINTS = 200  # of a curve: a report holds a hundred runs
 def collect_study(loaded: LoadedStudy, *, command: str = "") -> dict[str, Any]:
     """The table of all points, in their order."""
     every = points(loaded)
-    known = Sets()
+    known, images = Sets(), SameImages()
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -54,7 +55,7 @@ def collect_study(loaded: LoadedStudy, *, command: str = "") -> dict[str, Any]:
         "axes": {axis: list(values) for axis, values in loaded.study.axes.given.items()},
         "sets": dict(loaded.study.sets),
         "command": command or f"livt study submit {loaded.path}",
-        "runs": [_row(loaded, point, known) for point in every],
+        "runs": [_row(loaded, point, known, images) for point in every],
         "fits": [],
         "versions": {"livt_scale": __version__, "torch": _torch(), "python": platform.python_version()},
     }
@@ -76,7 +77,7 @@ def state_of(loaded: LoadedStudy, point: Point) -> tuple[str, str]:
     return ("not run" if view.state == "pending" else view.state), view.why or waits
 
 
-def _row(loaded: LoadedStudy, point: Point, known: Sets) -> dict[str, Any]:
+def _row(loaded: LoadedStudy, point: Point, known: Sets, same: SameImages) -> dict[str, Any]:
     run, place = last_run(loaded, point), loaded.folder / point.name
     state, why = state_of(loaded, point)
     recipe, stages = run.load(loaded.folder), stages_of(loaded, point)
@@ -84,8 +85,13 @@ def _row(loaded: LoadedStudy, point: Point, known: Sets) -> dict[str, Any]:
     images, classes = known.of(recipe)
     if state == "done":
         try:
-            measured = _of_a_whole_run(stages, run, place, recipe)
-            images, classes = _size_of_its_set(run, place)
+            sets = sets_read(run, place, train=recipe.data.train, val=recipe.data.val)
+            why = same.differ(sets, point.name)
+            if why:
+                state = "not counted"
+            else:
+                measured = _of_a_whole_run(stages, run, place) | {"images": list(sets.values())}
+                images, classes = _size_of_its_set(run, place)
         except (LivtError, OSError, ValueError, LookupError) as error:
             state, why = "not counted", f"it cannot be read: {' '.join(str(error).split())}"[:300]
     return {
@@ -107,7 +113,7 @@ def _size_of_its_set(run: Run, place: Path) -> tuple[int, int]:
     return sum(counts), len(counts)
 
 
-def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path, recipe: Recipe) -> dict[str, Any]:
+def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path) -> dict[str, Any]:
     measures = measures_of(run, place)
     if "pretrain" in stages and run.stage != "pretrain":
         from livt_scale.study.reconstruction_loss import (
@@ -125,7 +131,6 @@ def _of_a_whole_run(stages: Sequence[Stage], run: Run, place: Path, recipe: Reci
         "minutes": {stage: training_minutes(place / stage) for stage in stages},
         "curves": curves,
         "picture": str(pictures[-1]) if pictures else None,
-        "images": list(sets_read(run, place, train=recipe.data.train, val=recipe.data.val).values()),
     }
 
 

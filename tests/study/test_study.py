@@ -296,6 +296,19 @@ def test_without_the_training_images_on_this_machine_the_table_says_the_same(cop
     assert there[0]["num_weights"] > 0
 
 
+@pytest.mark.parametrize("part", [("data", "manifest_digest"), ("weights", "trained_on")])
+def test_a_run_that_read_other_images_than_are_there_now_is_named_and_not_counted(copied, part):
+    last = runs(copied)[-1]
+    file = last.at(copied.folder) / "finetune" / "eval.json"
+    report = json.loads(file.read_text())
+    report[part[0]][part[1]] = "of a set before it was rebuilt"
+    file.write_text(json.dumps(report))
+    row = by_name(copied)[last.name]
+    assert row["state"] == "not counted"
+    assert row["why"].startswith("it read other images than is there now, in ")
+    assert row["measures"] == {}
+
+
 def test_the_reconstruction_loss_is_of_the_images_that_are_there_now(copied, monkeypatch):
     [run, *_] = runs(copied)
     place, kept = run.at(copied.folder), run.at(copied.folder) / "pretrain" / "reconstruction.json"
