@@ -48,14 +48,15 @@ def reconstructions(collected: Mapping[str, Any]) -> Grid | None:
     paths = [Path(run["picture"]) for run in chosen.values() if run and run.get("picture")]
     if not paths:
         return None
-    shared = _shared_columns(paths)
+    readable = [path for path in paths if _is_readable(path)]
+    shared = _shared_columns(readable)
     budget = TOTAL_BYTES * 3 // 4 // (len(paths) + bool(shared))  # base64 takes a third more
     cells = [[_cell(chosen[r, c], budget, left=shared) for c in range(len(columns))] for r in range(len(rows))]
     heads = [f"{row_axis} {at}".strip() if row_axis else "all runs" for at in rows]
     across = [f"{column_axis} {at}".strip() if column_axis else "picture" for at in columns]
     originals = None
     if shared:
-        uri = small_uri(paths[0], max_bytes=budget, columns=(0, shared))
+        uri = small_uri(readable[0], max_bytes=budget, columns=(0, shared))
         originals = Cell("", uri, "The images, and what the models saw of them")
     return Grid(row_axis, column_axis, across, list(zip(heads, cells, strict=True)), originals)
 
@@ -64,10 +65,7 @@ def _shared_columns(paths: Sequence[Path]) -> int:
     """The width (px) of the columns "original" and "masked" if all pictures have them alike, else 0."""
     first: Image.Image | None = None
     for path in paths if len(paths) > 1 else ():
-        try:
-            image = _opened(path)
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # its cell says so
+        image = _opened(path)
         width = reconstruction_left(image.width)
         if width is None:
             return 0
@@ -77,6 +75,15 @@ def _shared_columns(paths: Sequence[Path]) -> int:
         elif left.size != first.size or left.tobytes() != first.tobytes():
             return 0
     return first.width if first else 0
+
+
+def _is_readable(path: Path) -> bool:
+    """Where it is not, its cell says so."""
+    try:
+        _opened(path)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _first(collected: Mapping[str, Any], at: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -94,7 +101,7 @@ def _cell(run: Mapping[str, Any] | None, budget: int, *, left: int) -> Cell:
         return Cell(name, "", "", "no picture" if run["state"] == "done" else str(run["state"]))
     try:
         uri = small_uri(Path(run["picture"]), max_bytes=budget, columns=(left, None))
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         return Cell(name, "", "", "its picture cannot be read")
     what = "Reconstructions" if left else "Masked images and their reconstructions"
     return Cell(name, uri, f"{what} by the run {name}")
@@ -119,7 +126,11 @@ def small_uri(path: Path, *, max_bytes: int, columns: tuple[int, int | None] = (
 
 
 def _opened(path: Path) -> Image.Image:
-    with open_checked(path, "image") as file, Image.open(file) as opened:
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"{path} has {opened.width} x {opened.height} pixels")
-        return opened.convert("RGB")
+    """Raises OSError and ValueError."""
+    try:
+        with open_checked(path, "image") as file, Image.open(file) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise ValueError(f"{path} has {opened.width} x {opened.height} pixels")
+            return opened.convert("RGB")
+    except Image.DecompressionBombError as error:
+        raise ValueError(str(error)) from error

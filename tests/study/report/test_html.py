@@ -82,6 +82,16 @@ def test_images_that_all_runs_were_shown_are_there_once(tmp_path):
     assert [decoded(cell.uri).size for _, cells in grid.rows for cell in cells] == [full] * 2
 
 
+def test_a_picture_that_cannot_be_read_leaves_the_others_and_the_images_of_all(tmp_path):
+    collected = study(sizes=("nano", "micro", "mini"), epochs=(3,), seeds=(0,))
+    for number, run in enumerate(collected["runs"]):
+        run["picture"] = three_columns(tmp_path / f"{number}.png", seed=0, made=number / 2)
+    (tmp_path / "0.png").write_bytes(b"cut")
+    grid = reconstructions(collected)
+    assert [cell.why for _, cells in grid.rows for cell in cells] == ["its picture cannot be read", "", ""]
+    assert decoded(grid.originals.uri).width
+
+
 def decoded(uri):
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
