@@ -65,7 +65,7 @@ def checked_state(found: Mapping[str, Tensor], *, where: str, integers: bool = F
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        return read_safetensors(path)[0]
+        return {_plain(name): tensor for name, tensor in read_safetensors(path)[0].items()}
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}", remedy="fetch it again, or take another file") from error
 

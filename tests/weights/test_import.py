@@ -53,6 +53,16 @@ def test_code_in_a_pickle_is_never_run(tmp_path: Path, zipped: bool) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_the_prefixes_of_ddp_and_of_compiling_are_removed(tmp_path: Path, suffix: str) -> None:
+    wrapped = {f"_orig_mod.module.{name}": tensor for name, tensor in official_state().items()}
+    if suffix == ".pth":
+        torch.save({"model": wrapped}, tmp_path / "given.pth")
+    else:
+        saved(tmp_path, wrapped)
+    assert open_weights(tmp_path / f"given{suffix}").state.keys() == official_state().keys()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
 def test_a_cut_file_is_named(tmp_path: Path, suffix: str, kept: float) -> None:
     path = tmp_path / f"cut{suffix}"
