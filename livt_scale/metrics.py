@@ -69,6 +69,7 @@ class Tally:
         behind = (logits < own) | ((logits == own) & (numbers >= labels.unsqueeze(1)))  # itself among them
         behind &= own > -torch.inf
         rank = self.num_classes - behind.sum(dim=1)  # [B]: 0 is the first
+        is_first_five = (rank < TOP_K) & (own > -torch.inf).squeeze(1)  # with fewer classes too
 
         # confidence in (k/15, (k+1)/15] is bin k
         confidence = (logits.amax(dim=1) - logits.logsumexp(dim=1)).exp().nan_to_num(0).clamp(0, 1)
@@ -77,7 +78,7 @@ class Tally:
         right = (rank == 0).long()
         sums["images"].index_add_(0, labels, torch.ones_like(labels))
         sums["top1"].index_add_(0, labels, right)
-        sums["top5"].index_add_(0, labels, (rank < TOP_K).long())
+        sums["top5"].index_add_(0, labels, is_first_five.long())
         sums["predicted"].index_add_(0, predicted, torch.ones_like(predicted))
         sums["bin_images"].index_add_(0, bins, torch.ones_like(bins))
         sums["bin_right"].index_add_(0, bins, right)

@@ -169,14 +169,15 @@ def test_a_logit_that_is_not_a_number_is_never_right():
     json.dumps(found, allow_nan=False)
 
 
-def test_a_class_without_any_chance_is_not_among_the_first_five():
-    logits = torch.full((20, 20), -torch.inf)
-    logits[:, 19] = 0.0  # as kNN gives them: every vote is for the last class
-    tally = Tally(20)
-    tally.update(logits, torch.arange(20))
-    found = tally.report([9] * 20, **THRESHOLDS)["per_class"]
-    assert [row["class"] for row in found if row["top5"]] == [19]
-    assert [row["class"] for row in found if row["top1"]] == [19]
+@pytest.mark.parametrize("num", [3, 5, 20])
+def test_a_class_without_any_chance_is_not_among_the_first_five(num):
+    logits = torch.full((num, num), -torch.inf)
+    logits[:, -1] = 0.0  # as kNN gives them: every vote is for the last class
+    tally = Tally(num)
+    tally.update(logits, torch.arange(num))
+    found = tally.report([9] * num, **THRESHOLDS)["per_class"]
+    assert [row["class"] for row in found if row["top5"]] == [num - 1]
+    assert [row["class"] for row in found if row["top1"]] == [num - 1]
 
 
 def test_half_precision_logits_are_counted_as_they_are():
