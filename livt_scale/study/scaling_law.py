@@ -180,7 +180,8 @@ def fit_law(runs: Sequence[LawPoint], *, delta: float = DELTA, resamples: int = 
     ordered = tuple(sorted(runs, key=lambda run: (run.n, run.d, run.loss, run.name)))
     for run in ordered:
         if not all(math.isfinite(v) and v > 0 for v in (run.n, run.d, run.loss)):
-            raise DataError(f"{run.name or 'a run'}: n {run.n:g}, d {run.d:g}, loss {run.loss:g}: all are above 0")
+            values = f"n {run.n:g}, d {run.d:g}, loss {run.loss:g}"
+            raise DataError(f"{run.name or 'a run'}: {values}: a law needs all above 0")
     over, problem = _determined(ordered)
     if problem:
         return Fit(ordered, problem=problem)
@@ -269,7 +270,10 @@ def fit_table(table: Mapping[str, Any], *, measures: Sequence[str], resamples: i
 def _fit_measure(table: Mapping[str, Any], measure: str, *, resamples: int) -> dict[str, Any]:
     is_accuracy = measure.startswith("top1")
     amount, runs, problem = _runs_of(table, measure, is_accuracy=is_accuracy)
-    fit = Fit(tuple(runs), problem=problem) if problem else fit_law(runs, resamples=resamples)
+    try:
+        fit = Fit(tuple(runs), problem=problem) if problem else fit_law(runs, resamples=resamples)
+    except DataError as error:  # a run without a mistake: another measure may have a law
+        fit = Fit(tuple(runs), problem=error.message)
     told: dict[str, Any] = {
         "measure": measure,
         "over": [],

@@ -153,6 +153,17 @@ def test_a_table_gives_plain_json_with_band_and_check():
     assert error["band"]["size"]["mid"] == pytest.approx([1 - v for v in one["band"]["size"]["mid"]])
 
 
+def test_a_run_without_a_mistake_keeps_one_measure_from_a_law_and_not_the_others():
+    told = table(made(0.002))
+    for row in told["runs"]:
+        row["measures"]["top1_few"] = 0.9
+    told["runs"][0]["measures"]["top1_few"] = 1.0
+    loss, few = fit_table(told, measures=["reconstruction_loss", "top1_few"], **QUICK)
+    assert loss["law"]
+    assert few["problem"].startswith("run-0: ")
+    assert "loss 0: " in few["problem"]
+
+
 def test_runs_that_are_not_done_or_differ_in_something_else_give_no_law():
     runs = made()
     told = table(runs)
