@@ -172,9 +172,10 @@ def _lines(axis: str, gains: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
         groups[str(_without(axis, one["setting"]))].append(one)
     found = []
     for group in groups.values():
-        for measure in group[0]["both"]:
-            xs = [one[GROWING[axis]] for one in group]
-            line = crossing(xs, [one["both"][measure] - one["labels"][measure] for one in group])
+        for measure in MEASURES:
+            of = [one for one in group if measure in one["both"]]  # a set may have no few-shot class
+            xs = [one[GROWING[axis]] for one in of]
+            line = crossing(xs, [one["both"][measure] - one["labels"][measure] for one in of]) if of else None
             if line is not None:
                 found.append({
                     "over": GROWING[axis], "at": _without(axis, group[0]["setting"]), "measure": measure,

@@ -129,7 +129,7 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
 def crossing_lines(found: Mapping[str, Any]) -> list[str]:
     """For people: a table of the settings, and a sentence for each line, in Markdown."""
     axes = list(found["settings"][0]["setting"]) if found["settings"] else []
-    measures = [m for m in ("top1_all", "top1_few") if found["settings"] and m in found["settings"][0]]
+    measures = [m for m in ("top1_all", "top1_few") if any(m in row for row in found["settings"])]
     head = [*axes, "images", "epochs of pretraining", "of labels alone", "seeds"]
     for measure in measures:
         head += [f"{COLUMNS[measure]}: both stages", "labels alone", "gain", "interval"]
@@ -138,7 +138,9 @@ def crossing_lines(found: Mapping[str, Any]) -> list[str]:
         cells = [*map(str, row["setting"].values()), *(f"{row[n]:,}" for n in ("num_images", "pretrain_epochs"))]
         cells += [str(row["labels_epochs"]), str(row["seeds"])]
         for measure in measures:
-            of = row[measure]
+            if (of := row.get(measure)) is None:  # the set has no such class
+                cells += [""] * 4
+                continue
             ends = f"{100 * of['low']:+.1f} to {100 * of['high']:+.1f}" if of["low"] is not None else ""
             cells += [f"{100 * of['both']:.1f}", f"{100 * of['labels']:.1f}", f"{100 * of['gain']:+.1f}", ends]
         rows.append(f"| {' | '.join(cells)} |")

@@ -220,6 +220,21 @@ def test_a_run_without_its_partner_is_named_and_its_seed_left_out(tmp_path):
     assert (tmp_path / "p.png").is_file()
 
 
+@pytest.mark.parametrize("fractions", [(0.25, 1.0), (1.0, 0.25)])
+def test_a_set_without_few_shot_classes_leaves_their_cells_empty(fractions):
+    given = table(fractions=fractions)
+    for run in given["runs"]:
+        if run["axes"]["data_fraction"] == 0.25:
+            del run["measures"]["top1_few"]
+    found = crossings_of(given)
+    assert {(line["measure"], line["at"].get("data_fraction")) for line in found["lines"]} == {
+        ("top1_all", 0.25), ("top1_all", 1.0), ("top1_all", None), ("top1_few", 1.0),
+    }  # fmt: skip
+    rows = [line for line in results_page.crossing_lines(found) if line.startswith("| ")][2:]
+    assert len({row.count("|") for row in rows}) == 1
+    assert [row.endswith("|  |  |  |  |") for row in rows] == [f == 0.25 for f in fractions for _ in range(3)]
+
+
 def left_out(given, *, seeds):
     """The same study where these seeds did not run."""
     for run in given["runs"]:
