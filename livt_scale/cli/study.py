@@ -145,10 +145,10 @@ def status(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
     Exit codes: 0; 1 if a run has failed.
     """
-    from livt_scale.study.definition import load_study, points
+    from livt_scale.study.definition import points
     from livt_scale.study.table import state_of
 
-    loaded = load_study(study, folder=out)
+    loaded = _in_its_folder(study, out)
     rows = [(point.name, *state_of(loaded, point)) for point in points(loaded)]
     if as_json:
         echo(json.dumps({"runs": [dict(zip(("name", "state", "why"), row, strict=True)) for row in rows]}))
@@ -169,14 +169,21 @@ def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
     livt study collect studies/fashion_mnist_lt/sizes.yaml
     """
-    from livt_scale.study.definition import load_study
-
-    loaded = load_study(study, folder=out)
+    loaded = _in_its_folder(study, out)
     table = _collected(loaded)
     if as_json:
         echo(json.dumps(table))
         return
     _tell_table(loaded, table)
+
+
+def _in_its_folder(study: Path, out: Path | None) -> LoadedStudy:
+    """The study, whose folder is not another study's, and not a second one of its own."""
+    from livt_scale.study.definition import check_folder, load_study
+
+    loaded = load_study(study, folder=out)
+    check_folder(loaded)
+    return loaded
 
 
 def _collected(loaded: LoadedStudy, *, fit: bool = False) -> dict[str, Any]:
@@ -213,9 +220,7 @@ def fit(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
     livt study fit studies/fashion_mnist_lt/sizes.yaml
     """
-    from livt_scale.study.definition import load_study
-
-    loaded = load_study(study, folder=out)
+    loaded = _in_its_folder(study, out)
     fits = _collected(loaded, fit=True)["fits"]
     echo(json.dumps({"fits": fits}) if as_json else "\n".join(line for one in fits for line in _law_lines(one)))
 
@@ -248,10 +253,9 @@ def compare(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
     livt study compare studies/fashion_mnist_lt/tuning.yaml
     """
     from livt_scale.study.compare import compare_settings
-    from livt_scale.study.definition import load_study
     from livt_scale.study.results_page import comparison_lines
 
-    found = compare_settings(_collected(load_study(study, folder=out)))
+    found = compare_settings(_collected(_in_its_folder(study, out)))
     echo(json.dumps(found) if as_json else "\n".join(comparison_lines(found)))
 
 
@@ -272,12 +276,11 @@ def crossing(
     livt study crossing studies/fashion_mnist_lt/when.yaml
     """
     from livt_scale.study.crossing import crossings_of
-    from livt_scale.study.definition import load_study
     from livt_scale.study.results_figure import draw_crossings
     from livt_scale.study.results_page import crossing_lines, read_crossings
 
     earlier = read_crossings(kept) if kept is not None else None
-    found = crossings_of(_collected(load_study(study, folder=out)), earlier)
+    found = crossings_of(_collected(_in_its_folder(study, out)), earlier)
     if picture is not None:
         draw_crossings(found, picture)
     echo(json.dumps(found) if as_json else "\n".join(crossing_lines(found)))
@@ -289,9 +292,8 @@ def report(study: StudyFile, out: Out = None) -> None:
 
     livt study report studies/fashion_mnist_lt/sizes.yaml
     """
-    from livt_scale.study.definition import load_study
     from livt_scale.study.report.html import write_report
 
-    loaded = load_study(study, folder=out)
+    loaded = _in_its_folder(study, out)
     for written in write_report(_collected(loaded, fit=True), loaded.folder):
         echo(str(written))

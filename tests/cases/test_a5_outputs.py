@@ -159,6 +159,20 @@ def test_a5_a_study_is_not_laid_over_another_one(tmp_path, tiny_recipe):
         check_folder(load_study(tmp_path / "losses.yaml", folder=folder))
 
 
+@pytest.mark.parametrize("command", ["status", "collect", "fit", "compare", "crossing", "report"])
+def test_a5_no_command_of_a_study_writes_into_the_folder_of_another_one(tmp_path, tiny_recipe, command):
+    for name in ("sizes", "losses"):
+        (tmp_path / f"{name}.yaml").write_text(f"name: {name}\nrecipe: {tiny_recipe}\naxes: {{seed: [0, 1]}}\n")
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    (folder / "study.yaml").write_text((tmp_path / "sizes.yaml").read_text())
+    (folder / "table.json").write_text("of sizes")
+    _code, error = livt("study", command, tmp_path / "losses.yaml", "--out", folder)
+    assert isinstance(error, UsageError)
+    assert "holds another study" in str(error)
+    assert (folder / "table.json").read_text() == "of sizes"
+
+
 def test_a4_a_study_in_another_folder_starts_no_second_one(tmp_path, tiny_recipe, monkeypatch):
     (tmp_path / "sizes.yaml").write_text(f"name: sizes\nrecipe: {tiny_recipe}\naxes: {{seed: [0, 1]}}\n")
     runs = tmp_path / "runs" / "studies" / "sizes"
