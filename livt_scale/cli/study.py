@@ -52,7 +52,8 @@ def submit(
 
     livt study submit studies/fashion_mnist_lt/when.yaml --point '*-fraction-0.1667-*'
     """
-    from livt_scale.study.definition import check_folder, load_study, points_named, runs
+    from livt_scale.study.definition import load_study, points_named, runs
+    from livt_scale.study.study_folder import check_folder
 
     check_cost_options(dry_run=dry_run, device=device, price=price)
     loaded = load_study(study, folder=out)
@@ -110,7 +111,7 @@ def _tell_cost(loaded: LoadedStudy, runs: list[Run], *, device: str, price: floa
 
 def _write_command(loaded: LoadedStudy) -> None:
     """Save the study's file and the command with the runs: the report shows how its numbers were made."""
-    from livt_scale.study.definition import KEPT
+    from livt_scale.study.study_folder import KEPT
     from livt_scale.util.atomic import write_atomic
 
     loaded.folder.mkdir(parents=True, exist_ok=True)
@@ -179,7 +180,8 @@ def collect(study: StudyFile, out: Out = None, as_json: AsJson = False) -> None:
 
 def _in_its_folder(study: Path, out: Path | None) -> LoadedStudy:
     """The study, whose folder is not another study's, and not a second one of its own."""
-    from livt_scale.study.definition import check_folder, load_study
+    from livt_scale.study.definition import load_study
+    from livt_scale.study.study_folder import check_folder
 
     loaded = load_study(study, folder=out)
     check_folder(loaded)

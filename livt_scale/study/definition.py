@@ -70,7 +70,6 @@ FROM_SCRATCH: Final = "scratch-equal-compute"
 Start = Literal["pretraining", "scratch-equal-compute"]
 WORDS = ("size", "loss", "train", "start")  # axes whose values are names
 MAX_RUNS = 2000
-KEPT = "study.yaml"  # the study's file, next to its runs
 
 
 class Axes(RecipePart):
@@ -241,33 +240,6 @@ def load_study(path: Path, *, folder: Path | None = None) -> LoadedStudy:
     )  # fmt: skip
     _check(loaded)
     return loaded
-
-
-def check_folder(loaded: LoadedStudy) -> None:
-    """Raise UsageError if another study is in the folder of this one, where a study leaves its file.
-
-    Likewise if the folder is relative, and it is not here but in the folder of the file or above it.
-    """
-    kept = loaded.folder / KEPT
-    if not kept.is_file():
-        above = () if loaded.folder.is_absolute() else real_path(loaded.path).parents
-        other = next((place for place in (f / loaded.folder for f in above) if (place / KEPT).is_file()), None)
-        if other is None:
-            return
-        raise UsageError(
-            f"the folder of the study is relative to the working directory: {loaded.folder.absolute()} would be "
-            f"a second one beside {other}",
-            remedy=f"continue that one with --out {other}; for another one give an absolute --out",
-        )
-    try:
-        name = validated(read_file(kept, "study", what="study"), kept, Study).name
-    except UsageError:
-        name = "one that cannot be read"
-    if name != loaded.study.name:
-        raise UsageError(
-            f"{loaded.folder} holds another study ({name!r}), not {loaded.study.name!r}",
-            remedy="give another folder, as --out or in the file",
-        )
 
 
 def _check(loaded: LoadedStudy) -> None:

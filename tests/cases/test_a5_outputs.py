@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from livt_scale.cli.main import app
 from livt_scale.export.write_export import export_run
 from livt_scale.posthoc.tau_norm import tau_normalise
-from livt_scale.study.definition import check_folder, load_study
+from livt_scale.study.definition import load_study
+from livt_scale.study.study_folder import check_folder
 from livt_scale.train.export_info import read_info
 from livt_scale.util.errors import ExportError, UsageError
 from livt_scale.util.outputs import check_output
