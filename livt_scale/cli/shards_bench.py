@@ -26,7 +26,7 @@ def bench(
         float | None, typer.Option(min=0.001, help="Images/s of one GPU, from metrics.jsonl.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, max=300, help="Duration of each measurement.")] = 3.0,
-    image_px: Annotated[int | None, typer.Option(min=1, help="For a folder: crop size.", show_default="224")] = None,
+    image_px: Annotated[int | None, typer.Option(min=2, help="For a folder: crop size.", show_default="224")] = None,
     channels: Annotated[int | None, typer.Option(min=1, help="For a folder: 1 or 3.", show_default="3")] = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -95,7 +95,9 @@ def _for_folder(folder: Path, image_px: int, channels: int) -> Recipe:
         {
             "name": "bench",
             "data": {"train": str(folder), "mean": [0.5] * channels, "std": [0.25] * channels},
-            "model": {"size": "vit_b", "image_px": image_px, "patch_px": image_px, "channels": channels},
-            "stages": {"pretrain": {"epochs": 1, "global_batch": 2, "micro_batch": 2, "warmup_epochs": 0}},
+            "model": {"size": "vit_b", "image_px": image_px, "patch_px": 1, "channels": channels},
+            "stages": {
+                "pretrain": {"epochs": 1, "global_batch": 2, "micro_batch": 2, "warmup_epochs": 0, "norm_pix": False}
+            },
         }
     )

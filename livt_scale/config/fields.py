@@ -88,7 +88,10 @@ def types_at(where: Sequence[str]) -> tuple[Any, ...]:
     part = _part_at(where[:-1])
     if part is not None:
         return _options(part.model_fields[where[-1]].annotation) if where[-1] in part.model_fields else ()
-    mappings = [t for t in types_at(where[:-1]) if typing.get_origin(t) is dict] if where else []
+    around = _part_at(where[:-2])
+    if around is None or where[-2] not in around.model_fields:
+        return ()
+    mappings = [t for t in _options(around.model_fields[where[-2]].annotation) if typing.get_origin(t) is dict]
     return tuple(o for mapping in mappings for o in _options(typing.get_args(mapping)[1]))
 
 

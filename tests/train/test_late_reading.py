@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from livt_scale.checkpoint.load import list_checkpoints
-from livt_scale.train.anomaly_policy import RECORD
 from livt_scale.train.loop import Hook
 from livt_scale.train.run import run_dir_of, train
+from livt_scale.train.run_files import ANOMALIES
 from livt_scale.util.errors import NonFiniteError, Preempted
 from tests.data.tiny_sets import tiny_recipe, tiny_set
 from tests.whole_runs import final_weights, metrics
@@ -101,7 +101,7 @@ def test_a_bad_step_changes_nothing_and_its_own_samples_are_named(recipe, bad, e
     assert_same(late, early)
     assert facts(late)["not_taken"][0][0] == bad[0]
     ours, theirs = (
-        [json.loads(line) for line in (run_dir_of(r) / "finetune" / RECORD).read_text().splitlines()]
+        [json.loads(line) for line in (run_dir_of(r) / "finetune" / ANOMALIES).read_text().splitlines()]
         for r in (late, early)
     )
     same = ("step", "what", "policy", "not_taken", "samples")
