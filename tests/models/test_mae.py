@@ -70,10 +70,10 @@ def test_values_of_an_official_state_dict_arrive_in_the_forward_pass():
     generator = torch.Generator().manual_seed(0)
     state = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in layout.items()}
     mae.load_state_dict(state, strict=True)
-    images, noise = torch.randn(2, 1, 28, 28), torch.rand(2, 49)
+    images, noise = torch.randn(2, 1, 28, 28, generator=generator), torch.rand(2, 49, generator=generator)
     loss = mae(images, noise).item()
-    for name in layout:  # each key decides something
-        mae.load_state_dict({**state, name: state[name] + 0.3 * torch.randn_like(state[name])})
+    for name, shape in layout.items():  # each key decides something
+        mae.load_state_dict({**state, name: state[name] + 0.3 * torch.randn(shape, generator=generator)})
         assert mae(images, noise).item() != loss, name
 
 
