@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from pydantic import BaseModel, NonNegativeInt, PositiveInt, ValidationError
 
 from livt_scale.config.data import Data
@@ -22,6 +23,7 @@ from livt_scale.util.choices import UNKNOWN_NAME, UNKNOWN_OPTION
 from livt_scale.util.errors import UsageError
 
 P = TypeVar("P", bound=BaseModel)
+NO_END = 10**9  # epochs
 
 
 class ImageShape(RecipePart):
@@ -89,3 +91,20 @@ def training_part(
             **others,
         },
     )
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """Raises UsageError where torch knows no such device."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"device is {device!r}", remedy='give "cpu", "cuda" or "cuda:1"') from error
+
+
+def check_position(epoch: int, step: int, *, epochs: int, steps_per_epoch: int) -> None:
+    """Raise UsageError where a training of `epochs` has no such position; after an epoch's last step is one."""
+    if not 0 <= epoch < epochs:
+        last = f"to {epochs - 1}" if epochs < NO_END else "up"
+        raise UsageError(f"epoch is {epoch}", remedy=f"epochs are numbered from 0 {last}")
+    if not 0 <= step <= steps_per_epoch:
+        raise UsageError(f"step is {step}", remedy=f"an epoch has {steps_per_epoch} steps, numbered from 0")

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from livt_scale.api.arguments import ImageShape, checked, open_shards, pixel_data
+from livt_scale.api.arguments import ImageShape, checked, device_of, open_shards, pixel_data
 from livt_scale.config.data import Data
 from livt_scale.data.classes import TrainingClasses
 from livt_scale.data.loader import evaluation_batches, normalise
@@ -58,7 +58,7 @@ class EvalLoader:
         data = pixel_data(shards, channels=channels, mean=mean, std=std, workers=workers, prefetch=prefetch)
         self.shards, self.batch = shards, shape.batch
         self._settings = ImageSettings(image_px=shape.image_px, channels=shape.channels, data=data)
-        self._device = torch.device(device)
+        self._device = device_of(device)
 
     def __len__(self) -> int:
         """Batches of this rank."""

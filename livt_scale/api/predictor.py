@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from livt_scale.api.arguments import device_of
 from livt_scale.data.build.stored import image_kind, stored
 from livt_scale.data.image.decode import BadImage, Pixels, pillow_pixels
 from livt_scale.data.image.transforms import EvalTransform
@@ -146,7 +147,7 @@ class Predictor:
         self.temperature = (trained.calibration.temperature or 1.0) if temperature is None else temperature
         if self.temperature <= 0:
             raise UsageError(f"temperature is {self.temperature:g}, which divides no logits", remedy="give more than 0")
-        self.device = World().device if device is None else torch.device(device)
+        self.device = World().device if device is None else device_of(device)
         self.model = trained.model.to(self.device)
         self.class_names = trained.classes.names
         self.transform = ImageTransform(ImageSettings.of_recipe(trained.recipe))

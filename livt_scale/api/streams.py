@@ -8,7 +8,7 @@ from typing import Any
 
 import webdataset
 
-from livt_scale.api.arguments import ImageShape, checked, open_shards, pixel_data, training_part
+from livt_scale.api.arguments import ImageShape, check_position, checked, open_shards, pixel_data, training_part
 from livt_scale.data import pipeline
 from livt_scale.data.order.for_stage import training_order
 from livt_scale.data.settings import TrainSettings
@@ -41,8 +41,9 @@ def to_webdataset(
     shape = checked(ImageShape, {"image_px": 1, "channels": 3, "seed": seed})  # nothing is decoded here
     data = pixel_data(shards, channels=3, mean=(0.0,) * 3, std=(1.0,) * 3)
     settings = TrainSettings(image_px=1, channels=3, data=data, part=part, seed=shape.seed)
-    world = joined()
+    world, order = joined(), training_order(shards, settings)
+    check_position(epoch, step, epochs=part.epochs, steps_per_epoch=order.steps_per_epoch)
     return pipeline.to_webdataset(
-        shards, training_order(shards, settings), epochs=part.epochs, epoch=epoch, step=step, rank=world.rank,
+        shards, order, epochs=part.epochs, epoch=epoch, step=step, rank=world.rank,
         world_size=world.world_size, micro_batch=micro_batch,
     )  # fmt: skip

@@ -20,7 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from livt_scale.api.arguments import ImageShape, checked, open_shards, pixel_data, training_part
+from livt_scale.api.arguments import (
+    NO_END,
+    ImageShape,
+    check_position,
+    checked,
+    device_of,
+    open_shards,
+    pixel_data,
+    training_part,
+)
 from livt_scale.config.recipe import Finetune
 from livt_scale.data.batch import Batch
 from livt_scale.data.image.transforms import TrainTransform
@@ -30,8 +39,6 @@ from livt_scale.data.settings import TrainSettings
 from livt_scale.data.shard_set import ShardSet
 from livt_scale.distributed.world import World, joined
 from livt_scale.util.errors import UsageError
-
-NO_END = 10**9  # epochs
 
 
 class TrainLoader:
@@ -99,7 +106,7 @@ class TrainLoader:
         )  # fmt: skip
         self._micro_batch = micro_batch
         self._epochs = self._part.epochs if epochs is not None else _endless(self._part, shards)
-        self._device = torch.device(device)
+        self._device = device_of(device)
         TrainTransform(self._settings)  # what cannot be augmented so is an error now, not in a loader process
 
         self.steps_per_epoch = training_order(shards, self._settings).steps_per_epoch
@@ -124,7 +131,7 @@ class TrainLoader:
 
     def batches(self, epoch: int, *, step: int = 0) -> Iterator[Batch]:
         """As `epoch`, before the device's part: `images` uint8 [B, C, H, W], `labels` int64 [B], `keys`, `mix`."""
-        self._check_position(epoch, step)
+        check_position(epoch, step, epochs=self._epochs, steps_per_epoch=self.steps_per_epoch)
         world = joined()
         if self._stream is None or self._next != (epoch, step, world):
             self.close()
@@ -157,13 +164,6 @@ class TrainLoader:
     def _prepared(self, batch: Batch) -> tuple[Tensor, ...]:
         prepared = images_and_targets(batch, self._part, self._settings.data, num_classes=self.shards.num_classes)
         return prepared if batch.drop is None else (*prepared, batch.drop)
-
-    def _check_position(self, epoch: int, step: int) -> None:
-        if not 0 <= epoch < self._epochs:
-            last = f"to {self._epochs - 1}" if self._epochs < NO_END else "up"
-            raise UsageError(f"epoch is {epoch}", remedy=f"epochs are numbered from 0 {last}")
-        if not 0 <= step <= self.steps_per_epoch:
-            raise UsageError(f"step is {step}", remedy=f"an epoch has {self.steps_per_epoch} steps, numbered from 0")
 
 
 def _endless(part: Finetune, shards: ShardSet) -> int:

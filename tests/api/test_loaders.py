@@ -189,6 +189,7 @@ def test_defaults_are_those_of_a_recipe():
         ("mean", [128.0]),
         ("mean", [-0.1]),
         ("std", [60.0]),
+        ("device", "cud"),
     ],
 )
 def test_a_value_out_of_range_names_the_argument(shards, argument, value):
@@ -230,7 +231,7 @@ def test_the_evaluation_loader_gives_each_image_once_as_it_is_evaluated(val, ran
         ranks(rank, 2)
         parts += [labels for _, labels in loader]
     assert torch.equal(torch.cat(parts), whole.labels)
-    for argument, value in (("batch", 0), ("channels", 4), ("std", [1.0])):
+    for argument, value in (("batch", 0), ("channels", 4), ("std", [1.0]), ("device", "cud")):
         with pytest.raises(UsageError, match=f"^{argument}"):
             livt.EvalLoader(val, **values | {argument: value})
 
@@ -291,6 +292,10 @@ def test_a_webdataset_pipeline_has_the_samples_of_the_loader(shards):
     assert samples[0][1].shape == (28, 28)
     with pytest.raises(UsageError, match=r"^global_batch"):
         livt.to_webdataset(shards, global_batch=-1)
+    for position in ({"epoch": -1}, {"epoch": 2}, {"step": -1}, {"step": 39}):
+        [(name, value)] = position.items()
+        with pytest.raises(UsageError, match=f"^{name} is {value}"):
+            livt.to_webdataset(shards, **options, epochs=2, **position)
 
 
 @pytest.mark.parametrize(
