@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from livt_scale.cli.options import AsJson, Force
+from livt_scale.cli.options import AsJson, Force, check_needs
 from livt_scale.cli.output import echo
 from livt_scale.doctor.finding import Finding
 from livt_scale.util.errors import UsageError
@@ -52,12 +52,11 @@ def doctor(
     """
     of_bench = {"--dir": dirs, "--recipe": recipe, "--device-file": device_file, "--seconds": seconds}
     if node is not None:
-        _refuse(
-            {"--bench": bench, **of_bench, "--force": force, "--json": as_json}, "with --node", remedy="leave it out"
-        )
+        _refuse_with_node({"--bench": bench, **of_bench, "--force": force, "--json": as_json})
         _look_at_node(node)
-    if force and device_file is None:
-        raise UsageError("--force has no effect without --device-file", remedy="leave it out")
+    check_needs("--force", "--device-file", given=force, there=device_file is not None)
+    for name, value in of_bench.items():
+        check_needs(name, "--bench", given=bool(value), there=bench)
     measured: dict[str, Any] = {}
     findings: list[Finding] = []
     if bench:
@@ -65,8 +64,6 @@ def doctor(
         if found is None:
             return  # rank 0 prints for all
         measured, findings = {"bench": found[0]}, found[1]
-    else:
-        _refuse(of_bench, "without --bench", remedy="add --bench")
     from livt_scale.doctor.checks import examine
 
     findings = examine() + findings
@@ -78,11 +75,11 @@ def doctor(
     raise typer.Exit(1 if failed else 0)
 
 
-def _refuse(options: dict[str, Any], where: str, *, remedy: str) -> None:
+def _refuse_with_node(options: dict[str, Any]) -> None:
     """Raise UsageError for the first of `options` that is given."""
     given = next((name for name, value in options.items() if value), None)
     if given is not None:
-        raise UsageError(f"{given} has no effect {where}", remedy=remedy)
+        raise UsageError(f"{given} has no effect with --node", remedy="leave it out")
 
 
 def _print(findings: list[Finding]) -> None:
