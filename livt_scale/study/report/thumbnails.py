@@ -48,42 +48,38 @@ def reconstructions(collected: Mapping[str, Any]) -> Grid | None:
     paths = [Path(run["picture"]) for run in chosen.values() if run and run.get("picture")]
     if not paths:
         return None
-    readable = [path for path in paths if _is_readable(path)]
-    shared = _shared_columns(readable)
+    shared, whose = _shared_columns(paths)
     budget = TOTAL_BYTES * 3 // 4 // (len(paths) + bool(shared))  # base64 takes a third more
     cells = [[_cell(chosen[r, c], budget, left=shared) for c in range(len(columns))] for r in range(len(rows))]
     heads = [f"{row_axis} {at}".strip() if row_axis else "all runs" for at in rows]
     across = [f"{column_axis} {at}".strip() if column_axis else "picture" for at in columns]
     originals = None
-    if shared:
-        uri = small_uri(readable[0], max_bytes=budget, columns=(0, shared))
+    if whose is not None:
+        uri = small_uri(whose, max_bytes=budget, columns=(0, shared))
         originals = Cell("", uri, "The images, and what the models saw of them")
     return Grid(row_axis, column_axis, across, list(zip(heads, cells, strict=True)), originals)
 
 
-def _shared_columns(paths: Sequence[Path]) -> int:
-    """The width (px) of the columns "original" and "masked" if all pictures have them alike, else 0."""
-    first: Image.Image | None = None
+def _shared_columns(paths: Sequence[Path]) -> tuple[int, Path | None]:
+    """The width (px) of the columns "original" and "masked" if all pictures have them alike, and one that has them.
+
+    Else 0 and None.
+    """
+    first: tuple[Image.Image, Path] | None = None
     for path in paths if len(paths) > 1 else ():
-        image = _opened(path)
+        try:
+            image = _opened(path)
+        except (OSError, ValueError):
+            continue  # its cell says so
         width = reconstruction_left(image.width)
         if width is None:
-            return 0
+            return 0, None
         left = image.crop((0, 0, width, image.height))
         if first is None:
-            first = left
-        elif left.size != first.size or left.tobytes() != first.tobytes():
-            return 0
-    return first.width if first else 0
-
-
-def _is_readable(path: Path) -> bool:
-    """Where it is not, its cell says so."""
-    try:
-        _opened(path)
-    except (OSError, ValueError):
-        return False
-    return True
+            first = left, path
+        elif left.size != first[0].size or left.tobytes() != first[0].tobytes():
+            return 0, None
+    return (first[0].width, first[1]) if first else (0, None)
 
 
 def _first(collected: Mapping[str, Any], at: Mapping[str, Any]) -> Mapping[str, Any] | None:
