@@ -265,8 +265,8 @@ def _check_size(folder: Path, info: FileInfo) -> None:
 def map_index(path: Path, manifest: ShardManifest) -> np.ndarray:
     """The rows of the index `path`, mapped. Raises ManifestError where they are not those of `manifest`."""
     is_built = "spec_sha256" in manifest.source  # by us, from a spec; else tars of others were indexed
-    anew = "remove it and build the set again" if is_built else f"recreate it with `livt shards index {path.parent}`"
-    remedy = f"copy it again, or {anew}"
+    other = "remove it and build the set again" if is_built else f"recreate it with `livt shards index {path.parent}`"
+    remedy = f"copy it again, or {other}"
     try:
         with open_checked(path, "index"):
             index = np.lib.format.open_memmap(path, mode="r")

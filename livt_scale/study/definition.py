@@ -311,7 +311,7 @@ def name_of(axes: Mapping[str, Any], of: Axes) -> str:
 
 
 def in_digits(value: float) -> str:
-    """4, 0.25, 1e-05, 20220101: with as many digits as tell it from any other number."""
+    """4, 0.25, 1e-05, 20220101: with as many digits as distinguish it from any other number."""
     short = f"{value:g}"
     return short if float(short) == value else str(value)
 
